@@ -1,0 +1,77 @@
+"""What all benchmarks share: taking turns, the table, the machine, the JSON line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distcls import __version__
+
+Contestant = Callable[[], float]
+"""Runs one round and returns its rate (images/s, higher is better)."""
+
+
+def alternate(contestants: dict[str, Contestant], rounds: int) -> dict[str, list[float]]:
+    """Let the contestants take turns, A B A B ..., after one round each that does not count.
+
+    A machine whose speed drifts drifts for all of them.
+    """
+    for run in contestants.values():
+        run()
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            rates[name].append(run())
+    return rates
+
+
+def table(rates: dict[str, list[float]], baseline: str) -> str:
+    """Median, extremes and the median of the round-by-round ratio to the baseline."""
+    lines = [f"{'':<24}{'img/s':>9}{'min':>9}{'max':>9}{'ratio':>8}"]
+    for name, values in rates.items():
+        middle = statistics.median(values)
+        lines.append(
+            f"{name:<24}{middle:>9.1f}{min(values):>9.1f}{max(values):>9.1f}"
+            f"{ratio(rates, name, baseline):>8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def ratio(rates: dict[str, list[float]], name: str, baseline: str) -> float:
+    """Median over the rounds of a contestant's rate over the baseline's."""
+    pairs = zip(rates[name], rates[baseline], strict=True)
+    return statistics.median(own / other for own, other in pairs)
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and versions that a figure belongs to."""
+    info = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "distcls": __version__,
+    }
+    if torch.cuda.is_available():
+        info["gpu"] = torch.cuda.get_device_name()
+    return info
+
+
+def finish(benchmark: str, **figures: Any) -> None:
+    """Print the JSON line that ends a benchmark."""
+    print(json.dumps({"benchmark": benchmark, **figures, "machine": machine()}))
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,147 @@
+"""`python -m benchmarks.train_step`: training throughput against the plain tutorial loop.
+
+Both train the same MobileNetV3-Large with AdamW on the same images from real photographs. The
+tutorial's way: PNG files opened with Pillow in `Dataset.__getitem__`, torchvision's transforms, a
+DataLoader with a worker per core, contiguous (NCHW) fp32. Ours: the defaults of `distcls train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+from torchvision import datasets, models, transforms
+
+from benchmarks.common import Contestant, alternate, finish, ratio, table
+from distcls.data.config import AugmentConfig
+from distcls.data.loader import available_cores
+from distcls.data.prepare import PrepareOptions, prepare
+from distcls.models import zoo
+from distcls.models.config import ModelConfig
+from distcls.training.config import TrainConfig
+from distcls.training.engine import Engine
+from distcls.training.environment import start
+from distcls.training.input import choose_preprocess, open_input
+
+MODEL = "mobilenet_v3_large"
+CLASSES = 4
+SETTINGS = {32: (128, 10), 224: (32, 4)}
+"""Side of the images: batch size, and steps of a round."""
+
+
+def write_photographs(folder: Path, side: int, count: int) -> None:
+    """Crops of scikit-learn's two photographs as PNGs, class by class."""
+    rng = np.random.default_rng(0)
+    photographs = load_sample_images().images
+    for number in range(count):
+        photograph = photographs[number % len(photographs)]
+        edge = int(rng.integers(side, min(photograph.shape[:2])))
+        top = int(rng.integers(photograph.shape[0] - edge + 1))
+        left = int(rng.integers(photograph.shape[1] - edge + 1))
+        crop = Image.fromarray(photograph[top : top + edge, left : left + edge])
+        place = folder / f"class{number % CLASSES}"
+        place.mkdir(parents=True, exist_ok=True)
+        crop.resize((side, side)).save(place / f"{number:05d}.png")
+
+
+def tutorial(folder: Path, side: int, batch: int, steps: int) -> Contestant:
+    """The loop that most tutorials show."""
+    pipeline = transforms.Compose(
+        [
+            transforms.Resize((side, side)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    loader = torch.utils.data.DataLoader(
+        datasets.ImageFolder(str(folder), pipeline),
+        batch_size=batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=available_cores(),
+        persistent_workers=True,
+    )
+    model = models.get_model(MODEL, weights=None, num_classes=CLASSES)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    criterion = nn.CrossEntropyLoss()
+    batches: Iterator[list[Tensor]] = itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def run() -> float:
+        model.train()
+        began = time.perf_counter()
+        for images, labels in itertools.islice(batches, steps):
+            optimizer.zero_grad()
+            criterion(model(images), labels).backward()
+            optimizer.step()
+        return steps * batch / (time.perf_counter() - began)
+
+    return run
+
+
+def ours(folder: Path, side: int, batch: int, steps: int) -> Contestant:
+    """`distcls train` with its defaults, on the dataset directory that `prepare` made."""
+    config = TrainConfig(
+        data=folder,
+        out=folder / "unused",
+        epochs=10_000,
+        batch_size=batch,
+        # torchvision's own stem, since the tutorial's model has it
+        model=ModelConfig(name=MODEL, stem_stride=2),
+        augment=AugmentConfig(flip=0.5),
+    )
+    accelerator = start(config)
+    data = open_input(config)
+    preprocess = choose_preprocess(config.input, data.train, None)
+    model = zoo.build(config.model, len(data.classes), preprocess)
+    engine = Engine(config, accelerator, data, model, preprocess)
+    reports = itertools.chain.from_iterable(engine.train_epoch(e) for e in itertools.count())
+
+    def run() -> float:
+        began = time.perf_counter()
+        images = sum(report.images for report in itertools.islice(reports, steps))
+        return images / (time.perf_counter() - began)
+
+    return run
+
+
+def compare(side: int, rounds: int) -> dict[str, list[float]]:
+    """Images per second of both ways at one size."""
+    batch, steps = SETTINGS[side]
+    with tempfile.TemporaryDirectory() as scratch:
+        images, prepared = Path(scratch, "images"), Path(scratch, "prepared")
+        write_photographs(images, side, 2 * batch * steps)
+        prepare(PrepareOptions(source=str(images), out=prepared, quiet=True))
+        contestants = {
+            "tutorial": tutorial(images, side, batch, steps),
+            "distcls": ours(prepared, side, batch, steps),
+        }
+        return alternate(contestants, rounds)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
+    rounds = parser.parse_args().rounds
+    figures = {}
+    for side in SETTINGS:
+        rates = compare(side, rounds)
+        print(f"training {MODEL}, {side}x{side}, batch {SETTINGS[side][0]}")
+        print(table(rates, "tutorial"), end="\n\n", flush=True)
+        figures[f"ratio_{side}"] = round(ratio(rates, "distcls", "tutorial"), 2)
+        figures[f"images_per_s_{side}"] = {k: [round(r, 1) for r in v] for k, v in rates.items()}
+    finish("train_step", model=MODEL, **figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Building a config dataclass out of values from several places; the last place wins."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+
+from distcls.config.convert import Mismatch, convert
+from distcls.config.schema import describe, leaves
+from distcls.errors import BadValue, UsageError, did_you_mean
+
+C = TypeVar("C")
+
+
+class Given(NamedTuple):
+    """A raw value and where it came from, so that an error can say so."""
+
+    value: Any
+    source: str
+
+
+def read_yaml(path: Path) -> dict[str, Given]:
+    """Read a YAML file of nested keys into dotted ones. Raises UsageError if it cannot be read."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read config {path}: {_reason(error)}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it does not parse"
+        raise UsageError(f"{path}{where}: not valid YAML: {problem}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected keys with values at the top of the file")
+    return {key: Given(value, str(path)) for key, value in flatten(content).items()}
+
+
+def flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries to one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def build(cls: type[C], *layers: dict[str, Given]) -> C:
+    """Make a `cls` from layers of dotted values; later layers win.
+
+    Raises UsageError naming the key, the value, what is allowed and the place it was given.
+    """
+    given: dict[str, Given] = {}
+    for layer in layers:
+        given.update(layer)
+    known = {leaf.key: leaf for leaf in leaves(cls)}
+    values: dict[str, Any] = {}
+    for key, (raw, source) in given.items():
+        if key not in known:
+            raise UsageError(f"{source}: unknown key {key!r}{did_you_mean(key, known)}")
+        try:
+            values[key] = convert(raw, known[key].type)
+        except Mismatch:
+            expected = describe(known[key].type)
+            raise UsageError(
+                f"{source}: {key}: {raw!r} is not valid, expected {expected}"
+            ) from None
+    return typing.cast(C, _construct(cls, "", values, given))
+
+
+def _construct(cls: type, prefix: str, values: dict[str, Any], given: dict[str, Given]) -> Any:
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        key = prefix + field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            kind = typing.cast(type, hints[field.name])
+            arguments[field.name] = _construct(kind, key + ".", values, given)
+        elif key in values:
+            arguments[field.name] = values[key]
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            flag = key.replace("_", "-")
+            raise UsageError(f"{key} is missing; give it as --{flag}" + _or_config(given))
+    try:
+        return cls(**arguments)
+    except BadValue as error:
+        key = prefix + error.field
+        source = given[key].source + ": " if key in given else ""
+        raise UsageError(
+            f"{source}{key}: {error.value!r} is not valid, expected {error.expected}"
+        ) from None
+
+
+def _or_config(given: dict[str, Given]) -> str:
+    files = {g.source for g in given.values() if g.source.endswith((".yaml", ".yml"))}
+    return f" or in {', '.join(sorted(files))}" if files else ""
+
+
+def dump_yaml(config: Any) -> str:
+    """The config as YAML that `read_yaml` and `build` turn into an equal config."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

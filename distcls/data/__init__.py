@@ -1,0 +1,1 @@
+"""Dataset directories: made by `prepare`, read by everything else."""

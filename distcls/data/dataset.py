@@ -1,0 +1,196 @@
+"""A dataset directory, opened: splits of labelled images, from a pack or from files.
+
+manifest.parquet   image_id, path, label, split; where packed: offset, height, width, channels
+classes.json       class names in label order
+dataset.json       source, root of the paths (absolute or from here), counts, hashes, version
+pack.bin           decoded uint8 images, one after the other (optional)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from distcls.errors import BadImage, UsageError, did_you_mean
+from distcls.imaging import decode_file
+
+FORMAT = 1
+MANIFEST, CLASSES, INFO, PACK = "manifest.parquet", "classes.json", "dataset.json", "pack.bin"
+SPLITS = ("train", "val", "test")
+
+SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("path", pa.string()),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("offset", pa.int64()),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("channels", pa.int32()),
+    ]
+)
+"""Columns of manifest.parquet; `weight` (float64) and `group` (string) may follow."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The images of one split, in manifest order."""
+
+    name: str
+    folder: Path
+    root: Path
+    table: pa.Table
+    packed: bool
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @functools.cached_property
+    def image_ids(self) -> list[str]:
+        """The images' names, unique in the dataset."""
+        return list(self.table.column("image_id").to_pylist())
+
+    @functools.cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """Class index of each image, [N]."""
+        return np.asarray(self.table.column("label").to_numpy(), np.int64)
+
+    @functools.cached_property
+    def uniform(self) -> NDArray[np.uint8] | None:
+        """All packed images as one [N, H, W, C] view of the pack, where they allow it.
+
+        They do if they have one shape and lie one after the other, so a batch is one gather.
+        """
+        if not self.packed or not len(self):
+            return None
+        offsets, shapes = self._places
+        size = int(np.prod(shapes[0]))
+        if (shapes != shapes[0]).any() or (np.diff(offsets) != size).any():
+            return None
+        flat = self._pack[offsets[0] : offsets[0] + size * len(self)]
+        return flat.reshape(len(self), *shapes[0])
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """The decoded image at `index`, uint8 RGB [h, w, 3]. Raises BadImage with its name."""
+        if self.packed:
+            offsets, shapes = self._places
+            start, shape = int(offsets[index]), shapes[index]
+            pixels = self._pack[start : start + int(np.prod(shape))].reshape(shape)
+            return to_rgb(pixels)
+        path = self.root / self._paths[index]
+        try:
+            return decode_file(path)
+        except BadImage as error:
+            raise BadImage(f"{path}: {error}") from error
+
+    @functools.cached_property
+    def _pack(self) -> NDArray[np.uint8]:
+        return np.memmap(self.folder / PACK, np.uint8, mode="r")
+
+    @functools.cached_property
+    def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        columns = (self.table.column(name).to_numpy() for name in ("height", "width", "channels"))
+        shapes = np.stack([np.asarray(column, np.int64) for column in columns], axis=1)
+        return np.asarray(self.table.column("offset").to_numpy(), np.int64), shapes
+
+    @functools.cached_property
+    def _paths(self) -> list[str]:
+        return list(self.table.column("path").to_pylist())
+
+
+def to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[..., 1] or [..., 3] to [..., 3]; grey is repeated, as decoding a grey file does."""
+    if pixels.shape[-1] == 3:
+        return pixels
+    return np.repeat(pixels, 3, axis=-1)
+
+
+class Dataset:
+    """An opened dataset directory."""
+
+    def __init__(
+        self, folder: Path, classes: tuple[str, ...], info: dict[str, Any], table: pa.Table
+    ) -> None:
+        self.folder = folder
+        self.classes = classes
+        self.info = info
+        self.table = table
+
+    @classmethod
+    def open(cls, folder: Path) -> Dataset:
+        """Open what `distcls prepare` wrote. Raises UsageError if it is not whole or not known."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such dataset directory; distcls prepare makes one")
+        info = _read_json(folder / INFO)
+        if info.get("format") != FORMAT:
+            raise UsageError(f"{folder}: dataset format {info.get('format')!r}, expected {FORMAT}")
+        classes = tuple(_read_json(folder / CLASSES))
+        try:
+            table = pq.read_table(folder / MANIFEST)
+        except (OSError, pa.ArrowException) as error:
+            raise UsageError(f"{folder / MANIFEST}: cannot be read: {error}") from error
+        missing = set(SCHEMA.names) - set(table.column_names)
+        if missing:
+            raise UsageError(f"{folder / MANIFEST}: column {sorted(missing)[0]!r} is missing")
+        _check_pack(folder, info)
+        return cls(folder, classes, info, table)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the decoded images lie in a pack."""
+        return bool(self.info["packed"])
+
+    @property
+    def has_files(self) -> bool:
+        """Whether the images also exist as files of their own."""
+        return self.info["root"] is not None
+
+    def counts(self) -> dict[str, int]:
+        """Images per split, for the splits that have any."""
+        names = self.table.column("split").to_pylist()
+        return {split: names.count(split) for split in SPLITS if split in names}
+
+    def split(self, name: str, *, use_pack: bool | None = None) -> Split:
+        """One split. `use_pack` None takes the pack where there is one.
+
+        Raises UsageError for a split that does not exist or a way of reading that is not there.
+        """
+        counts = self.counts()
+        if name not in counts:
+            raise UsageError(f"{self.folder}: no split {name!r}{did_you_mean(name, counts)}")
+        packed = self.packed if use_pack is None else use_pack
+        if packed and not self.packed:
+            raise UsageError(f"{self.folder} has no pack; prepare it again with --pack on")
+        if not packed and not self.has_files:
+            raise UsageError(f"{self.folder} has its images in the pack alone; pack cannot be off")
+        rows = np.asarray(self.table.column("split").to_numpy(zero_copy_only=False)) == name
+        root = self.folder / (self.info["root"] or ".")  # an absolute root replaces the folder
+        return Split(name, self.folder, root, self.table.filter(pa.array(rows)), packed)
+
+
+def _check_pack(folder: Path, info: dict[str, Any]) -> None:
+    if not info["packed"]:
+        return
+    size = (folder / PACK).stat().st_size if (folder / PACK).exists() else 0
+    if size != info["pack_bytes"]:
+        raise UsageError(
+            f"{folder / PACK}: {size} bytes, expected {info['pack_bytes']}; prepare it again"
+        )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"{path}: {reason}; is {path.parent} a dataset directory?") from error

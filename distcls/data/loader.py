@@ -1,0 +1,128 @@
+"""From indices to batches of pixels, ahead of the step that needs them.
+
+Threads, not processes: OpenCV releases the interpreter's lock while it decodes and resizes, so
+threads scale with the cores, start at once and hand arrays over without copying them between
+processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import queue
+import threading
+import time
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distcls.data.dataset import Split, to_rgb
+from distcls.data.order import Indices
+from distcls.imaging import Preprocess
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Images uint8 [B, H, W, 3], labels int64 [B], and where they come from in the split."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Indices
+
+
+class Loader:
+    """Reads batches of a split in the order it is told, some of them ahead."""
+
+    def __init__(
+        self, split: Split, preprocess: Preprocess, *, workers: int, ahead: int, pin: bool = False
+    ) -> None:
+        self._split = split
+        self._preprocess = preprocess
+        self._ahead = ahead
+        self._pin = pin
+        self._workers = workers
+        self.waited = 0.0
+        """Seconds the consumer stood waiting for data so far."""
+
+    def batches(self, plan: Iterable[Indices]) -> Generator[Batch]:
+        """Yield a batch for each array of indices in `plan`.
+
+        Raises what reading raised (BadImage names the file) when its batch's turn comes.
+        """
+        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(self._ahead)
+        stopping = threading.Event()
+        reader = threading.Thread(
+            target=self._read, args=(plan, ready, stopping), name="distcls-loader", daemon=True
+        )
+        reader.start()
+        try:
+            while True:
+                start = time.perf_counter()
+                item = ready.get()
+                self.waited += time.perf_counter() - start
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopping.set()
+            while not ready.empty():
+                ready.get_nowait()
+            reader.join()
+
+    def load(self, indices: Indices, pool: ThreadPoolExecutor) -> Batch:
+        """Read and preprocess the images at `indices`."""
+        images = torch.from_numpy(self._pixels(indices, pool))
+        labels = torch.from_numpy(self._split.labels[indices])
+        if self._pin:
+            images, labels = images.pin_memory(), labels.pin_memory()
+        return Batch(images, labels, indices)
+
+    def _pixels(self, indices: Indices, pool: ThreadPoolExecutor) -> np.ndarray:
+        uniform = self._split.uniform
+        if uniform is not None and self._preprocess.keeps(uniform.shape[1:3]):
+            return to_rgb(uniform[indices])
+        return np.stack(list(pool.map(self._one, indices.tolist())))
+
+    def _one(self, index: int) -> np.ndarray:
+        return self._preprocess(self._split.image(index))
+
+    def _read(
+        self,
+        plan: Iterable[Indices],
+        ready: queue.Queue[Batch | BaseException | None],
+        stopping: threading.Event,
+    ) -> None:
+        end: BaseException | None = None
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="distcls-decode") as pool:
+            try:
+                for indices in plan:
+                    if not _put(ready, self.load(indices, pool), stopping):
+                        return
+            except BaseException as error:  # handed over: the consumer raises it
+                end = error
+        _put(ready, end, stopping)
+
+
+def _put(
+    ready: queue.Queue[Batch | BaseException | None],
+    item: Batch | BaseException | None,
+    stopping: threading.Event,
+) -> bool:
+    """Wait for room in the queue, unless the consumer has left."""
+    while not stopping.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+            return True
+        except queue.Full:
+            continue
+    return False
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

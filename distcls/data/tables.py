@@ -1,0 +1,176 @@
+"""Manifests: a CSV or Parquet table with one image a row.
+
+Columns, the first that is there of each: the file (path, file, filename, image, image_id), the
+label (label, class, category, target), and where given image_id, split, weight, group. Rows are
+counted from 1 and the header is not one of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distcls.data.source import SPLIT_NAMES, Record, Source, natural_order
+from distcls.errors import UsageError, did_you_mean
+
+SUFFIXES = (".csv", ".parquet")
+FILE_COLUMNS = ("path", "file", "filename", "image", "image_id")
+LABEL_COLUMNS = ("label", "class", "category", "target")
+
+Row = tuple[str, ...]
+
+
+def read_manifest(path: Path, names: tuple[str, ...] | None) -> Source:
+    """Read a manifest; relative paths start at its folder. Raises UsageError naming the row."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{path}: a manifest ends in {' or '.join(SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise UsageError(f"{path}: the manifest is empty (0 bytes)")
+    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _parquet_rows(path)
+    columns = _columns(path, next(rows))
+    table = [_fields(f"{path}, row {number}", row, columns) for number, row in enumerate(rows, 1)]
+    if not table:
+        raise UsageError(f"{path}: the manifest has a header but no rows")
+    _check_unique(path, table)
+    classes = names or natural_order(fields["label"] for fields in table)
+    index = {name: label for label, name in enumerate(classes)}
+    records = []
+    for number, fields in enumerate(table, 1):
+        label = fields.pop("label")
+        if label not in index:
+            hint = did_you_mean(label, classes)
+            raise UsageError(
+                f"{path}, row {number}: label {label!r} is not one of the classes{hint}"
+            )
+        records.append(Record(label=index[label], **fields))
+    folder = path.resolve().parent
+    return Source(
+        kind="manifest", location=str(path.resolve()), root=folder, classes=classes, records=records
+    )
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    """The header, then the rows; blank lines are passed over."""
+    number = -1
+    width = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            for row in csv.reader(handle, strict=True):
+                if not row:
+                    continue
+                number += 1
+                width = width or len(row)
+                if len(row) != width:
+                    raise UsageError(
+                        f"{path}, row {number}: {len(row)} values, but the header has {width}"
+                    )
+                yield tuple(row)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 after row {max(number, 0)}") from error
+    except csv.Error as error:
+        raise UsageError(f"{path}, row {number + 1}: not valid CSV: {error}") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    if number < 0:
+        raise UsageError(f"{path}: the manifest is empty")
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    """The header, then the rows as text; null is empty text."""
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            wanted = [name for name in schema.names if _wanted(name)]
+            for name in wanted:
+                _check_type(path, name, schema.field(name).type)
+            yield tuple(wanted)
+            for batch in file.iter_batches(columns=wanted):
+                columns = [batch.column(i).to_pylist() for i in range(batch.num_columns)]
+                for row in zip(*columns, strict=True):
+                    yield tuple("" if value is None else str(value) for value in row)
+    except (OSError, pa.ArrowException) as error:
+        raise UsageError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+def _wanted(name: str) -> bool:
+    known = (*FILE_COLUMNS, *LABEL_COLUMNS, "split", "weight", "group")
+    return name.strip().lower() in known
+
+
+def _check_type(path: Path, name: str, kind: Any) -> None:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    number = pa.types.is_integer(kind) or (
+        pa.types.is_floating(kind) and name.strip().lower() == "weight"
+    )
+    if not (text or number or pa.types.is_null(kind)):
+        raise UsageError(f"{path}: column {name!r} holds {kind}, expected text or integers")
+
+
+def _columns(path: Path, header: Row) -> dict[str, int]:
+    """Position of each column that is used, by what it is used for."""
+    names = [name.strip().lower() for name in header]
+    twice = [name for name in names if names.count(name) > 1 and _wanted(name)]
+    if twice:
+        raise UsageError(f"{path}: column {twice[0]!r} stands there more than once")
+    extras: tuple[str, ...] = ("split", "weight", "group")
+    found = {name: names.index(name) for name in extras if name in names}
+    for use, choices in (("path", FILE_COLUMNS), ("label", LABEL_COLUMNS)):
+        present = [name for name in choices if name in names]
+        if not present:
+            raise UsageError(
+                f"{path}: no column for the {'image' if use == 'path' else 'label'}; "
+                f"expected one of {', '.join(choices)}, found {', '.join(header)}"
+            )
+        found[use] = names.index(present[0])
+    found["image_id"] = names.index("image_id") if "image_id" in names else found["path"]
+    return found
+
+
+def _fields(where: str, row: Row, columns: dict[str, int]) -> dict[str, Any]:
+    """What a Record needs, the label still as text. Raises UsageError naming the row."""
+    values = {use: row[position] for use, position in columns.items()}
+    for use in ("path", "image_id", "label"):
+        if not values[use].strip():
+            raise UsageError(f"{where}: {use} is empty")
+    if "\0" in values["path"]:
+        raise UsageError(f"{where}: path {values['path']!r} holds a zero byte")
+    fields: dict[str, Any] = {use: values[use] for use in ("path", "image_id")}
+    fields["label"] = values["label"].strip()
+    if "split" in values:
+        split = values["split"].strip().lower()
+        if split not in SPLIT_NAMES:
+            raise UsageError(f"{where}: split {values['split']!r} is not one of train, val, test")
+        fields["split"] = SPLIT_NAMES[split]
+    if "weight" in values:
+        fields["weight"] = _weight(where, values["weight"])
+    if "group" in values:
+        fields["group"] = values["group"] or None
+    return fields
+
+
+def _weight(where: str, text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and weight >= 0):
+        raise UsageError(f"{where}: weight {text!r} is not a number of at least 0")
+    return weight
+
+
+def _check_unique(path: Path, table: list[dict[str, Any]]) -> None:
+    first: dict[str, int] = {}
+    for number, fields in enumerate(table, 1):
+        earlier = first.setdefault(fields["image_id"], number)
+        if earlier != number:
+            raise UsageError(
+                f"{path}, row {number}: {fields['image_id']!r} stands in row {earlier} already; "
+                "each image may be listed once"
+            )

@@ -1,0 +1,167 @@
+"""The evaluation of a model on a split, and the files that tell of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from distcls import log
+from distcls.data.dataset import Split
+from distcls.errors import UsageError, require
+from distcls.evaluation import plots
+from distcls.evaluation.metrics import Metrics, Tally
+from distcls.files import write_json, write_text
+from distcls.inference.inputs import from_split
+from distcls.inference.model import Model
+from distcls.inference.pipeline import stream
+from distcls.inference.writers import csv_line
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What `distcls evaluate` is asked."""
+
+    model: Path
+    """Model file: best.onnx, or a checkpoint best.pth."""
+    data: Path
+    """Dataset directory, as `distcls prepare` makes it."""
+    split: str = "test"
+    """Split of the dataset: train, val or test."""
+    out: Path | None = None
+    """Folder for metrics.json, per_class.csv, confusion.csv and confusion.png."""
+    batch_size: int = 256
+    """Images the model takes at a time."""
+    limit: int | None = None
+    """Take the first images only."""
+    workers: int | None = None
+    """Threads that decode; one a core unless given."""
+    json: bool = False
+    """Print one JSON object on standard output, for machines."""
+    quiet: bool = False
+    """Say nothing but warnings and errors."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        for name in ("limit", "workers"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one process found: its tally, and the images it could not use."""
+
+    tally: Tally
+    bad: list[str]
+
+
+def check_classes(model: Sequence[str], data: Sequence[str], where: str) -> None:
+    """Raise UsageError unless a model's classes are those of the data, in the same order."""
+    if len(model) != len(data):
+        raise UsageError(f"the model has {len(model)} classes, {where} has {len(data)}")
+    for index, (own, given) in enumerate(zip(model, data, strict=True)):
+        if own != given:
+            raise UsageError(
+                f"class {index} is {own!r} in the model and {given!r} in {where}; "
+                "their classes have to be the same in the same order"
+            )
+
+
+def evaluate_share(
+    model: Model,
+    split: Split,
+    *,
+    batch_size: int = 256,
+    limit: int | None = None,
+    workers: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Share:
+    """Run every `world_size`th image of a split, from `rank` on, through the model.
+
+    The shares of all ranks are the split, each image once. A bad image is named in the share; the
+    caller decides, for all ranks together, what that means.
+    """
+    classes = model.card.classes
+    source = from_split(split, classes)
+    indices = range(rank, min(len(split), limit or len(split)), world_size)
+    tally, bad = Tally(len(classes)), []
+    chunks = stream(source, model, indices=indices, batch_size=batch_size, workers=workers)
+    with (
+        contextlib.closing(chunks),
+        tqdm(total=len(indices), unit="img", disable=not log.show_progress()) as bar,
+    ):
+        for chunk in chunks:
+            good = np.array([error is None for error in chunk.errors])
+            tally.update(chunk.logits[good], split.labels[np.array(chunk.indices)[good]])
+            for index, error in zip(chunk.indices, chunk.errors, strict=True):
+                if error is not None:
+                    bad.append(f"{split.image_ids[index]}: {error}")
+            bar.update(len(chunk.indices))
+    return Share(tally, bad)
+
+
+def write_results(
+    folder: Path, metrics: Metrics, classes: Sequence[str], about: dict[str, Any]
+) -> None:
+    """Write metrics.json, per_class.csv, confusion.csv and, with matplotlib, confusion.png."""
+    write_json(folder / "metrics.json", {**about, **to_json(metrics, classes)})
+    columns = ("class", "precision", "recall", "f1", "support")
+    write_text(folder / "per_class.csv", _table([columns, *_per_class(metrics, classes)]))
+    header = ["truth", *classes]
+    rows = [[name, *row] for name, row in zip(classes, metrics.confusion.tolist(), strict=True)]
+    write_text(folder / "confusion.csv", _table([header, *rows]))
+    try:
+        plots.confusion(metrics.confusion, classes, folder / "confusion.png")
+    except UsageError as error:
+        log.warn(f"confusion.png is left out: {error}")
+
+
+def to_json(metrics: Metrics, classes: Sequence[str]) -> dict[str, Any]:
+    """All figures as plain values."""
+    keys = ("precision", "recall", "f1", "support")
+    per_class = {
+        name: dict(zip(keys, row, strict=True)) for name, *row in _per_class(metrics, classes)
+    }
+    return {"count": metrics.count, **metrics.scalars(), "per_class": per_class}
+
+
+def to_text(metrics: Metrics, classes: Sequence[str]) -> str:
+    """The figures as a table for people."""
+    width = max(8, *(len(name) for name in classes))
+    means = {
+        kind: [getattr(metrics, f"{kind}_{name}") for name in ("precision", "recall", "f1")]
+        for kind in ("macro", "weighted")
+    }
+    lines = [f"{'class':<{width}}  precision  recall      f1  support"]
+    lines += [_line(row, width) for row in _per_class(metrics, classes)]
+    lines.append("")
+    lines += [_line([kind, *row, metrics.count], width) for kind, row in means.items()]
+    lines += [
+        "",
+        f"images  {metrics.count:,}",
+        f"loss    {metrics.loss:.4f}",
+        f"top-1   {metrics.top1:.4f}",
+        f"top-5   {metrics.top5:.4f}",
+    ]
+    return "\n".join(lines)
+
+
+def _per_class(metrics: Metrics, classes: Sequence[str]) -> list[list[Any]]:
+    arrays = (metrics.precision, metrics.recall, metrics.f1, metrics.support)
+    return [list(row) for row in zip(classes, *(a.tolist() for a in arrays), strict=True)]
+
+
+def _line(row: Sequence[Any], width: int) -> str:
+    name, precision, recall, f1, support = row
+    return f"{name:<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7,}"
+
+
+def _table(rows: Sequence[Sequence[object]]) -> str:
+    return "".join(csv_line(row) for row in rows)

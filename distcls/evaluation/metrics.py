@@ -1,0 +1,199 @@
+"""Classification metrics from a tally that several processes can add up.
+
+A tally is a handful of sums, so that every sample counts once whatever the number of processes and
+the size of the last batch. NumPy alone: the metrics of a checkpoint and of its ONNX file come from
+the same lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distcls.errors import did_you_mean
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Mode = Literal["min", "max"]
+
+HIGHER_IS_BETTER = {
+    "loss": False,
+    "top1": True,
+    "top5": True,
+    "macro_precision": True,
+    "macro_recall": True,
+    "macro_f1": True,
+    "weighted_precision": True,
+    "weighted_recall": True,
+    "weighted_f1": True,
+}
+"""The metrics that early stopping and the choice of the best epoch may watch."""
+
+
+def default_mode(name: str) -> Mode:
+    """Whether a metric is best at its least or greatest. Raises ValueError for an unknown one."""
+    if name not in HIGHER_IS_BETTER:
+        raise ValueError(f"unknown metric {name!r}{did_you_mean(name, HIGHER_IS_BETTER)}")
+    return "max" if HIGHER_IS_BETTER[name] else "min"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Metrics:
+    """The figures of one evaluation. A quotient of nothing by nothing is 0, as in scikit-learn."""
+
+    loss: float
+    """Mean cross-entropy in nats."""
+    top1: float
+    """Part of the samples whose class has the greatest logit."""
+    top5: float
+    """Part of the samples whose class is among the greatest five logits (all of them if fewer)."""
+    count: int
+    """Samples."""
+    precision: Floats
+    """Of the samples predicted as a class, the part that is one; [K]."""
+    recall: Floats
+    """Of the samples of a class, the part that was predicted so; [K]."""
+    f1: Floats
+    """Harmonic mean of precision and recall, [K]."""
+    support: Integers
+    """Samples of each class, [K]."""
+    confusion: Integers
+    """Samples by true class (rows) and predicted class (columns), [K, K]."""
+
+    # Macro means run over the classes that occur, as truth or as prediction: scikit-learn does the
+    # same, and a class that a split lacks altogether says nothing about the model.
+
+    @property
+    def macro_precision(self) -> float:
+        """Mean precision over the classes that occur."""
+        return self._macro(self.precision)
+
+    @property
+    def macro_recall(self) -> float:
+        """Mean recall over the classes that occur."""
+        return self._macro(self.recall)
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 over the classes that occur."""
+        return self._macro(self.f1)
+
+    @property
+    def weighted_precision(self) -> float:
+        """Precision averaged by support."""
+        return self._weighted(self.precision)
+
+    @property
+    def weighted_recall(self) -> float:
+        """Recall averaged by support; equals top-1."""
+        return self._weighted(self.recall)
+
+    @property
+    def weighted_f1(self) -> float:
+        """F1 averaged by support."""
+        return self._weighted(self.f1)
+
+    def scalars(self) -> dict[str, float]:
+        """Every single figure by name, in the order of `HIGHER_IS_BETTER`."""
+        return {name: float(getattr(self, name)) for name in HIGHER_IS_BETTER}
+
+    def _macro(self, values: Floats) -> float:
+        occurs = (self.confusion.sum(axis=0) + self.support) > 0
+        return float(values[occurs].mean()) if occurs.any() else 0.0
+
+    def _weighted(self, values: Floats) -> float:
+        return float((values * self.support).sum() / max(1, self.count))
+
+
+class Tally:
+    """Sums over samples from which all metrics follow."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.confusion: Integers = np.zeros((num_classes, num_classes), np.int64)
+        self.loss_sum = 0.0
+        self.top5_hits = 0
+
+    @property
+    def count(self) -> int:
+        """Samples so far."""
+        return int(self.confusion.sum())
+
+    def update(self, logits: NDArray[np.float32], labels: Integers) -> None:
+        """Add a batch: `logits` [N, K] and the true classes `labels`, int64 [N].
+
+        Raises ValueError if the shapes do not fit or a label is no class.
+        """
+        classes = self.num_classes
+        if logits.ndim != 2 or logits.shape != (len(labels), classes):
+            raise ValueError(f"logits {logits.shape} for {len(labels)} labels, {classes} classes")
+        if not len(labels):
+            return
+        if labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"labels {labels.min()}..{labels.max()}, {classes} classes")
+        exact = logits.astype(np.float64)
+        of_truth = exact[np.arange(len(labels)), labels]
+        predicted = logits.argmax(axis=1)
+        pairs = np.bincount(labels * classes + predicted, minlength=classes * classes)
+        self.confusion += pairs.reshape(classes, classes)
+        self.loss_sum += float((_log_sum_exp(exact) - of_truth).sum())
+        self.top5_hits += _hits(exact, of_truth, labels, k=5)
+
+    def vector(self) -> Floats:
+        """All sums as float64 [K * K + 2]; vectors of several processes add up to the whole.
+
+        Counts are exact in float64 up to 2**53.
+        """
+        return np.concatenate([self.confusion.ravel(), [self.loss_sum, self.top5_hits]])
+
+    @classmethod
+    def from_vector(cls, vector: Floats, num_classes: int) -> Tally:
+        """The tally of a (summed) `vector`."""
+        tally = cls(num_classes)
+        tally.confusion = np.rint(vector[:-2]).astype(np.int64).reshape(num_classes, num_classes)
+        tally.loss_sum = float(vector[-2])
+        tally.top5_hits = round(float(vector[-1]))
+        return tally
+
+    def metrics(self) -> Metrics:
+        """The metrics so far."""
+        hits = np.diag(self.confusion).astype(np.float64)
+        support = self.confusion.sum(axis=1)
+        predicted = self.confusion.sum(axis=0)
+        count = self.count
+        return Metrics(
+            loss=self.loss_sum / max(1, count),
+            top1=float(hits.sum()) / max(1, count),
+            top5=self.top5_hits / max(1, count),
+            count=count,
+            precision=_quotient(hits, predicted),
+            recall=_quotient(hits, support),
+            f1=_quotient(2 * hits, support + predicted),
+            support=support,
+            confusion=self.confusion.copy(),
+        )
+
+
+def _log_sum_exp(logits: Floats) -> Floats:
+    """log(sum(exp(logits))) of each row, without overflow, [N]."""
+    peak = logits.max(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # a row with inf or NaN gives NaN, which the caller sees
+        return np.asarray(np.log(np.exp(logits - peak).sum(axis=1)) + peak[:, 0], np.float64)
+
+
+def _hits(logits: Floats, of_truth: Floats, labels: Integers, k: int) -> int:
+    """How many rows have their true class among the greatest `k`.
+
+    Of equal logits the lower class comes first, as in argmax, so that ties never help.
+    """
+    above = (logits > of_truth[:, None]).sum(axis=1)
+    earlier = np.arange(logits.shape[1]) < labels[:, None]
+    tied = ((logits == of_truth[:, None]) & earlier).sum(axis=1)
+    return int(((above + tied < k) & ~np.isnan(of_truth)).sum())
+
+
+def _quotient(numerator: Floats, denominator: Integers) -> Floats:
+    return np.asarray(np.where(denominator > 0, numerator / np.maximum(denominator, 1), 0.0))

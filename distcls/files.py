@@ -1,0 +1,134 @@
+"""Writing that no reader ever sees half of: beside its place, flushed, renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distcls.errors import DistclsError, UsageError
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename in it outlives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; it takes `path`'s place if the block ends well.
+
+    Raises DistclsError, naming the path and the free space, if the disk cannot take the file.
+    """
+    path = Path(path)
+    with writable(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(
+            prefix=f".{path.name}.", suffix=".part", dir=path.parent
+        )
+        os.close(descriptor)
+        part = Path(name)
+        try:
+            yield part
+            with part.open("rb") as handle:
+                os.fsync(handle.fileno())
+            part.chmod(0o666 & ~_umask())  # mkstemp's 0600 would keep colleagues from reading it
+            part.replace(path)
+            sync_folder(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder beside `path` to fill; it becomes `path` if the block ends well.
+
+    Raises UsageError if `path` exists: nothing is ever replaced silently.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path} exists already; choose another folder or remove it")
+    with writable(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        try:
+            yield part
+            for entry in part.rglob("*"):
+                _sync_file(entry)
+            part.chmod(0o777 & ~_umask())
+            part.replace(path)  # an empty folder in its place is replaced, as rename(2) allows
+            sync_folder(path.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Turn the system's refusals to write below `folder` into errors that say what to do."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UsageError(
+            f"{error.filename or folder} cannot be written: permission denied"
+        ) from error
+    except NotADirectoryError as error:
+        raise UsageError(f"{folder} cannot hold files: part of it is a file") from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise DistclsError(
+            f"writing below {folder} failed: {error.strerror} ({_free_space(folder)} free there)"
+        ) from error
+
+
+def require_writable(folder: Path) -> None:
+    """Create `folder` and prove that a file can be written in it; UsageError if not."""
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, indented for people."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def digest(path: Path, algorithm: str = "sha256") -> str:
+    """Hexadecimal digest of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, algorithm).hexdigest()
+
+
+def _sync_file(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _free_space(folder: Path) -> str:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"

@@ -1,0 +1,86 @@
+"""Decoding an image file into uint8 RGB, or saying in a few words why not.
+
+OpenCV decodes (measured on one core, 500x375 JPEG to 224: OpenCV 850 img/s, Pillow 240); it applies
+the EXIF orientation, turns CMYK and grey into RGB, scales 16 bits to 8 and drops alpha. Pillow reads
+the header first (16 us), which gives the allow-list of formats and the size before any pixel is
+decoded. OpenCV 5 refuses truncated JPEGs; older ones fill the rest with grey and say nothing.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from distcls.errors import BadImage
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+"""What is decoded, by content. The name's ending says nothing. Pillow counts MPO as JPEG."""
+
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".mpo")
+)
+"""Endings under which a folder is searched for images."""
+
+MAX_PIXELS = 100_000_000
+"""Largest width times height that is decoded (300 MB as RGB)."""
+
+_silenced = False
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decode the bytes of an image file to uint8 RGB [height, width, 3], upright.
+
+    Raises BadImage with the reason: empty, no known format, too large, corrupt or truncated.
+    """
+    _silence_opencv()
+    _check_header(data, max_pixels)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error as error:
+        raise BadImage(
+            "corrupt: " + (getattr(error, "err", "") or "OpenCV cannot decode it")
+        ) from error
+    if image is None:
+        raise BadImage("corrupt or truncated")
+    return np.asarray(image, np.uint8)
+
+
+def decode_file(path: Path, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """`decode` the file at `path`; a file that cannot be read is a BadImage too."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror}") from error
+    return decode(data, max_pixels)
+
+
+def _check_header(data: bytes, max_pixels: int) -> None:
+    if not data:
+        raise BadImage("empty file")
+    try:
+        with _open_header(data) as header:
+            width, height = header.size
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"too large: {error}") from error
+    except Exception as error:  # Pillow's parsers raise a dozen types on hostile headers
+        raise BadImage(f"not an image of a known format ({', '.join(FORMATS)})") from error
+    if width * height > max_pixels:
+        raise BadImage(f"too large: {width}x{height} pixels, at most {max_pixels:,} are decoded")
+
+
+def _open_header(data: bytes) -> Any:
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _silence_opencv() -> None:
+    """OpenCV prints its own complaint about every bad file; ours reach the user already."""
+    global _silenced
+    if not _silenced:
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        _silenced = True

@@ -1,0 +1,128 @@
+"""The one preprocessing: a decoded image to the size of the network's input, still uint8.
+
+Normalisation is not done here; it is part of the model (and of its ONNX graph), so that nobody can
+forget it or do it twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from distcls.errors import require
+from distcls.imaging.decode import decode, decode_file
+
+Resize = Literal["squash", "crop", "pad"]
+Interpolation = Literal["area", "linear", "cubic", "lanczos", "nearest"]
+RESIZES = get_args(Resize)
+INTERPOLATIONS = get_args(Interpolation)
+
+_CV2 = {
+    "area": cv2.INTER_AREA,
+    "linear": cv2.INTER_LINEAR,
+    "cubic": cv2.INTER_CUBIC,
+    "lanczos": cv2.INTER_LANCZOS4,
+    "nearest": cv2.INTER_NEAREST_EXACT,
+}
+
+Image = NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How an image becomes the network's input; travels inside every model file."""
+
+    size: tuple[int, int]
+    """Height and width of the network's input, in pixels."""
+    resize: Resize = "crop"
+    """squash ignores the aspect ratio; crop fills the frame and cuts the centre; pad shows all of
+    the image on black."""
+    interpolation: Interpolation = "area"
+    """area averages when shrinking (no aliasing) and is linear when enlarging."""
+    crop_fraction: float = 1.0
+    """With crop: the part of the resized image's fitting side that is kept (0.875: 256 to 224)."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of each RGB channel, of values scaled to 0..1; applied by the model."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of each RGB channel; applied by the model."""
+
+    def __post_init__(self) -> None:
+        require(min(self.size) >= 1, "size", self.size, "height and width of at least 1")
+        require(self.resize in RESIZES, "resize", self.resize, f"one of {', '.join(RESIZES)}")
+        names = ", ".join(INTERPOLATIONS)
+        known = self.interpolation in INTERPOLATIONS
+        require(known, "interpolation", self.interpolation, f"one of {names}")
+        fraction = self.crop_fraction
+        require(0 < fraction <= 1, "crop_fraction", fraction, "a number above 0 and at most 1")
+        require(min(self.std) > 0, "std", self.std, "numbers above 0")
+
+    def __call__(self, image: Image) -> Image:
+        """Bring uint8 RGB [h, w, 3] to uint8 RGB [size[0], size[1], 3]."""
+        if self.keeps(image.shape):
+            return image
+        if self.resize == "squash":
+            return self._scale(image, self.size)
+        if self.resize == "crop":
+            return self._crop(image)
+        return self._pad(image)
+
+    def keeps(self, shape: tuple[int, ...]) -> bool:
+        """Whether images of this shape (height, width, ...) pass unchanged."""
+        return shape[:2] == self.size and (self.crop_fraction == 1 or self.resize != "crop")
+
+    def file(self, path: Path) -> Image:
+        """Decode and preprocess a file. Raises BadImage."""
+        return self(decode_file(path))
+
+    def data(self, data: bytes) -> Image:
+        """Decode and preprocess the bytes of a file. Raises BadImage."""
+        return self(decode(data))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a model file's metadata."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Preprocess:
+        """The inverse of `to_json`."""
+        plain: dict[str, Any] = {}
+        for key, value in values.items():
+            plain[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**plain)
+
+    def _scale(self, image: Image, size: tuple[int, int]) -> Image:
+        height, width = size
+        if image.shape[:2] == size:
+            return image
+        flag = _CV2[self.interpolation]
+        return np.asarray(cv2.resize(image, (width, height), interpolation=flag), np.uint8)
+
+    def _crop(self, image: Image) -> Image:
+        (height, width), target = image.shape[:2], self.size
+        scale = max(target[0] / height, target[1] / width) / self.crop_fraction
+        frame = (max(target[0], round(height * scale)), max(target[1], round(width * scale)))
+        scaled = self._scale(image, frame)
+        top, left = (frame[0] - target[0]) // 2, (frame[1] - target[1]) // 2
+        return np.ascontiguousarray(scaled[top : top + target[0], left : left + target[1]])
+
+    def _pad(self, image: Image) -> Image:
+        (height, width), target = image.shape[:2], self.size
+        scale = min(target[0] / height, target[1] / width)
+        inner = tuple(
+            min(limit, max(1, round(side * scale)))
+            for side, limit in zip((height, width), target, strict=True)
+        )
+        canvas = np.zeros((*target, 3), np.uint8)
+        top, left = (target[0] - inner[0]) // 2, (target[1] - inner[1]) // 2
+        canvas[top : top + inner[0], left : left + inner[1]] = self._scale(
+            image, (inner[0], inner[1])
+        )
+        return canvas

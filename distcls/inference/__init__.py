@@ -1,0 +1,1 @@
+"""From images to predictions, without torch: ONNX session, streaming, batch prediction."""

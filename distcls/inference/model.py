@@ -1,0 +1,32 @@
+"""What prediction and evaluation ask of a model, be it a checkpoint or an ONNX file."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distcls.bundle import ModelCard
+
+
+class Model(Protocol):
+    """A model ready to answer."""
+
+    @property
+    def card(self) -> ModelCard:
+        """Its classes and preprocessing."""
+
+    @property
+    def provider(self) -> str:
+        """What computes, for people: an execution provider or a torch device."""
+
+    def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Preprocessed images, uint8 RGB [N, H, W, 3], to logits, float32 [N, K]."""
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Probabilities of each row, float32 [N, K]; the sums are taken in float64."""
+    exact = logits.astype(np.float64)
+    scaled = np.exp(exact - exact.max(axis=1, keepdims=True))
+    return np.asarray(scaled / scaled.sum(axis=1, keepdims=True), np.float32)

@@ -1,0 +1,1 @@
+"""Networks: built by name, fitted with a head, filled with weights, saved and opened again."""

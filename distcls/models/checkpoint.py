@@ -1,0 +1,98 @@
+"""`best.pth`: a state dict with its model card; read without unpickling anything."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distcls.bundle import ModelCard
+from distcls.config import build as build_config
+from distcls.config.load import Given, flatten
+from distcls.errors import UsageError
+from distcls.files import atomic_path
+from distcls.models import zoo
+from distcls.models.classifier import Classifier
+from distcls.models.config import ModelConfig
+
+
+class TorchModel:
+    """A checkpoint ready to classify; the torch counterpart of `inference.session.OnnxModel`."""
+
+    def __init__(self, model: Classifier, card: ModelCard, device: torch.device) -> None:
+        self.model = model.to(device).to(memory_format=torch.channels_last).eval()
+        self.card = card
+        self.device = device
+
+    @property
+    def provider(self) -> str:
+        """What computes, for the user to read."""
+        return f"PyTorch {torch.__version__} on {self.device}"
+
+    def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Logits, float32 [N, classes], of uint8 RGB images [N, H, W, 3]."""
+        with torch.inference_mode():
+            pixels = torch.from_numpy(images).to(self.device)
+            return np.asarray(self.model(pixels).float().cpu().numpy(), np.float32)
+
+
+def save_checkpoint(path: Path, model: Classifier, card: ModelCard) -> None:
+    """Write the weights and the card atomically."""
+    save_tensors(path, {"card": card.to_json(), "model": model.state_dict()})
+
+
+def read_checkpoint(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
+    """Card and state dict of a checkpoint. Raises UsageError if it is none of ours."""
+    content = load_tensors(path)
+    if "card" not in content or "model" not in content:
+        raise UsageError(f"{path}: not a checkpoint of distcls (no model card in it)")
+    return ModelCard.from_json(content["card"], str(path)), content["model"]
+
+
+def open_checkpoint(path: Path, device: str = "auto") -> TorchModel:
+    """Rebuild the network of a checkpoint and fill it. Raises UsageError if they do not fit."""
+    card, tensors = read_checkpoint(path)
+    given = {k: Given(v, str(path)) for k, v in flatten(card.architecture).items()}
+    model = zoo.build(build_config(ModelConfig, given), len(card.classes), card.preprocess)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UsageError(f"{path}: its weights do not fit its card: {error}") from error
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TorchModel(model, card, torch.device(device))
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """`torch.save` of tensors and plain values, written atomically."""
+    with atomic_path(path) as part:
+        torch.save(content, part)
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Load what `save_tensors` wrote; nothing in the file is executed.
+
+    Raises UsageError for anything else: a pickle with code in it, a truncated file, no file.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{path}: a folder, expected a checkpoint file") from error
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"{path}: refused, it holds pickled objects other than tensors and plain values; "
+            "nothing of it was run"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{path}: cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: holds {type(content).__name__}, expected a checkpoint")
+    return content

@@ -1,0 +1,36 @@
+"""`distcls predict`: predictions for many images as CSV, JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from distcls import log
+from distcls.config import parse
+from distcls.door import run
+from distcls.inference.predict import PredictOptions, check_output, predict
+from distcls.opening import open_model, open_source
+
+ABOUT = "Predict the class of many images; one row each, in input order, bad images included."
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, predict, tell."""
+    options = parse(PredictOptions, arguments, prog="distcls predict", about=ABOUT)
+    log.set_quiet(options.quiet)
+    source = open_source(options.input, options.split)
+    model = open_model(options.model)
+    check_output(options)
+    result = predict(model, source, options)
+    log.say(
+        f"{result.images:,} images, {result.errors:,} errors, {result.images_per_second:,.0f} "
+        f"images/s on {result.provider}: {result.out}"
+    )
+    if result.shown is not None:
+        log.say(f"drawn: {result.shown}")
+    if options.json:
+        print(json.dumps(result.to_json(), ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    run(main)

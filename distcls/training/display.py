@@ -1,0 +1,108 @@
+"""What a person sees of a run: the banner at its start, the bar while it goes on."""
+
+from __future__ import annotations
+
+import platform
+import time
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from distcls import log
+from distcls.data.loader import Loader
+from distcls.models.classifier import count_macs, count_parameters
+from distcls.training.config import TrainConfig
+from distcls.training.engine import Engine
+
+
+class Stopwatch:
+    """Rates since the last lap, from a clock that never jumps."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._start = time.perf_counter()
+        self._waited = loader.waited
+        self._images = 0
+
+    def count(self, images: int) -> None:
+        """Take note of images that were trained on."""
+        self._images += images
+
+    def lap(self) -> tuple[float, float]:
+        """Images per second and share of time spent waiting for data, since the last lap."""
+        now, waited = time.perf_counter(), self._loader.waited
+        seconds = max(now - self._start, 1e-9)
+        rates = self._images / seconds, min(1.0, (waited - self._waited) / seconds)
+        self._start, self._waited, self._images = now, waited, 0
+        return rates
+
+
+def banner(config: TrainConfig, engine: Engine) -> list[str]:
+    """What runs where, in a few lines."""
+    accelerator, preprocess = engine.accelerator, engine.preprocess
+    height, width = preprocess.size
+    macs = count_macs(engine.model, preprocess.size)
+    parameters = count_parameters(engine.model)
+    stride = config.model.resolved_stride(preprocess.size)
+    data = engine.data
+    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    store = "pack" if data.train.packed else "files"
+    return [
+        f"device     {_device(accelerator)}, {accelerator.num_processes} process(es), "
+        f"{precision}, {config.layout}",
+        f"model      {config.model.name}, stem stride {stride}, {parameters / 1e6:.2f} M parameters, "
+        f"{macs / 1e6:.1f} M MACs at {height}x{width}",
+        f"data       {config.data}: {len(data.train_samples):,} train, {len(data.val_samples):,} val, "
+        f"{len(data.classes)} classes, from {store}",
+        f"steps      {config.epochs} epochs of {engine.order.steps}, global batch {config.batch_size} "
+        f"= {accelerator.num_processes} process(es) x {config.accumulate} part(s)",
+        f"writes to  {config.out}",
+    ]
+
+
+def _device(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_name(accelerator.device)
+    machine = platform.processor() or platform.machine()
+    return f"{accelerator.device.type} ({machine}, {torch.get_num_threads()} threads)"
+
+
+def epoch_line(row: dict[str, float], epochs: int, best: bool) -> str:
+    """One finished epoch."""
+    return (
+        f"epoch {row['epoch']:>3.0f}/{epochs}  train loss {row['train_loss']:.4f}  "
+        f"val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:.4f}  "
+        f"{row['images_per_s']:,.0f} img/s  data wait {row['data_wait']:.0%}  "
+        f"{row['seconds']:.0f} s{'  best' if best else ''}"
+    )
+
+
+class Bar:
+    """The live bar of an epoch: step, loss, images/s, time left, share of waiting for data."""
+
+    def __init__(self, epoch: int, epochs: int, steps: int) -> None:
+        self._bar = tqdm(
+            total=steps,
+            desc=f"epoch {epoch}/{epochs}",
+            disable=not log.show_progress(),
+            leave=False,
+            unit="step",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining}{postfix}",
+        )
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def step(self) -> None:
+        """One more step is done."""
+        self._bar.update()
+
+    def rates(self, loss: float, images_per_s: float, data_wait: float) -> None:
+        """Show fresh figures."""
+        self._bar.set_postfix_str(
+            f"loss {loss:.3f}, {images_per_s:,.0f} img/s, data wait {data_wait:.0%}"
+        )

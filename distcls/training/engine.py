@@ -1,0 +1,223 @@
+"""One epoch of training and one pass of evaluation, on however many processes there are."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import reduce
+from torch import Tensor
+
+from distcls.data.augment import DRAWS, Augment
+from distcls.data.dataset import Split
+from distcls.data.loader import Batch, Loader, available_cores
+from distcls.data.order import DataOrder, Indices, share, uniforms
+from distcls.errors import UsageError
+from distcls.evaluation.metrics import Metrics, Tally
+from distcls.imaging import Preprocess
+from distcls.models.classifier import Classifier
+from distcls.training.config import TrainConfig
+from distcls.training.ema import Ema
+from distcls.training.input import TrainingInput
+from distcls.training.optimizer import make_optimizer
+from distcls.training.schedule import Schedule
+
+EVALUATION_BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One optimiser step, as the progress bar and metrics.jsonl show it."""
+
+    step: int
+    """Steps finished, over all epochs."""
+    images: int
+    """Images of its global batch."""
+    loss: Tensor
+    """This process's part of the batch's mean loss, on the device: reading it would wait."""
+    lr: float
+
+
+class Engine:
+    """Model, optimiser and data of a run, and how they move on by a step."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        data: TrainingInput,
+        model: Classifier,
+        preprocess: Preprocess,
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.data = data
+        self.preprocess = preprocess
+        self.model = model.to(accelerator.device)
+        if config.layout == "channels_last":
+            self.model.to(memory_format=torch.channels_last)
+        decay = config.ema.decay
+        self.ema = Ema(self.model, decay) if decay is not None else None
+        optimizer = make_optimizer(config.optimizer, self.model, config.lr)
+        # `parallel` is the model in its DDP and autocast wrappers; `model` stays the bare one
+        self.parallel, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.order = DataOrder(
+            samples=len(data.train_samples), batch_size=config.batch_size, seed=config.seed
+        )
+        self._check_batch_size()
+        self.schedule = Schedule.make(config.schedule, config.lr, self.order.steps, config.epochs)
+        self.augment = Augment(config.augment, preprocess.size)
+        canvas = preprocess
+        if self.augment.canvas != preprocess.size:
+            canvas = dataclasses.replace(preprocess, size=self.augment.canvas, crop_fraction=1.0)
+        self.train_loader = self._loader(data.train, canvas)
+        self.val_loader = self._loader(data.val, preprocess)
+
+    def train_epoch(self, epoch: int) -> Iterator[StepReport]:
+        """Run the steps of `epoch` (counted from 0), yielding after each."""
+        self.parallel.train()
+        done = epoch * self.order.steps
+        batches = self.train_loader.batches(self._plan(epoch))
+        with contextlib.closing(batches):
+            for step in range(self.order.steps):
+                begin, end = self.order.bounds(step)
+                lr = self.schedule.rate(done + step)
+                loss = self._step(epoch, done + step, lr, end - begin, batches)
+                yield StepReport(step=done + step + 1, images=end - begin, loss=loss, lr=lr)
+
+    def evaluate(self) -> Metrics:
+        """Metrics of the model to be saved (the average, where there is one) on validation.
+
+        Every process takes its share of the samples, none is padded, and the tallies are added.
+        """
+        self._average_buffers()
+        classes = len(self.data.classes)
+        tally = Tally(classes)
+        mine = share(self.data.val_samples, self.accelerator.process_index, self._world)
+        parts = np.array_split(mine, max(1, -(-len(mine) // EVALUATION_BATCH)))
+        best = self.best_model.eval()
+        with torch.inference_mode():
+            for batch in self.val_loader.batches(part for part in parts if len(part)):
+                # the class's own forward: prepare() put autocast around the instance's, and the
+                # figures shall be those of `distcls evaluate`
+                logits = Classifier.forward(best, batch.images.to(self.accelerator.device))
+                tally.update(logits.float().cpu().numpy(), batch.labels.numpy())
+        vector = torch.from_numpy(tally.vector()).to(self.accelerator.device)
+        total = reduce(vector, reduction="sum")
+        return Tally.from_vector(total.cpu().numpy(), classes).metrics()
+
+    @property
+    def best_model(self) -> Classifier:
+        """The model that is evaluated and saved."""
+        return self.model if self.ema is None else self.ema.model
+
+    def mean_loss(self, part: Tensor) -> float:
+        """The global batch's mean loss from each process's part of it."""
+        return float(reduce(part, reduction="sum"))
+
+    def tensors(self) -> dict[str, Any]:
+        """Everything that changes in training, for `load_tensors` of a later run."""
+        scaler = self.accelerator.scaler
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.model.state_dict(),
+            "ema_updates": None if self.ema is None else self.ema.updates,
+        }
+
+    def load_tensors(self, saved: dict[str, Any]) -> None:
+        """Go on from the tensors of an earlier run."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        if self.ema is not None:
+            self.ema.model.load_state_dict(saved["ema"])
+            self.ema.updates = saved["ema_updates"]
+
+    @property
+    def _world(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    def _step(
+        self, epoch: int, step: int, lr: float, images: int, batches: Iterator[Batch]
+    ) -> Tensor:
+        """One optimiser step over `accumulate` batches of this process."""
+        # dropout's randomness belongs to the step: nothing of it has to be saved for a resume
+        torch.manual_seed(_step_seed(self.config.seed, step, self.accelerator.process_index))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=self.accelerator.device)
+        for part in range(self.config.accumulate):
+            last = part == self.config.accumulate - 1
+            alone = contextlib.nullcontext() if last else self.accelerator.no_sync(self.parallel)
+            with alone:
+                loss = self._loss(epoch, next(batches)) / images
+                # DDP takes the mean over processes, so each has to count for all of them
+                self.accelerator.backward(loss * self._world)
+            total += loss.detach()
+        if self.config.optimizer.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(
+                self.parallel.parameters(), self.config.optimizer.clip_norm
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.model)
+        return total
+
+    def _loss(self, epoch: int, batch: Batch) -> Tensor:
+        """Sum of the losses of a batch."""
+        device = self.accelerator.device
+        draws = torch.from_numpy(uniforms(self.config.seed, epoch, batch.indices, DRAWS)).to(device)
+        images = self.augment(batch.images.to(device, non_blocking=True), draws)
+        logits = self.parallel(images)
+        labels = batch.labels.to(device, non_blocking=True)
+        smoothing = self.config.loss.label_smoothing
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+
+    def _plan(self, epoch: int) -> Iterator[Indices]:
+        """The samples of each of this process's batches in `epoch`."""
+        permutation = self.data.train_samples[self.order.permutation(epoch)]
+        for step in range(self.order.steps):
+            begin, end = self.order.bounds(step)
+            mine = share(permutation[begin:end], self.accelerator.process_index, self._world)
+            yield from np.array_split(mine, self.config.accumulate)
+
+    def _loader(self, split: Split, preprocess: Preprocess) -> Loader:
+        local = max(1, available_cores() // self._world)
+        workers = self.config.loader.workers or local
+        pin = self.accelerator.device.type == "cuda"
+        ahead = self.config.loader.ahead
+        return Loader(split, preprocess, workers=workers, ahead=ahead, pin=pin)
+
+    def _check_batch_size(self) -> None:
+        parts = self._world * self.config.accumulate
+        if self.order.smallest_batch < 2 * parts:
+            raise UsageError(
+                f"batch_size: {self.config.batch_size} is too small to share among "
+                f"{self._world} processes in {self.config.accumulate} parts each: batch "
+                "normalisation needs two images in every part"
+            )
+
+    @torch.no_grad()
+    def _average_buffers(self) -> None:
+        """Batch norm's running statistics, averaged: each process has seen its own images."""
+        if self._world == 1:
+            return
+        for module in {id(m): m for m in (self.model, self.best_model)}.values():
+            for buffer in module.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(reduce(buffer, reduction="mean"))
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    words = np.random.SeedSequence([seed, step, rank]).generate_state(2, np.uint32)
+    return int(words[0]) << 31 | int(words[1]) >> 1

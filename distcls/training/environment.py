@@ -1,0 +1,78 @@
+"""Where a run runs: processes, device, precision and threads, checked before the first step."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from distcls.data.loader import available_cores
+from distcls.errors import BadValue, DistclsError, UsageError
+from distcls.log import world_size
+from distcls.training.config import TrainConfig
+
+
+def start(config: TrainConfig) -> Accelerator:
+    """Join the other processes and set up device, precision and threads.
+
+    Raises UsageError if the run did not get the processes it was told to use, or if the device has
+    no such precision.
+    """
+    check_processes(config.processes)
+    precision = choose_precision(config.precision)
+    set_threads(config.threads)
+    # torch's default buckets copy every gradient once more
+    parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    mixed = "no" if precision == "fp32" else precision
+    # without cpu=True, accelerate ignores the other processes on a machine that has no GPU
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[parallel])
+    if accelerator.num_processes != world_size():
+        raise DistclsError(
+            f"{world_size()} processes were started, but accelerate sees "
+            f"{accelerator.num_processes}; each would train and write alone"
+        )
+    return accelerator
+
+
+def check_processes(wanted: int | None) -> None:
+    """Raise UsageError if there are not as many processes as were asked for."""
+    found = world_size()
+    if wanted is not None and found != wanted:
+        raise UsageError(
+            f"processes: {wanted} asked for, {found} running; start them with "
+            f"`accelerate launch --multi_gpu --num_processes {wanted} -m distcls.train ...` "
+            "(with --multi_gpu also on CPUs)"
+        )
+    # accelerate's launcher names a meeting point for several processes, then starts a single one
+    # where it finds neither GPUs nor mpirun (1.15: --cpu --num_processes 2)
+    meeting_point = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if meeting_point and "WORLD_SIZE" not in os.environ:
+        raise UsageError(
+            "accelerate was told to start several processes but started one; on CPUs add "
+            "--multi_gpu, or use `torchrun --standalone --nproc_per_node N -m distcls.train ...`"
+        )
+
+
+def choose_precision(wanted: str) -> str:
+    """`fp32`, `bf16` or `fp16`. Raises BadValue if the device cannot do what is wanted."""
+    cuda = torch.cuda.is_available()
+    if wanted == "auto":
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launcher in ("bf16", "fp16"):
+            wanted = launcher
+        elif not cuda:
+            return "fp32"
+        else:
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if wanted == "fp16" and not cuda:
+        raise BadValue("precision", wanted, "auto, fp32 or bf16: fp16 needs a GPU")
+    return wanted
+
+
+def set_threads(wanted: int | None) -> None:
+    """Share the cores among this machine's processes (launchers leave one thread to each)."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(wanted or max(1, available_cores() // local))

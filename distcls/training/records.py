@@ -1,0 +1,60 @@
+"""What a run writes for people and plots; only the main process holds one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from distcls.config import dump_yaml
+from distcls.errors import UsageError
+from distcls.evaluation.plots import curves
+from distcls.files import require_writable, write_text
+from distcls.training.config import TrainConfig
+
+CONFIG, METRICS, HISTORY, CURVES = "config.yaml", "metrics.jsonl", "history.csv", "curves.png"
+BEST, LAST = "best.pth", "last"
+
+
+def require_free(out: Path, resume: str) -> None:
+    """Raise UsageError if `out` holds a run that this one would overwrite."""
+    if resume == "none" and (out / CONFIG).exists():
+        raise UsageError(
+            f"{out} holds a run already; choose another --out, or continue it with --resume auto"
+        )
+
+
+class Records:
+    """config.yaml, metrics.jsonl, history.csv and curves.png of a run directory."""
+
+    def __init__(self, config: TrainConfig, step: int) -> None:
+        """Open the records of a run that has finished `step` steps; later lines are dropped."""
+        self.folder = config.out
+        self._monitor = config.monitor.metric
+        require_writable(self.folder)
+        write_text(self.folder / CONFIG, dump_yaml(config))
+        path = self.folder / METRICS
+        kept = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+        kept = [line for line in kept if json.loads(line)["step"] <= step]
+        write_text(path, "".join(line + "\n" for line in kept))
+        self._metrics = path.open("a", encoding="utf-8")
+
+    def line(self, kind: str, **values: Any) -> None:
+        """Append one JSON line to metrics.jsonl; it carries `kind` (step or epoch) and `step`."""
+        self._metrics.write(json.dumps({"kind": kind, **values}) + "\n")
+        self._metrics.flush()
+
+    def epochs(self, history: list[dict[str, float]]) -> None:
+        """Rewrite history.csv and curves.png from all epochs so far."""
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(history[-1]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        write_text(self.folder / HISTORY, table.getvalue())
+        curves(history, self.folder / CURVES, self._monitor)
+
+    def close(self) -> None:
+        """Close metrics.jsonl."""
+        self._metrics.close()

@@ -1,0 +1,95 @@
+"""How far a run is, and its full state on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distcls.config import dump_yaml
+from distcls.config.load import flatten
+from distcls.errors import UsageError
+from distcls.models.checkpoint import load_tensors, save_tensors
+from distcls.training.config import MonitorConfig, TrainConfig
+
+MAY_CHANGE = ("out", "resume", "quiet", "json", "processes", "threads", "log_every", "loader.")
+"""Config keys that a resumed run may give other values; all others shape the result."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """Everything a run has to remember besides tensors."""
+
+    epoch: int = 0
+    """Epochs finished."""
+    step: int = 0
+    """Optimiser steps finished."""
+    seconds: float = 0.0
+    """Training time so far, over all resumptions."""
+    best_score: float | None = None
+    best_epoch: int = 0
+    epochs_since_best: int = 0
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    """One row an epoch, as in history.csv."""
+
+    def judge(self, score: float, monitor: MonitorConfig) -> bool:
+        """Take the score of the epoch just finished; True if it is the best so far.
+
+        A score that is not a number is never an improvement.
+        """
+        better = not math.isnan(score) and (
+            self.best_score is None
+            or (
+                score > self.best_score + monitor.min_delta
+                if monitor.resolved_mode == "max"
+                else score < self.best_score - monitor.min_delta
+            )
+        )
+        if better:
+            self.best_score, self.best_epoch, self.epochs_since_best = score, self.epoch, 0
+        else:
+            self.epochs_since_best += 1
+        return better
+
+    def out_of_patience(self, monitor: MonitorConfig) -> bool:
+        """Whether early stopping is due."""
+        return monitor.patience is not None and self.epochs_since_best >= monitor.patience
+
+
+def save_state(
+    folder: Path, config: TrainConfig, progress: Progress, tensors: dict[str, Any]
+) -> None:
+    """Write the full state; the one before is replaced once this one is whole."""
+    content = {
+        "config": dump_yaml(config),
+        "progress": dataclasses.asdict(progress),
+        "tensors": tensors,
+    }
+    save_tensors(folder / "state.pth", content)
+
+
+def load_state(folder: Path, config: TrainConfig) -> tuple[Progress, dict[str, Any]] | None:
+    """Read the last full state, or None if there is none.
+
+    Raises UsageError if the config differs from the state's in a key that shapes the result.
+    """
+    path = folder / "state.pth"
+    if not path.exists():
+        return None
+    content = load_tensors(path)
+    _check_same_config(content["config"], dump_yaml(config), path)
+    return Progress(**content["progress"]), content["tensors"]
+
+
+def _check_same_config(saved: str, now: str, path: Path) -> None:
+    before, after = flatten(yaml.safe_load(saved)), flatten(yaml.safe_load(now))
+    for key in after:
+        if key.startswith(MAY_CHANGE) or before.get(key) == after[key]:
+            continue
+        raise UsageError(
+            f"{key}: {after[key]!r} given, but {path} was written with {before.get(key)!r}; "
+            "a resumed run keeps its config"
+        )

@@ -1,0 +1,48 @@
+"""Running the commands as a user does: in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = [
+    *("--epochs", "2", "--batch-size", "32", "--limit", "200", "--log-every", "2"),
+    *("--augment.crop-padding", "2", "--augment.rotate", "5", "--ema.decay", "0.9"),
+]
+"""Training options for the real loop in seconds."""
+
+
+def command(*arguments: object, module: str = "distcls.cli", processes: int = 1) -> list[str]:
+    """The command line of a module, on several processes if asked for."""
+    call = [sys.executable, "-m", module, *map(str, arguments)]
+    if processes == 1:
+        return call
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0"]
+    fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [call[0], *launcher, *fixed, "--num_processes", str(processes), *call[1:]]
+
+
+def run(
+    *arguments: object, module: str = "distcls.cli", processes: int = 1, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end and check its exit code."""
+    done = subprocess.run(
+        command(*arguments, module=module, processes=processes),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def train(data: Path, out: Path, *more: object, processes: int = 1, code: int = 0) -> str:
+    """Train in seconds; returns what was said."""
+    arguments = ["--data", data, "--out", out, *SMALL, *more]
+    return run(*arguments, module="distcls.train", processes=processes, code=code).stderr

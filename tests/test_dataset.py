@@ -1,0 +1,121 @@
+"""Opening dataset directories that prepare wrote, whole and damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from distcls.data.dataset import CLASSES, INFO, MANIFEST, PACK, SCHEMA, Dataset, to_rgb
+from distcls.data.prepare import PrepareOptions, prepare
+from distcls.errors import BadImage, UsageError
+from distcls.imaging import decode_file
+from tests.sources import put, tree
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Sixty grey digits, as files and packed."""
+    source = tree(tmp_path / "source", 60)
+    prepare(PrepareOptions(source=str(source), out=tmp_path / "data", quiet=True))
+    return tmp_path / "data"
+
+
+def test_counts_and_splits_agree(folder: Path) -> None:
+    data = Dataset.open(folder)
+    assert sum(data.counts().values()) == 60
+    assert data.info["counts"] == data.counts()
+    for name, count in data.counts().items():
+        split = data.split(name)
+        assert len(split) == len(split.labels) == len(split.image_ids) == count
+        assert split.labels.dtype == np.int64
+        for image_id, label in zip(split.image_ids, split.labels, strict=True):
+            assert image_id.split("/")[0] == data.classes[label]
+    assert data.packed
+    assert data.has_files
+
+
+def test_the_manifest_is_as_promised(folder: Path) -> None:
+    assert pq.read_schema(folder / MANIFEST).equals(SCHEMA, check_metadata=False)
+
+
+def test_pack_and_files_hold_the_same_images(folder: Path, tmp_path: Path) -> None:
+    data = Dataset.open(folder)
+    packed, files = data.split("train"), data.split("train", use_pack=False)
+    assert packed.uniform is not None
+    assert files.uniform is None
+    for index, image_id in enumerate(packed.image_ids):
+        expected = decode_file(tmp_path / "source" / image_id)
+        for found in (packed.image(index), files.image(index), to_rgb(packed.uniform[index])):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_images_of_several_sizes_are_not_uniform(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source", 60)
+    wide = np.random.default_rng(0).integers(0, 255, (5, 11, 3), np.uint8)
+    for label in range(10):
+        put(source / str(label) / "wide.png", wide)
+    prepare(PrepareOptions(source=str(source), out=tmp_path / "data", val_fraction=0, quiet=True))
+    split = Dataset.open(tmp_path / "data").split("train")
+    assert split.uniform is None
+    index = next(i for i, name in enumerate(split.image_ids) if name.endswith("wide.png"))
+    np.testing.assert_array_equal(split.image(index), wide)
+
+
+def test_a_file_that_went_bad_is_named(folder: Path, tmp_path: Path) -> None:
+    split = Dataset.open(folder).split("train", use_pack=False)
+    path = tmp_path / "source" / split.image_ids[2]
+    path.unlink()
+    with pytest.raises(BadImage, match=f"{path}: cannot be read"):
+        split.image(2)
+
+
+def test_a_wrong_split_is_answered_with_the_choices(folder: Path) -> None:
+    with pytest.raises(UsageError, match="no split 'tset'; did you mean 'test'"):
+        Dataset.open(folder).split("tset")
+
+
+def test_ways_of_reading_that_are_not_there(tmp_path: Path) -> None:
+    prepare(PrepareOptions(source="digits", out=tmp_path / "packed", limit=30, quiet=True))
+    with pytest.raises(UsageError, match="has its images in the pack alone"):
+        Dataset.open(tmp_path / "packed").split("train", use_pack=False)
+    options = PrepareOptions(
+        source=str(tree(tmp_path / "source", 60)), out=tmp_path / "files", pack="off", quiet=True
+    )
+    prepare(options)
+    with pytest.raises(UsageError, match="has no pack"):
+        Dataset.open(tmp_path / "files").split("train", use_pack=True)
+
+
+def test_what_is_not_whole_is_refused(folder: Path) -> None:
+    def refused(message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            Dataset.open(folder)
+
+    pack = (folder / PACK).read_bytes()
+    (folder / PACK).write_bytes(pack[:-1])
+    refused("3839 bytes, expected 3840")
+    (folder / PACK).unlink()
+    refused("0 bytes, expected 3840")
+    (folder / PACK).write_bytes(pack)
+    manifest = (folder / MANIFEST).read_bytes()
+    (folder / MANIFEST).write_bytes(manifest[:100])
+    refused("manifest.parquet: cannot be read")
+    (folder / MANIFEST).write_bytes(manifest)
+    pq.write_table(pq.read_table(folder / MANIFEST).drop_columns("split"), folder / MANIFEST)
+    refused("column 'split' is missing")
+    (folder / CLASSES).unlink()
+    refused("classes.json: No such file")
+    info = json.loads((folder / INFO).read_text())
+    (folder / INFO).write_text(json.dumps({**info, "format": 99}))
+    refused("dataset format 99, expected 1")
+    (folder / INFO).write_text("{")
+    refused("is .* a dataset directory")
+
+
+def test_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such dataset directory; distcls prepare makes one"):
+        Dataset.open(tmp_path / "nowhere")

@@ -1,0 +1,157 @@
+"""Every kind of input becomes the same ordered source."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tests import tiny_dataset
+
+from distcls.data.dataset import Dataset
+from distcls.errors import BadImage, UsageError
+from distcls.inference.inputs import open_input
+from distcls.opening import open_source
+
+
+def image(path: Path, value: int = 100) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done, data = cv2.imencode(".png", np.full((4, 4, 3), value, np.uint8))
+    assert done
+    path.write_bytes(data.tobytes())
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for value, name in enumerate(["b/2.png", "b/10.PNG", "a/x y.jpg", "z.webp", "a/ü,\n.bmp"]):
+        image(tmp_path / "in" / name, value)
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    return tmp_path / "in"
+
+
+def test_folder_is_searched_in_order(tree: Path) -> None:
+    source = open_input(str(tree))
+    assert source.image_ids == ["a/x y.jpg", "a/ü,\n.bmp", "b/10.PNG", "b/2.png", "z.webp"]
+    assert [int(source.load(index)[0, 0, 0]) for index in range(5)] == [2, 4, 1, 0, 3]
+    assert source.truths is None
+
+
+def test_links_are_followed_and_circles_end(tree: Path, tmp_path: Path) -> None:
+    image(tmp_path / "elsewhere" / "far.png")
+    (tree / "c").symlink_to(tmp_path / "elsewhere")
+    (tree / "b" / "up").symlink_to(tree)
+    assert "c/far.png" in open_input(str(tree)).image_ids
+    assert len(open_input(str(tree)).image_ids) == 6
+
+
+def test_a_name_that_is_not_utf8_is_made_printable(tmp_path: Path) -> None:
+    image(tmp_path / os.fsdecode(b"caf\xe9.png"), 7)
+    source = open_input(str(tmp_path))
+    assert source.image_ids == ["caf\\xe9.png"]
+    assert source.load(0)[0, 0, 0] == 7
+
+
+def test_glob(tree: Path) -> None:
+    assert open_input(f"{tree}/b/*").image_ids == ["10.PNG", "2.png"]
+    assert open_input(f"{tree}/*/2.png").image_ids == ["b/2.png"]
+    assert open_input(f"{tree}/**/*.png").image_ids == ["b/2.png"]
+
+
+def test_glob_below_the_working_folder(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tree)
+    source = open_input("*/*.jpg")
+    assert source.image_ids == ["a/x y.jpg"]
+    assert source.load(0)[0, 0, 0] == 2
+    assert open_input(".").image_ids[-1] == "z.webp"
+
+
+def test_one_image_even_with_wildcards_in_its_name(tmp_path: Path) -> None:
+    path = image(tmp_path / "a[1].png", 9)
+    source = open_input(str(path))
+    assert source.image_ids == ["a[1].png"]
+    assert source.load(0)[0, 0, 0] == 9
+
+
+@pytest.mark.parametrize("column", ["path", "file", "filename", "image", "image_id"])
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_manifest(tree: Path, column: str, ending: str) -> None:
+    names = ["z.webp", "b/2.png", "a/ü,\n.bmp", "missing.png"]
+    path = tree / f"list{ending}"
+    columns = {column: names, "label": ["007", None, "ü", "x"]}
+    if ending == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    else:
+        text = f'\ufeff{column},label\nz.webp,007\nb/2.png,\n"a/ü,\n.bmp",ü\nmissing.png,x\n'
+        path.write_text(text, encoding="utf-8", newline="")
+    source = open_input(str(path))
+    assert source.image_ids == names
+    assert list(source.truths or []) == ["007", None, "ü", "x"]
+    assert [int(source.load(index)[0, 0, 0]) for index in range(3)] == [3, 0, 4]
+    with pytest.raises(BadImage, match="cannot be read"):
+        source.load(3)
+
+
+def test_manifest_with_ids_of_its_own_and_absolute_paths(tree: Path, tmp_path: Path) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text(f"image_id,path\n1,{tree}/z.webp\n2,in/b/2.png\n")
+    source = open_input(str(path))
+    assert source.image_ids == ["1", "2"]
+    assert [int(source.load(index)[0, 0, 0]) for index in range(2)] == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "is empty"),
+        ("path\n", "lists no images"),
+        ("url,label\na,b\n", "expected one of path, file"),
+        ("path,label\na.png,1\n,2\n", "row 2: column 'path' is empty"),
+        ("path,label\na.png\n", "row 1: 1 values, expected 2"),
+        ('path\n"open\n', "cannot be read"),
+    ],
+)
+def test_bad_csv_manifests(tmp_path: Path, content: str, told: str) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=told):
+        open_input(str(path))
+
+
+def test_bad_parquet_manifest(tmp_path: Path) -> None:
+    (tmp_path / "list.parquet").write_bytes(b"")
+    with pytest.raises(UsageError, match="cannot be read"):
+        open_input(str(tmp_path / "list.parquet"))
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file or folder"):
+        open_input(str(tmp_path / "missing"))
+    with pytest.raises(UsageError, match="no images in this folder"):
+        open_input(str(tmp_path))
+    with pytest.raises(UsageError, match="no file matches"):
+        open_input(str(tmp_path / "*.png"))
+
+
+def test_dataset_directory(tmp_path: Path) -> None:
+    images, labels = tiny_dataset.coloured(6)
+    splits = ["train", "test", "train", "test", "val", "test"]
+    names = ("red", "green", "blue")
+    folder = tiny_dataset.write(tmp_path / "d", list(images), labels, names, splits=splits)
+    source = open_source(str(folder))
+    assert source.image_ids == ["image 0001", "image 0003", "image 0005"]
+    assert source.truths == [names[labels[index]] for index in (1, 3, 5)]
+    np.testing.assert_array_equal(source.load(1), images[3])
+    assert open_source(str(folder), "val").image_ids == ["image 0004"]
+    with pytest.raises(UsageError, match="no split 'dev'"):
+        open_source(str(folder), "dev")
+    assert len(Dataset.open(folder).split("train")) == 2
+
+
+def test_split_of_a_plain_folder_is_refused(tree: Path) -> None:
+    with pytest.raises(UsageError, match="not a dataset directory"):
+        open_source(str(tree), "test")

@@ -1,0 +1,142 @@
+"""The stream: order, bad images, bounds, and the same numbers by every way."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests import tiny_dataset
+from tests import tiny_onnx
+from numpy.typing import NDArray
+
+from distcls.bundle import ModelCard
+from distcls.data.dataset import Dataset
+from distcls.errors import BadImage
+from distcls.inference.inputs import Source, from_split
+from distcls.inference.pipeline import stream
+from distcls.inference.session import OnnxModel
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> OnnxModel:
+    return OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"))
+
+
+def source_of(images: NDArray[np.uint8], bad: frozenset[int] = frozenset()) -> Source:
+    def load(index: int) -> NDArray[np.uint8]:
+        if index in bad:
+            raise BadImage(f"number {index}")
+        time.sleep((index * 7919 % 5) / 5000)  # so that images are ready out of order
+        return images[index]
+
+    return Source(image_ids=[str(index) for index in range(len(images))], load=load)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
+def test_order_whatever_the_batch_and_the_workers(model: OnnxModel, batch_size: int) -> None:
+    images, _ = tiny_dataset.coloured(101)
+    chunks = list(stream(source_of(images), model, batch_size=batch_size, workers=5))
+    assert [index for chunk in chunks for index in chunk.indices] == list(range(101))
+    logits = np.concatenate([chunk.logits for chunk in chunks])
+    np.testing.assert_allclose(logits, tiny_onnx.expected_logits(images), rtol=1e-5)
+
+
+def test_a_bad_image_changes_no_other(model: OnnxModel) -> None:
+    images, _ = tiny_dataset.coloured(50)
+    bad = frozenset({0, 13, 14, *range(24, 32), 49})
+    chunks = list(stream(source_of(images, bad), model, batch_size=8, workers=3))
+    errors = [error for chunk in chunks for error in chunk.errors]
+    assert {index for index, error in enumerate(errors) if error} == bad
+    assert errors[13] == "number 13"
+    logits = np.concatenate([chunk.logits for chunk in chunks])
+    good = [index for index in range(50) if index not in bad]
+    np.testing.assert_allclose(logits[good], tiny_onnx.expected_logits(images)[good], rtol=1e-5)
+    assert np.isnan(logits[sorted(bad)]).all()
+
+
+@dataclasses.dataclass
+class Broken:
+    """Gives infinity for bright images, and proves that it was asked for more than one."""
+
+    card: ModelCard
+    provider: str = "test"
+    largest: int = 0
+
+    def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.largest = max(self.largest, len(images))
+        logits = tiny_onnx.expected_logits(images)
+        logits[images.max(axis=(1, 2, 3)) == 255, 1] = np.inf
+        return logits
+
+
+def test_output_that_is_not_finite_is_an_error_of_that_image() -> None:
+    images, _ = tiny_dataset.coloured(10)
+    images[4] = 255
+    broken = Broken(tiny_onnx.card())
+    (chunk,) = stream(source_of(images), broken, batch_size=16)
+    assert [index for index, error in enumerate(chunk.errors) if error] == [4]
+    assert chunk.errors[4] == "the model's output is not finite"
+    assert broken.largest == 10
+
+
+def test_only_a_few_batches_are_ahead_of_the_model() -> None:
+    images, _ = tiny_dataset.coloured(400)
+    loaded, answered, ahead = 0, 0, 0
+    lock = threading.Lock()
+
+    def load(index: int) -> NDArray[np.uint8]:
+        nonlocal loaded
+        with lock:
+            loaded += 1
+        return images[index]
+
+    source = Source(image_ids=[""] * 400, load=load)
+    for chunk in stream(source, Broken(tiny_onnx.card()), batch_size=8, workers=2):
+        time.sleep(0.002)
+        with lock:
+            ahead = max(ahead, loaded - answered)
+        answered += len(chunk.indices)
+    assert answered == 400
+    assert 16 <= ahead <= 8 * 8
+
+
+def test_a_bug_in_loading_is_raised_and_leaves_no_thread(model: OnnxModel) -> None:
+    def load(index: int) -> NDArray[np.uint8]:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(stream(Source(image_ids=["a"] * 9, load=load), model, batch_size=2))
+    assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pack_and_files_give_the_same(tmp_path: Path, model: OnnxModel, channels: int) -> None:
+    images, labels = tiny_dataset.coloured(21)
+    rows = list(images[..., :channels])
+    folder = tiny_dataset.write(tmp_path / "d", rows, labels, tiny_onnx.COLOURS, files=True)
+    dataset = Dataset.open(folder)
+    answers = []
+    for use_pack in (True, False):
+        source = from_split(dataset.split("test", use_pack=use_pack), dataset.classes)
+        assert (source.uniform is not None) == use_pack
+        chunks = list(stream(source, model, batch_size=4, indices=range(1, 21, 3)))
+        assert [index for chunk in chunks for index in chunk.indices] == list(range(1, 21, 3))
+        answers.append(np.concatenate([chunk.logits for chunk in chunks]))
+    np.testing.assert_array_equal(answers[0], answers[1])
+    expected = np.broadcast_to(np.stack(rows), (21, 8, 8, 3))[1:21:3]
+    np.testing.assert_allclose(answers[0], tiny_onnx.expected_logits(expected), rtol=1e-5)
+
+
+def test_a_pack_of_another_size_is_preprocessed(tmp_path: Path, model: OnnxModel) -> None:
+    images, labels = tiny_dataset.coloured(9, size=16)
+    folder = tiny_dataset.write(tmp_path / "d", list(images), labels, tiny_onnx.COLOURS)
+    dataset = Dataset.open(folder)
+    source = from_split(dataset.split("test"), dataset.classes)
+    chunks = list(stream(source, model, batch_size=4))
+    resized = np.stack([model.card.preprocess(image) for image in images])
+    logits = np.concatenate([chunk.logits for chunk in chunks])
+    np.testing.assert_allclose(logits, tiny_onnx.expected_logits(resized), rtol=1e-5)

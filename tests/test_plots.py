@@ -1,0 +1,122 @@
+"""The pictures are drawn, show what they should, and need matplotlib only when drawn."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from distcls.evaluation import plots
+
+ROWS = [
+    {
+        "epoch": float(epoch),
+        "train_loss": 2.0 / epoch,
+        "val_loss": 2.2 / epoch,
+        "val_top1": 1 - 0.5 / epoch,
+        "lr": 1e-3 / epoch,
+    }
+    for epoch in range(1, 13)
+]
+
+
+def pixels(path: Path) -> NDArray[np.uint8]:
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+    assert image is not None
+    return np.asarray(image, np.uint8)
+
+
+def near(image: NDArray[np.uint8], colour: str) -> int:
+    """How many pixels have a colour given as #rrggbb."""
+    wanted = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)])
+    return int((np.abs(image.astype(int) - wanted).max(axis=-1) < 12).sum())
+
+
+@pytest.mark.parametrize("number", [1, 2, 10, 21, 100])
+def test_confusion_matrix_of_any_size(tmp_path: Path, number: int) -> None:
+    rng = np.random.default_rng(0)
+    matrix = np.diag(rng.integers(10, 90, number)) + rng.integers(0, 3, (number, number))
+    names = [f"$class {index}$ й" for index in range(number)]
+    plots.confusion(matrix, names, tmp_path / "confusion.png")
+    image = pixels(tmp_path / "confusion.png")
+    assert 400 < image.shape[0] < 2500
+    assert image.std() > 5
+    assert [path.name for path in tmp_path.iterdir()] == ["confusion.png"]
+
+
+def test_confusion_shows_a_class_without_samples_and_names_without_glyphs(tmp_path: Path) -> None:
+    matrix = np.array([[5, 0], [0, 0]])
+    plots.confusion(matrix, ["猫", "𓀀"], tmp_path / "c.png")
+    assert pixels(tmp_path / "c.png").std() > 5
+
+
+def test_curves_show_both_losses_and_the_best_epoch(tmp_path: Path) -> None:
+    plots.curves(ROWS, tmp_path / "curves.png", "top1")
+    image = pixels(tmp_path / "curves.png")
+    assert near(image, plots.ORANGE) > 100
+    assert near(image, plots.BLUE) > 200
+    without = [{k: v for k, v in row.items() if k != "train_loss"} for row in ROWS]
+    plots.curves(without, tmp_path / "less.png", "val_top1")
+    assert near(pixels(tmp_path / "less.png"), plots.ORANGE) == 0
+
+
+@pytest.mark.parametrize("monitor", ["loss", "top1", "macro_f1"])
+def test_curves_take_one_epoch_gaps_and_unknown_monitors(tmp_path: Path, monitor: str) -> None:
+    plots.curves([ROWS[0]], tmp_path / "one.png", monitor)
+    gaps = [dict(row) for row in ROWS]
+    gaps[3]["val_loss"] = float("nan")
+    del gaps[5]["val_top1"]
+    plots.curves(gaps, tmp_path / "gaps.png", monitor)
+    assert (tmp_path / "one.png").exists()
+    assert (tmp_path / "gaps.png").exists()
+
+
+@pytest.mark.parametrize(("monitor", "epoch"), [("loss", 2), ("top1", 3)])
+def test_best_epoch_follows_the_direction_of_the_metric(monitor: str, epoch: int) -> None:
+    rows = [
+        {"epoch": 1.0, "val_loss": 0.9, "val_top1": 0.5},
+        {"epoch": 2.0, "val_loss": 0.3, "val_top1": 0.7},
+        {"epoch": 3.0, "val_loss": 0.4, "val_top1": 0.8},
+    ]
+    best = plots._best_row(rows, monitor)
+    assert best is not None
+    assert best["epoch"] == epoch
+
+
+def test_missing_matplotlib_names_the_extra() -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from distcls.errors import UsageError\n"
+        "from distcls.evaluation import plots\n"
+        "import numpy as np, pathlib\n"
+        "for draw in (lambda p: plots.curves([{'epoch': 1.0}], p),\n"
+        "             lambda p: plots.confusion(np.eye(2, dtype=int), ['a', 'b'], p)):\n"
+        "    try: draw(pathlib.Path('never.png'))\n"
+        "    except UsageError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count('pip install "distcls[plot]"') == 2
+
+
+def test_torch_free_rooms_load_neither_torch_nor_matplotlib() -> None:
+    modules = [
+        *(f"distcls.inference.{p.stem}" for p in Path("distcls/inference").glob("*.py")),
+        *(f"distcls.evaluation.{p.stem}" for p in Path("distcls/evaluation").glob("*.py")),
+        "distcls.predict",
+        "distcls.evaluate",
+        "distcls.opening",
+    ]
+    names = [name.removesuffix(".__init__") for name in modules]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "print([m for m in ('torch', 'matplotlib', 'sklearn', 'onnx') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(names) > 12
+    assert done.stdout.strip() == "[]"
