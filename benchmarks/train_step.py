@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torchvision import datasets, models, transforms
 
 from benchmarks.common import Contestant, alternate, finish, ratio, table
+from distcls.cores import available_cores
 from distcls.data.config import AugmentConfig
-from distcls.data.loader import available_cores
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.models import zoo
 from distcls.models.config import ModelConfig

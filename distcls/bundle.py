@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from distcls import __version__
-from distcls.errors import UsageError
+from distcls.errors import BadValue, UsageError
 from distcls.imaging import Preprocess
 
 PREFIX = "distcls."
@@ -57,7 +57,7 @@ class ModelCard:
                 training=dict(values["training"]),
                 certificate=values["certificate"],
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, BadValue) as error:
             raise UsageError(f"{where}: not a model written by distcls ({error})") from error
 
     def to_metadata(self) -> dict[str, str]:

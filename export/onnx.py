@@ -1,4 +1,4 @@
-"""`python -m export.onnx --ckpt best.pth`: a checkpoint to ONNX, checked on real images, or no file.
+"""`python -m export.onnx --ckpt best.pth`: a checkpoint to ONNX, proven on images, or no file.
 
 The graph takes pixels: input `images`, uint8 [N, H, W, 3] RGB; normalisation and change of layout
 are inside. Outputs `logits` and `probabilities`, float32 [N, classes]. N is free.

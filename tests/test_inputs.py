@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests import tiny_dataset
 
 from distcls.data.dataset import Dataset
 from distcls.errors import BadImage, UsageError
 from distcls.inference.inputs import open_input
 from distcls.opening import open_source
+from tests import tiny_dataset
 
 
 def image(path: Path, value: int = 100) -> Path:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests import tiny_dataset
-from tests import tiny_onnx
 from numpy.typing import NDArray
 
 from distcls.bundle import ModelCard
@@ -19,6 +17,7 @@ from distcls.errors import BadImage
 from distcls.inference.inputs import Source, from_split
 from distcls.inference.pipeline import stream
 from distcls.inference.session import OnnxModel
+from tests import tiny_dataset, tiny_onnx
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from tests import tiny_onnx
 from onnx import TensorProto
 
 from distcls.errors import UsageError
 from distcls.inference.external_data import check_external_data
 from distcls.inference.model import softmax
 from distcls.inference.session import OnnxModel
+from tests import tiny_onnx
 
 
 def images(count: int) -> np.ndarray:
@@ -158,7 +158,6 @@ def test_external_data_outside_the_folder_is_refused(tmp_path: Path, location: s
 
 def test_external_data_in_a_subgraph_is_found(tmp_path: Path) -> None:
     value = onnx.helper.make_tensor("hidden", TensorProto.FLOAT, [1], [0.0])
-    onnx.external_data_helper.set_external_data  # noqa: B018 - loads the helper
     value.data_location = TensorProto.EXTERNAL
     value.external_data.add(key="location", value="../../etc/passwd")
     constant = onnx.helper.make_node("Constant", [], ["c"], value=value)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from distcls.config.convert import Mismatch, convert
 from distcls.config.load import Given, build, read_yaml
 from distcls.config.schema import MISSING, Leaf, describe, leaves
 from distcls.errors import UsageError, did_you_mean
@@ -39,7 +40,7 @@ def parse(
     """
     fields = leaves(cls)
     parser = _parser(fields, prog, about, config)
-    options, unknown = parser.parse_known_args(arguments)
+    options, unknown = parser.parse_known_args(_spelt_out(arguments, fields))
     if unknown:
         names = [_flag(leaf) for leaf in fields if not leaf.positional] + ["--config"] * config
         name = unknown[0].partition("=")[0]
@@ -54,6 +55,24 @@ def parse(
     return build(cls, *layers, flags)
 
 
+def _spelt_out(arguments: Sequence[str], fields: list[Leaf]) -> list[str]:
+    """`--quiet INPUT` to `--quiet=true INPUT`: argparse would take INPUT for the flag's value."""
+    booleans = {name for leaf in fields if leaf.type is bool for name in _names(leaf)}
+    words = list(arguments)
+    for place, word in enumerate(words):
+        if word in booleans and not _is_boolean("".join(words[place + 1 : place + 2])):
+            words[place] = f"{word}=true"
+    return words
+
+
+def _is_boolean(word: str) -> bool:
+    try:
+        convert(word, bool)
+    except Mismatch:
+        return False
+    return True
+
+
 def _parser(fields: list[Leaf], prog: str, about: str, config: bool) -> argparse.ArgumentParser:
     parser = _Parser(prog=prog, description=about, allow_abbrev=False)
     if config:
@@ -66,10 +85,13 @@ def _parser(fields: list[Leaf], prog: str, about: str, config: bool) -> argparse
             name = leaf.key.upper()
             parser.add_argument(leaf.key, metavar=name, help=text, nargs=count)
             continue
-        names = list(dict.fromkeys([_flag(leaf), "--" + leaf.key]))
         extra: dict[str, Any] = {"nargs": "?", "const": "true"} if leaf.type is bool else {}
-        parser.add_argument(*names, dest=leaf.key, metavar="V", help=text, **extra)
+        parser.add_argument(*_names(leaf), dest=leaf.key, metavar="V", help=text, **extra)
     return parser
+
+
+def _names(leaf: Leaf) -> list[str]:
+    return list(dict.fromkeys([_flag(leaf), "--" + leaf.key]))
 
 
 def _flag(leaf: Leaf) -> str:

@@ -20,7 +20,8 @@ def convert(raw: Any, kind: Any) -> Any:
     Text is read generously, since flags know nothing else and YAML reads `1e-3` as text. Raises
     Mismatch if no alternative of `kind` takes it.
     """
-    for member in members(kind):
+    # null first: text would take the word `null` of a flag for a value
+    for member in sorted(members(kind), key=lambda member: member is not type(None)):
         try:
             return _convert_one(raw, member)
         except Mismatch:
@@ -71,7 +72,7 @@ def _number(raw: Any, kind: type) -> Any:
         raise Mismatch
     try:
         number = kind(raw)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise Mismatch from error
     if isinstance(raw, float) and number != raw:  # int(0.5) would cut silently
         raise Mismatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -64,6 +65,7 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
     values: dict[str, Any] = {}
     for key, (raw, source) in given.items():
         if key not in known:
+            _refuse_section(key, source, known)
             raise UsageError(f"{source}: unknown key {key!r}{did_you_mean(key, known)}")
         try:
             values[key] = convert(raw, known[key].type)
@@ -73,6 +75,13 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
                 f"{source}: {key}: {raw!r} is not valid, expected {expected}"
             ) from None
     return typing.cast(C, _construct(cls, "", values, given))
+
+
+def _refuse_section(key: str, source: str, known: Iterable[str]) -> None:
+    """Say so if `key` holds other keys, as a section left empty in YAML does not."""
+    inside = [name for name in known if name.startswith(key + ".")]
+    if inside:
+        raise UsageError(f"{source}: {key!r} takes keys of its own: {', '.join(inside)}")
 
 
 def _construct(cls: type, prefix: str, values: dict[str, Any], given: dict[str, Given]) -> Any:

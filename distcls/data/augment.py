@@ -77,7 +77,11 @@ class Augment:
         theta = torch.stack([torch.stack(row_x, 1), torch.stack(row_y, 1)], 1)
         grid = F.affine_grid(theta, [len(images), 3, *self.size], align_corners=False)
         pixels = images.permute(0, 3, 1, 2).float()
-        warped = F.grid_sample(pixels, grid, mode="bilinear", align_corners=False)
+        # a plain crop never leaves the image, but interpolation at its rim would mix black in
+        outside = "zeros" if self.config.rotate or self.config.crop_padding else "border"
+        warped = F.grid_sample(
+            pixels, grid, mode="bilinear", padding_mode=outside, align_corners=False
+        )
         return warped.permute(0, 2, 3, 1)
 
     def _boxes(self, draws: Tensor, height: int, width: int) -> tuple[Tensor, ...]:

@@ -29,6 +29,12 @@ class InputConfig:
     crop_fraction: float | None = None
     """With crop: the part of the resized image that is kept; unset, the weights' own, else 1."""
 
+    def __post_init__(self) -> None:
+        size, fraction = self.size, self.crop_fraction
+        require(size is None or min(size) >= 1, "size", size, "height and width of at least 1")
+        valid = fraction is None or 0 < fraction <= 1
+        require(valid, "crop_fraction", fraction, "a number above 0 and at most 1, or null")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoaderConfig:

@@ -35,7 +35,7 @@ class EvaluateOptions:
     """Split of the dataset: train, val or test."""
     out: Path | None = None
     """Folder for metrics.json, per_class.csv, confusion.csv and confusion.png."""
-    batch_size: int = 256
+    batch_size: int = 64
     """Images the model takes at a time."""
     limit: int | None = None
     """Take the first images only."""
@@ -77,7 +77,7 @@ def evaluate_share(
     model: Model,
     split: Split,
     *,
-    batch_size: int = 256,
+    batch_size: int = 64,
     limit: int | None = None,
     workers: int | None = None,
     rank: int = 0,

@@ -7,6 +7,7 @@ forget it or do it twice.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,6 +30,10 @@ _CV2 = {
     "lanczos": cv2.INTER_LANCZOS4,
     "nearest": cv2.INTER_NEAREST_EXACT,
 }
+
+LONGEST = 16
+"""A side that sticks out of the crop's frame this many times is cut before it is scaled: a line of
+30,000 pixels, scaled to be 224 high, would take 4.5 GB."""
 
 Image = NDArray[np.uint8]
 
@@ -106,8 +111,10 @@ class Preprocess:
         return np.asarray(cv2.resize(image, (width, height), interpolation=flag), np.uint8)
 
     def _crop(self, image: Image) -> Image:
-        (height, width), target = image.shape[:2], self.size
-        scale = max(target[0] / height, target[1] / width) / self.crop_fraction
+        target = self.size
+        scale = max(target[0] / image.shape[0], target[1] / image.shape[1]) / self.crop_fraction
+        image = _middle(image, *(math.ceil(LONGEST * side / scale) for side in target))
+        height, width = image.shape[:2]
         frame = (max(target[0], round(height * scale)), max(target[1], round(width * scale)))
         scaled = self._scale(image, frame)
         top, left = (frame[0] - target[0]) // 2, (frame[1] - target[1]) // 2
@@ -126,3 +133,9 @@ class Preprocess:
             image, (inner[0], inner[1])
         )
         return canvas
+
+
+def _middle(image: Image, height: int, width: int) -> Image:
+    """The central part of at most this height and width."""
+    top, left = (max(0, a - b) // 2 for a, b in zip(image.shape, (height, width), strict=False))
+    return image[top : top + height, left : left + width]

@@ -12,13 +12,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import os
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distcls.cores import available_cores
 from distcls.errors import BadImage
 from distcls.imaging import Preprocess
 from distcls.inference.inputs import Source
@@ -50,13 +50,6 @@ class _Batch:
     tasks: list[Future[None]]
 
 
-def default_workers() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def stream(
     source: Source,
     model: Model,
@@ -71,7 +64,7 @@ def stream(
     gives no finite numbers, is an error in its chunk; nothing is raised for it.
     """
     indices = range(len(source)) if indices is None else indices
-    workers = workers or default_workers()
+    workers = workers or available_cores()
     ahead = 1 + math.ceil(2 * workers * TASK / batch_size)
     waiting: collections.deque[_Batch] = collections.deque()
     loader = _Loader(source, model.card.preprocess)

@@ -127,9 +127,7 @@ def predict(model: Model, source: Source, options: PredictOptions) -> PredictRes
     gallery = Gallery(options.show, count, options.seed)
     began = time.monotonic()
     with atomic_path(options.out) as part:
-        errors, first = _write(
-            part, model, source, options, indices=range(count), gallery=gallery
-        )
+        errors, first = _write(part, model, source, options, indices=range(count), gallery=gallery)
         if errors == count:
             raise UsageError(f"{options.input}: none of {count} images is readable; {first}")
     seconds = time.monotonic() - began

@@ -60,7 +60,7 @@ class Gallery:
     def draw(self, source: Source, classes: Sequence[str], path: Path) -> None:
         """Write the PNG. Raises UsageError without matplotlib."""
         picked = self.picked
-        columns = min(len(picked), max(2, math.ceil(math.sqrt(1.6 * len(picked)))))
+        columns = _columns(len(picked))
         rows = math.ceil(len(picked) / columns)
         figure = new_figure(1.9 * columns, 2.45 * rows + 0.3)
         truths = [_truth(source, item.index, classes) for item in picked]
@@ -74,6 +74,13 @@ class Gallery:
         for axes, item, truth in zip(grid.flat, picked, truths, strict=False):
             _draw_one(axes, source.load(item.index), item, truth, source.image_ids[item.index])
         save(figure, path)
+
+
+def _columns(number: int) -> int:
+    """Columns of a grid a little wider than high, with few empty places in its last row."""
+    ideal = math.ceil(math.sqrt(1.6 * number))
+    choices = range(min(number, max(1, ideal - 1)), min(number, ideal + 2) + 1)
+    return min(choices, key=lambda columns: (-number % columns, abs(columns - ideal)))
 
 
 def _draw_one(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +63,9 @@ def open_checkpoint(path: Path, device: str = "auto") -> TorchModel:
     model = zoo.build(build_config(ModelConfig, given), len(card.classes), card.preprocess)
     try:
         model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UsageError(f"{path}: its weights do not fit its card: {error}") from error
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise UsageError(f"{path}: its weights do not fit its card: {reason}") from error
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return TorchModel(model, card, torch.device(device))
@@ -70,8 +73,10 @@ def open_checkpoint(path: Path, device: str = "auto") -> TorchModel:
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
     """`torch.save` of tensors and plain values, written atomically."""
+    buffer = io.BytesIO()  # torch's own writer hides a full disk behind an internal error
+    torch.save(content, buffer)
     with atomic_path(path) as part:
-        torch.save(content, part)
+        part.write_bytes(buffer.getbuffer())
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
@@ -80,6 +85,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
     Raises UsageError for anything else: a pickle with code in it, a truncated file, no file.
     """
     try:
+        _check_kind(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file") from error
@@ -90,9 +96,19 @@ def load_tensors(path: Path) -> dict[str, Any]:
             f"{path}: refused, it holds pickled objects other than tensors and plain values; "
             "nothing of it was run"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # torch's readers raise a dozen types on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{path}: cannot be read as a checkpoint: {reason}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: holds {type(content).__name__}, expected a checkpoint")
     return content
+
+
+def _check_kind(path: Path) -> None:
+    """torch takes text for a pickle and stumbles somewhere inside it."""
+    with path.open("rb") as handle:
+        start = handle.read(4)
+    if not start.startswith((b"PK\x03\x04", b"\x80")):
+        raise UsageError(f"{path}: not a checkpoint (neither a zip archive nor a pickle)")

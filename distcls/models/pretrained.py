@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distcls.errors import DistclsError, UsageError
@@ -98,7 +100,7 @@ def apply_weights(model: Classifier, weights: Weights) -> Report:
 def _bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for prefix in PREFIXES:
         if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+            return _bare({name.removeprefix(prefix): value for name, value in tensors.items()})
     return tensors
 
 
@@ -107,8 +109,13 @@ def _from_torchvision(name: str) -> Weights:
 
     weights: Any = get_model_weights(name).DEFAULT
     try:
-        tensors = weights.get_state_dict(progress=False, check_hash=True)
-    except OSError as error:  # urllib's errors are OSErrors
+        tensors = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DistclsError(
+            f"model.pretrained: the stored copy of {weights.url} is damaged; remove it from "
+            f"{torch.hub.get_dir()}/checkpoints"
+        ) from error
+    except (OSError, RuntimeError) as error:  # urllib's errors, and a hash that differs
         raise DistclsError(
             f"model.pretrained: cannot download {weights.url} ({error}); fetch it elsewhere and "
             "give the file's path"

@@ -48,15 +48,15 @@ def banner(config: TrainConfig, engine: Engine) -> list[str]:
     data = engine.data
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     store = "pack" if data.train.packed else "files"
+    processes = f"{accelerator.num_processes} process(es)"
+    counts = f"{len(data.train_samples):,} train, {len(data.val_samples):,} val"
+    size = f"{parameters / 1e6:.2f} M parameters, {macs / 1e6:.1f} M MACs at {height}x{width}"
     return [
-        f"device     {_device(accelerator)}, {accelerator.num_processes} process(es), "
-        f"{precision}, {config.layout}",
-        f"model      {config.model.name}, stem stride {stride}, {parameters / 1e6:.2f} M parameters, "
-        f"{macs / 1e6:.1f} M MACs at {height}x{width}",
-        f"data       {config.data}: {len(data.train_samples):,} train, {len(data.val_samples):,} val, "
-        f"{len(data.classes)} classes, from {store}",
-        f"steps      {config.epochs} epochs of {engine.order.steps}, global batch {config.batch_size} "
-        f"= {accelerator.num_processes} process(es) x {config.accumulate} part(s)",
+        f"device     {_device(accelerator)}, {processes}, {precision}, {config.layout}",
+        f"model      {config.model.name}, stem stride {stride}, {size}",
+        f"data       {config.data}: {counts}, {len(data.classes)} classes, from {store}",
+        f"steps      {config.epochs} epochs of {engine.order.steps}, "
+        f"global batch {config.batch_size} = {processes} x {config.accumulate} part(s)",
         f"writes to  {config.out}",
     ]
 

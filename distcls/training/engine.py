@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import reduce
 from torch import Tensor
 
+from distcls.cores import available_cores
 from distcls.data.augment import DRAWS, Augment
 from distcls.data.dataset import Split
-from distcls.data.loader import Batch, Loader, available_cores
+from distcls.data.loader import Batch, Loader
 from distcls.data.order import DataOrder, Indices, share, uniforms
 from distcls.errors import UsageError
 from distcls.evaluation.metrics import Metrics, Tally

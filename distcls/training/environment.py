@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from distcls.data.loader import available_cores
+from distcls.cores import available_cores
 from distcls.errors import BadValue, DistclsError, UsageError
 from distcls.log import world_size
 from distcls.training.config import TrainConfig

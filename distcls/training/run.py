@@ -57,14 +57,15 @@ def train(config: TrainConfig) -> TrainResult:
     engine = _make_engine(config, accelerator)
     progress = _resume(config, engine)
     accelerator.wait_for_everyone()  # all have looked at the run directory before it is written to
-    for line in banner(config, engine):
-        say(line)
     with _records(config, engine, progress) as records:
+        for line in banner(config, engine):
+            say(line)
         while progress.epoch < config.epochs and not progress.out_of_patience(config.monitor):
             row, metrics = _epoch(config, engine, progress, records)
             progress.history.append(row)
-            best = progress.judge(metrics.scalars()[config.monitor.metric], config.monitor)
-            best = broadcast_object_list([best])[0]
+            # the main process's score, so that all processes draw the same conclusions from it
+            [score] = broadcast_object_list([metrics.scalars()[config.monitor.metric]])
+            best = progress.judge(score, config.monitor)
             say(epoch_line(row, config.epochs, best))
             if records is not None:
                 _save(config, engine, progress, metrics, records, best=best)

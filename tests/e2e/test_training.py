@@ -21,7 +21,8 @@ FILES = {"best.pth", "config.yaml", "curves.png", "history.csv", "last", "metric
 def weights(run_directory: Path) -> dict[str, torch.Tensor]:
     """The state dict of a run's last state: what training itself moved."""
     state = torch.load(run_directory / "last" / "state.pth", weights_only=True)
-    return {**state["tensors"]["model"], **{f"ema.{k}": v for k, v in state["tensors"]["ema"].items()}}
+    average = {f"ema.{name}": value for name, value in state["tensors"]["ema"].items()}
+    return {**state["tensors"]["model"], **average}
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -138,7 +139,8 @@ def test_two_processes_evaluate_as_one(trained: Path, digits: Path, tmp_path: Pa
         more = ("--out", out, "--batch-size", "50")
         done = run(*checkpoint, *more, module="distcls.evaluate", processes=processes)
         answers.append(json.loads(done.stdout))
-    assert (tmp_path / "1/confusion.csv").read_bytes() == (tmp_path / "2/confusion.csv").read_bytes()
+    one, two = ((tmp_path / name / "confusion.csv").read_bytes() for name in "12")
+    assert one == two
     assert answers[0]["count"] == answers[1]["count"] == 359
     assert answers[0]["top1"] == answers[1]["top1"]
 

@@ -1,0 +1,136 @@
+"""prepare, train, export, evaluate, predict in one process: they fit, and no key is dead."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+import distcls.evaluate
+import distcls.predict
+import distcls.prepare
+import distcls.train
+import export.onnx
+from distcls.config import leaves
+from distcls.data.prepare import PrepareOptions
+from distcls.evaluation.evaluate import EvaluateOptions
+from distcls.inference.predict import PredictOptions
+from distcls.training.config import TrainConfig
+from export.onnx import ExportOptions
+
+OPTIONS = (PrepareOptions, TrainConfig, ExportOptions, EvaluateOptions, PredictOptions)
+BOOKKEEPING = ("dataclasses.py", "load.py", "schema.py")
+"""Files that read every field, whatever it is for: writing the config down is no use of a key."""
+
+
+def sections(cls: type) -> Iterator[type]:
+    """A config dataclass and those nested in it."""
+    yield cls
+    for kind in typing.get_type_hints(cls).values():
+        if dataclasses.is_dataclass(kind):
+            yield from sections(typing.cast(type, kind))
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[tuple[type, str]]]:
+    """The folder of a whole path through all commands, and the fields that were read on it."""
+    read: set[tuple[type, str]] = set()
+
+    def recorder(cls: type) -> Any:
+        def getattribute(self: Any, name: str) -> Any:
+            caller = sys._getframe(1).f_code
+            counts = caller.co_name != "__post_init__"
+            if counts and not caller.co_filename.endswith(BOOKKEEPING):
+                read.add((cls, name))
+            return object.__getattribute__(self, name)
+
+        return getattribute
+
+    with pytest.MonkeyPatch.context() as patch:
+        for options in OPTIONS:
+            for cls in sections(options):
+                patch.setattr(cls, "__getattribute__", recorder(cls), raising=False)
+        folder = tmp_path_factory.mktemp("path")
+        whole_path(folder)
+    return folder, read
+
+
+def whole_path(folder: Path) -> None:
+    """What `make demo` does, smaller."""
+    data, out = folder / "digits", folder / "run"
+    distcls.prepare.main(["digits", "--out", str(data), "--limit", "300", "--write-images"])
+    distcls.train.main(
+        [
+            *("--data", str(data), "--out", str(out), "--epochs", "2", "--batch-size", "32"),
+            *("--augment.erase", "0.5", "--augment.rotate", "5", "--augment.crop-padding", "2"),
+            *("--monitor.patience", "3"),
+        ]
+    )
+    (out / "best.onnx").write_text("of an earlier export")
+    export.onnx.main(["--ckpt", str(out / "best.pth"), "--quiet", "--overwrite"])
+    for ending in ("pth", "onnx"):
+        model = str(out / f"best.{ending}")
+        evaluation = str(folder / f"evaluation_{ending}")
+        distcls.evaluate.main(["--model", model, "--data", str(data), "--out", evaluation])
+        predictions = folder / f"{ending}.csv"
+        predictions.write_text("of an earlier prediction")
+        more = ["--overwrite", *(["--show", "4"] if ending == "onnx" else [])]
+        distcls.predict.main(["--model", model, str(data), "--out", str(predictions), *more])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda cls: cls.__name__)
+def test_every_key_is_read(options: type, used: tuple[Path, set[tuple[type, str]]]) -> None:
+    dead = {
+        f"{cls.__name__}.{field.name}"
+        for cls in sections(options)
+        for field in dataclasses.fields(cls)
+        if (cls, field.name) not in used[1]
+    }
+    assert not dead
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda cls: cls.__name__)
+def test_every_key_is_explained(options: type) -> None:
+    assert [leaf.key for leaf in leaves(options) if not leaf.doc] == []
+
+
+@pytest.mark.parametrize("ending", ["pth", "onnx"])
+def test_accuracy_of_the_predictions_is_that_of_the_evaluation(
+    ending: str, used: tuple[Path, set[tuple[type, str]]]
+) -> None:
+    import pyarrow.parquet as pq
+
+    folder = used[0]
+    classes = json.loads((folder / "digits/classes.json").read_text())
+    manifest = pq.read_table(folder / "digits/manifest.parquet").to_pylist()
+    truth = {row["image_id"]: classes[row["label"]] for row in manifest if row["split"] == "test"}
+    with (folder / f"{ending}.csv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [row["image_id"] for row in rows] == list(truth)
+    correct = sum(row["label"] == truth[row["image_id"]] for row in rows)
+    metrics = json.loads((folder / f"evaluation_{ending}/metrics.json").read_text())
+    assert metrics["top1"] == correct / len(rows)
+
+
+def test_the_model_file_runs_without_distcls(used: tuple[Path, set[tuple[type, str]]]) -> None:
+    path = used[0] / "run/best.onnx"
+    session = onnxruntime.InferenceSession(str(path))
+    metadata = session.get_modelmeta().custom_metadata_map
+    images = np.zeros((3, *json.loads(metadata["distcls.preprocess"])["size"], 3), np.uint8)
+    logits, probabilities = session.run(["logits", "probabilities"], {"images": images})
+    assert logits.shape == (3, len(json.loads(metadata["distcls.classes"])))
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+    certificate = json.loads(metadata["distcls.certificate"])
+    assert [result["batch_size"] for result in certificate["results"]] == [1, 7, 32]
+    assert all(result["top1_agreement"] == 1 for result in certificate["results"])
+    onnx.checker.check_model(str(path), full_check=True)

@@ -1,0 +1,142 @@
+"""The training step against plain PyTorch, and the evaluation against a direct computation."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distcls.data.config import AugmentConfig
+from distcls.errors import UsageError
+from distcls.models.classifier import Classifier
+from distcls.training.config import EmaConfig, LossConfig, OptimizerConfig, TrainConfig
+from distcls.training.engine import Engine
+from distcls.training.environment import start
+from distcls.training.input import choose_preprocess, open_input
+
+
+def make_engine(digits: Path, **changes: object) -> Engine:
+    """An engine over a linear model: no batch norm, so a batch may be split without a trace."""
+    base = TrainConfig(data=digits, out=digits / "unused", batch_size=100, limit=250)
+    config = dataclasses.replace(base, **changes)
+    accelerator = start(config)
+    data = open_input(config)
+    preprocess = choose_preprocess(config.input, data.train, None)
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 10))
+    return Engine(config, accelerator, data, Classifier(backbone, preprocess), preprocess)
+
+
+def gradients_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
+    """Train an epoch; the gradients that the optimiser met in each step."""
+    met: list[list[Tensor]] = []
+    step = engine.optimizer.step
+
+    def recording() -> None:
+        met.append([p.grad.clone() for p in engine.model.parameters()])
+        step()
+
+    monkeypatch.setattr(engine.optimizer, "step", recording)
+    list(engine.train_epoch(0))
+    return met
+
+
+def expected_gradients(engine: Engine) -> list[Tensor]:
+    """Gradients of the first step's mean loss over the whole global batch, by plain PyTorch."""
+    begin, end = engine.order.bounds(0)
+    samples = engine.data.train_samples[engine.order.permutation(0)[begin:end]]
+    split, preprocess = engine.data.train, engine.preprocess
+    images = torch.from_numpy(np.stack([preprocess(split.image(i)) for i in samples]))
+    labels = torch.from_numpy(split.labels[samples])
+    smoothing = engine.config.loss.label_smoothing
+    loss = F.cross_entropy(engine.model(images), labels, label_smoothing=smoothing)
+    return list(torch.autograd.grad(loss, list(engine.model.parameters())))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_accumulated_gradients_are_those_of_the_global_batch(
+    parts: int, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smooth, free = LossConfig(label_smoothing=0.1), OptimizerConfig(clip_norm=None)
+    engine = make_engine(digits, accumulate=parts, loss=smooth, optimizer=free)
+    expected = expected_gradients(engine)
+    first, *others = gradients_of(engine, monkeypatch)
+    assert len(others) == 2  # 250 images in batches of at most 100
+    for own, reference in zip(first, expected, strict=True):
+        torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_clipped_as_a_whole(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(digits, optimizer=OptimizerConfig(clip_norm=0.01))
+    expected = expected_gradients(engine)
+    first = gradients_of(engine, monkeypatch)[0]
+    norm = torch.sqrt(sum((g**2).sum() for g in expected))
+    assert norm > 0.02
+    for own, reference in zip(first, expected, strict=True):
+        torch.testing.assert_close(own, reference * (0.01 / norm), rtol=1e-3, atol=1e-8)
+
+
+def test_each_step_takes_the_rate_of_the_schedule(digits: Path) -> None:
+    engine = make_engine(digits, epochs=2)
+    rates = [report.lr for epoch in range(2) for report in engine.train_epoch(epoch)]
+    assert rates == [engine.schedule.rate(step) for step in range(6)]
+    assert len(set(rates)) == 6
+    assert all(group["lr"] == rates[-1] for group in engine.optimizer.param_groups)
+
+
+def test_reported_loss_is_the_mean_over_the_batch(digits: Path) -> None:
+    engine = make_engine(digits, accumulate=2)
+    begin, end = engine.order.bounds(0)
+    samples = engine.data.train_samples[engine.order.permutation(0)[begin:end]]
+    split, preprocess = engine.data.train, engine.preprocess
+    images = torch.from_numpy(np.stack([preprocess(split.image(i)) for i in samples]))
+    expected = F.cross_entropy(engine.model(images), torch.from_numpy(split.labels[samples]))
+    report = next(iter(engine.train_epoch(0)))
+    assert report.images == end - begin
+    assert engine.mean_loss(report.loss) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_evaluation_counts_every_sample_once(digits: Path) -> None:
+    engine = make_engine(digits, limit=None)
+    metrics = engine.evaluate()
+    split, preprocess = engine.data.val, engine.preprocess
+    images = torch.from_numpy(np.stack([preprocess(split.image(i)) for i in range(len(split))]))
+    with torch.no_grad():
+        logits = engine.model(images)
+    labels = torch.from_numpy(split.labels)
+    assert metrics.count == len(split) == 179
+    assert metrics.top1 == (logits.argmax(1) == labels).sum().item() / 179
+    assert metrics.loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+
+
+def test_the_average_is_evaluated_where_there_is_one(digits: Path) -> None:
+    engine = make_engine(digits, ema=EmaConfig(decay=0.5))
+    list(engine.train_epoch(0))
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.fill_(float("nan"))
+    assert np.isfinite(engine.evaluate().loss)
+
+
+def test_augmentation_reaches_the_network(digits: Path) -> None:
+    """Erasing every image with certainty changes the loss of the first step."""
+    plain = next(iter(make_engine(digits).train_epoch(0)))
+    erased = next(iter(make_engine(digits, augment=AugmentConfig(erase=1.0)).train_epoch(0)))
+    assert float(plain.loss) != float(erased.loss)
+
+
+def test_resized_crop_trains_on_a_larger_canvas(digits: Path) -> None:
+    engine = make_engine(digits, augment=AugmentConfig(resized_crop=(0.5, 1.0)))
+    assert engine.augment.canvas == (32, 32)
+    report = next(iter(engine.train_epoch(0)))
+    assert np.isfinite(float(report.loss))
+
+
+def test_batches_too_small_to_share_are_refused(digits: Path) -> None:
+    with pytest.raises(UsageError, match="batch_size: 8 is too small"):
+        make_engine(digits, batch_size=8, accumulate=5)

@@ -1,0 +1,228 @@
+"""`distcls evaluate` from the command line to the figures, in one process and in several."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
+
+from distcls.errors import DistclsError, UsageError
+from distcls.evaluate import main
+from distcls.evaluation.evaluate import check_classes
+from distcls.predict import main as predict_main
+from tests import tiny_dataset, tiny_onnx
+from tests.e2e.commands import run
+
+COUNT = 101
+"""No batch and no number of processes divides it."""
+
+
+@pytest.fixture
+def labels() -> list[int]:
+    """True classes, a fifth of them unlike the images."""
+    truth = np.array(tiny_dataset.coloured(COUNT)[1])
+    truth[::5] = (truth[::5] + 1) % 3
+    return truth.tolist()
+
+
+@pytest.fixture
+def data(tmp_path: Path, labels: list[int]) -> Path:
+    images = tiny_dataset.coloured(COUNT)[0]
+    return tiny_dataset.write(tmp_path / "d", list(images), labels, tiny_onnx.COLOURS, files=True)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_onnx.write(tmp_path / "m.onnx")
+
+
+def logits() -> NDArray[np.float32]:
+    return tiny_onnx.expected_logits(tiny_dataset.coloured(COUNT)[0])
+
+
+def figures(
+    capsys: pytest.CaptureFixture[str], model: Path, data: Path, *more: str
+) -> dict[str, Any]:
+    main(["--model", str(model), "--data", str(data), "--json", *more])
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+@pytest.mark.parametrize("batch_size", ["7", "256"])
+def test_equals_scikit_learn(
+    capsys: pytest.CaptureFixture[str], model: Path, data: Path, labels: list[int], batch_size: str
+) -> None:
+    result = figures(capsys, model, data, "--batch-size", batch_size)
+    predicted = logits().argmax(axis=1)
+    exact = np.exp(logits().astype(np.float64))
+    probabilities = exact / exact.sum(axis=1, keepdims=True)
+    assert result["count"] == COUNT
+    assert result["top1"] == accuracy_score(labels, predicted)
+    assert result["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert result["loss"] == pytest.approx(log_loss(labels, probabilities), rel=1e-5)
+    per_class = [result["per_class"][name]["f1"] for name in tiny_onnx.COLOURS]
+    np.testing.assert_allclose(per_class, f1_score(labels, predicted, average=None))
+
+
+def test_equals_what_predict_s_table_gives(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, data: Path, labels: list[int]
+) -> None:
+    top1 = figures(capsys, model, data)["top1"]
+    predict_main([str(data), "--model", str(model), "--out", str(tmp_path / "pre.csv")])
+    with (tmp_path / "pre.csv").open(newline="") as handle:
+        given = [row["label"] for row in csv.DictReader(handle)]
+    truth = [tiny_onnx.COLOURS[label] for label in labels]
+    assert top1 == accuracy_score(truth, given)
+
+
+def test_files(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, data: Path, labels: list[int]
+) -> None:
+    out = tmp_path / "results"
+    result = figures(capsys, model, data, "--out", str(out))
+    assert {path.name for path in out.iterdir()} == {
+        "metrics.json",
+        "per_class.csv",
+        "confusion.csv",
+        "confusion.png",
+    }
+    assert json.loads((out / "metrics.json").read_text()) == result
+    with (out / "confusion.csv").open(newline="") as handle:
+        rows = list(csv.reader(handle))
+    assert rows[0] == ["truth", *tiny_onnx.COLOURS]
+    matrix = [[int(cell) for cell in row[1:]] for row in rows[1:]]
+    np.testing.assert_array_equal(matrix, confusion_matrix(labels, logits().argmax(axis=1)))
+    with (out / "per_class.csv").open(newline="") as handle:
+        per_class = list(csv.DictReader(handle))
+    assert [row["class"] for row in per_class] == list(tiny_onnx.COLOURS)
+    assert sum(int(row["support"]) for row in per_class) == COUNT
+    assert float(per_class[0]["f1"]) == result["per_class"]["red"]["f1"]
+
+
+def test_table_for_people(
+    capsys: pytest.CaptureFixture[str], model: Path, data: Path, labels: list[int]
+) -> None:
+    main(["--model", str(model), "--data", str(data), "--limit", "50"])
+    text = capsys.readouterr().out
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
+    assert lines["images"] == ["50"]
+    assert lines["weighted"][-1] == "50"
+    assert lines["top-1"] == [f"{accuracy_score(labels[:50], logits()[:50].argmax(axis=1)):.4f}"]
+
+
+def test_without_matplotlib_the_rest_is_written(tmp_path: Path, model: Path, data: Path) -> None:
+    program = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from distcls.door import run\nfrom distcls.evaluate import main\nrun(main)"
+    )
+    flags = ["--model", str(model), "--data", str(data), "--out", str(tmp_path / "o")]
+    command = [sys.executable, "-c", program, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 'pip install "distcls[plot]"' in done.stderr
+    names = {"metrics.json", "per_class.csv", "confusion.csv"}
+    assert {path.name for path in (tmp_path / "o").iterdir()} == names
+
+
+def test_a_bad_image_is_named_and_nothing_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, labels: list[int]
+) -> None:
+    images = tiny_dataset.coloured(COUNT)[0]
+    data = tiny_dataset.write(
+        tmp_path / "files", list(images), labels, tiny_onnx.COLOURS, packed=False, files=True
+    )
+    for name in ("image 0007", "image 0070"):
+        (data / "files" / f"{name}.png").write_bytes(b"spoilt")
+    flags = ["--model", str(model), "--data", str(data), "--out", str(tmp_path / "o")]
+    with pytest.raises(DistclsError, match="2 images cannot be evaluated") as caught:
+        main(flags)
+    assert caught.value.exit_code == 1
+    told = capsys.readouterr().err
+    assert "image 0007" in told
+    assert "image 0070" in told
+    assert list((tmp_path / "o").iterdir()) == []
+
+
+def test_classes_have_to_be_the_same(tmp_path: Path, data: Path) -> None:
+    check_classes(("a", "b"), ("a", "b"), "data")
+    with pytest.raises(UsageError, match="class 1 is 'b' in the model and 'c' in data"):
+        check_classes(("a", "b"), ("a", "c"), "data")
+    other = tiny_onnx.write(tmp_path / "o.onnx", tiny_onnx.card(("red", "green")))
+    with pytest.raises(UsageError, match=r"the model has 2 classes, .* has 3"):
+        main(["--model", str(other), "--data", str(data)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--split", "dev"], "no split 'dev'"),
+        (["--data", "missing"], "missing: no such dataset directory"),
+        (["--limit", "0"], "limit: 0 is not valid"),
+        (["--out", "/dev/null/sub"], "/dev/null"),
+    ],
+)
+def test_wrong_usage(model: Path, data: Path, flags: list[str], told: str) -> None:
+    with pytest.raises(DistclsError, match=told):
+        main(["--model", str(model), "--data", str(data), *flags])
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A real network with random weights, as training writes it."""
+    import torch
+
+    from distcls.models import zoo
+    from distcls.models.checkpoint import save_checkpoint
+    from distcls.models.config import ModelConfig
+
+    torch.manual_seed(0)
+    config = ModelConfig(name="mobilenet_v3_small")
+    card = dataclasses.replace(
+        tiny_onnx.card(size=(32, 32)), architecture=dataclasses.asdict(config)
+    )
+    network = zoo.build(config, 3, card.preprocess)
+    save_checkpoint(tmp_path / "best.pth", network, card)
+    return tmp_path / "best.pth"
+
+
+def test_two_processes_count_each_image_once(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / f"results{processes}"
+        flags = ["--model", checkpoint, "--data", data, "--batch-size", 8, "--out", out, "--json"]
+        done = run(*flags, module="distcls.evaluate", processes=processes)
+        result = json.loads(done.stdout)
+        assert result["count"] == COUNT
+        results.append((result.pop("loss"), result, (out / "confusion.csv").read_text()))
+    assert results[0][1:] == results[1][1:]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+
+
+def test_onnx_on_two_processes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, model: Path, data: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="runs in one process, 2 were started"):
+        main(["--model", str(model), "--data", str(data)])
+
+
+def test_bad_images_stop_both_processes(checkpoint: Path, tmp_path: Path) -> None:
+    images, labels = tiny_dataset.coloured(9)
+    data = tiny_dataset.write(
+        tmp_path / "files", list(images), labels, tiny_onnx.COLOURS, packed=False, files=True
+    )
+    assert cv2.imread(str(data / "files" / "image 0003.png")) is not None
+    (data / "files" / "image 0003.png").write_bytes(b"spoilt")
+    flags = ["--model", checkpoint, "--data", data]
+    done = run(*flags, module="distcls.evaluate", processes=2, code=1)
+    assert "[rank 1] error: image 0003" in done.stderr
+    assert "error: 1 images cannot be evaluated" in done.stderr

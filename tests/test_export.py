@@ -1,0 +1,128 @@
+"""Export: parity on real images or no file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from distcls.bundle import ModelCard
+from distcls.errors import DistclsError, UsageError
+from distcls.imaging import Preprocess
+from distcls.inference.session import OnnxModel
+from distcls.models import zoo
+from distcls.models.checkpoint import TorchModel, save_checkpoint
+from distcls.models.config import ModelConfig
+from export import onnx as onnx_export
+from export.onnx import ExportOptions
+from export.parity import certify
+
+
+@pytest.fixture(scope="module")
+def checkpoint(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with fresh weights of a non-square model, as if trained on the digits."""
+    path = tmp_path_factory.mktemp("run") / "best.pth"
+    preprocess = Preprocess(size=(28, 36), resize="squash")
+    torch.manual_seed(0)
+    model = zoo.build(ModelConfig(), 10, preprocess)
+    card = ModelCard(
+        architecture={"name": "mobilenet_v3_small"},
+        classes=tuple("0123456789"),
+        preprocess=preprocess,
+        training={"dataset": str(digits)},
+    )
+    save_checkpoint(path, model, card)
+    return path
+
+
+def test_exported_file_agrees_and_says_so(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    certificate = onnx_export.export(ExportOptions(ckpt=checkpoint, out=out, limit=70))
+    assert certificate.holds
+    assert certificate.images == 70
+    card = OnnxModel(out).card
+    assert card.certificate == certificate.to_json()
+    assert card.classes == tuple("0123456789")
+    assert card.preprocess.size == (28, 36)
+
+
+def test_a_graph_that_disagrees_is_not_written(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = onnx_export.to_onnx
+
+    def wrong(model: zoo.Classifier, card: ModelCard, opset: int) -> object:
+        with torch.no_grad():
+            next(iter(model.backbone.parameters()))[0] += 1.0  # what a faulty exporter might do
+            graph = right(model, card, opset)
+            next(iter(model.backbone.parameters()))[0] -= 1.0
+        return graph
+
+    monkeypatch.setattr(onnx_export, "to_onnx", wrong)
+    out = tmp_path / "model.onnx"
+    with pytest.raises(DistclsError, match="beyond the tolerance") as caught:
+        onnx_export.export(ExportOptions(ckpt=checkpoint, out=out, limit=40))
+    assert caught.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    out.write_text("precious")
+    with pytest.raises(UsageError, match="--overwrite"):
+        onnx_export.export(ExportOptions(ckpt=checkpoint, out=out))
+    assert out.read_text() == "precious"
+
+
+class Answers:
+    """A model with given logits, which proves that it was asked in batches of the right size."""
+
+    provider = "table"
+
+    def __init__(self, card: ModelCard, table: NDArray[np.float32], allowed: set[int]) -> None:
+        self.card = card
+        self.table = table
+        self.allowed = allowed
+
+    def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Each image carries its row of the table in its first pixel."""
+        assert len(images) in self.allowed
+        return self.table[images[:, 0, 0, 0]]
+
+
+def certificate_for(difference: float, *, tolerance: float = 1e-3) -> tuple[bool, list[float]]:
+    """Certify two tables of logits that differ by `difference` in one place."""
+    card = ModelCard(architecture={}, classes=("a", "b"), preprocess=Preprocess(size=(1, 1)))
+    table = np.tile(np.array([[1.0, 0.0]], np.float32), (10, 1))
+    other = table.copy()
+    other[9, 1] += difference
+    images = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1)
+    certificate = certify(
+        Answers(card, table, {7, 3}),
+        Answers(card, other, {1, 7, 3}),
+        images,
+        split="val",
+        tolerance=tolerance,
+        batch_sizes=(1, 7),
+    )
+    return certificate.holds, [result.top1_agreement for result in certificate.results]
+
+
+def test_certificate_counts_every_image() -> None:
+    assert certificate_for(0.0) == (True, [1.0, 1.0])
+    assert certificate_for(0.5) == (False, [1.0, 1.0])
+    assert certificate_for(2.0, tolerance=9.0) == (False, [0.9, 0.9])
+    assert certificate_for(float("nan")) == (False, [0.9, 0.9])
+
+
+def test_torch_model_answers_in_plain_numbers(checkpoint: Path) -> None:
+    from distcls.models.checkpoint import open_checkpoint
+
+    model = open_checkpoint(checkpoint)
+    assert isinstance(model, TorchModel)
+    logits = model.logits(np.zeros((2, 28, 36, 3), np.uint8))
+    assert logits.dtype == np.float32
+    assert logits.shape == (2, 10)

@@ -1,0 +1,203 @@
+"""Atomic writing: whatever happens in the middle, no reader sees half of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from distcls.errors import DistclsError, UsageError
+from distcls.files import (
+    atomic_folder,
+    atomic_path,
+    digest,
+    require_writable,
+    writable,
+    write_json,
+    write_text,
+)
+
+
+def program(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_a_file_takes_its_place_and_nothing_else_stays(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "deep" / "a.txt"
+    with atomic_path(target) as part:
+        part.write_text("whole")
+        assert part.parent == target.parent
+        assert not target.exists()
+    assert target.read_text() == "whole"
+    assert names(target.parent) == ["a.txt"]
+
+
+def test_a_file_gets_the_rights_of_the_umask(tmp_path: Path) -> None:
+    mask = os.umask(0o027)
+    try:
+        write_text(tmp_path / "a.txt", "x")
+        with atomic_folder(tmp_path / "folder") as part:
+            (part / "b.txt").write_text("y")
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o750
+
+
+def test_an_exception_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+
+    def interrupted() -> None:
+        with atomic_path(target) as part:
+            part.write_text("half")
+            raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"):
+        interrupted()
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_an_exception_leaves_no_folder(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with atomic_folder(tmp_path / "set") as part:
+            (part / "half.bin").write_bytes(b"x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert names(tmp_path) == []
+
+
+def test_a_folder_comes_whole_and_may_replace_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    with atomic_folder(tmp_path / "set") as part:
+        (part / "deep").mkdir()
+        (part / "deep" / "b.bin").write_bytes(b"b")
+        assert names(tmp_path / "set") == []
+    assert (tmp_path / "set" / "deep" / "b.bin").read_bytes() == b"b"
+    assert names(tmp_path) == ["set"]
+
+
+def test_a_folder_never_replaces_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "precious").write_text("mine")
+    (tmp_path / "file").write_text("mine too")
+    for name in ("set", "file"):
+        with pytest.raises(UsageError, match=f"{name} exists already"), atomic_folder(
+            tmp_path / name
+        ):
+            pytest.fail("the block must not run")
+    assert (tmp_path / "set" / "precious").read_text() == "mine"
+    assert (tmp_path / "file").read_text() == "mine too"
+
+
+KILLED = """
+    import sys, time
+    from pathlib import Path
+    from distcls.files import atomic_folder, atomic_path
+
+    root = Path(sys.argv[1])
+    with atomic_path(root / "a.txt") as part, atomic_folder(root / "set") as folder:
+        part.write_text("half")
+        (folder / "b.txt").write_text("half")
+        print("ready", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_kill_in_the_middle(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.kill()
+        assert child.wait(30) == -signal.SIGKILL
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert not (tmp_path / "set").exists()
+    write_text(tmp_path / "a.txt", "new")  # what the killed one left is in nobody's way
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
+FULL = """
+    import resource, signal, sys
+    from pathlib import Path
+    from distcls.errors import DistclsError, UsageError
+    from distcls.files import write_text
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try:
+        write_text(Path(sys.argv[1]), "x" * 100_000)
+    except DistclsError as error:
+        assert not isinstance(error, UsageError)
+        print(error)
+"""
+
+
+def test_a_full_disk_names_the_path_and_the_free_space(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    result = program(FULL, target)
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path) in result.stdout
+    assert "File too large" in result.stdout
+    assert "MiB free" in result.stdout
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    below_file = tmp_path / "file" / "below"
+    with pytest.raises(UsageError, match="part of it is a file"):
+        require_writable(below_file)
+    with pytest.raises(UsageError, match="part of it is a file"):
+        write_text(below_file / "a.txt", "x")
+    with pytest.raises(UsageError, match="part of it is a file"), atomic_folder(below_file):
+        pytest.fail("the block must not run")
+    with pytest.raises(DistclsError, match=r"/proc.*MiB free"):
+        require_writable(Path("/proc/distcls"))
+
+
+def test_a_refused_permission_is_the_users_to_solve(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="here/x cannot be written: permission denied"), writable(
+        tmp_path
+    ):
+        raise PermissionError(13, "Permission denied", "here/x")
+
+
+def test_require_writable_makes_the_folder_and_leaves_it_empty(tmp_path: Path) -> None:
+    require_writable(tmp_path / "a" / "b")
+    assert names(tmp_path / "a" / "b") == []
+
+
+def test_json_is_strict_and_readable(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"name": "Zoë", "n": [1, 2]})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert "Zoë" in text
+    assert json.loads(text) == {"name": "Zoë", "n": [1, 2]}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "b.json", {"n": float("nan")})
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_digest_of_known_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert digest(tmp_path / "a", "md5") == "900150983cd24fb0d6963f7d28e17f72"
+    assert digest(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")

@@ -1,0 +1,131 @@
+"""The data order: every sample once an epoch, the same for any number of processes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distcls.data.order import DataOrder, Indices, share, uniforms
+
+WEYL = 0x9E3779B97F4A7C15
+MASK = 2**64 - 1
+
+
+def epoch_batches(order: DataOrder, epoch: int) -> list[Indices]:
+    permutation = order.permutation(epoch)
+    return [permutation[slice(*order.bounds(step))] for step in range(order.steps)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 130), st.integers(0, 2**63 - 1), st.integers(0, 50))
+def test_each_sample_once_in_batches_of_nearly_one_size(
+    samples: int, batch_size: int, seed: int, epoch: int
+) -> None:
+    order = DataOrder(samples=samples, batch_size=batch_size, seed=seed)
+    batches = epoch_batches(order, epoch)
+    sizes = [len(batch) for batch in batches]
+    assert sorted(np.concatenate(batches).tolist()) == list(range(samples))
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) == order.smallest_batch
+    assert len(batches) == -(-samples // batch_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_the_shares_of_the_processes_partition_the_batch(world_size: int) -> None:
+    order = DataOrder(samples=103, batch_size=20, seed=3)
+    for batch in epoch_batches(order, 1):
+        shares = [share(batch, rank, world_size) for rank in range(world_size)]
+        assert sorted(np.concatenate(shares).tolist()) == sorted(batch.tolist())
+        sizes = [len(part) for part in shares]
+        assert max(sizes) - min(sizes) <= 1
+        assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_pure_function_of_seed_and_epoch() -> None:
+    order = DataOrder(samples=50, batch_size=8, seed=7)
+    np.random.seed(0)
+    first = order.permutation(2)
+    np.random.seed(1)
+    order.permutation(9)
+    again = DataOrder(samples=50, batch_size=13, seed=7)
+    assert np.array_equal(again.permutation(2), first)
+    assert not np.array_equal(order.permutation(3), first)
+    assert not np.array_equal(DataOrder(samples=50, batch_size=8, seed=8).permutation(2), first)
+
+
+def test_permutations_are_even() -> None:
+    order = DataOrder(samples=5, batch_size=5, seed=0)
+    counts = np.zeros((5, 5))
+    for epoch in range(2000):
+        counts[np.arange(5), order.permutation(epoch)] += 1
+    # each count is binomial(2000, 1/5): standard deviation 17.9
+    assert np.abs(counts - 400).max() < 5 * 17.9
+
+
+def finaliser(z: int) -> int:
+    """SplitMix64's finaliser on Python's own integers."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def test_the_reference_is_splitmix64() -> None:
+    # first outputs for seed 1234567, as published with the algorithm (Rosetta Code, SplitMix64)
+    state, outputs = 1234567, []
+    for _ in range(5):
+        state = (state + WEYL) & MASK
+        outputs.append(finaliser(state))
+    assert outputs == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+
+
+def test_uniforms_equal_plain_python() -> None:
+    samples = [0, 1, 5, 59_999, 2**40]
+    for seed, epoch in ((0, 0), (1, 3), (2**63 - 1, 1000)):
+        root = finaliser((seed * WEYL + epoch) & MASK)
+        expected = [
+            [
+                (finaliser((finaliser((sample * WEYL + root) & MASK) + draw * WEYL) & MASK) >> 40)
+                / 2**24
+                for draw in range(1, 7)
+            ]
+            for sample in samples
+        ]
+        found = uniforms(seed, epoch, np.array(samples), 6)
+        assert found.dtype == np.float32
+        assert found.tolist() == expected
+
+
+def test_uniforms_belong_to_the_sample_and_not_to_its_batch() -> None:
+    whole = uniforms(3, 4, np.arange(100), 14)
+    some = np.array([70, 3, 99, 3])
+    assert np.array_equal(uniforms(3, 4, some, 14), whole[some])
+    assert np.array_equal(uniforms(3, 4, np.array([5]), 2)[0], whole[5, :2])
+    assert uniforms(3, 4, np.array([], np.int64), 14).shape == (0, 14)
+
+
+def test_uniforms_are_uniform_and_independent() -> None:
+    draws = uniforms(0, 0, np.arange(20_000), 6).astype(np.float64)
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    # standard deviations of these estimates: 0.002, 0.0005, 0.007
+    assert np.abs(draws.mean(axis=0) - 0.5).max() < 0.01
+    assert np.abs(draws.var(axis=0) - 1 / 12).max() < 0.003
+    assert np.abs(np.corrcoef(draws.T) - np.eye(6)).max() < 0.035
+    histogram = np.histogram(draws, bins=16, range=(0, 1))[0] / draws.size
+    assert np.abs(histogram - 1 / 16).max() < 0.004
+    columns = {
+        "next sample": (draws[:-1, 0], draws[1:, 0]),
+        "next epoch": (draws[:, 0], uniforms(0, 1, np.arange(20_000), 1)[:, 0]),
+        "next seed": (draws[:, 0], uniforms(1, 0, np.arange(20_000), 1)[:, 0]),
+    }
+    for name, (one, other) in columns.items():
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.035, name
