@@ -16,8 +16,8 @@ install: .venv/.installed
 demo: install
 	rm -rf $(DEMO)
 	$(BIN)/distcls prepare digits --out $(DEMO)/digits --write-images
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	  -m distcls.train --config configs/digits.yaml --data $(DEMO)/digits --out $(DEMO)/run
+	$(BIN)/accelerate launch --config_file launch/one_process.yaml -m distcls.train \
+	  --config configs/digits.yaml --data $(DEMO)/digits --out $(DEMO)/run
 	$(BIN)/python -m export.onnx --ckpt $(DEMO)/run/best.pth
 	$(BIN)/distcls predict --model $(DEMO)/run/best.onnx $(DEMO)/digits/images/test --out $(DEMO)/pre.csv --show 16
 	$(BIN)/distcls evaluate --model $(DEMO)/run/best.onnx --data $(DEMO)/digits --split test --out $(DEMO)/evaluation

@@ -89,13 +89,9 @@ def _processes(model: Path) -> Iterator[tuple[str, Sum]]:
     from accelerate.utils import reduce
 
     state = PartialState(cpu=not torch.cuda.is_available())
-    # Gloo's thread lets go of a tensor late; if it is the last to hold it, it needs the GIL, and a
-    # thread that asks for the GIL while Python ends aborts the process ("terminate called ...").
-    held: list[torch.Tensor] = []
 
     def total(vector: NDArray[np.float64]) -> NDArray[np.float64]:
         summed = reduce(torch.from_numpy(vector).to(state.device), "sum")
-        held.append(summed)
         return np.asarray(summed.cpu().numpy(), np.float64)
 
     try:

@@ -1,1 +1,1 @@
-"""Starting a run on one machine or many."""
+"""Starting a run on one machine or many: annotated configs for `accelerate launch`."""

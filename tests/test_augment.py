@@ -225,15 +225,14 @@ def assert_spread(centres: Sequence[float], side: int) -> None:
     assert max(centres) > side * 0.8
 
 
-def test_erasing_reaches_every_border() -> None:
+@pytest.mark.parametrize("down", [0.0, 0.9999])
+@pytest.mark.parametrize("right", [0.0, 0.9999])
+def test_erasing_reaches_every_border(down: float, right: float) -> None:
     images = torch.full((1, *SIZE, 3), 128, dtype=torch.uint8)
-    for place, index in ((0.0, 0), (0.9999, 1)):
-        values = {ERASE: 0.0, ERASE_PLACE[0]: place, ERASE_PLACE[1]: place, 11: 0.1}
-        ((top, left, height, width),) = erased(
-            images, augment(erase=1.0)(images, middle(values))
-        )
-        assert (top, left) == (0, 0) or index
-        assert (top + height, left + width) == SIZE or not index
+    values = {ERASE: 0.0, ERASE_PLACE[0]: down, ERASE_PLACE[1]: right, 11: 0.1}
+    ((top, left, height, width),) = erased(images, augment(erase=1.0)(images, middle(values)))
+    assert (top == 0, top + height == SIZE[0]) == (down == 0, down > 0)
+    assert (left == 0, left + width == SIZE[1]) == (right == 0, right > 0)
 
 
 def test_erasing_after_a_warp_keeps_floats() -> None:

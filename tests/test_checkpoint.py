@@ -41,7 +41,7 @@ ARCHITECTURE = {
 
 def make(path: Path, **changes: Any) -> tuple[Classifier, ModelCard]:
     torch.manual_seed(0)
-    config = ModelConfig(stem_stride=1, dropout=0.1)
+    config = ModelConfig(stem_stride=1, dropout=0.1, norm_momentum=1.0)
     values: dict[str, Any] = {
         "architecture": ARCHITECTURE,
         "classes": ("a", "b", "ß"),
@@ -50,6 +50,8 @@ def make(path: Path, **changes: Any) -> tuple[Classifier, ModelCard]:
     }
     card = ModelCard(**{**values, **changes})
     model = build(config, 3, PROCESS)
+    with torch.no_grad():  # fresh statistics would let every image's logits vanish
+        model.train()(torch.randint(0, 256, (8, 32, 40, 3), dtype=torch.uint8))
     save_checkpoint(path, model, card)
     return model, card
 
@@ -75,7 +77,7 @@ def test_round_trip_gives_the_same_logits(tmp_path: Path) -> None:
     assert logits.dtype == np.float32
     assert logits.shape == (5, 3)
     assert np.array_equal(logits, expected)
-    assert np.ptp(logits, axis=0).max() > 1e-4
+    assert np.ptp(logits, axis=0).max() > 1e-2
     assert "cpu" in opened.provider
 
 
@@ -101,7 +103,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, kind: str) ->
     path, target = tmp_path / "best.pth", tmp_path / "owned"
     content = {"card": Payload(target), "model": {"w": torch.zeros(2)}}
     if kind == "pickle":
-        path.write_bytes(pickle.dumps({"card": Payload(target)}))
+        path.write_bytes(pickle.dumps({"card": Payload(target)}, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
     for reader in (load_tensors, read_checkpoint, open_checkpoint):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import tempfile
 import types
 import typing
 from pathlib import Path
@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distcls.config import build, dump_yaml, flatten, leaves, parse, positional, read_yaml
-from distcls.config.convert import Mismatch, convert
 from distcls.config.load import Given
 from distcls.errors import UsageError, require
 from distcls.training.config import TrainConfig
@@ -76,83 +75,6 @@ def yaml_file(folder: Path, text: str) -> str:
     path = folder / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
     return str(path)
-
-
-CONVERTS: list[tuple[Any, Any, Any]] = [
-    ("3", int, 3),
-    (3, int, 3),
-    (3.0, int, 3),
-    ("1e-3", float, 1e-3),
-    (2, float, 2.0),
-    (7, str, "7"),
-    ("a b", str, "a b"),
-    ("x/y", Path, Path("x/y")),
-    (True, bool, True),
-    ("No", bool, False),
-    ("on", bool, True),
-    ("null", int | None, None),
-    ("None", str | None, None),
-    ("", float | None, None),
-    (None, str | None, None),
-    ("4", int | None, 4),
-    ("1", Literal["auto", 1, 2], 1),
-    ("auto", Literal["auto", 1, 2], "auto"),
-    (True, Literal["auto", "on", "off"], "on"),
-    (False, Literal["auto", "on", "off"], "off"),
-    ("224", tuple[int, int], (224, 224)),
-    (224, tuple[int, int] | None, (224, 224)),
-    ("224x320", tuple[int, int], (224, 320)),
-    ("[224, 320]", tuple[int, int], (224, 320)),
-    ([224, 320], tuple[int, int], (224, 320)),
-    ("0.35,1", tuple[float, float] | None, (0.35, 1.0)),
-    ("none", tuple[float, float] | None, None),
-    ("a,b,c", tuple[str, ...], ("a", "b", "c")),
-    ([1, 2, 3], tuple[float, ...], (1.0, 2.0, 3.0)),
-]
-
-REFUSED: list[tuple[Any, Any]] = [
-    ("three", int),
-    ("3.5", int),
-    (3.5, int),
-    (math.inf, int),
-    (10**400, float),
-    (True, int),
-    (False, float),
-    (None, int),
-    ([1], int),
-    (None, str),
-    (True, str),
-    ([1], Path),
-    ("maybe", bool),
-    (1, bool),
-    ("3", Literal["auto", 1, 2]),
-    (True, Literal["auto", 1, 2]),
-    ("1,2,3", tuple[int, int]),
-    ([], tuple[int, int]),
-    ([1, "b"], tuple[int, int]),
-    (True, tuple[int, int]),
-    ({"a": 1}, tuple[int, int]),
-]
-
-
-@pytest.mark.parametrize(("raw", "kind", "value"), CONVERTS)
-def test_convert(raw: Any, kind: Any, value: Any) -> None:
-    result = convert(raw, kind)
-    assert result == value
-    assert type(result) is type(value)
-    if isinstance(value, tuple):
-        assert [type(item) for item in result] == [type(item) for item in value]
-
-
-@pytest.mark.parametrize(("raw", "kind"), REFUSED)
-def test_convert_refuses(raw: Any, kind: Any) -> None:
-    with pytest.raises(Mismatch):
-        convert(raw, kind)
-
-
-def test_a_field_of_unknown_type_is_our_bug() -> None:
-    with pytest.raises(TypeError, match="dict"):
-        convert("x", dict)
 
 
 def test_flags_win_over_yaml_and_the_last_flag_wins(tmp_path: Path) -> None:
@@ -285,7 +207,7 @@ def test_crop_padding_and_resized_crop_exclude_each_other() -> None:
 
 def test_missing_key_says_how_to_give_it(tmp_path: Path) -> None:
     recipe = yaml_file(tmp_path, "epochs: 3\n")
-    with pytest.raises(UsageError, match="data is missing; give it as --data or in .*recipe.yaml"):
+    with pytest.raises(UsageError, match=r"data is missing; give it as --data or in .*recipe.yaml"):
         parse(TrainConfig, ["--config", recipe], prog="x", about="", config=True)
     with pytest.raises(UsageError, match=r"^out is missing; give it as --out$"):
         command("source")
@@ -352,7 +274,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return st.tuples(*(values(item) for item in typing.get_args(kind))).map(sorted).map(tuple)
-    letters = st.characters(exclude_categories=("Cs",), exclude_characters="\0")
+    # no path holds NUL; U+0085, a line break of old mainframes, is one thing PyYAML folds
+    letters = st.characters(exclude_categories=("Cs",), exclude_characters="\0\x85")
     text = st.text(letters, min_size=1).filter(lambda word: word.lower() not in ("none", "null"))
     return {
         int: st.integers(1, 2**62),
@@ -385,8 +308,6 @@ def test_a_config_written_as_yaml_reads_back_equal(chosen: dict[str, Any]) -> No
 
 
 def read_back(config: TrainConfig) -> TrainConfig:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(dump_yaml(config), encoding="utf-8")

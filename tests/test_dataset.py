@@ -65,6 +65,19 @@ def test_images_of_several_sizes_are_not_uniform(tmp_path: Path) -> None:
     np.testing.assert_array_equal(split.image(index), wide)
 
 
+def test_images_turned_on_their_side_are_not_uniform(tmp_path: Path) -> None:
+    wide = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    for index in range(4):
+        put(tmp_path / "source" / "ab"[index % 2] / f"{index}.png", wide if index < 2 else wide.T)
+    options = PrepareOptions(
+        source=str(tmp_path / "source"), out=tmp_path / "data", val_fraction=0, test_fraction=0
+    )
+    prepare(options)
+    split = Dataset.open(tmp_path / "data").split("train")
+    assert split.uniform is None
+    assert {split.image(index).shape for index in range(4)} == {(4, 6, 3), (6, 4, 3)}
+
+
 def test_a_file_that_went_bad_is_named(folder: Path, tmp_path: Path) -> None:
     split = Dataset.open(folder).split("train", use_pack=False)
     path = tmp_path / "source" / split.image_ids[2]

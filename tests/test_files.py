@@ -98,8 +98,9 @@ def test_a_folder_never_replaces_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "set" / "precious").write_text("mine")
     (tmp_path / "file").write_text("mine too")
     for name in ("set", "file"):
-        with pytest.raises(UsageError, match=f"{name} exists already"), atomic_folder(
-            tmp_path / name
+        with (
+            pytest.raises(UsageError, match=f"{name} exists already"),
+            atomic_folder(tmp_path / name),
         ):
             pytest.fail("the block must not run")
     assert (tmp_path / "set" / "precious").read_text() == "mine"
@@ -176,8 +177,9 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_refused_permission_is_the_users_to_solve(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="here/x cannot be written: permission denied"), writable(
-        tmp_path
+    with (
+        pytest.raises(UsageError, match="here/x cannot be written: permission denied"),
+        writable(tmp_path),
     ):
         raise PermissionError(13, "Permission denied", "here/x")
 

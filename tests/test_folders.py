@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from distcls.data.detect import read_source
 from distcls.data.plan import plan_splits
-from distcls.data.source import Source
+from distcls.data.sources.detect import read_source
+from distcls.data.sources.source import Source
 from distcls.errors import UsageError
 from tests.sources import digits, put, tree
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distcls.data import idx, known
-from distcls.data.detect import read_source
+from distcls.data.sources import idx, known
+from distcls.data.sources.detect import read_source
 from distcls.errors import UsageError
 from tests.sources import digits, idx_bytes, idx_folder
 
@@ -87,7 +87,7 @@ def test_known_data_must_be_complete(tmp_path: Path, monkeypatch: pytest.MonkeyP
     publish(monkeypatch, folder)
     for path in folder.glob("t10k*"):
         path.unlink()
-    with pytest.raises(UsageError, match="t10k-.* of fashion-mnist is missing"):
+    with pytest.raises(UsageError, match=r"t10k-.* of fashion-mnist is missing"):
         read_source(str(folder))
 
 

@@ -81,6 +81,15 @@ def test_a_tree_of_colour_images_is_packed_as_decoded(tmp_path: Path) -> None:
             np.testing.assert_array_equal(files.image(index), expected)
 
 
+def test_copies_of_colour_images_keep_their_colours(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source", 40)
+    path = put(source / "3" / "red.png", np.full((4, 4, 3), (250, 20, 5), np.uint8))
+    run(source, tmp_path / "out", write_images=True)
+    (copy,) = (tmp_path / "out" / "images").rglob("*red.png.png")
+    np.testing.assert_array_equal(decode_file(copy), decode_file(path))
+    assert decode_file(copy)[0, 0].tolist() == [250, 20, 5]
+
+
 def test_grey_trees_are_packed_in_one_channel(tmp_path: Path) -> None:
     data = run(tree(tmp_path / "source", 40), tmp_path / "out")
     assert set(data.table["channels"].to_pylist()) == {1}

@@ -91,7 +91,9 @@ def test_crop_fraction_counts_for_images_of_the_inputs_own_size() -> None:
     picture = smooth(32, 32)
     process = Preprocess(size=(32, 32), crop_fraction=0.5)
     assert not process.keeps(picture.shape)
-    assert np.array_equal(process(picture), cv2.resize(picture, (64, 64), interpolation=3)[16:48, 16:48])
+    assert np.array_equal(
+        process(picture), cv2.resize(picture, (64, 64), interpolation=cv2.INTER_AREA)[16:48, 16:48]
+    )
     assert Preprocess(size=(32, 32), resize="pad", crop_fraction=0.5).keeps(picture.shape)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distcls.data.source import Record
+from distcls.data.sources.source import Record
 from distcls.data.split import assign_splits, draw, wanted
 from distcls.errors import UsageError
 
@@ -84,6 +84,13 @@ def test_a_split_of_few_large_groups_is_not_empty() -> None:
         records([0] * 30 + [1] * 30, groups), val_fraction=0.1, test_fraction=0.2, seed=0
     )
     assert set(splits) == {"train", "val", "test"}
+
+
+def test_a_group_with_the_last_images_of_a_class_is_trained_on() -> None:
+    found = [0, 1, 1] + [1] * 17  # the one image of class 0 lies in a group the test split wants
+    groups: list[int | None] = [0, 0, 0, *range(1, 18)]
+    splits = assign_splits(records(found, groups), val_fraction=0.1, test_fraction=0.2, seed=0)
+    assert splits[0] == "train"
 
 
 def test_a_group_torn_by_the_source_is_an_error() -> None:

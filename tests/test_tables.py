@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distcls.data.source import Source
-from distcls.data.tables import read_manifest
+from distcls.data.sources.source import Source
+from distcls.data.sources.tables import read_manifest
 from distcls.errors import UsageError
 
 

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from distcls.data.source import Record
+from distcls.data.sources.source import Record
 from distcls.errors import BadImage
 from distcls.imaging import decode_file
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
-from distcls.data.source import Record, Source
+from distcls.data.sources.source import Record, Source
 from distcls.data.split import SPLITS, assign_splits, draw
 from distcls.errors import UsageError
 

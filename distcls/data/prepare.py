@@ -15,11 +15,11 @@ from distcls import log
 from distcls.config import positional
 from distcls.data import write
 from distcls.data.dataset import PACK
-from distcls.data.detect import Format, read_source
 from distcls.data.load import load_all
 from distcls.data.pack import PackWriter
 from distcls.data.plan import Plan, check_training_images, plan_splits, repair
-from distcls.data.source import Record, Source
+from distcls.data.sources.detect import Format, read_source
+from distcls.data.sources.source import Record, Source
 from distcls.data.stale import claimed, remove_stale_parts
 from distcls.errors import BadImage, UsageError, require
 from distcls.files import atomic_folder

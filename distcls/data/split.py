@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from distcls.data.source import Record
+from distcls.data.sources.source import Record
 from distcls.errors import UsageError
 
 SPLITS = ("train", "val", "test")

@@ -17,7 +17,7 @@ from distcls.data.dataset import CLASSES, FORMAT, INFO, MANIFEST, PACK, SCHEMA
 from distcls.data.names import safe_names
 from distcls.data.pack import PackWriter
 from distcls.data.plan import Plan
-from distcls.data.source import Record, Source
+from distcls.data.sources.source import Record, Source
 from distcls.data.split import SPLITS
 from distcls.files import digest
 

@@ -2,8 +2,8 @@
 
 OpenCV decodes (measured on one core, 500x375 JPEG to 224: OpenCV 850 img/s, Pillow 240); it
 applies the EXIF orientation, turns CMYK and grey into RGB, scales 16 bits to 8 and drops alpha.
-Pillow reads the header first (16 us), which gives the allow-list of formats and the size before any
-pixel is decoded. OpenCV 5 refuses truncated JPEGs; older ones fill the rest with grey and say nothing.
+Pillow reads the header first (16 us): the allow-list of formats, and the size before any
+pixel is decoded. OpenCV 5 refuses truncated JPEGs; older ones fill the rest with grey silently.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from distcls.files import require_writable, write_text
 from distcls.training.config import TrainConfig
 
 CONFIG, METRICS, HISTORY, CURVES = "config.yaml", "metrics.jsonl", "history.csv", "curves.png"
+CURVES_EVERY = 30.0
+"""Seconds between two drawings: one takes half a second, some epochs do not take longer."""
 BEST, LAST = "best.pth", "last"
 
 
@@ -33,6 +36,8 @@ class Records:
         """Open the records of a run that has finished `step` steps; later lines are dropped."""
         self.folder = config.out
         self._monitor = config.monitor.metric
+        self._undrawn: list[dict[str, float]] = []
+        self._drawn = -CURVES_EVERY
         require_writable(self.folder)
         write_text(self.folder / CONFIG, dump_yaml(config))
         path = self.folder / METRICS
@@ -47,14 +52,22 @@ class Records:
         self._metrics.flush()
 
     def epochs(self, history: list[dict[str, float]]) -> None:
-        """Rewrite history.csv and curves.png from all epochs so far."""
+        """Rewrite history.csv, and now and then curves.png, from all epochs so far."""
         table = io.StringIO()
         writer = csv.DictWriter(table, list(history[-1]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
         write_text(self.folder / HISTORY, table.getvalue())
-        curves(history, self.folder / CURVES, self._monitor)
+        self._undrawn = history
+        if time.monotonic() - self._drawn > CURVES_EVERY:
+            self._draw()
 
     def close(self) -> None:
-        """Close metrics.jsonl."""
+        """Draw what is not drawn yet and close metrics.jsonl."""
+        if self._undrawn:
+            self._draw()
         self._metrics.close()
+
+    def _draw(self) -> None:
+        curves(self._undrawn, self.folder / CURVES, self._monitor)
+        self._undrawn, self._drawn = [], time.monotonic()

@@ -74,12 +74,15 @@ def save_state(
 def load_state(folder: Path, config: TrainConfig) -> tuple[Progress, dict[str, Any]] | None:
     """Read the last full state, or None if there is none.
 
-    Raises UsageError if the config differs from the state's in a key that shapes the result.
+    Raises UsageError if it is none, or if the config differs from the state's in a key that shapes
+    the result.
     """
     path = folder / "state.pth"
     if not path.exists():
         return None
     content = load_tensors(path)
+    if set(content) != {"config", "progress", "tensors"}:
+        raise UsageError(f"{path}: not the state of a run; remove it to start anew")
     _check_same_config(content["config"], dump_yaml(config), path)
     return Progress(**content["progress"]), content["tensors"]
 

@@ -20,9 +20,8 @@ def command(*arguments: object, module: str = "distcls.cli", processes: int = 1)
     call = [sys.executable, "-m", module, *map(str, arguments)]
     if processes == 1:
         return call
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0"]
-    fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [call[0], *launcher, *fixed, "--num_processes", str(processes), *call[1:]]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "launch/two_cpu_processes.yaml"]
+    return [call[0], *launcher, "--num_processes", str(processes), *call[1:]]
 
 
 def run(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
-from distcls.data import tables
 from distcls.data.dataset import INFO, MANIFEST
-from distcls.data.digits import read_digits
-from distcls.data.folders import read_folder
-from distcls.data.idx import find_idx, read_idx_folder
-from distcls.data.source import Source, read_classes
+from distcls.data.sources import tables
+from distcls.data.sources.digits import read_digits
+from distcls.data.sources.folders import read_folder
+from distcls.data.sources.idx import find_idx, read_idx_folder
+from distcls.data.sources.source import Source, read_classes
 from distcls.errors import UsageError
 
 Format = Literal["auto", "digits", "idx", "fashion-mnist", "mnist", "folder", "manifest"]

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distcls.data.source import SPLIT_NAMES, Record, Source, natural_order
+from distcls.data.sources.source import SPLIT_NAMES, Record, Source, natural_order
 from distcls.errors import UsageError, did_you_mean
 
 SUFFIXES = (".csv", ".parquet")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distcls import log
-from distcls.data.source import SPLIT_NAMES, Record, Source, natural_order
+from distcls.data.sources.source import SPLIT_NAMES, Record, Source, natural_order
 from distcls.errors import UsageError
 from distcls.imaging.decode import SUFFIXES
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distcls.data.source import Record, Source
+from distcls.data.sources.source import Record, Source
 from distcls.errors import UsageError
 
 

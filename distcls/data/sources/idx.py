@@ -17,8 +17,8 @@ from typing import BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from distcls.data.known import CLASS_NAMES, CONTENT_MD5
-from distcls.data.source import Record, Source
+from distcls.data.sources.known import CLASS_NAMES, CONTENT_MD5
+from distcls.data.sources.source import Record, Source
 from distcls.errors import UsageError
 
 NAME = re.compile(r"(.+-)?(train|t10k|test)-(images|labels)[-.]idx([13])-ubyte(\.gz)?")

@@ -1,0 +1,1 @@
+"""Where pictures come from: one reader for each kind of source."""

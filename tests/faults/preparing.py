@@ -1,0 +1,43 @@
+"""Running `distcls prepare` and reading its refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+from distcls import cli, door
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "distcls.cli", "prepare", *map(str, arguments)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`run` without the second that a process takes to start."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            door.run(cli.dispatch, ["prepare", *map(str, arguments)])
+        except SystemExit as left:
+            code = int(left.code or 0)
+    return subprocess.CompletedProcess([], code, out.getvalue(), err.getvalue())
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    """The error, which has to be one line and all there is."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def parts(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name.endswith(".part")]

@@ -1,0 +1,153 @@
+"""Progress: which epoch is best, when to stop, and the state that a run resumes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distcls.data.config import AugmentConfig, LoaderConfig
+from distcls.errors import UsageError
+from distcls.models.config import ModelConfig
+from distcls.training.config import MonitorConfig, TrainConfig
+from distcls.training.state import Progress, load_state, save_state
+
+NAN = math.nan
+
+
+def judged(scores: list[float], monitor: MonitorConfig) -> tuple[list[bool], Progress]:
+    progress, verdicts = Progress(), []
+    for epoch, score in enumerate(scores, start=1):
+        progress.epoch = epoch
+        verdicts.append(progress.judge(score, monitor))
+    return verdicts, progress
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "scores", "verdicts"),
+    [
+        ("top1", "auto", [0.1, 0.3, 0.2, 0.3, 0.4], [True, True, False, False, True]),
+        ("loss", "auto", [3.0, 2.0, 2.5, 2.0, 1.0], [True, True, False, False, True]),
+        ("top1", "min", [0.1, 0.3, 0.05], [True, False, True]),
+        ("loss", "max", [3.0, 2.0, 4.0], [True, False, True]),
+        ("top1", "auto", [NAN, 0.1, NAN, 0.2], [False, True, False, True]),
+        ("loss", "auto", [NAN, 2.0, NAN, 1.0], [False, True, False, True]),
+        ("loss", "auto", [-1.0, -2.0, 0.0], [True, True, False]),
+    ],
+)
+def test_which_epochs_are_the_best_so_far(
+    metric: str, mode: Any, scores: list[float], verdicts: list[bool]
+) -> None:
+    found, progress = judged(scores, MonitorConfig(metric=metric, mode=mode))
+    assert found == verdicts
+    best = max(index for index, verdict in enumerate(verdicts) if verdict)
+    assert progress.best_epoch == best + 1
+    assert progress.best_score == scores[best]
+    assert progress.epochs_since_best == len(scores) - 1 - best
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("top1", 1), ("loss", -1)])
+def test_small_changes_are_no_improvement(metric: str, sign: int) -> None:
+    monitor = MonitorConfig(metric=metric, min_delta=0.1)
+    scores = [sign * score for score in (0.5, 0.55, 0.59, 0.61, 0.70, 0.72)]
+    # each is held against the best, not against the one before
+    assert judged(scores, monitor)[0] == [True, False, False, True, False, True]
+
+
+def test_patience() -> None:
+    monitor = MonitorConfig(patience=2)
+    progress = Progress()
+    stops = []
+    for score in (0.1, 0.2, 0.1, 0.3, NAN, 0.3, 0.2):
+        progress.epoch += 1
+        progress.judge(score, monitor)
+        stops.append(progress.out_of_patience(monitor))
+    assert stops == [False, False, False, False, False, True, True]
+    assert not progress.out_of_patience(MonitorConfig(patience=None))
+
+
+def config(folder: Path, **changes: Any) -> TrainConfig:
+    return TrainConfig(**{"data": folder / "data", "out": folder / "run", **changes})
+
+
+def test_the_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    progress = Progress(epoch=3, step=33, seconds=1.5, best_score=0.7, best_epoch=2)
+    progress.history.append({"epoch": 1, "loss": 2.5})
+    tensors = {"model": {"w": torch.arange(3.0)}, "ema": None, "updates": 7}
+    save_state(tmp_path, config(tmp_path), progress, tensors)
+    loaded = load_state(tmp_path, config(tmp_path))
+    assert loaded is not None
+    assert loaded[0] == progress
+    assert torch.equal(loaded[1]["model"]["w"], torch.arange(3.0))
+    assert (loaded[1]["ema"], loaded[1]["updates"]) == (None, 7)
+
+
+def test_no_state_is_no_error(tmp_path: Path) -> None:
+    assert load_state(tmp_path, config(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("epochs", {"epochs": 11}),
+        ("batch_size", {"batch_size": 64}),
+        ("seed", {"seed": 1}),
+        ("data", {"data": Path("elsewhere")}),
+        ("model.dropout", {"model": ModelConfig(dropout=0.5)}),
+        ("augment.resized_crop", {"augment": AugmentConfig(resized_crop=(0.5, 1.0))}),
+    ],
+)
+def test_a_config_that_differs_is_refused_by_key(
+    tmp_path: Path, key: str, changes: dict[str, Any]
+) -> None:
+    save_state(tmp_path, config(tmp_path), Progress(), {})
+    with pytest.raises(UsageError, match=rf"^{key}: .* given, but .*state.pth was written with"):
+        load_state(tmp_path, config(tmp_path, **changes))
+
+
+def test_what_does_not_shape_the_result_may_change(tmp_path: Path) -> None:
+    save_state(tmp_path, config(tmp_path), Progress(step=5), {})
+    changes: dict[str, Any] = {
+        "out": tmp_path / "moved",
+        "resume": "auto",
+        "quiet": True,
+        "json": True,
+        "processes": 2,
+        "threads": 1,
+        "log_every": 3,
+        "loader": LoaderConfig(workers=1, ahead=9),
+    }
+    loaded = load_state(tmp_path, config(tmp_path, **changes))
+    assert loaded is not None
+    assert loaded[0].step == 5
+
+
+def test_equal_configs_with_sequences_are_equal(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"augment": AugmentConfig(resized_crop=(0.35, 1.0))}
+    save_state(tmp_path, config(tmp_path, **changes), Progress(), {})
+    assert load_state(tmp_path, config(tmp_path, **changes)) is not None
+
+
+def test_every_field_of_progress_is_saved(tmp_path: Path) -> None:
+    names = {field.name for field in dataclasses.fields(Progress)}
+    save_state(tmp_path, config(tmp_path), Progress(), {})
+    saved = torch.load(tmp_path / "state.pth", weights_only=True)["progress"]
+    assert set(saved) == names
+
+
+def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
+    save_state(tmp_path, config(tmp_path), Progress(), {"w": torch.zeros(1000)})
+    path = tmp_path / "state.pth"
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(UsageError, match=r"state.pth: cannot be read"):
+        load_state(tmp_path, config(tmp_path))
+
+
+def test_another_file_in_the_states_place_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(3)}, tmp_path / "state.pth")
+    with pytest.raises(UsageError, match=r"state.pth: not the state of a run"):
+        load_state(tmp_path, config(tmp_path))
