@@ -120,4 +120,3 @@ def _put(
         except queue.Full:
             continue
     return False
-

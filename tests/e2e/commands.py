@@ -20,7 +20,12 @@ def command(*arguments: object, module: str = "distcls.cli", processes: int = 1)
     call = [sys.executable, "-m", module, *map(str, arguments)]
     if processes == 1:
         return call
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", "launch/two_cpu_processes.yaml"]
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "launch/two_cpu_processes.yaml",
+    ]
     return [call[0], *launcher, "--num_processes", str(processes), *call[1:]]
 
 
