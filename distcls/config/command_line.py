@@ -74,7 +74,9 @@ def _is_boolean(word: str) -> bool:
 
 
 def _parser(fields: list[Leaf], prog: str, about: str, config: bool) -> argparse.ArgumentParser:
-    parser = _Parser(prog=prog, description=about, allow_abbrev=False)
+    places = [leaf.key.upper() for leaf in fields if leaf.positional]
+    usage = " ".join([prog, *places, *["[--config FILE]"] * config, "[--key value ...]"])
+    parser = _Parser(prog=prog, usage=usage, description=about, allow_abbrev=False)
     if config:
         text = "YAML file of the keys below; flags win over it"
         parser.add_argument("--config", metavar="FILE", help=text)

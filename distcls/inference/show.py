@@ -62,7 +62,9 @@ class Gallery:
         picked = self.picked
         columns = _columns(len(picked))
         rows = math.ceil(len(picked) / columns)
-        figure = new_figure(1.9 * columns, 2.45 * rows + 0.3)
+        images = [source.load(item.index) for item in picked]
+        tallest = max(image.shape[0] / image.shape[1] for image in images)
+        figure = new_figure(1.9 * columns, (1.8 * min(tallest, 2) + 0.65) * rows + 0.3)
         truths = [_truth(source, item.index, classes) for item in picked]
         known = [item.label == truth for item, truth in zip(picked, truths, strict=True) if truth]
         if known:
@@ -71,8 +73,8 @@ class Gallery:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(picked) :]:
             axes.axis("off")
-        for axes, item, truth in zip(grid.flat, picked, truths, strict=False):
-            _draw_one(axes, source.load(item.index), item, truth, source.image_ids[item.index])
+        for axes, image, item, truth in zip(grid.flat, images, picked, truths, strict=False):
+            _draw_one(axes, image, item, truth, source.image_ids[item.index])
         save(figure, path)
 
 

@@ -88,7 +88,7 @@ class Bar:
             disable=not log.show_progress(),
             leave=False,
             unit="step",
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining}{postfix}",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}",
         )
 
     def __enter__(self) -> Bar:
