@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from distcls.errors import BadImage, BadValue
+from distcls.errors import BadValue
 from distcls.imaging import INTERPOLATIONS, RESIZES, Preprocess
-from tests.pictures import BLUE, GREEN, RED, WHITE, Pixels, corners, encode, smooth
+from tests.pictures import BLUE, GREEN, RED, WHITE, Pixels, corners, smooth
 
 
 def four(picture: Pixels) -> list[tuple[int, ...]]:
@@ -159,17 +158,6 @@ def test_a_line_of_pixels_takes_no_gigabytes(resize: str, shape: tuple[int, int]
     assert peak < 20_000_000
     if resize == "crop":
         assert (result == 200).all()
-
-
-def test_files_and_bytes(tmp_path: Path) -> None:
-    picture = smooth(24, 36)
-    process = Preprocess(size=(12, 12))
-    data = encode(picture, "PNG")
-    (tmp_path / "a.png").write_bytes(data)
-    assert np.array_equal(process.data(data), process(picture))
-    assert np.array_equal(process.file(tmp_path / "a.png"), process(picture))
-    with pytest.raises(BadImage, match="No such file"):
-        process.file(tmp_path / "b.png")
 
 
 def test_json_round_trip() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from distcls.cores import available_cores
 from distcls.data.sources.source import Record
 from distcls.errors import BadImage
 from distcls.imaging import decode_file
@@ -30,7 +30,7 @@ def load_all(
     if copies is None and all(record.pixels is not None for record in records):
         yield from (load(record, root, None) for record in records)
         return
-    workers = min(os.cpu_count() or 1, 16)
+    workers = min(available_cores(), 16)
     places: Sequence[Path | None] = copies or [None] * len(records)
     tasks = iter(zip(records, places, strict=True))
     with ThreadPoolExecutor(workers) as pool:  # OpenCV decodes without holding the GIL

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import cv2
@@ -16,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls.errors import require
-from distcls.imaging.decode import decode, decode_file
 
 Resize = Literal["squash", "crop", "pad"]
 Interpolation = Literal["area", "linear", "cubic", "lanczos", "nearest"]
@@ -79,14 +77,6 @@ class Preprocess:
     def keeps(self, shape: tuple[int, ...]) -> bool:
         """Whether images of this shape (height, width, ...) pass unchanged."""
         return shape[:2] == self.size and (self.crop_fraction == 1 or self.resize != "crop")
-
-    def file(self, path: Path) -> Image:
-        """Decode and preprocess a file. Raises BadImage."""
-        return self(decode_file(path))
-
-    def data(self, data: bytes) -> Image:
-        """Decode and preprocess the bytes of a file. Raises BadImage."""
-        return self(decode(data))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a model file's metadata."""

@@ -15,6 +15,8 @@ from distcls.models.classifier import count_macs, count_parameters
 from distcls.training.config import TrainConfig
 from distcls.training.engine import Engine
 
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+
 
 class Stopwatch:
     """Rates since the last lap, from a clock that never jumps."""
@@ -88,7 +90,7 @@ class Bar:
             disable=not log.show_progress(),
             leave=False,
             unit="step",
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}",
+            bar_format=BAR,
         )
 
     def __enter__(self) -> Bar:
