@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from distcls import log
-from distcls.errors import DistclsError
+from distcls.errors import DistclsError, Stopped
 
 Main = Callable[[Sequence[str]], None]
 
@@ -26,6 +26,9 @@ def _outcome(main: Main, arguments: Sequence[str]) -> int:
     try:
         main(arguments)
         sys.stdout.flush()
+    except Stopped as stopped:
+        log.say(str(stopped))
+        return stopped.exit_code
     except DistclsError as error:
         log.fail(str(error))
         return error.exit_code
@@ -43,9 +46,10 @@ def _outcome(main: Main, arguments: Sequence[str]) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    if log.world_size() > 1:
+    if log.world_size() > 1 or code != 0:
         # One of several processes: gloo's threads may outlive Python's and abort it on its way out
-        # ("terminate called without an active exception", seen in 1 of 6 two-process runs).
+        # ("terminate called without an active exception", seen in 1 of 6 two-process runs). A
+        # failure: a thread may hang in a read for ever, and Python would wait for it.
         # Everything is written by now, so the interpreter need not be taken down piece by piece.
         sys.stdout.flush()
         sys.stderr.flush()

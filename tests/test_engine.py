@@ -98,7 +98,7 @@ def test_reported_loss_is_the_mean_over_the_batch(digits: Path) -> None:
     expected = F.cross_entropy(engine.model(images), torch.from_numpy(split.labels[samples]))
     report = next(iter(engine.train_epoch(0)))
     assert report.images == end - begin
-    assert engine.mean_loss(report.loss) == pytest.approx(expected.item(), rel=1e-5)
+    assert engine.total(report.loss) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_evaluation_counts_every_sample_once(digits: Path) -> None:

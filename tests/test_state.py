@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from distcls.data.config import AugmentConfig, LoaderConfig
-from distcls.errors import UsageError
+from distcls.errors import DistclsError, UsageError
 from distcls.models.config import ModelConfig
-from distcls.training.config import MonitorConfig, TrainConfig
-from distcls.training.state import Progress, load_state, save_state
+from distcls.training.checkpoints import Checkpoints, states
+from distcls.training.config import CheckpointConfig, MonitorConfig, TrainConfig
+from distcls.training.state import Progress, load_state, to_content
 
 NAN = math.nan
 
@@ -74,6 +75,12 @@ def config(folder: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**{"data": folder / "data", "out": folder / "run", **changes})
 
 
+def save_state(folder: Path, now: TrainConfig, progress: Progress, tensors: dict[str, Any]) -> None:
+    checkpoints = Checkpoints(folder, CheckpointConfig(), 0)
+    checkpoints.save(progress.step, to_content(now, progress, tensors))
+    checkpoints.close()
+
+
 def test_the_state_comes_back_as_it_was(tmp_path: Path) -> None:
     progress = Progress(epoch=3, step=33, seconds=1.5, best_score=0.7, best_epoch=2)
     progress.history.append({"epoch": 1, "loss": 2.5})
@@ -105,7 +112,7 @@ def test_a_config_that_differs_is_refused_by_key(
     tmp_path: Path, key: str, changes: dict[str, Any]
 ) -> None:
     save_state(tmp_path, config(tmp_path), Progress(), {})
-    with pytest.raises(UsageError, match=rf"^{key}: .* given, but .*state.pth was written with"):
+    with pytest.raises(UsageError, match=rf"^{key}: .* given, but .*step_.*pth was written with"):
         load_state(tmp_path, config(tmp_path, **changes))
 
 
@@ -135,19 +142,65 @@ def test_equal_configs_with_sequences_are_equal(tmp_path: Path) -> None:
 def test_every_field_of_progress_is_saved(tmp_path: Path) -> None:
     names = {field.name for field in dataclasses.fields(Progress)}
     save_state(tmp_path, config(tmp_path), Progress(), {})
-    saved = torch.load(tmp_path / "state.pth", weights_only=True)["progress"]
+    saved = torch.load(states(tmp_path)[0], weights_only=True)["progress"]
     assert set(saved) == names
 
 
-def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
-    save_state(tmp_path, config(tmp_path), Progress(), {"w": torch.zeros(1000)})
-    path = tmp_path / "state.pth"
-    path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(UsageError, match=r"state.pth: cannot be read"):
+def test_a_damaged_state_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (7, 14):
+        save_state(tmp_path, config(tmp_path), Progress(step=step), {"w": torch.zeros(1000)})
+    newest = states(tmp_path)[0]
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1  # inside the tensor: torch itself would load it
+    newest.write_bytes(data)
+    loaded = load_state(tmp_path, config(tmp_path))
+    assert loaded is not None
+    assert loaded[0].step == 7
+    assert f"{newest} is damaged" in capsys.readouterr().err
+    for path in states(tmp_path):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DistclsError, match="no state is whole"):
         load_state(tmp_path, config(tmp_path))
 
 
 def test_another_file_in_the_states_place_is_refused(tmp_path: Path) -> None:
-    torch.save({"w": torch.zeros(3)}, tmp_path / "state.pth")
-    with pytest.raises(UsageError, match=r"state.pth: not the state of a run"):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), 0)
+    checkpoints.save(1, {"w": torch.zeros(3)})
+    checkpoints.close()
+    with pytest.raises(UsageError, match=r"pth: not the state of a run"):
         load_state(tmp_path, config(tmp_path))
+
+
+def test_the_newest_states_are_kept_and_leftovers_go(tmp_path: Path) -> None:
+    (tmp_path / ".step_00000003.abc.pth.xyz.part").write_bytes(b"half")
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=3), 0)
+    for step in (5, 10, 100, 15, 20):
+        checkpoints.save(step, {"step": step})
+    checkpoints.close()
+    kept = [torch.load(path, weights_only=True)["step"] for path in states(tmp_path)]
+    assert kept == [100, 20, 15]
+    assert not list(tmp_path.glob(".step_*"))
+
+
+def test_a_state_is_a_copy_of_its_moment(tmp_path: Path) -> None:
+    weights = torch.zeros(1000, 1000)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), 0)
+    checkpoints.save(1, {"w": weights})
+    weights += 1  # training goes on while the state is written
+    checkpoints.close()
+    assert float(torch.load(states(tmp_path)[0], weights_only=True)["w"].sum()) == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "due"),
+    [
+        (CheckpointConfig(every_steps=5, every_minutes=None), [False, True]),
+        (CheckpointConfig(every_minutes=None), [False, False]),
+        (CheckpointConfig(every_minutes=1e-9), [True, True]),
+        (CheckpointConfig(every_minutes=60), [False, False]),
+    ],
+)
+def test_when_a_state_is_due(tmp_path: Path, config: CheckpointConfig, due: list[bool]) -> None:
+    checkpoints = Checkpoints(tmp_path, config, step=100)
+    assert [checkpoints.due(104), checkpoints.due(105)] == due
+    checkpoints.close()

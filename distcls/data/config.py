@@ -46,11 +46,14 @@ class LoaderConfig:
     """Threads that decode; unset, the cores of this process."""
     ahead: int = 3
     """Batches read ahead of the step that needs them."""
+    timeout: float = 300.0
+    """Seconds without a batch after which the run stops and names the files it waits for."""
 
     def __post_init__(self) -> None:
         workers = self.workers
         require(workers is None or workers >= 1, "workers", workers, "at least 1, or null")
         require(self.ahead >= 1, "ahead", self.ahead, "at least 1")
+        require(self.timeout > 0, "timeout", self.timeout, "a number of seconds above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,11 @@ from torch import Tensor
 
 from distcls.data.dataset import Split, to_rgb
 from distcls.data.order import Indices
+from distcls.errors import DistclsError
 from distcls.imaging import Preprocess
+
+NAMED = 4
+"""Files that an error about a stall names at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +40,19 @@ class Loader:
     """Reads batches of a split in the order it is told, some of them ahead."""
 
     def __init__(
-        self, split: Split, preprocess: Preprocess, *, workers: int, ahead: int, pin: bool = False
+        self,
+        split: Split,
+        preprocess: Preprocess,
+        *,
+        workers: int,
+        ahead: int,
+        timeout: float,
+        pin: bool = False,
     ) -> None:
         self._split = split
+        self._timeout = timeout
+        self._gave_up = False
+        self._reading: dict[int, int] = {}
         self._preprocess = preprocess
         self._ahead = ahead
         self._pin = pin
@@ -49,7 +63,8 @@ class Loader:
     def batches(self, plan: Iterable[Indices]) -> Generator[Batch]:
         """Yield a batch for each array of indices in `plan`.
 
-        Raises what reading raised (BadImage names the file) when its batch's turn comes.
+        Raises what reading raised (BadImage names the file) when its batch's turn comes, and
+        DistclsError, naming the files that are being read, after `timeout` seconds without a batch.
         """
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(self._ahead)
         stopping = threading.Event()
@@ -60,7 +75,7 @@ class Loader:
         try:
             while True:
                 start = time.perf_counter()
-                item = ready.get()
+                item = self._next(ready)
                 self.waited += time.perf_counter() - start
                 if item is None:
                     return
@@ -71,7 +86,22 @@ class Loader:
             stopping.set()
             while not ready.empty():
                 ready.get_nowait()
-            reader.join()
+            if not self._gave_up:  # a thread that hangs in a read can only be left behind
+                reader.join()
+
+    def _next(
+        self, ready: queue.Queue[Batch | BaseException | None]
+    ) -> Batch | BaseException | None:
+        try:
+            return ready.get(timeout=self._timeout)
+        except queue.Empty:
+            self._gave_up = True
+            waiting = [self._split.image_ids[index] for index in list(self._reading.values())]
+            names = ", ".join(waiting[:NAMED]) or "nothing; the reading thread is gone"
+            raise DistclsError(
+                f"no batch came for {self._timeout:.0f} s; still reading: {names} "
+                "(loader.timeout sets the limit)"
+            ) from None
 
     def load(self, indices: Indices, pool: ThreadPoolExecutor) -> Batch:
         """Read and preprocess the images at `indices`."""
@@ -88,7 +118,12 @@ class Loader:
         return np.stack(list(pool.map(self._one, indices.tolist())))
 
     def _one(self, index: int) -> np.ndarray:
-        return self._preprocess(self._split.image(index))
+        thread = threading.get_ident()
+        self._reading[thread] = index
+        try:
+            return self._preprocess(self._split.image(index))
+        finally:
+            del self._reading[thread]
 
     def _read(
         self,

@@ -103,6 +103,24 @@ class MonitorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """The full states in `last/`, which a resumed run starts from; each epoch ends with one."""
+
+    every_steps: int | None = None
+    """Optimiser steps between two states within an epoch; null: none by steps."""
+    every_minutes: float | None = 10.0
+    """Minutes between two states within an epoch; null: none by time."""
+    keep: int = 2
+    """States kept; a damaged one is passed over for the one before."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "every_minutes"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "a number above 0, or null")
+        require(self.keep >= 1, "keep", self.keep, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run."""
 
@@ -133,6 +151,9 @@ class TrainConfig:
     """Compute threads per process on CPUs; null shares the cores among the processes."""
     resume: Literal["none", "auto"] = "none"
     """auto continues the run in `out` from its last state, if there is one."""
+    max_bad_steps: int = 20
+    """Steps in a row with a loss or gradient that is not finite, after which the run stops; each is
+    skipped by all processes."""
     log_every: int = 50
     """Steps between two lines in metrics.jsonl."""
     quiet: bool = False
@@ -148,9 +169,10 @@ class TrainConfig:
     loss: LossConfig = LossConfig()
     ema: EmaConfig = EmaConfig()
     monitor: MonitorConfig = MonitorConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "log_every"):
+        for name in ("epochs", "batch_size", "accumulate", "max_bad_steps", "log_every"):
             value = getattr(self, name)
             require(value >= 1, name, value, "at least 1")
         for name in ("limit", "processes", "threads"):

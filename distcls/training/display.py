@@ -14,6 +14,7 @@ from distcls.data.loader import Loader
 from distcls.models.classifier import count_macs, count_parameters
 from distcls.training.config import TrainConfig
 from distcls.training.engine import Engine
+from distcls.training.state import Progress
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
@@ -83,10 +84,11 @@ def epoch_line(row: dict[str, float], epochs: int, best: bool) -> str:
 class Bar:
     """The live bar of an epoch: step, loss, images/s, time left, share of waiting for data."""
 
-    def __init__(self, epoch: int, epochs: int, steps: int) -> None:
+    def __init__(self, progress: Progress, epochs: int, steps: int) -> None:
         self._bar = tqdm(
             total=steps,
-            desc=f"epoch {epoch}/{epochs}",
+            initial=progress.epoch_step,
+            desc=f"epoch {progress.epoch + 1}/{epochs}",
             disable=not log.show_progress(),
             leave=False,
             unit="step",

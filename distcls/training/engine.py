@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import reduce
+from accelerate.utils import broadcast, reduce
 from torch import Tensor
 
 from distcls.cores import available_cores
@@ -19,12 +20,13 @@ from distcls.data.augment import DRAWS, Augment
 from distcls.data.dataset import Split
 from distcls.data.loader import Batch, Loader
 from distcls.data.order import DataOrder, Indices, share, uniforms
-from distcls.errors import UsageError
+from distcls.errors import DistclsError, UsageError
 from distcls.evaluation.metrics import Metrics, Tally
 from distcls.imaging import Preprocess
 from distcls.models.classifier import Classifier
 from distcls.training.config import TrainConfig
 from distcls.training.ema import Ema
+from distcls.training.guard import Guard
 from distcls.training.input import TrainingInput
 from distcls.training.optimizer import make_optimizer
 from distcls.training.schedule import Schedule
@@ -43,6 +45,8 @@ class StepReport:
     loss: Tensor
     """This process's part of the batch's mean loss, on the device: reading it would wait."""
     lr: float
+    skipped: list[int]
+    """Steps found out since the last report to have been skipped, their gradients not finite."""
 
 
 class Engine:
@@ -72,6 +76,9 @@ class Engine:
             samples=len(data.train_samples), batch_size=config.batch_size, seed=config.seed
         )
         self._check_batch_size()
+        modules = [self.model] + ([] if self.ema is None else [self.ema.model])
+        ids = data.train.image_ids
+        self.guard = Guard(modules, accelerator.device, config.max_bad_steps, ids)
         self.schedule = Schedule.make(config.schedule, config.lr, self.order.steps, config.epochs)
         self.augment = Augment(config.augment, preprocess.size)
         canvas = preprocess
@@ -80,24 +87,33 @@ class Engine:
         self.train_loader = self._loader(data.train, canvas)
         self.val_loader = self._loader(data.val, preprocess)
 
-    def train_epoch(self, epoch: int) -> Iterator[StepReport]:
-        """Run the steps of `epoch` (counted from 0), yielding after each."""
+    def train_epoch(self, epoch: int, first: int = 0) -> Iterator[StepReport]:
+        """Run the steps of `epoch` (counted from 0) from its step `first` on, yielding after each.
+
+        Raises DistclsError for a GPU that is too small and for too many skipped steps in a row.
+        """
         self.parallel.train()
         done = epoch * self.order.steps
-        batches = self.train_loader.batches(self._plan(epoch))
+        batches = self.train_loader.batches(self._plan(epoch, first))
         with contextlib.closing(batches):
-            for step in range(self.order.steps):
+            for step in range(first, self.order.steps):
                 begin, end = self.order.bounds(step)
                 lr = self.schedule.rate(done + step)
-                loss = self._step(epoch, done + step, lr, end - begin, batches)
-                yield StepReport(step=done + step + 1, images=end - begin, loss=loss, lr=lr)
+                try:
+                    loss, skipped = self._step(epoch, done + step, lr, end - begin, batches)
+                except torch.OutOfMemoryError as error:
+                    raise DistclsError(self._advice()) from error
+                yield StepReport(
+                    step=done + step + 1, images=end - begin, loss=loss, lr=lr, skipped=skipped
+                )
+        self.guard.look()
 
     def evaluate(self) -> Metrics:
         """Metrics of the model to be saved (the average, where there is one) on validation.
 
         Every process takes its share of the samples, none is padded, and the tallies are added.
         """
-        self._average_buffers()
+        self._share_buffers()
         classes = len(self.data.classes)
         tally = Tally(classes)
         mine = share(self.data.val_samples, self.accelerator.process_index, self._world)
@@ -113,13 +129,20 @@ class Engine:
         total = reduce(vector, reduction="sum")
         return Tally.from_vector(total.cpu().numpy(), classes).metrics()
 
+    def any_of(self, *flags: bool) -> list[bool]:
+        """For each flag, whether any process has raised it. All processes have to call this."""
+        if self._world == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device)
+        return [bool(count) for count in reduce(raised, reduction="sum").tolist()]
+
     @property
     def best_model(self) -> Classifier:
         """The model that is evaluated and saved."""
         return self.model if self.ema is None else self.ema.model
 
-    def mean_loss(self, part: Tensor) -> float:
-        """The global batch's mean loss from each process's part of it."""
+    def total(self, part: Tensor) -> float:
+        """The sum of each process's part."""
         return float(reduce(part, reduction="sum"))
 
     def tensors(self) -> dict[str, Any]:
@@ -149,45 +172,55 @@ class Engine:
 
     def _step(
         self, epoch: int, step: int, lr: float, images: int, batches: Iterator[Batch]
-    ) -> Tensor:
-        """One optimiser step over `accumulate` batches of this process."""
+    ) -> tuple[Tensor, list[int]]:
+        """One optimiser step over `accumulate` batches of this process.
+
+        Returns this process's part of the mean loss, and the steps found out to be skipped.
+        """
         # dropout's randomness belongs to the step: nothing of it has to be saved for a resume
         torch.manual_seed(_step_seed(self.config.seed, step, self.accelerator.process_index))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total = torch.zeros((), device=self.accelerator.device)
+        parts: list[Tensor] = []
+        seen: list[int] = []
         for part in range(self.config.accumulate):
             last = part == self.config.accumulate - 1
             alone = contextlib.nullcontext() if last else self.accelerator.no_sync(self.parallel)
             with alone:
-                loss = self._loss(epoch, next(batches)) / images
+                batch = next(batches)
+                losses = self._losses(epoch, batch)
                 # DDP takes the mean over processes, so each has to count for all of them
-                self.accelerator.backward(loss * self._world)
-            total += loss.detach()
-        if self.config.optimizer.clip_norm is not None:
-            self.accelerator.clip_grad_norm_(
-                self.parallel.parameters(), self.config.optimizer.clip_norm
-            )
+                self.accelerator.backward(losses.sum() * (self._world / images))
+            parts.append(losses.detach())
+            seen += batch.indices.tolist()
+        # without a limit the norm is taken all the same: it tells whether the gradients are finite
+        limit = self.config.optimizer.clip_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.parallel.parameters(), limit)
+        scaled = self.accelerator.scaler is not None
+        bad = self.guard.flag(norm, self.optimizer.optimizer, scaled=scaled)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.model)
-        return total
+        losses = torch.cat(parts)
+        skipped = self.guard.note(step + 1, bad, losses, seen)
+        # a skipped step has no part in the epoch's mean loss
+        return torch.where(bad, 0.0, losses.sum() / images), skipped
 
-    def _loss(self, epoch: int, batch: Batch) -> Tensor:
-        """Sum of the losses of a batch."""
+    def _losses(self, epoch: int, batch: Batch) -> Tensor:
+        """Loss of each image of a batch, [B]."""
         device = self.accelerator.device
         draws = torch.from_numpy(uniforms(self.config.seed, epoch, batch.indices, DRAWS)).to(device)
         images = self.augment(batch.images.to(device, non_blocking=True), draws)
         logits = self.parallel(images)
         labels = batch.labels.to(device, non_blocking=True)
         smoothing = self.config.loss.label_smoothing
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
 
-    def _plan(self, epoch: int) -> Iterator[Indices]:
-        """The samples of each of this process's batches in `epoch`."""
+    def _plan(self, epoch: int, first: int) -> Iterator[Indices]:
+        """The samples of each of this process's batches in `epoch`, from step `first` on."""
         permutation = self.data.train_samples[self.order.permutation(epoch)]
-        for step in range(self.order.steps):
+        for step in range(first, self.order.steps):
             begin, end = self.order.bounds(step)
             mine = share(permutation[begin:end], self.accelerator.process_index, self._world)
             yield from np.array_split(mine, self.config.accumulate)
@@ -196,8 +229,10 @@ class Engine:
         local = max(1, available_cores() // self._world)
         workers = self.config.loader.workers or local
         pin = self.accelerator.device.type == "cuda"
-        ahead = self.config.loader.ahead
-        return Loader(split, preprocess, workers=workers, ahead=ahead, pin=pin)
+        loader = self.config.loader
+        return Loader(
+            split, preprocess, workers=workers, ahead=loader.ahead, timeout=loader.timeout, pin=pin
+        )
 
     def _check_batch_size(self) -> None:
         parts = self._world * self.config.accumulate
@@ -208,15 +243,26 @@ class Engine:
                 "normalisation needs two images in every part"
             )
 
+    def _advice(self) -> str:
+        parts = self.config.accumulate
+        images = -(-self.config.batch_size // (self._world * parts))
+        return (
+            f"out of GPU memory with {images} images at a time; --accumulate {2 * parts} halves "
+            "that and keeps the global batch"
+        )
+
     @torch.no_grad()
-    def _average_buffers(self) -> None:
-        """Batch norm's running statistics, averaged: each process has seen its own images."""
+    def _share_buffers(self) -> None:
+        """Batch norm's running statistics of the main process, for all.
+
+        Each process has its own from the images it saw. DDP hands the main process's on at every
+        forward pass, and a state holds no others, so a resumed run goes on as this one does.
+        """
         if self._world == 1:
             return
         for module in {id(m): m for m in (self.model, self.best_model)}.values():
             for buffer in module.buffers():
-                if buffer.is_floating_point():
-                    buffer.copy_(reduce(buffer, reduction="mean"))
+                broadcast(buffer)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

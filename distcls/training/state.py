@@ -12,10 +12,20 @@ import yaml
 from distcls.config import dump_yaml
 from distcls.config.load import flatten
 from distcls.errors import UsageError
-from distcls.models.checkpoint import load_tensors, save_tensors
+from distcls.training.checkpoints import newest_whole
 from distcls.training.config import MonitorConfig, TrainConfig
 
-MAY_CHANGE = ("out", "resume", "quiet", "json", "processes", "threads", "log_every", "loader.")
+MAY_CHANGE = (
+    "out",
+    "resume",
+    "quiet",
+    "json",
+    "processes",
+    "threads",
+    "log_every",
+    "checkpoint.",
+    "loader.",
+)
 """Config keys that a resumed run may give other values; all others shape the result."""
 
 
@@ -27,6 +37,10 @@ class Progress:
     """Epochs finished."""
     step: int = 0
     """Optimiser steps finished."""
+    epoch_step: int = 0
+    """Those of them that belong to the unfinished epoch."""
+    loss_sum: float = 0.0
+    """Sum of the losses of the unfinished epoch's images so far."""
     seconds: float = 0.0
     """Training time so far, over all resumptions."""
     best_score: float | None = None
@@ -59,28 +73,25 @@ class Progress:
         return monitor.patience is not None and self.epochs_since_best >= monitor.patience
 
 
-def save_state(
-    folder: Path, config: TrainConfig, progress: Progress, tensors: dict[str, Any]
-) -> None:
-    """Write the full state; the one before is replaced once this one is whole."""
-    content = {
+def to_content(config: TrainConfig, progress: Progress, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Everything a later process needs, as plain values and tensors."""
+    return {
         "config": dump_yaml(config),
         "progress": dataclasses.asdict(progress),
         "tensors": tensors,
     }
-    save_tensors(folder / "state.pth", content)
 
 
 def load_state(folder: Path, config: TrainConfig) -> tuple[Progress, dict[str, Any]] | None:
-    """Read the last full state, or None if there is none.
+    """Read the newest whole state, or None if there is none.
 
     Raises UsageError if it is none, or if the config differs from the state's in a key that shapes
-    the result.
+    the result; DistclsError if all states are damaged.
     """
-    path = folder / "state.pth"
-    if not path.exists():
+    found = newest_whole(folder)
+    if found is None:
         return None
-    content = load_tensors(path)
+    path, content = found
     if set(content) != {"config", "progress", "tensors"}:
         raise UsageError(f"{path}: not the state of a run; remove it to start anew")
     _check_same_config(content["config"], dump_yaml(config), path)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distcls.training.checkpoints import states
 from tests.e2e.commands import run, train
 
 pytestmark = [
@@ -28,7 +29,7 @@ def test_trains_on_a_gpu_and_answers_the_same_on_the_cpu(
     best = max(row["val_top1"] for row in rows if row["kind"] == "epoch")
     assert best > 0.8
     if precision == "fp16":
-        state = torch.load(out / "last" / "state.pth", weights_only=True)
+        state = torch.load(states(out / "last")[0], weights_only=True)
         assert state["tensors"]["scaler"]["scale"] > 0
     run("export", "--ckpt", out / "best.pth")  # parity of the GPU's checkpoint on the CPU
     model = ["--model", out / "best.onnx", "--data", digits, "--split", "val", "--json"]
@@ -39,8 +40,8 @@ def test_trains_on_a_gpu_and_answers_the_same_on_the_cpu(
 def test_resumes_with_the_scaler(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(digits, out, "--precision", "fp16")
-    first = torch.load(out / "last" / "state.pth", weights_only=True)
+    first = torch.load(states(out / "last")[0], weights_only=True)
     said = train(digits, out, "--precision", "fp16", "--resume", "auto")
     assert "resumed" in said
-    again = torch.load(out / "last" / "state.pth", weights_only=True)
+    again = torch.load(states(out / "last")[0], weights_only=True)
     assert again["tensors"]["scaler"] == first["tensors"]["scaler"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distcls.training.checkpoints import states
 from tests.e2e.commands import ROOT, SMALL, command, run, train
 
 FILES = {"best.pth", "config.yaml", "curves.png", "history.csv", "last", "metrics.jsonl"}
@@ -20,7 +21,7 @@ FILES = {"best.pth", "config.yaml", "curves.png", "history.csv", "last", "metric
 
 def weights(run_directory: Path) -> dict[str, torch.Tensor]:
     """The state dict of a run's last state: what training itself moved."""
-    state = torch.load(run_directory / "last" / "state.pth", weights_only=True)
+    state = torch.load(states(run_directory / "last")[0], weights_only=True)
     average = {f"ema.{name}": value for name, value in state["tensors"]["ema"].items()}
     return {**state["tensors"]["model"], **average}
 
@@ -84,7 +85,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(
     call = command("--data", digits, "--out", out, *SMALL, module="distcls.train")
     with subprocess.Popen(call, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
-        while not (out / "last" / "state.pth").exists():
+        while not states(out / "last"):
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.02)

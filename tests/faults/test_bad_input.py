@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -158,7 +159,8 @@ def test_malicious_pickle_does_not_run(use: str, tmp_path: Path, digits: Path) -
     elif use == "resume":
         last = tmp_path / "run" / "last"
         last.mkdir(parents=True)
-        evil.rename(last / "state.pth")
+        checksum = hashlib.sha256(evil.read_bytes()).hexdigest()[:32]
+        evil.rename(last / f"step_00000001.{checksum}.pth")
         arguments = ["--data", digits, "--out", tmp_path / "run", "--resume", "auto"]
         line = refused(*arguments, module="distcls.train")
     elif use == "evaluate":

@@ -1,0 +1,130 @@
+"""One epoch as a run sees it: steps with their records, and the moments to save or to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import torch
+from torch import Tensor
+
+from distcls.errors import Stopped
+from distcls.evaluation.metrics import Metrics
+from distcls.training.checkpoints import Checkpoints
+from distcls.training.config import TrainConfig
+from distcls.training.display import Bar, Stopwatch
+from distcls.training.engine import Engine, StepReport
+from distcls.training.records import Records
+from distcls.training.signals import StopSignals
+from distcls.training.state import Progress, to_content
+
+LOOK_EVERY = 10
+"""Steps between two moments at which several processes ask each other whether to save or stop."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run under way."""
+
+    config: TrainConfig
+    engine: Engine
+    progress: Progress
+    signals: StopSignals
+    records: Records | None
+    """On the main process alone, as the checkpoints are."""
+    checkpoints: Checkpoints | None
+
+    def save(self) -> None:
+        """Save the full state as it is now."""
+        if self.checkpoints is not None:
+            content = to_content(self.config, self.progress, self.engine.tensors())
+            self.checkpoints.save(self.progress.step, content)
+
+    def stop(self) -> None:
+        """Leave once the state is on disk. Raises Stopped, on all processes."""
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+        self.engine.accelerator.wait_for_everyone()
+        cause = self.signals.received.name if self.signals.received else "another process"
+        raise Stopped(
+            f"stopped by {cause} after step {self.progress.step}, state saved; "
+            "--resume auto continues"
+        )
+
+
+def train_and_evaluate(run: Run) -> tuple[dict[str, float], Metrics]:
+    """Finish the epoch that `run.progress` is in; returns its row of history.csv and metrics."""
+    progress = run.progress
+    began = time.perf_counter()
+    row = _train(run)
+    metrics = run.engine.evaluate()
+    progress.epoch += 1
+    progress.epoch_step, progress.loss_sum = 0, 0.0
+    seconds = time.perf_counter() - began
+    progress.seconds += seconds
+    scores = {f"val_{name}": value for name, value in metrics.scalars().items()}
+    return {
+        "epoch": progress.epoch,
+        "step": progress.step,
+        **row,
+        **scores,
+        "seconds": seconds,
+    }, metrics
+
+
+def _train(run: Run) -> dict[str, float]:
+    config, engine, progress = run.config, run.engine, run.progress
+    mine = progress.loss_sum if engine.accelerator.is_main_process else 0.0
+    loss_sum = torch.full((), mine, device=engine.accelerator.device)
+    watch, whole = Stopwatch(engine.train_loader), Stopwatch(engine.train_loader)
+    lr = 0.0
+    with Bar(progress, config.epochs, engine.order.steps) as bar:
+        for report in engine.train_epoch(progress.epoch, progress.epoch_step):
+            progress.step, lr = report.step, report.lr
+            progress.epoch_step += 1
+            loss_sum += report.loss * report.images
+            watch.count(report.images)
+            whole.count(report.images)
+            bar.step()
+            if report.step % config.log_every == 0:
+                _log(run, report, watch, bar)
+            for step in report.skipped if run.records is not None else []:
+                run.records.line("skipped", step=step, epoch=progress.epoch + 1)
+            _save_or_stop(run, loss_sum)
+    speed, wait = whole.lap()
+    train_loss = engine.total(loss_sum) / engine.order.samples
+    return {"lr": lr, "train_loss": train_loss, "images_per_s": speed, "data_wait": wait}
+
+
+def _log(run: Run, report: StepReport, watch: Stopwatch, bar: Bar) -> None:
+    loss = run.engine.total(report.loss)
+    speed, wait = watch.lap()
+    bar.rates(loss, speed, wait)
+    if run.records is not None:
+        run.records.line(
+            "step",
+            step=report.step,
+            epoch=run.progress.epoch + 1,
+            loss=loss,
+            lr=report.lr,
+            images_per_s=round(speed, 1),
+            data_wait=round(wait, 4),
+        )
+
+
+def _save_or_stop(run: Run, loss_sum: Tensor) -> None:
+    """Save or stop within the epoch, if any process has a reason to; all do it at the same step."""
+    engine, progress = run.engine, run.progress
+    if progress.epoch_step == engine.order.steps:
+        return  # the end of the epoch saves, and stops
+    every = run.config.checkpoint.every_steps
+    alone = engine.accelerator.num_processes == 1
+    if not (alone or progress.step % LOOK_EVERY == 0 or (every and progress.step % every == 0)):
+        return
+    due = run.checkpoints is not None and run.checkpoints.due(progress.step)
+    stop, save = engine.any_of(run.signals.received is not None, due)
+    if stop or save:
+        progress.loss_sum = engine.total(loss_sum)
+        run.save()
+    if stop:
+        run.stop()

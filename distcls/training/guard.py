@@ -1,0 +1,100 @@
+"""Steps whose gradients are not finite: skipped by all processes alike, and not forever."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distcls.errors import DistclsError
+from distcls.log import fail, rank
+
+LOOK_EVERY_ON_GPU = 16
+"""Steps between two looks at the flags: reading one makes the GPU wait for the host."""
+NAMED = 8
+"""Images that a message names at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flag:
+    step: int
+    bad: Tensor
+    losses: Tensor
+    samples: Sequence[int]
+
+
+class Guard:
+    """Watches the gradient norm. Gradients are summed over the processes before it is taken, so a
+    bad one anywhere is a bad one everywhere, and all processes draw the same conclusion."""
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        device: torch.device,
+        most: int,
+        image_ids: Sequence[str],
+    ) -> None:
+        self._image_ids = image_ids
+        self._buffers = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+        self._backup = [buffer.clone() for buffer in self._buffers]
+        self._flags: list[_Flag] = []
+        self._look_every = 1 if device.type == "cpu" else LOOK_EVERY_ON_GPU
+        self._most = most
+        self._in_a_row = 0
+
+    def flag(self, norm: Tensor, optimizer: torch.optim.Optimizer, *, scaled: bool) -> Tensor:
+        """Make the optimiser's next step do nothing if the gradient norm is not finite.
+
+        The fused optimisers look at `found_inf` on the device, where a gradient scaler puts it; so
+        nothing has to be read back. With a scaler the scaler does it.
+        """
+        bad = ~torch.isfinite(norm)
+        if not scaled:
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        return bad
+
+    def note(self, step: int, bad: Tensor, losses: Tensor, samples: Sequence[int]) -> list[int]:
+        """Remember a step (`losses` of its `samples` on this process) and look, now and then.
+
+        Returns the steps found bad. Raises DistclsError, naming step and images, after too many in
+        a row.
+        """
+        self._flags.append(_Flag(step, bad, losses, samples))
+        if len(self._flags) < self._look_every:
+            return []
+        return self.look()
+
+    def look(self) -> list[int]:
+        """Read the flags of the steps since the last look."""
+        found = []
+        for flag in self._flags:
+            if not bool(flag.bad):
+                self._in_a_row = 0
+                continue
+            found.append(flag.step)
+            self._in_a_row += 1
+            if rank() == 0 or self._culprits(flag):
+                fail(self._message(flag) + "; skipped")
+            if self._in_a_row >= self._most:
+                raise DistclsError(
+                    f"{self._in_a_row} steps in a row without a finite gradient, the last: "
+                    f"{self._message(flag)}; lower --lr, or look at these images"
+                )
+        self._flags.clear()
+        if found:  # the forward passes have spoilt batch norm's running statistics
+            torch._foreach_copy_(self._buffers, self._backup)
+        else:
+            torch._foreach_copy_(self._backup, self._buffers)
+        return found
+
+    def _message(self, flag: _Flag) -> str:
+        culprits = self._culprits(flag)
+        names = ", ".join(culprits[:NAMED]) + (", ..." if len(culprits) > NAMED else "")
+        where = f"images {names}" if culprits else "the loss of every image here is finite"
+        return f"step {flag.step}: loss or gradient is not finite ({where})"
+
+    def _culprits(self, flag: _Flag) -> list[str]:
+        places = (~torch.isfinite(flag.losses)).nonzero().flatten().tolist()
+        return [self._image_ids[flag.samples[place]] for place in places]

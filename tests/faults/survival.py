@@ -1,0 +1,135 @@
+"""Training runs that are made to suffer, and what is asked of them afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from distcls.training.checkpoints import states
+from tests.e2e.commands import ROOT, command
+
+OPTIONS = [
+    *("--epochs", "2", "--batch-size", "32", "--limit", "200", "--log-every", "1"),
+    *("--augment.crop-padding", "2", "--augment.rotate", "5", "--augment.erase", "0.3"),
+    *("--ema.decay", "0.9", "--accumulate", "2", "--schedule.warmup", "30%"),
+    *("--loader.workers", "3", "--resume", "auto", "--checkpoint.every-steps", "3"),
+    *("--optimizer.clip-norm", "0.5", "--loss.label-smoothing", "0.1"),
+]
+"""All that moves: workers, augmentation, accumulation, warm-up, averaging, states within epochs."""
+STEPS = 14
+
+
+def start(
+    data: Path, out: Path, *more: object, processes: int = 1, **environment: str
+) -> subprocess.Popen[str]:
+    """Start a run in a process group of its own."""
+    arguments = ["--data", data, "--out", out, *OPTIONS, *more]
+    return subprocess.Popen(
+        command(*arguments, module="tests.faults.traced_train", processes=processes),
+        cwd=ROOT,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 120) -> str:
+    """Wait for its end; what it said."""
+    _, said = process.communicate(timeout=timeout)
+    assert process.returncode == code, f"exit code {process.returncode}\n{said}"
+    return said
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """`kill -9` for the whole group, launcher included."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes below a launcher, by rank."""
+    found = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "tests.faults.traced_train" in child.cmdline() and "RANK" in child.environ()
+    ]
+    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+
+
+def steps_done(out: Path) -> int:
+    """Optimiser steps that the run has recorded so far."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
+    return max(steps, default=0)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
+    """Wait until the condition holds (True) or the process has ended (False)."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.01)
+    raise TimeoutError
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """Everything that the last state of a run holds as tensors, by name."""
+    tensors = torch.load(states(out / "last")[0], weights_only=True)["tensors"]
+    return dict(_named_tensors(tensors, ""))
+
+
+def _named_tensors(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _named_tensors(item, f"{name}/{key}")
+
+
+def assert_bit_equal(one: Path, other: Path) -> None:
+    """The whole state: weights, averages, moments of the optimiser, and whatever joins them."""
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert len(first) > 100
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def global_batches(trace: Path) -> dict[tuple[int, int], list[int]]:
+    """Samples of each (epoch, step), over all processes and parts.
+
+    A step that was taken again after a kill has to have taken the same samples each time.
+    """
+    taken: dict[tuple[int, int], set[int]] = defaultdict(set)
+    for path in trace.glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            if not line.endswith("}"):
+                continue  # the kill came while it was written
+            row = json.loads(line)
+            taken[row["epoch"], row["step"]].update(row["samples"])
+    return {key: sorted(samples) for key, samples in sorted(taken.items())}
+
+
+def assert_every_sample_once_an_epoch(trace: Path, epochs: int = 2) -> None:
+    """Of all steps together, each sample stands in one step of each epoch."""
+    batches = global_batches(trace)
+    assert len(batches) == STEPS
+    for epoch in range(epochs):
+        samples = [s for (e, _), batch in batches.items() if e == epoch for s in batch]
+        assert len(samples) == len(set(samples)) == 200
