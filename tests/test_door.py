@@ -56,7 +56,7 @@ def test_done_is_nought_and_arguments_arrive() -> None:
         ("UsageError('no such folder')", 2, "error: no such folder"),
         ("BadValue('lr', -1, 'more')", 2, "error: lr: -1 is not valid, expected more"),
         ("BadImage('truncated')", 1, "error: truncated"),
-        ("Stopped('saved; resume it')", 75, "error: saved; resume it"),
+        ("Stopped('saved; resume it')", 75, "saved; resume it"),
     ],
 )
 def test_errors_for_the_user_are_one_line_and_a_code(error: str, code: int, line: str) -> None:

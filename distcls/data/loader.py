@@ -36,6 +36,10 @@ class Batch:
     indices: Indices
 
 
+Item = Batch | BaseException | None
+"""What the reading thread hands over: a batch, what reading raised, or the end."""
+
+
 class Loader:
     """Reads batches of a split in the order it is told, some of them ahead."""
 
@@ -46,7 +50,7 @@ class Loader:
         *,
         workers: int,
         ahead: int,
-        timeout: float,
+        timeout: float = 300.0,
         pin: bool = False,
     ) -> None:
         self._split = split
@@ -66,7 +70,7 @@ class Loader:
         Raises what reading raised (BadImage names the file) when its batch's turn comes, and
         DistclsError, naming the files that are being read, after `timeout` seconds without a batch.
         """
-        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(self._ahead)
+        ready: queue.Queue[Item] = queue.Queue(self._ahead)
         stopping = threading.Event()
         reader = threading.Thread(
             target=self._read, args=(plan, ready, stopping), name="distcls-loader", daemon=True
@@ -89,9 +93,7 @@ class Loader:
             if not self._gave_up:  # a thread that hangs in a read can only be left behind
                 reader.join()
 
-    def _next(
-        self, ready: queue.Queue[Batch | BaseException | None]
-    ) -> Batch | BaseException | None:
+    def _next(self, ready: queue.Queue[Item]) -> Batch | BaseException | None:
         try:
             return ready.get(timeout=self._timeout)
         except queue.Empty:
@@ -128,7 +130,7 @@ class Loader:
     def _read(
         self,
         plan: Iterable[Indices],
-        ready: queue.Queue[Batch | BaseException | None],
+        ready: queue.Queue[Item],
         stopping: threading.Event,
     ) -> None:
         end: BaseException | None = None
@@ -143,8 +145,8 @@ class Loader:
 
 
 def _put(
-    ready: queue.Queue[Batch | BaseException | None],
-    item: Batch | BaseException | None,
+    ready: queue.Queue[Item],
+    item: Item,
     stopping: threading.Event,
 ) -> bool:
     """Wait for room in the queue, unless the consumer has left."""

@@ -74,8 +74,11 @@ class Checkpoints:
         path = self._folder / f"step_{step:08d}.{_checksum(data)}.pth"
         with atomic_path(path) as part:
             part.write_bytes(data)
-        for old in states(self._folder)[self._config.keep :]:
-            old.unlink()
+        others = [other for other in states(self._folder) if other != path]
+        # a state of this step or a later one was damaged, or this run would have started from it
+        whole = [other for other in others if step_of(other) < step]
+        for other in set(others) - set(whole[: self._config.keep - 1]):
+            other.unlink()
 
 
 def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -98,7 +101,14 @@ def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def states(folder: Path) -> list[Path]:
     """The states in a folder, newest first."""
     found = [path for path in folder.glob("step_*.pth") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.split(".")[0].split("_")[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a state's name."""
+    name = NAME.fullmatch(path.name)
+    assert name is not None
+    return int(name[1])
 
 
 def _checksum(data: bytes | memoryview) -> str:

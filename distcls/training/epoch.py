@@ -88,8 +88,7 @@ def _train(run: Run) -> dict[str, float]:
             bar.step()
             if report.step % config.log_every == 0:
                 _log(run, report, watch, bar)
-            for step in report.skipped if run.records is not None else []:
-                run.records.line("skipped", step=step, epoch=progress.epoch + 1)
+            _note_skipped(run, report)
             _save_or_stop(run, loss_sum)
     speed, wait = whole.lap()
     train_loss = engine.total(loss_sum) / engine.order.samples
@@ -110,6 +109,12 @@ def _log(run: Run, report: StepReport, watch: Stopwatch, bar: Bar) -> None:
             images_per_s=round(speed, 1),
             data_wait=round(wait, 4),
         )
+
+
+def _note_skipped(run: Run, report: StepReport) -> None:
+    if run.records is not None:
+        for step in report.skipped:
+            run.records.line("skipped", step=step, epoch=run.progress.epoch + 1)
 
 
 def _save_or_stop(run: Run, loss_sum: Tensor) -> None:

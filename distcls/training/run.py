@@ -71,10 +71,8 @@ def train(config: TrainConfig) -> TrainResult:
             best = progress.judge(score, config.monitor)
             say(epoch_line(row, config.epochs, best))
             _save(run, metrics, best=best)
-            if (
-                engine.any_of(run.signals.received is not None)[0]
-                and progress.epoch < config.epochs
-            ):
+            [asked] = engine.any_of(run.signals.received is not None)
+            if asked and progress.epoch < config.epochs:
                 run.stop()
     if progress.epoch < config.epochs:
         say(f"stopped early: no better {config.monitor.metric} in {config.monitor.patience} epochs")

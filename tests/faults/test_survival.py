@@ -62,6 +62,7 @@ def test_killed_at_random_steps_it_ends_with_the_same_weights(
     own_trace.mkdir()
     for number in range(KILLS):
         if steps_done(out) >= STEPS:  # the next life
+            finish(start(digits, out, processes=processes, TRACE=str(own_trace)))
             assert_bit_equal(reference, out)
             shutil.rmtree(out)
         target = rng.randint(steps_done(out) + 1, STEPS)
