@@ -49,6 +49,8 @@ WITHOUT_TORCH = [
     "distcls.evaluate",
     "distcls.training.config",
     "distcls.train",
+    "launch.preflight",
+    "launch.ray_train",
 ]
 
 
