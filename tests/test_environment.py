@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from distcls.errors import BadValue, UsageError
-from distcls.training.environment import check_processes, choose_precision, set_threads
+from distcls.training.environment import (
+    check_processes,
+    choose_precision,
+    refuse_sharding,
+    set_threads,
+)
 
 VARIABLES = (
     "WORLD_SIZE",
@@ -130,3 +135,10 @@ def test_threads_are_shared_among_this_machines_processes(monkeypatch: pytest.Mo
     launched(monkeypatch, LOCAL_WORLD_SIZE="1000")
     set_threads(None)
     assert torch.get_num_threads() == 1
+
+
+def test_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_sharding()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match="cannot shard its model yet"):
+        refuse_sharding()

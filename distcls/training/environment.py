@@ -23,6 +23,7 @@ def start(config: TrainConfig) -> Accelerator:
     no such precision.
     """
     check_processes(config.processes)
+    refuse_sharding()
     precision = choose_precision(config.precision)
     set_threads(config.threads)
     keep_freed_memory()
@@ -56,6 +57,18 @@ def check_processes(wanted: int | None) -> None:
         raise UsageError(
             "accelerate was told to start several processes but started one; on CPUs add "
             "--multi_gpu, or use `torchrun --standalone --nproc_per_node N -m distcls.train ...`"
+        )
+
+
+def refuse_sharding() -> None:
+    """Raise UsageError under FSDP: saving, averaging and evaluating a sharded model are not there.
+
+    Without a GPU accelerate would silently train with DDP instead.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise UsageError(
+            "FSDP was asked for, but the training loop cannot shard its model yet; "
+            "use launch/eight_gpus.yaml (DDP), with --accumulate for less memory"
         )
 
 
