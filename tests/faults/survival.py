@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import time
 from collections import defaultdict
@@ -52,9 +51,12 @@ def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 120) 
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
-    """`kill -9` for the whole group, launcher included."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """`kill -9` for the launcher and all below it; torchrun gives each worker its own group."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(process.pid)
+        for victim in [*launcher.children(recursive=True), launcher]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
     process.communicate()
 
 
