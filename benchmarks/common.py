@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,38 @@ def alternate(contestants: dict[str, Contestant], rounds: int) -> dict[str, list
         for name, run in contestants.items():
             rates[name].append(run())
     return rates
+
+
+class Apart:
+    """A contestant in a process of its own, which waits without computing while others run."""
+
+    def __init__(self, make: Callable[..., Contestant], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, arguments))
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Contestant:
+        return self._run
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.close()
+        self._process.join(timeout=30)
+        self._process.kill()
+
+    def _run(self) -> float:
+        self._pipe.send("run")
+        rate: float = self._pipe.recv()  # EOFError once the process is gone
+        return rate
+
+
+def _serve(pipe: Connection, make: Callable[..., Contestant], arguments: tuple[Any, ...]) -> None:
+    run = make(*arguments)
+    with contextlib.suppress(EOFError):  # the other end closes: the benchmark is over
+        while True:
+            pipe.recv()
+            pipe.send(run())
 
 
 def table(rates: dict[str, list[float]], baseline: str) -> str:

@@ -3,6 +3,8 @@
 Both train the same MobileNetV3-Large with AdamW on the same images from real photographs. The
 tutorial's way: PNG files opened with Pillow in `Dataset.__getitem__`, torchvision's transforms, a
 DataLoader with a worker per core, contiguous (NCHW) fp32. Ours: the defaults of `distcls train`.
+Each lives in a process of its own: what one sets for itself (the allocator, threads) helps or
+hinders no other.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torchvision import datasets, models, transforms
 
-from benchmarks.common import Contestant, alternate, finish, ratio, table
+from benchmarks.common import Apart, Contestant, alternate, finish, ratio, table
 from distcls.cores import available_cores
 from distcls.data.config import AugmentConfig
 from distcls.data.prepare import PrepareOptions, prepare
@@ -121,11 +124,11 @@ def compare(side: int, rounds: int) -> dict[str, list[float]]:
         images, prepared = Path(scratch, "images"), Path(scratch, "prepared")
         write_photographs(images, side, 2 * batch * steps)
         prepare(PrepareOptions(source=str(images), out=prepared, quiet=True))
-        contestants = {
-            "tutorial": tutorial(images, side, batch, steps),
-            "distcls": ours(prepared, side, batch, steps),
-        }
-        return alternate(contestants, rounds)
+        with (
+            Apart(tutorial, images, side, batch, steps) as theirs,
+            Apart(ours, prepared, side, batch, steps) as own,
+        ):
+            return alternate({"tutorial": theirs, "distcls": own}, rounds)
 
 
 def main() -> None:
@@ -133,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
     rounds = parser.parse_args().rounds
-    figures = {}
+    figures: dict[str, Any] = {}
     for side in SETTINGS:
         rates = compare(side, rounds)
         print(f"training {MODEL}, {side}x{side}, batch {SETTINGS[side][0]}")

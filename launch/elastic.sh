@@ -3,13 +3,21 @@
 #
 # torchrun that starts again what has died, up to RESTARTS times, and goes on from the last state.
 # On several machines run it on each, with the same values and --out in a folder that all share:
-#   MACHINES=1:4 MEETING=host0:29400 RUN=mine launch/elastic.sh ...
+#   MACHINES=2 MEETING=host0:29400 RUN=mine launch/elastic.sh ...
+# A machine that died is waited for: start the same there again. The one that MEETING names holds
+# the meeting point; if it dies, all end, and all have to be started again.
+#   MACHINES=1:4 ...
 # starts with one to four of them, and starts again with those left, or with one more that comes.
 # From the environment:
 #   PROCESSES  a machine (default: gpu, which is one a GPU; say 2 on CPUs)
-#   RESTARTS   of all processes, when one has died (default: 3)
-#   MACHINES   how many, MIN:MAX (default: 1)
+#   RESTARTS   of all processes, when one has died (default: 3); each machine counts for itself
+#   MACHINES   how many, or MIN:MAX (default: 1)
 #   MEETING    HOST:PORT of one machine; port 0 is a free one, for a machine that is alone
+#   ADDRESS    of this machine, for the others (default: its host name, which they have to resolve);
+#              where it is MEETING's host, this machine holds the meeting point
+#   JOIN       seconds to wait until enough machines are there (default: 600); a dead one's place is
+#              free 15 s after its last sign of life
+#   LAST_CALL  seconds to wait for more once MIN are there, short of MAX (default: 30)
 #   RUN        name of the run, the same on all machines, of no other run at that meeting point
 #   PYTHON     the interpreter (default: python)
 set -euo pipefail
@@ -20,12 +28,23 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 # tried), where the processes started again find the addresses of the dead ("Gloo connectFullMesh
 # failed ... Connection refused")
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+meeting=${MEETING:-localhost:0}
+conf=join_timeout=${JOIN:-600},last_call_timeout=${LAST_CALL:-30}
+address=()
+if [[ -n ${ADDRESS:-} ]]; then
+  address=(--local-addr "$ADDRESS")
+  # torchrun compares MEETING's host with the host name alone
+  if [[ ${meeting%:*} == "$ADDRESS" ]]; then conf+=,is_host=true; else conf+=,is_host=false; fi
+fi
 # exec: SIGTERM reaches torchrun itself, which hands it on
 exec "${PYTHON:-python}" -m torch.distributed.run \
   --nnodes "${MACHINES:-1}" \
   --nproc-per-node "${PROCESSES:-gpu}" \
   --max-restarts "${RESTARTS:-3}" \
   --rdzv-backend c10d \
-  --rdzv-endpoint "${MEETING:-localhost:0}" \
+  --rdzv-endpoint "$meeting" \
+  --rdzv-conf "$conf" \
   --rdzv-id "${RUN:-distcls}" \
+  ${address[@]+"${address[@]}"} \
   -m distcls.train "$@" --resume auto

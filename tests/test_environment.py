@@ -13,6 +13,7 @@ from distcls.training.environment import (
     choose_precision,
     refuse_sharding,
     set_threads,
+    time_limit,
 )
 
 VARIABLES = (
@@ -135,6 +136,12 @@ def test_threads_are_shared_among_this_machines_processes(monkeypatch: pytest.Mo
     launched(monkeypatch, LOCAL_WORLD_SIZE="1000")
     set_threads(None)
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("seconds", [0.5, 600.0, 1800.0])
+def test_the_time_limit_reaches_the_backend_whatever_its_default(seconds: float) -> None:
+    handed_on = time_limit(seconds).to_kwargs()
+    assert handed_on["timeout"].total_seconds() == pytest.approx(seconds, abs=1e-3)
 
 
 def test_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

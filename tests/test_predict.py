@@ -14,7 +14,7 @@ import pytest
 from distcls.errors import UsageError
 from distcls.predict import main
 from tests import tiny_dataset, tiny_onnx
-from tests.test_writers import NAMES, read
+from tests.test_writers import read
 
 
 @pytest.fixture
@@ -81,19 +81,6 @@ def test_all_formats_hold_the_same(folder: Path, model: Path, tmp_path: Path) ->
     numbers = [[np.float32(row["probability"]) for row in table] for table in tables]
     assert numbers[0] == numbers[1] == numbers[2]
     assert pq.read_schema(tmp_path / "pre.parquet").field("probability").type == "float"
-
-
-@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
-def test_file_names_survive(tmp_path: Path, model: Path, ending: str) -> None:
-    source = tmp_path / "in"
-    source.mkdir()
-    names = sorted(f"{name}.png" for name in NAMES)
-    for name in names:
-        image = np.zeros((4, 4, 3), np.uint8)
-        (source / name).write_bytes(cv2.imencode(".png", image)[1].tobytes())
-    rows = run(source, model, tmp_path / f"pre{ending}")
-    assert [row["image_id"] for row in rows] == names
-    assert all(row["error"] is None for row in rows)
 
 
 def test_the_same_bytes_again(folder: Path, model: Path, tmp_path: Path) -> None:

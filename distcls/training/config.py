@@ -145,6 +145,12 @@ class TrainConfig:
     """Memory layout; channels_last trains MobileNetV3 3 times as fast on CPUs."""
     accumulate: int = 1
     """Batches whose gradients add up to one optimiser step; each takes less memory."""
+    auto_micro_batch: bool = False
+    """Try a step before the first one and double `accumulate` until it fits into memory. Off, as
+    batch norm learns from each part alone: the same config shall train alike on every machine."""
+    sync_norm: bool = False
+    """Batch norm over the images of all processes instead of each one's own, so that the number of
+    processes does not change the result; with `accumulate`, over one part at a time."""
     processes: int | None = None
     """Processes this run has to get; it stops if it gets another number. Null takes what comes."""
     threads: int | None = None
@@ -154,6 +160,9 @@ class TrainConfig:
     max_bad_steps: int = 20
     """Steps in a row with a loss or gradient that is not finite, after which the run stops; each is
     skipped by all processes."""
+    collective_timeout: float = 600.0
+    """Seconds a process waits for the others in a collective operation before it fails; a silent
+    network ends the run instead of holding it."""
     log_every: int = 50
     """Steps between two lines in metrics.jsonl."""
     quiet: bool = False
@@ -178,6 +187,8 @@ class TrainConfig:
         for name in ("limit", "processes", "threads"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1, or null")
+        limit = self.collective_timeout
+        require(limit > 0, "collective_timeout", limit, "a number of seconds above 0")
         require(self.lr > 0, "lr", self.lr, "a number above 0")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more")
 

@@ -59,7 +59,7 @@ def banner(config: TrainConfig, engine: Engine) -> list[str]:
         f"model      {config.model.name}, stem stride {stride}, {size}",
         f"data       {config.data}: {counts}, {len(data.classes)} classes, from {store}",
         f"steps      {config.epochs} epochs of {engine.order.steps}, "
-        f"global batch {config.batch_size} = {processes} x {config.accumulate} part(s)",
+        f"global batch {config.batch_size} = {processes} x {engine.accumulate} part(s)",
         f"writes to  {config.out}",
     ]
 

@@ -20,7 +20,7 @@ from distcls.data.augment import DRAWS, Augment
 from distcls.data.dataset import Split
 from distcls.data.loader import Batch, Loader
 from distcls.data.order import DataOrder, Indices, share, uniforms
-from distcls.errors import DistclsError, UsageError
+from distcls.errors import UsageError
 from distcls.evaluation.metrics import Metrics, Tally
 from distcls.imaging import Preprocess
 from distcls.models.classifier import Classifier
@@ -30,6 +30,8 @@ from distcls.training.guard import Guard
 from distcls.training.input import TrainingInput
 from distcls.training.optimizer import make_optimizer
 from distcls.training.schedule import Schedule
+from distcls.training.spikes import Spikes
+from distcls.training.sync_norm import synchronise_norms
 
 EVALUATION_BATCH = 256
 
@@ -67,6 +69,8 @@ class Engine:
         self.model = model.to(accelerator.device)
         if config.layout == "channels_last":
             self.model.to(memory_format=torch.channels_last)
+        if config.sync_norm and accelerator.num_processes > 1:
+            synchronise_norms(self.model, accelerator.device)
         decay = config.ema.decay
         self.ema = Ema(self.model, decay) if decay is not None else None
         optimizer = make_optimizer(config.optimizer, self.model, config.lr)
@@ -75,7 +79,10 @@ class Engine:
         self.order = DataOrder(
             samples=len(data.train_samples), batch_size=config.batch_size, seed=config.seed
         )
-        self._check_batch_size()
+        self.accumulate = config.accumulate
+        self.evaluation_batch = EVALUATION_BATCH
+        self.check_batch_size()
+        self.spikes = Spikes()
         modules = [self.model] + ([] if self.ema is None else [self.ema.model])
         ids = data.train.image_ids
         self.guard = Guard(modules, accelerator.device, config.max_bad_steps, ids)
@@ -90,7 +97,7 @@ class Engine:
     def train_epoch(self, epoch: int, first: int = 0) -> Iterator[StepReport]:
         """Run the steps of `epoch` (counted from 0) from its step `first` on, yielding after each.
 
-        Raises DistclsError for a GPU that is too small and for too many skipped steps in a row.
+        Raises DistclsError for too many skipped steps in a row.
         """
         self.parallel.train()
         done = epoch * self.order.steps
@@ -99,10 +106,7 @@ class Engine:
             for step in range(first, self.order.steps):
                 begin, end = self.order.bounds(step)
                 lr = self.schedule.rate(done + step)
-                try:
-                    loss, skipped = self._step(epoch, done + step, lr, end - begin, batches)
-                except torch.OutOfMemoryError as error:
-                    raise DistclsError(self._advice()) from error
+                loss, skipped = self._step(epoch, done + step, lr, end - begin, batches)
                 yield StepReport(
                     step=done + step + 1, images=end - begin, loss=loss, lr=lr, skipped=skipped
                 )
@@ -117,7 +121,7 @@ class Engine:
         classes = len(self.data.classes)
         tally = Tally(classes)
         mine = share(self.data.val_samples, self.accelerator.process_index, self._world)
-        parts = np.array_split(mine, max(1, -(-len(mine) // EVALUATION_BATCH)))
+        parts = np.array_split(mine, max(1, -(-len(mine) // self.evaluation_batch)))
         best = self.best_model.eval()
         with torch.inference_mode():
             for batch in self.val_loader.batches(part for part in parts if len(part)):
@@ -154,6 +158,7 @@ class Engine:
             "scaler": None if scaler is None else scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.model.state_dict(),
             "ema_updates": None if self.ema is None else self.ema.updates,
+            "recent_losses": self.spikes.recent,
         }
 
     def load_tensors(self, saved: dict[str, Any]) -> None:
@@ -165,6 +170,26 @@ class Engine:
         if self.ema is not None:
             self.ema.model.load_state_dict(saved["ema"])
             self.ema.updates = saved["ema_updates"]
+        self.spikes.recent = saved.get("recent_losses", self.spikes.recent)
+
+    def check_batch_size(self) -> None:
+        """Raise UsageError if a part of a step is too small for batch norm."""
+        if not self.can_accumulate(self.accumulate):
+            raise UsageError(
+                f"batch_size: {self.config.batch_size} is too small to share among "
+                f"{self._world} processes in {self.accumulate} parts each: batch "
+                "normalisation needs two images in every part"
+            )
+
+    def can_accumulate(self, parts: int) -> bool:
+        """Whether each of a process's `parts` of every step has two images or more."""
+        return self.order.smallest_batch >= 2 * parts * self._world
+
+    @property
+    def micro_batch(self) -> int:
+        """Images that a process trains on at a time, in the largest part of the largest step."""
+        largest = -(-self.order.samples // self.order.steps)
+        return -(-largest // (self._world * self.accumulate))
 
     @property
     def _world(self) -> int:
@@ -183,8 +208,8 @@ class Engine:
             group["lr"] = lr
         parts: list[Tensor] = []
         seen: list[int] = []
-        for part in range(self.config.accumulate):
-            last = part == self.config.accumulate - 1
+        for part in range(self.accumulate):
+            last = part == self.accumulate - 1
             alone = contextlib.nullcontext() if last else self.accelerator.no_sync(self.parallel)
             with alone:
                 batch = next(batches)
@@ -204,8 +229,10 @@ class Engine:
             self.ema.update(self.model)
         losses = torch.cat(parts)
         skipped = self.guard.note(step + 1, bad, losses, seen)
+        mean = losses.sum() / images
+        self.spikes.note(step + 1, mean)
         # a skipped step has no part in the epoch's mean loss
-        return torch.where(bad, 0.0, losses.sum() / images), skipped
+        return torch.where(bad, 0.0, mean), skipped
 
     def _losses(self, epoch: int, batch: Batch) -> Tensor:
         """Loss of each image of a batch, [B]."""
@@ -222,8 +249,10 @@ class Engine:
         permutation = self.data.train_samples[self.order.permutation(epoch)]
         for step in range(first, self.order.steps):
             begin, end = self.order.bounds(step)
-            mine = share(permutation[begin:end], self.accelerator.process_index, self._world)
-            yield from np.array_split(mine, self.config.accumulate)
+            # cut before it is shared: which images stand in a part, whose statistics batch norm
+            # takes, does not depend on the number of processes
+            for part in np.array_split(permutation[begin:end], self.accumulate):
+                yield share(part, self.accelerator.process_index, self._world)
 
     def _loader(self, split: Split, preprocess: Preprocess) -> Loader:
         local = max(1, available_cores() // self._world)
@@ -232,23 +261,6 @@ class Engine:
         loader = self.config.loader
         return Loader(
             split, preprocess, workers=workers, ahead=loader.ahead, timeout=loader.timeout, pin=pin
-        )
-
-    def _check_batch_size(self) -> None:
-        parts = self._world * self.config.accumulate
-        if self.order.smallest_batch < 2 * parts:
-            raise UsageError(
-                f"batch_size: {self.config.batch_size} is too small to share among "
-                f"{self._world} processes in {self.config.accumulate} parts each: batch "
-                "normalisation needs two images in every part"
-            )
-
-    def _advice(self) -> str:
-        parts = self.config.accumulate
-        images = -(-self.config.batch_size // (self._world * parts))
-        return (
-            f"out of GPU memory with {images} images at a time; --accumulate {2 * parts} halves "
-            "that and keeps the global batch"
         )
 
     @torch.no_grad()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import os
 import sys
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from distcls.cores import available_cores
 from distcls.errors import BadValue, DistclsError, UsageError
@@ -25,14 +26,20 @@ def start(config: TrainConfig) -> Accelerator:
     check_processes(config.processes)
     refuse_sharding()
     precision = choose_precision(config.precision)
-    set_threads(config.threads)
-    keep_freed_memory()
+    if config.auto_micro_batch:
+        hand_back_freed_memory()
+    else:
+        keep_freed_memory()
     # torch's default buckets copy every gradient once more
     parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    handlers = [parallel, time_limit(config.collective_timeout)]
     mixed = "no" if precision == "fp32" else precision
     # without cpu=True, accelerate ignores the other processes on a machine that has no GPU
     cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[parallel])
+    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=handlers)
+    # after accelerate, which takes all cores where the launcher left OMP_NUM_THREADS open, as
+    # torchrun does with one process a machine
+    set_threads(config.threads)
     if accelerator.num_processes != world_size():
         raise DistclsError(
             f"{world_size()} processes were started, but accelerate sees "
@@ -58,6 +65,17 @@ def check_processes(wanted: int | None) -> None:
             "accelerate was told to start several processes but started one; on CPUs add "
             "--multi_gpu, or use `torchrun --standalone --nproc_per_node N -m distcls.train ...`"
         )
+
+
+def time_limit(seconds: float) -> InitProcessGroupKwargs:
+    """How long a process waits for the others in a collective operation.
+
+    Without it gloo waits half an hour, NCCL 10 minutes. A process group that a launcher (Ray) has
+    made already keeps its own.
+    """
+    # accelerate 1.15 drops a limit that equals its default (600 s), whatever the backend's is, so
+    # gloo would take its half hour
+    return InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=seconds, microseconds=1))
 
 
 def refuse_sharding() -> None:
@@ -100,10 +118,22 @@ def keep_freed_memory() -> None:
     Handed back to the system, it comes back page by page. Measured on 2 cores, MobileNetV3-Large at
     224 px, batch 32: 33.4 to 39.1 img/s, page faults 2.4 to 0.7 million; at 32 px no difference.
     """
+    _set_malloc(mmap_threshold=1 << 30, trim_threshold=(1 << 31) - 1)
+
+
+def hand_back_freed_memory() -> None:
+    """Have glibc hand large arrays back to the system when they are freed.
+
+    Where memory is scarce: kept in the heap, what a trial that failed had taken is lost to all that
+    does not come from there, such as the code that oneDNN generates.
+    """
+    _set_malloc(mmap_threshold=1 << 16, trim_threshold=1 << 20)
+
+
+def _set_malloc(*, mmap_threshold: int, trim_threshold: int) -> None:
     if not sys.platform.startswith("linux"):
         return
-    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
     if mallopt is not None:
-        mallopt(mmap_threshold, 1 << 30)
-        mallopt(trim_threshold, (1 << 31) - 1)
+        mallopt(-3, mmap_threshold)  # M_MMAP_THRESHOLD of malloc.h
+        mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD

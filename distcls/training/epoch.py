@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distcls.errors import Stopped
 from distcls.evaluation.metrics import Metrics
+from distcls.log import warn
 from distcls.training.checkpoints import Checkpoints
 from distcls.training.config import TrainConfig
 from distcls.training.display import Bar, Stopwatch
@@ -89,7 +90,9 @@ def _train(run: Run) -> dict[str, float]:
             if report.step % config.log_every == 0:
                 _log(run, report, watch, bar)
             _note_skipped(run, report)
+            _note_spikes(run)
             _save_or_stop(run, loss_sum)
+    _note_spikes(run, now=True)
     speed, wait = whole.lap()
     train_loss = engine.total(loss_sum) / engine.order.samples
     return {"lr": lr, "train_loss": train_loss, "images_per_s": speed, "data_wait": wait}
@@ -117,6 +120,15 @@ def _note_skipped(run: Run, report: StepReport) -> None:
             run.records.line("skipped", step=step, epoch=run.progress.epoch + 1)
 
 
+def _note_spikes(run: Run, *, now: bool = False) -> None:
+    for spike in run.engine.spikes.look(now=now):
+        if spike.first:  # of many in a row, one warning; metrics.jsonl has them all
+            warn(f"step {spike.step}: loss {spike.loss:.3g}, usual lately {spike.usual:.3g}")
+        if run.records is not None:
+            figures = {"loss": spike.loss, "usual": spike.usual}
+            run.records.line("spike", step=spike.step, epoch=run.progress.epoch + 1, **figures)
+
+
 def _save_or_stop(run: Run, loss_sum: Tensor) -> None:
     """Save or stop within the epoch, if any process has a reason to; all do it at the same step."""
     engine, progress = run.engine, run.progress
@@ -129,6 +141,7 @@ def _save_or_stop(run: Run, loss_sum: Tensor) -> None:
     due = run.checkpoints is not None and run.checkpoints.due(progress.step)
     stop, save = engine.any_of(run.signals.received is not None, due)
     if stop or save:
+        _note_spikes(run, now=True)  # the state holds no losses that wait for a look
         progress.loss_sum = engine.total(loss_sum)
         run.save()
     if stop:

@@ -24,6 +24,7 @@ from distcls.training.engine import Engine
 from distcls.training.environment import start
 from distcls.training.epoch import Run, train_and_evaluate
 from distcls.training.input import choose_preprocess, open_input
+from distcls.training.memory import explained, fit_into_memory
 from distcls.training.records import BEST, LAST, Records, require_free
 from distcls.training.signals import StopSignals
 from distcls.training.state import Progress, load_state
@@ -59,8 +60,10 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator = start(config)
     engine = _make_engine(config, accelerator)
     progress = _resume(config, engine)
+    if config.auto_micro_batch:
+        fit_into_memory(engine)
     accelerator.wait_for_everyone()  # all have looked at the run directory before it is written to
-    with _run(config, engine, progress) as run:
+    with _run(config, engine, progress) as run, explained(engine):
         for line in banner(config, engine):
             say(line)
         while progress.epoch < config.epochs and not progress.out_of_patience(config.monitor):
@@ -106,6 +109,9 @@ def _resume(config: TrainConfig, engine: Engine) -> Progress:
         return Progress()
     progress, tensors = saved
     engine.load_tensors(tensors)
+    engine.accumulate = progress.accumulate or engine.accumulate
+    engine.evaluation_batch = progress.evaluation_batch or engine.evaluation_batch
+    engine.check_batch_size()  # the parts may have been cut for fewer processes
     say(f"resumed from {config.out / LAST} after step {progress.step}, epoch {progress.epoch}")
     return progress
 
@@ -119,6 +125,7 @@ def _run(config: TrainConfig, engine: Engine, progress: Progress) -> Iterator[Ru
             records = stack.enter_context(contextlib.closing(Records(config, progress.step)))
             states = Checkpoints(config.out / LAST, config.checkpoint, progress.step)
             checkpoints = stack.enter_context(contextlib.closing(states))
+        _note_parts(engine, progress, records)
         yield Run(
             config=config,
             engine=engine,
@@ -127,6 +134,16 @@ def _run(config: TrainConfig, engine: Engine, progress: Progress) -> Iterator[Ru
             records=records,
             checkpoints=checkpoints,
         )
+
+
+def _note_parts(engine: Engine, progress: Progress, records: Records | None) -> None:
+    """Have the state remember how many images are taken at a time: a resumed run does the same."""
+    parts = {"accumulate": engine.accumulate, "evaluation_batch": engine.evaluation_batch}
+    known = {name: getattr(progress, name) for name in parts}
+    if records is not None and engine.config.auto_micro_batch and parts != known:
+        images = engine.micro_batch
+        records.line("micro_batch", step=progress.step, images=images, **parts)
+    progress.accumulate, progress.evaluation_batch = parts.values()
 
 
 def _save(run: Run, metrics: Metrics, *, best: bool) -> None:

@@ -22,6 +22,8 @@ MAY_CHANGE = (
     "json",
     "processes",
     "threads",
+    "collective_timeout",
+    "auto_micro_batch",
     "log_every",
     "checkpoint.",
     "loader.",
@@ -41,6 +43,10 @@ class Progress:
     """Those of them that belong to the unfinished epoch."""
     loss_sum: float = 0.0
     """Sum of the losses of the unfinished epoch's images so far."""
+    accumulate: int | None = None
+    """Parts that a step is cut into: the config's number, or what memory allowed."""
+    evaluation_batch: int | None = None
+    """Images evaluated at a time."""
     seconds: float = 0.0
     """Training time so far, over all resumptions."""
     best_score: float | None = None

@@ -26,6 +26,7 @@ OPTIONS = [
 ]
 """All that moves: workers, augmentation, accumulation, warm-up, averaging, states within epochs."""
 STEPS = 14
+_started: list[subprocess.Popen[str]] = []
 
 
 def start(
@@ -33,7 +34,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start a run in a process group of its own."""
     arguments = ["--data", data, "--out", out, *OPTIONS, *more]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command(*arguments, module="tests.faults.traced_train", processes=processes),
         cwd=ROOT,
         env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
@@ -41,11 +42,25 @@ def start(
         text=True,
         start_new_session=True,
     )
+    _started.append(process)
+    return process
 
 
-def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 120) -> str:
+def end_all() -> None:
+    """Kill the runs that a failed test has left behind."""
+    while _started:
+        process = _started.pop()
+        if process.returncode is None:
+            kill_all(process)
+
+
+def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 300) -> str:
     """Wait for its end; what it said."""
-    _, said = process.communicate(timeout=timeout)
+    try:
+        _, said = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill_all(process)
+        raise
     assert process.returncode == code, f"exit code {process.returncode}\n{said}"
     return said
 
@@ -78,9 +93,14 @@ def steps_done(out: Path) -> int:
     return max(steps, default=0)
 
 
+def half_written(out: Path) -> list[Path]:
+    """The states that are being written, or were when their process died."""
+    return list((out / "last").glob(".step_*.part"))
+
+
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
     """Wait until the condition holds (True) or the process has ended (False)."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if condition():
             return True

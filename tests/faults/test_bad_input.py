@@ -98,11 +98,13 @@ def edited(digits: Path, folder: Path, keep: list[int]) -> Path:
     return folder
 
 
+@pytest.mark.row(34)
 def test_class_without_training_images(tmp_path: Path, digits: Path) -> None:
     data = edited(digits, tmp_path / "data", [0, 1, 2, 3, 4, 5, 7, 8, 9])
     assert "class '6' has no training images" in refused_training(tmp_path, data)
 
 
+@pytest.mark.row(34)
 def test_one_class_only(tmp_path: Path, digits: Path) -> None:
     data = edited(digits, tmp_path / "data", [0])
     (data / "classes.json").write_text(json.dumps(["0"]))
@@ -114,6 +116,7 @@ def test_batch_too_small_to_share(tmp_path: Path, digits: Path) -> None:
     assert "batch_size: 4 is too small" in line
 
 
+@pytest.mark.row(8)
 def test_output_folder_that_cannot_be_written(tmp_path: Path, digits: Path) -> None:
     # the tests may run as root, whom no permission stops: a file in the way does
     (tmp_path / "file").write_text("")
@@ -150,6 +153,7 @@ class Payload:
         return exec, (f"open({str(self.trace)!r}, 'w').close()",)
 
 
+@pytest.mark.row(19)
 @pytest.mark.parametrize("use", ["evaluate", "predict", "export", "pretrained", "resume"])
 def test_malicious_pickle_does_not_run(use: str, tmp_path: Path, digits: Path) -> None:
     trace, evil = tmp_path / "trace", tmp_path / "evil.pth"
@@ -173,6 +177,7 @@ def test_malicious_pickle_does_not_run(use: str, tmp_path: Path, digits: Path) -
     assert not trace.exists()
 
 
+@pytest.mark.row(19)
 def test_the_payload_would_leave_a_trace(tmp_path: Path) -> None:
     torch.save(Payload(tmp_path / "trace"), tmp_path / "evil.pth")
     torch.load(tmp_path / "evil.pth", weights_only=False)

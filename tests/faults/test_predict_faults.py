@@ -17,7 +17,7 @@ import onnx
 import pytest
 
 from tests import tiny_dataset, tiny_onnx
-from tests.test_writers import read
+from tests.test_writers import NAMES, read
 
 
 @pytest.fixture
@@ -75,6 +75,7 @@ def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.endswith(".part")]
 
 
+@pytest.mark.row(16, 17, 18)
 def test_bad_images_are_rows_among_good_ones(tmp_path: Path, folder: Path, model: Path) -> None:
     for name, (data, _) in BAD.items():
         (folder / name).write_bytes(data)
@@ -93,6 +94,7 @@ def test_bad_images_are_rows_among_good_ones(tmp_path: Path, folder: Path, model
     assert len({rows[f"good {place}.jpg"]["probability"] for place in range(20)}) == 1
 
 
+@pytest.mark.row(17)
 def test_a_bomb_costs_no_memory(tmp_path: Path, folder: Path, model: Path) -> None:
     (folder / "good.jpg").write_bytes(jpeg())
     predict(folder, "--model", model, "--out", tmp_path / "warm.csv")
@@ -105,6 +107,7 @@ def test_a_bomb_costs_no_memory(tmp_path: Path, folder: Path, model: Path) -> No
     assert after < before + 100 * 1024  # KiB; one decoded bomb would be 10 GB
 
 
+@pytest.mark.row(16, 18)
 def test_no_readable_image_writes_nothing(tmp_path: Path, folder: Path, model: Path) -> None:
     (folder / "a.jpg").write_bytes(b"text")
     (folder / "b.jpg").write_bytes(b"")
@@ -149,6 +152,7 @@ def test_picture_exists(tmp_path: Path, folder: Path, model: Path) -> None:
     assert not (tmp_path / "pre.csv").exists()
 
 
+@pytest.mark.row(8)
 def test_output_below_a_file_or_a_folder(tmp_path: Path, folder: Path, model: Path) -> None:
     (folder / "a.jpg").write_bytes(jpeg())
     (tmp_path / "file").write_text("")
@@ -159,6 +163,7 @@ def test_output_below_a_file_or_a_folder(tmp_path: Path, folder: Path, model: Pa
     refused(predict(folder, "--model", model, "--out", out), "is a folder")
 
 
+@pytest.mark.row(7)
 def test_disk_full(tmp_path: Path, folder: Path, model: Path) -> None:
     (folder / "a.jpg").write_bytes(jpeg())
     names = "".join("in/a.jpg\n" for _ in range(20_000))
@@ -190,6 +195,7 @@ def test_models_that_are_none_of_ours(tmp_path: Path, folder: Path) -> None:
     refused(predict(folder, "--model", path, "--out", out), "no distcls metadata")
 
 
+@pytest.mark.row(20)
 def test_weights_outside_the_model_s_folder(tmp_path: Path, folder: Path) -> None:
     (folder / "a.jpg").write_bytes(jpeg())
     (tmp_path / "secret").write_bytes(tiny_onnx.weights(3).tobytes())
@@ -204,6 +210,20 @@ def test_weights_outside_the_model_s_folder(tmp_path: Path, folder: Path) -> Non
     refused(done, "'../secret', outside its folder; refused")
 
 
+@pytest.mark.row(35)
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_file_names_survive(tmp_path: Path, folder: Path, model: Path, ending: str) -> None:
+    names = sorted(f"{name}.jpg" for name in NAMES)
+    for name in names:
+        (folder / name).write_bytes(jpeg())
+    done = predict(folder, "--model", model, "--out", tmp_path / f"pre{ending}")
+    assert done.returncode == 0, done.stderr
+    rows = read(tmp_path / f"pre{ending}")
+    assert [row["image_id"] for row in rows] == names
+    assert all(row["error"] is None for row in rows)
+
+
+@pytest.mark.row(16)
 def test_a_pack_that_was_cut(tmp_path: Path, model: Path) -> None:
     images, labels = tiny_dataset.coloured(5)
     data = tiny_dataset.write(tmp_path / "d", list(images), labels, tiny_onnx.COLOURS)

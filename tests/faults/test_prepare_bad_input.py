@@ -60,6 +60,7 @@ def bad_training_images(source: Path) -> None:
         path.write_bytes(b"damaged")
 
 
+@pytest.mark.row(16, 34)
 @pytest.mark.parametrize(
     ("make", "flags", "message"),
     [
@@ -86,6 +87,7 @@ def test_bad_sources(
     assert set(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.row(34)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -121,6 +123,7 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels)
 
 
+@pytest.mark.row(16, 17, 18)
 def test_bad_images_are_rows_of_rejected_csv(tmp_path: Path) -> None:
     source = tree(tmp_path / "source", 60)
     jpeg = put(source / "0" / "cut.jpg", np.tile(digits(1)[0][0], (20, 20)))
@@ -167,6 +170,7 @@ NAMES = (
 )
 
 
+@pytest.mark.row(35)
 def test_any_file_name_survives(tmp_path: Path) -> None:
     source = tree(tmp_path / "source", 60)
     expected = set()
@@ -192,6 +196,7 @@ def test_any_file_name_survives(tmp_path: Path) -> None:
     assert rejected == {f"0/bad {name[:50]}.png" for name in NAMES}
 
 
+@pytest.mark.row(35)
 def test_a_name_that_is_not_utf_8_is_rejected_not_fatal(tmp_path: Path) -> None:
     source = tree(tmp_path / "source", 60)
     put(source / "0" / "a.png", digits(1)[0][0]).rename(source / "0" / os.fsdecode(b"\xff.png"))

@@ -78,6 +78,7 @@ def test_the_unfinished_folder_of_a_living_run_is_left_alone(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+@pytest.mark.row(7)
 @pytest.mark.parametrize(
     ("limit", "flags"),
     [(50_000, ()), (1_000, ("--write-images", "--pack", "off", "--limit", "99"))],
@@ -97,6 +98,7 @@ def test_disk_full(tmp_path: Path, limit: int, flags: tuple[str, ...]) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.row(8)
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     line = refused(run("digits", "--out", tmp_path / "file" / "data"))

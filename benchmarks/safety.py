@@ -1,0 +1,207 @@
+"""`python -m benchmarks.safety`: what surviving costs, against the same training without it.
+
+All train the same network on the same batches of scikit-learn's digits (repeated to fill an epoch),
+with the same augmentation, reading ahead, optimiser and schedule; a round is an epoch and the
+evaluation of 16 images. Contestants, each in a process of its own:
+
+- plain: forward, backward, optimiser step, nothing else. Left out are the gradient norm (clipping,
+  the non-finite guard) and the copy of batch norm's statistics that a skipped step goes back to,
+  the watch for loss spikes, the seed of each step's dropout, the look at signals, metrics.jsonl,
+  history.csv, curves.png and the running mean of the loss, the reader's time limit and its watch
+  over the reading thread, and all states.
+- default cadence: `distcls train` as it is, a checksummed state every 10 minutes and after each
+  epoch; the state's writing is waited for before the round's clock stops.
+- every N steps: the same with a state every `--every-steps` as well.
+
+The look at the pack's length before each batch remains in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import itertools
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks.common import Apart, Contestant, alternate, finish, ratio, table
+from distcls.cores import available_cores
+from distcls.data.augment import DRAWS
+from distcls.data.config import AugmentConfig
+from distcls.data.loader import Batch, Loader
+from distcls.data.order import Indices, uniforms
+from distcls.data.prepare import PrepareOptions, prepare
+from distcls.models import zoo
+from distcls.models.config import ModelConfig
+from distcls.training.checkpoints import Checkpoints
+from distcls.training.config import CheckpointConfig, TrainConfig
+from distcls.training.engine import Engine
+from distcls.training.environment import start
+from distcls.training.epoch import Run, train_and_evaluate
+from distcls.training.input import TrainingInput, choose_preprocess, open_input
+from distcls.training.records import LAST, Records
+from distcls.training.signals import StopSignals
+from distcls.training.state import Progress
+
+PLAIN, DEFAULT = "plain", "default cadence"
+EVALUATED = 16
+
+
+def recipe(data: Path, out: Path, model: str, batch: int, every: int | None = None) -> TrainConfig:
+    """What all contestants train."""
+    return TrainConfig(
+        data=data,
+        out=out,
+        epochs=10_000,
+        batch_size=batch,
+        model=ModelConfig(name=model),
+        augment=AugmentConfig(crop_padding=2, rotate=10),
+        checkpoint=CheckpointConfig(every_steps=every),
+    )
+
+
+def make_engine(config: TrainConfig, steps: int) -> Engine:
+    """The engine of a run whose epochs have `steps` steps."""
+    accelerator = start(config)
+    found = open_input(config)
+    data = TrainingInput(
+        classes=found.classes,
+        train=found.train,
+        val=found.val,
+        train_samples=np.resize(found.train_samples, steps * config.batch_size),
+        val_samples=found.val_samples[:EVALUATED],
+    )
+    preprocess = choose_preprocess(config.input, data.train, None)
+    torch.manual_seed(config.seed)
+    model = zoo.build(config.model, len(data.classes), preprocess)
+    return Engine(config, accelerator, data, model, preprocess)
+
+
+def plain(config: TrainConfig, steps: int) -> Contestant:
+    """The loop that any tutorial ends with."""
+    engine = make_engine(config, steps)
+    epochs = itertools.count()
+
+    def run() -> float:
+        began = time.perf_counter()
+        images = sum(_plain_epoch(engine, next(epochs)))
+        engine.evaluate()
+        return images / (time.perf_counter() - began)
+
+    return run
+
+
+def _plain_epoch(engine: Engine, epoch: int) -> Iterator[int]:
+    """Train an epoch; yields the images of each step."""
+    model, optimizer, seed = engine.model.train(), engine.optimizer.optimizer, engine.config.seed
+    permutation = engine.data.train_samples[engine.order.permutation(epoch)]
+    plan = [permutation[slice(*engine.order.bounds(step))] for step in range(engine.order.steps)]
+    batches = _read_ahead(engine.train_loader, plan, engine.config.loader.ahead)
+    for step, batch in enumerate(batches, epoch * engine.order.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = engine.schedule.rate(step)
+        draws = torch.from_numpy(uniforms(seed, epoch, batch.indices, DRAWS))
+        logits = model(engine.augment(batch.images, draws))
+        torch.autograd.backward(F.cross_entropy(logits, batch.labels))
+        optimizer.step()
+        optimizer.zero_grad()
+        yield len(batch.indices)
+
+
+def _read_ahead(loader: Loader, plan: Iterable[Indices], ahead: int) -> Iterator[Batch]:
+    """Batches in order, some of them read before they are asked for."""
+    waiting: collections.deque[Future[Batch]] = collections.deque()
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(available_cores()) as pool:
+        for indices in plan:
+            waiting.append(reader.submit(loader.load, indices, pool))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def safe(config: TrainConfig, steps: int) -> Contestant:
+    """The epochs of `distcls train`, with their records and states."""
+    engine, progress = make_engine(config, steps), Progress()
+    records = Records(config, 0)
+    checkpoints = Checkpoints(config.out / LAST, config.checkpoint, 0)
+    run = Run(
+        config=config,
+        engine=engine,
+        progress=progress,
+        signals=StopSignals().__enter__(),  # until the process ends
+        records=records,
+        checkpoints=checkpoints,
+    )
+
+    def epoch() -> float:
+        began = time.perf_counter()
+        row, _ = train_and_evaluate(run)
+        progress.history.append(row)
+        records.line("epoch", **row)
+        records.epochs(progress.history)
+        run.save()
+        checkpoints.wait()
+        return engine.order.samples / (time.perf_counter() - began)
+
+    return epoch
+
+
+def compare(model: str, batch: int, steps: int, every: int, rounds: int) -> dict[str, list[float]]:
+    """Images per second of each contestant, round by round."""
+    often = f"every {every} steps"
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        data = Path(folder, "digits")
+        prepare(PrepareOptions(source="digits", out=data, quiet=True))
+        entered = {
+            name: stack.enter_context(
+                Apart(make, recipe(data, Path(folder, name), model, batch, cadence), steps)
+            )
+            for name, make, cadence in (
+                (PLAIN, plain, None),
+                (DEFAULT, safe, None),
+                (often, safe, every),
+            )
+        }
+        return alternate(entered, rounds)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="mobilenet_v3_small")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=100, help="steps of an epoch, so of a round")
+    parser.add_argument("--every-steps", type=int, default=50, help="steps between two states")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds that count")
+    given = parser.parse_args()
+    rates = compare(given.model, given.batch_size, given.steps, given.every_steps, given.rounds)
+    print(
+        f"training {given.model} on digits, batch {given.batch_size}, {given.steps} steps a round"
+    )
+    print(table(rates, PLAIN))
+    overheads = {
+        name: round(100 * (ratio(rates, PLAIN, name) - 1), 2) for name in rates if name != PLAIN
+    }
+    for name, percent in overheads.items():
+        print(f"{name}: {percent:.1f} % more time than {PLAIN}")
+    finish(
+        "safety",
+        model=given.model,
+        batch_size=given.batch_size,
+        steps=given.steps,
+        overhead_percent=overheads,
+        images_per_s={name: [round(rate, 1) for rate in values] for name, values in rates.items()},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Batch norm over the images of all processes, on GPUs and on CPUs.
+
+torch.nn.SyncBatchNorm refuses CPU tensors; `SyncNorm` is its counterpart for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Statistics(NamedTuple):
+    """Of one batch over all processes."""
+
+    mean: Tensor
+    """Of each channel, [C]."""
+    variance: Tensor
+    """The biased one, [C]."""
+    values: float
+    """How many a channel has."""
+
+
+class SyncNorm(nn.BatchNorm2d):
+    """nn.BatchNorm2d whose statistics, in training, are those of all processes' batches together.
+
+    The processes' batches may differ in size. Parameters, buffers and their names are those of
+    nn.BatchNorm2d, and so is all it does in evaluation or in a single process. In training every
+    process has to call forward and backward, in the same order.
+    """
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d) -> SyncNorm:
+        """The same layer, synchronised; it holds the very tensors of `norm`."""
+        sync = cls(
+            norm.num_features,
+            norm.eps,
+            norm.momentum,
+            norm.affine,
+            norm.track_running_stats,
+            device="meta",  # nothing is allocated: the tensors are replaced at once
+        )
+        sync._parameters.update(norm._parameters)
+        sync._buffers.update(norm._buffers)
+        return sync.train(norm.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] of floats to the same shape. Raises ValueError for one value a channel."""
+        if not self.training or not _several_processes():
+            return super().forward(input)
+        self._check_input_dim(input)
+        batch = _global_statistics(input)
+        if batch.values <= 1:
+            raise ValueError("batch norm needs more than one value a channel over all processes")
+        self._track(batch.mean, batch.variance * (batch.values / (batch.values - 1)))
+        output: Tensor = _Normalise.apply(input, self.weight, self.bias, batch, self.eps)
+        return output
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        """Let the running statistics follow; they hold the unbiased variance."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        if momentum is None:  # torch's meaning of it: the plain average of all batches
+            momentum = 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
+
+
+def synchronise_norms(model: nn.Module, device: torch.device) -> None:
+    """Replace, in place, every batch norm of `model` by one over all processes."""
+    if device.type != "cpu":
+        convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+        for name, child in list(model.named_children()):
+            setattr(model, name, convert(child))
+        return
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.BatchNorm2d:
+                setattr(module, name, SyncNorm.of(child))
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, mean and variance being functions of x.
+
+    The gradient of x through the statistics needs two sums over all processes (Ioffe, Szegedy:
+    Batch Normalization, 2015, section 3). Gradients of weight and bias stay this process's own, for
+    DDP to add up. torch's kernels for given statistics do the passes over the images.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x, weight, bias, batch, eps = given
+        ctx.save_for_backward(x, weight, batch.mean, batch.variance)
+        ctx.values, ctx.eps = batch.values, eps
+        return F.batch_norm(x, batch.mean, batch.variance, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, variance = ctx.saved_tensors
+        # with given statistics: dx lacks the way through them, dw = sum(dy * x_hat), db = sum(dy)
+        dx, dw, db = torch.ops.aten.native_batch_norm_backward(
+            gradients[0], x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        sums = torch.stack([db, dw]).to(torch.float64)
+        dist.all_reduce(sums)
+        through_mean, through_variance = (sums / ctx.values).to(mean.dtype)
+        # dx -= weight / std * (mean(dy) + x_hat * mean(dy * x_hat)): again a batch norm of x
+        scale = torch.rsqrt(variance + ctx.eps)
+        if weight is None:
+            dw = db = None
+        else:
+            scale = scale * weight
+        slope, offset = scale * through_variance, scale * through_mean
+        dx -= F.batch_norm(x, mean, variance, slope, offset, training=False, eps=ctx.eps)
+        return dx, dw, db, None, None
+
+
+@torch.no_grad()
+def _global_statistics(x: Tensor) -> _Statistics:
+    """The statistics of `x`, [N, C, H, W], and the other processes' together.
+
+    Each process's own are merged (Chan, Golub, LeVeque: Algorithms for Computing the Sample
+    Variance, 1983), in the order of the ranks: every process gets the same bits.
+    """
+    precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+    variance, mean = torch.var_mean(x.to(precision), dim=(0, 2, 3), correction=0)
+    count = torch.full((1,), x.numel() // x.shape[1], dtype=torch.float64)
+    own = torch.cat([mean.double(), variance.double(), count])
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own)
+    table, channels = torch.stack(gathered), len(mean)
+    means, variances, counts = table[:, :channels], table[:, channels:-1], table[:, -1:]
+    shares = counts / counts.sum()
+    merged = (shares * means).sum(0)
+    spread = (shares * (variances + (means - merged) ** 2)).sum(0)
+    return _Statistics(merged.to(precision), spread.to(precision), float(counts.sum()))
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

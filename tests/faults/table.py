@@ -1,0 +1,75 @@
+"""The table of faults: what each row is called, and its verdict at the end of a test run.
+
+A test says which rows it causes, `@pytest.mark.row(1, 4)`; the table counts tests, parameters too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+ROWS = {
+    1: "kill -9 at a random step",
+    2: "kill -9 while a state is written",
+    3: "one process of several dies",
+    4: "resumed with other processes",
+    5: "two jobs on one host",
+    6: "early stop decided on one rank",
+    7: "disk full",
+    8: "output folder read-only",
+    9: "damaged state",
+    10: "SIGTERM, SIGINT, SIGUSR1",
+    11: "second SIGTERM during the save",
+    12: "NaN on one rank",
+    13: "GPU out of memory",
+    14: "data worker dies",
+    15: "stalled storage",
+    16: "corrupt image",
+    17: "decompression bomb",
+    18: "not what its ending says",
+    19: "malicious pickle",
+    20: "ONNX data outside its folder",
+    21: "clock jumps by an hour",
+    34: "labels and classes that cannot be",
+    35: "strange file names",
+}
+PROPERTY = "fault row"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Hand each test's rows on to its report, which may come from another process."""
+    for item in items:
+        rows = {row for mark in item.iter_markers("row") for row in mark.args}
+        item.user_properties += [(PROPERTY, row) for row in sorted(rows)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the rows that were tested."""
+    outcomes: dict[int, list[str]] = defaultdict(list)
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.getreports(outcome):
+            for name, row in report.user_properties:
+                if name == PROPERTY:
+                    outcomes[row].append(_verdict(outcome, report))
+    if not outcomes:
+        return
+    terminalreporter.section("faults")
+    for row, verdicts in sorted(outcomes.items()):
+        line = f"{row:>3}  {ROWS[row]:<34} {len(verdicts):>3}  {_worst(verdicts)}"
+        terminalreporter.write_line(line)
+
+
+def _verdict(outcome: str, report: pytest.TestReport) -> str:
+    if outcome != "skipped":
+        return "passed" if outcome == "passed" else "failed"
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return f"skipped: {reason.removeprefix('Skipped: ')}"
+
+
+def _worst(verdicts: list[str]) -> str:
+    """Failed if any test has, passed if any did; else why all were skipped."""
+    for verdict in ("failed", "passed"):
+        if verdict in verdicts:
+            return verdict
+    return verdicts[0]

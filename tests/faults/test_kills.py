@@ -1,0 +1,106 @@
+"""Runs that are killed, and go on as if nothing had been: rows 1, 2 and 9.
+
+KILLS=50 python -m pytest tests/faults/test_kills.py -s     the large number of repetitions
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from distcls.training.checkpoints import newest_whole, states
+from tests.faults.conftest import Unbroken
+from tests.faults.survival import (
+    STEPS,
+    assert_bit_equal,
+    assert_every_sample_once_an_epoch,
+    finish,
+    global_batches,
+    half_written,
+    kill_all,
+    start,
+    steps_done,
+    wait_for,
+)
+
+KILLS = int(os.environ.get("KILLS", "2"))
+"""Times a run is killed before it may finish."""
+
+
+def reached(out: Path, step: int) -> bool:
+    return steps_done(out) >= step
+
+
+@pytest.mark.row(1)
+def test_killed_at_random_steps_it_ends_with_the_same_weights(
+    unbroken: Unbroken, digits: Path, tmp_path: Path
+) -> None:
+    processes, reference, trace = unbroken
+    rng = random.Random(0)
+    out, own_trace = tmp_path / "run", tmp_path / "trace"
+    own_trace.mkdir()
+    for number in range(KILLS):
+        if steps_done(out) >= STEPS:  # the next life
+            finish(start(digits, out, processes=processes, TRACE=str(own_trace)))
+            assert_bit_equal(reference, out)
+            shutil.rmtree(out)
+        target = rng.randint(steps_done(out) + 1, STEPS)
+        process = start(digits, out, processes=processes, TRACE=str(own_trace))
+        wait_for(functools.partial(reached, out, target), process)
+        kill_all(process)
+        print(f"kill {number + 1}: aimed at step {target}, hit after step {steps_done(out)}")
+    finish(start(digits, out, processes=processes, TRACE=str(own_trace)))
+    assert_bit_equal(reference, out)
+    assert_every_sample_once_an_epoch(own_trace)
+    assert global_batches(own_trace) == global_batches(trace)
+
+
+@pytest.mark.row(2)
+def test_no_half_state_is_ever_taken(digits: Path, tmp_path: Path) -> None:
+    rng = random.Random(1)
+    out = tmp_path / "run"
+    hits = 0
+    for number in range(KILLS):
+        process = start(digits, out, "--checkpoint.every-steps", "1", SLOW_SAVE="0.3")
+        alive = wait_for(lambda: bool(states(out / "last") and half_written(out)), process)
+        if alive:
+            time.sleep(rng.uniform(0, 0.3))
+        kill_all(process)
+        hits += len(half_written(out))
+        found = newest_whole(out / "last")
+        assert found is not None
+        assert found[0] == states(out / "last")[0]  # none is damaged
+        print(f"kill {number + 1}: {len(half_written(out))} half, step {steps_done(out)}")
+        if steps_done(out) >= STEPS:
+            shutil.rmtree(out)
+    assert hits  # the moment was met
+    finish(start(digits, out, "--checkpoint.every-steps", "1"))
+    assert not half_written(out)
+
+
+@pytest.mark.row(9)
+@pytest.mark.parametrize("damage", ["flipped bit", "cut", "empty"])
+def test_a_damaged_state_falls_back_to_the_one_before(
+    damage: str, unbroken: Unbroken, digits: Path, tmp_path: Path
+) -> None:
+    processes, reference, _ = unbroken
+    if processes > 1 and damage != "flipped bit":
+        pytest.skip("as on one process")
+    out = tmp_path / "run"
+    shutil.copytree(reference, out)
+    newest = states(out / "last")[0]
+    data = bytearray(newest.read_bytes())
+    if damage == "flipped bit":
+        data[len(data) // 3] ^= 16
+    else:
+        data = data[: len(data) // 2 if damage == "cut" else 0]
+    newest.write_bytes(data)
+    said = finish(start(digits, out, processes=processes))
+    assert f"{newest} is damaged" in said
+    assert_bit_equal(reference, out)
