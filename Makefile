@@ -28,7 +28,7 @@ demo: install
 	@echo "evaluated    $(DEMO)/evaluation        confusion matrix $(DEMO)/evaluation/confusion.png"
 
 test: install lint
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered
 
 lint: install
 	$(BIN)/ruff format --check .

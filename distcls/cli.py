@@ -12,6 +12,7 @@ from distcls.errors import UsageError, did_you_mean
 
 COMMANDS = {
     "prepare": ("distcls.prepare", "make a dataset directory from images, IDX files or a manifest"),
+    "models": ("distcls.list_models", "networks by name, with parameters, MACs and input size"),
     "train": (
         "distcls.train",
         "train a model (several processes: accelerate launch -m distcls.train)",

@@ -71,6 +71,21 @@ def test_integer_labels_of_parquet_are_in_their_order(tmp_path: Path) -> None:
     assert read_manifest(manifest(tmp_path, rows, ".parquet"), None).classes == ("2", "9", "10")
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_weights_from_a_column_by_name(tmp_path: Path, suffix: str) -> None:
+    rows = [
+        ("path", "label", "Trust", "weight"),
+        ("a.png", "cat", 0.25, 7.0),
+        ("b.png", "dog", 2.0, 8.0),
+    ]
+    path = manifest(tmp_path, rows, suffix)
+    for column, expected in (("trust", [0.25, 2]), ("weight", [7, 8]), (None, [7, 8])):
+        records = read_manifest(path, None, column).records
+        assert [record.weight for record in records] == expected
+    with pytest.raises(UsageError, match=r"weight_column: .* no column 'Trusts'; did you mean"):
+        read_manifest(path, None, "Trusts")
+
+
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 
 

@@ -92,6 +92,8 @@ def describe(kind: Any) -> str:
             count = "a list of" if items[-1] is Ellipsis else f"{len(items)}"
             noun = {int: "integers", float: "numbers"}.get(items[0], "texts")
             parts.append(f"{count} {noun}")
+        elif typing.get_origin(member) is dict:
+            parts.append("names with a value each, such as a=1,b=2")
         else:
             parts.append(plain.get(member, "a path"))
     return " or ".join(parts)

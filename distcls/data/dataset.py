@@ -65,6 +65,24 @@ class Split:
         return np.asarray(self.table.column("label").to_numpy(), np.int64)
 
     @functools.cached_property
+    def weights(self) -> NDArray[np.float64] | None:
+        """How much each image counts in training, [N]; None where the manifest does not say.
+
+        Raises UsageError for a weight below 0 or none at all.
+        """
+        if "weight" not in self.table.column_names:
+            return None
+        weights = np.asarray(self.table.column("weight").to_numpy(), np.float64)
+        bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+        if len(bad):
+            where, weight = self.image_ids[bad[0]], weights[bad[0]]
+            raise UsageError(
+                f"{self.folder / MANIFEST}: {where!r} has the weight {weight}, expected a number "
+                "of at least 0"
+            )
+        return weights
+
+    @functools.cached_property
     def uniform(self) -> NDArray[np.uint8] | None:
         """All packed images as one [N, H, W, C] view of the pack, where they allow it.
 

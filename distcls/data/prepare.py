@@ -44,6 +44,9 @@ class PrepareOptions:
     idx on none."""
     classes: Path | None = None
     """File of class names in label order (JSON list, or one a line); other labels are errors."""
+    weight_column: str | None = None
+    """Column of the manifest that says how much each image counts in training; unset, `weight`
+    where there is one."""
     val_fraction: float = 0.1
     """Part of each class for validation, where the source has no validation split."""
     test_fraction: float = 0.2
@@ -92,7 +95,8 @@ def prepare(options: PrepareOptions) -> Prepared:
     """Write a dataset directory. Raises UsageError for bad input, DistclsError for a full disk."""
     started = time.monotonic()
     require_absent(options.out)
-    source = read_source(options.source, options.format, options.classes)
+    weights = options.weight_column
+    source = read_source(options.source, options.format, options.classes, weights)
     _check_sense(source, options)
     plan = plan_splits(
         source,

@@ -43,9 +43,12 @@ class TorchModel:
             return np.asarray(self.model(pixels).float().cpu().numpy(), np.float32)
 
 
-def save_checkpoint(path: Path, model: Classifier, card: ModelCard) -> None:
-    """Write the weights and the card atomically."""
-    save_tensors(path, {"card": card.to_json(), "model": model.state_dict()})
+def save_checkpoint(
+    path: Path, model: Classifier, card: ModelCard, state: dict[str, Any] | None = None
+) -> None:
+    """Write the weights and the card atomically, and the state of the run that they come from."""
+    content = {"card": card.to_json(), "model": model.state_dict()}
+    save_tensors(path, content if state is None else content | {"state": state})
 
 
 def read_checkpoint(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from distcls import log
 from distcls.data.loader import Loader
 from distcls.models.classifier import count_macs, count_parameters
+from distcls.models.stem import stem_stride
 from distcls.training.config import TrainConfig
 from distcls.training.engine import Engine
 from distcls.training.state import Progress
@@ -47,7 +48,7 @@ def banner(config: TrainConfig, engine: Engine) -> list[str]:
     height, width = preprocess.size
     macs = count_macs(engine.model, preprocess.size)
     parameters = count_parameters(engine.model)
-    stride = config.model.resolved_stride(preprocess.size)
+    stride = stem_stride(engine.model.backbone) or "none"
     data = engine.data
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     store = "pack" if data.train.packed else "files"
@@ -60,6 +61,8 @@ def banner(config: TrainConfig, engine: Engine) -> list[str]:
         f"data       {config.data}: {counts}, {len(data.classes)} classes, from {store}",
         f"steps      {config.epochs} epochs of {engine.order.steps}, "
         f"global batch {config.batch_size} = {processes} x {engine.accumulate} part(s)",
+        f"optimiser  {config.optimizer.name}, {config.schedule.name} schedule, "
+        f"learning rate up to {config.lr:g}",
         f"writes to  {config.out}",
     ]
 

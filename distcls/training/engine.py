@@ -10,26 +10,28 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast, reduce
 from torch import Tensor
 
 from distcls.cores import available_cores
-from distcls.data.augment import DRAWS, Augment
+from distcls.data.augment import Augment
 from distcls.data.dataset import Split
 from distcls.data.loader import Batch, Loader
-from distcls.data.order import DataOrder, Indices, share, uniforms
+from distcls.data.order import DataOrder, Indices, share
 from distcls.errors import UsageError
 from distcls.evaluation.metrics import Metrics, Tally
 from distcls.imaging import Preprocess
 from distcls.models.classifier import Classifier
+from distcls.training.averaging import LastEpochs
 from distcls.training.config import TrainConfig
 from distcls.training.ema import Ema
+from distcls.training.freezing import Freezing, freeze_for_good
 from distcls.training.guard import Guard
 from distcls.training.input import TrainingInput
+from distcls.training.objective import Objective
 from distcls.training.optimizer import make_optimizer
-from distcls.training.schedule import Schedule
+from distcls.training.schedule import make_schedule
 from distcls.training.spikes import Spikes
 from distcls.training.sync_norm import synchronise_norms
 
@@ -73,6 +75,9 @@ class Engine:
             synchronise_norms(self.model, accelerator.device)
         decay = config.ema.decay
         self.ema = Ema(self.model, decay) if decay is not None else None
+        last = config.average.last
+        self.average = LastEpochs(self.model, last=last, epochs=config.epochs) if last else None
+        freeze_for_good(config.freeze, self.model)
         optimizer = make_optimizer(config.optimizer, self.model, config.lr)
         # `parallel` is the model in its DDP and autocast wrappers; `model` stays the bare one
         self.parallel, self.optimizer = accelerator.prepare(self.model, optimizer)
@@ -86,8 +91,10 @@ class Engine:
         modules = [self.model] + ([] if self.ema is None else [self.ema.model])
         ids = data.train.image_ids
         self.guard = Guard(modules, accelerator.device, config.max_bad_steps, ids)
-        self.schedule = Schedule.make(config.schedule, config.lr, self.order.steps, config.epochs)
+        self.schedule = make_schedule(config.schedule, config.lr, self.order.steps, config.epochs)
+        self.freezing = Freezing(config.freeze, self.model, self.order.steps, config.epochs)
         self.augment = Augment(config.augment, preprocess.size)
+        self.objective = Objective(config, data, self.augment, accelerator.device)
         canvas = preprocess
         if self.augment.canvas != preprocess.size:
             canvas = dataclasses.replace(preprocess, size=self.augment.canvas, crop_fraction=1.0)
@@ -111,6 +118,8 @@ class Engine:
                     step=done + step + 1, images=end - begin, loss=loss, lr=lr, skipped=skipped
                 )
         self.guard.look()
+        if self.average is not None:
+            self.average.take(epoch, self.model)
 
     def evaluate(self) -> Metrics:
         """Metrics of the model to be saved (the average, where there is one) on validation.
@@ -143,6 +152,8 @@ class Engine:
     @property
     def best_model(self) -> Classifier:
         """The model that is evaluated and saved."""
+        if self.average is not None and self.average.taken:
+            return self.average.model
         return self.model if self.ema is None else self.ema.model
 
     def total(self, part: Tensor) -> float:
@@ -158,6 +169,8 @@ class Engine:
             "scaler": None if scaler is None else scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.model.state_dict(),
             "ema_updates": None if self.ema is None else self.ema.updates,
+            "schedule": self.schedule.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "recent_losses": self.spikes.recent,
         }
 
@@ -170,6 +183,9 @@ class Engine:
         if self.ema is not None:
             self.ema.model.load_state_dict(saved["ema"])
             self.ema.updates = saved["ema_updates"]
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
+        self.schedule.load_state_dict(saved["schedule"])
         self.spikes.recent = saved.get("recent_losses", self.spikes.recent)
 
     def check_batch_size(self) -> None:
@@ -204,8 +220,9 @@ class Engine:
         """
         # dropout's randomness belongs to the step: nothing of it has to be saved for a resume
         torch.manual_seed(_step_seed(self.config.seed, step, self.accelerator.process_index))
+        self.freezing.begin(step, alone=self._world == 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         parts: list[Tensor] = []
         seen: list[int] = []
         for part in range(self.accumulate):
@@ -218,12 +235,12 @@ class Engine:
                 self.accelerator.backward(losses.sum() * (self._world / images))
             parts.append(losses.detach())
             seen += batch.indices.tolist()
+        self.freezing.drop_gradients(step)
         # without a limit the norm is taken all the same: it tells whether the gradients are finite
         limit = self.config.optimizer.clip_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.parallel.parameters(), limit)
         scaled = self.accelerator.scaler is not None
-        bad = self.guard.flag(norm, self.optimizer.optimizer, scaled=scaled)
-        self.optimizer.step()
+        bad = self.guard.step(norm, self.optimizer, scaled=scaled)
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.model)
@@ -236,13 +253,8 @@ class Engine:
 
     def _losses(self, epoch: int, batch: Batch) -> Tensor:
         """Loss of each image of a batch, [B]."""
-        device = self.accelerator.device
-        draws = torch.from_numpy(uniforms(self.config.seed, epoch, batch.indices, DRAWS)).to(device)
-        images = self.augment(batch.images.to(device, non_blocking=True), draws)
-        logits = self.parallel(images)
-        labels = batch.labels.to(device, non_blocking=True)
-        smoothing = self.config.loss.label_smoothing
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+        examples = self.objective.examples(epoch, batch)
+        return self.objective.losses(self.parallel(examples.images), examples)
 
     def _plan(self, epoch: int, first: int) -> Iterator[Indices]:
         """The samples of each of this process's batches in `epoch`, from step `first` on."""
@@ -252,7 +264,8 @@ class Engine:
             # cut before it is shared: which images stand in a part, whose statistics batch norm
             # takes, does not depend on the number of processes
             for part in np.array_split(permutation[begin:end], self.accumulate):
-                yield share(part, self.accelerator.process_index, self._world)
+                rank, together = self.accelerator.process_index, self.objective.together
+                yield share(part, rank, self._world, together=together)
 
     def _loader(self, split: Split, preprocess: Preprocess) -> Loader:
         local = max(1, available_cores() // self._world)

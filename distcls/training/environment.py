@@ -36,7 +36,13 @@ def start(config: TrainConfig) -> Accelerator:
     mixed = "no" if precision == "fp32" else precision
     # without cpu=True, accelerate ignores the other processes on a machine that has no GPU
     cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=handlers)
+    accelerator = Accelerator(
+        mixed_precision=mixed,
+        cpu=cpu,
+        kwargs_handlers=handlers,
+        log_with=config.tracker,
+        project_dir=config.out,
+    )
     # after accelerate, which takes all cores where the launcher left OMP_NUM_THREADS open, as
     # torchrun does with one process a machine
     set_threads(config.threads)

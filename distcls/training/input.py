@@ -55,8 +55,8 @@ def choose_preprocess(config: InputConfig, split: Split, weights: Preprocess | N
     return dataclasses.replace(
         base,
         size=config.size or base.size,
-        resize=config.resize,
-        interpolation=config.interpolation,
+        resize=config.resize or base.resize,
+        interpolation=config.interpolation or base.interpolation,
         crop_fraction=config.crop_fraction or base.crop_fraction,
     )
 

@@ -20,6 +20,8 @@ NOISE = 1e-10
 OPTIONS = [
     *("--epochs", "1", "--batch-size", "30", "--limit", "300", "--log-every", "1"),
     *("--augment.crop-padding", "2", "--augment.rotate", "5", "--augment.erase", "0.25"),
+    *("--augment.policy", "randaugment", "--augment.mixup", "0.2", "--augment.cutmix", "1"),
+    *("--loss.name", "focal", "--loss.class-weights", "balanced"),
     *("--model.dropout", "0", "--ema.decay", "0.9", "--threads", "1", "--accumulate", "4"),
 ]
 

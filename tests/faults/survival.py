@@ -23,8 +23,9 @@ OPTIONS = [
     *("--ema.decay", "0.9", "--accumulate", "2", "--schedule.warmup", "30%"),
     *("--loader.workers", "3", "--resume", "auto", "--checkpoint.every-steps", "3"),
     *("--optimizer.clip-norm", "0.5", "--loss.label-smoothing", "0.1"),
+    *("--augment.policy", "randaugment", "--augment.mixup", "0.2", "--augment.cutmix", "1"),
 ]
-"""All that moves: workers, augmentation, accumulation, warm-up, averaging, states within epochs."""
+"""All that moves: workers, augmentation, mixing, accumulation, warm-up, averaging, states within epochs."""
 STEPS = 14
 _started: list[subprocess.Popen[str]] = []
 

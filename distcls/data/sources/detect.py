@@ -17,12 +17,27 @@ Format = Literal["auto", "digits", "idx", "fashion-mnist", "mnist", "folder", "m
 FORMATS = get_args(Format)
 
 
-def read_source(location: str, form: Format = "auto", classes: Path | None = None) -> Source:
+def read_source(
+    location: str,
+    form: Format = "auto",
+    classes: Path | None = None,
+    weight_column: str | None = None,
+) -> Source:
     """Find the images of a source; none is decoded yet.
 
     `digits` is the bundled set, `./digits` a folder. `classes` is a file of class names in label
-    order, which labels are then checked against. Raises UsageError for anything wrong.
+    order, which labels are then checked against; `weight_column` belongs to manifests. Raises
+    UsageError for anything wrong.
     """
+    source = _read(location, form, classes, weight_column)
+    if weight_column is not None and source.kind != "manifest":
+        raise UsageError(
+            f"weight_column: {weight_column!r} is a column of a manifest, but {location} is none"
+        )
+    return source
+
+
+def _read(location: str, form: Format, classes: Path | None, weight_column: str | None) -> Source:
     if form == "digits" or (form == "auto" and location == "digits"):
         if location != "digits" or classes:
             raise UsageError("the bundled digits are `digits`, with their own classes")
@@ -36,7 +51,7 @@ def read_source(location: str, form: Format = "auto", classes: Path | None = Non
         raise UsageError(f"{location}: --format {kind} needs {needed}")
     names = read_classes(classes) if classes else None
     if kind == "manifest":
-        return tables.read_manifest(path, names)
+        return tables.read_manifest(path, names, weight_column)
     if kind == "folder":
         return read_folder(path, names)
     return read_idx_folder(path, "auto" if form == "auto" else kind, names)

@@ -1,8 +1,8 @@
 """Manifests: a CSV or Parquet table with one image a row.
 
 Columns, the first that is there of each: the file (path, file, filename, image, image_id), the
-label (label, class, category, target), and where given image_id, split, weight, group. Rows are
-counted from 1 and the header is not one of them.
+label (label, class, category, target), and where given image_id, split, weight (another column
+where it is named), group. Rows are counted from 1 and the header is not one of them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,20 @@ LABEL_COLUMNS = ("label", "class", "category", "target")
 Row = tuple[str, ...]
 
 
-def read_manifest(path: Path, names: tuple[str, ...] | None) -> Source:
+def read_manifest(
+    path: Path, names: tuple[str, ...] | None, weight_column: str | None = None
+) -> Source:
     """Read a manifest; relative paths start at its folder. Raises UsageError naming the row."""
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{path}: a manifest ends in {' or '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise UsageError(f"{path}: the manifest is empty (0 bytes)")
-    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _parquet_rows(path)
-    columns = _columns(path, next(rows))
+    weight = "weight" if weight_column is None else weight_column.strip().lower()
+    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _parquet_rows(path, weight)
+    columns = _columns(path, next(rows), weight)
+    if weight_column is not None and "weight" not in columns:
+        hint = did_you_mean(weight_column, _names(path))
+        raise UsageError(f"weight_column: {path} has no column {weight_column!r}{hint}")
     table = [_fields(f"{path}, row {number}", row, columns) for number, row in enumerate(rows, 1)]
     if not table:
         raise UsageError(f"{path}: the manifest has a header but no rows")
@@ -53,6 +59,13 @@ def read_manifest(path: Path, names: tuple[str, ...] | None) -> Source:
     return Source(
         kind="manifest", location=str(path.resolve()), root=folder, classes=classes, records=records
     )
+
+
+def _names(path: Path) -> Row:
+    """All columns, also those that are not read."""
+    if path.suffix.lower() == ".csv":
+        return next(_csv_rows(path))
+    return tuple(pq.read_schema(path).names)
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -81,14 +94,14 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         raise UsageError(f"{path}: the manifest is empty")
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, weight: str) -> Iterator[Row]:
     """The header, then the rows as text; null is empty text."""
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            wanted = [name for name in schema.names if _wanted(name)]
+            wanted = [name for name in schema.names if _wanted(name, weight)]
             for name in wanted:
-                _check_type(path, name, schema.field(name).type)
+                _check_type(path, name, schema.field(name).type, weight)
             yield tuple(wanted)
             for batch in file.iter_batches(columns=wanted):
                 columns = [batch.column(i).to_pylist() for i in range(batch.num_columns)]
@@ -98,29 +111,29 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise UsageError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
-def _wanted(name: str) -> bool:
-    known = (*FILE_COLUMNS, *LABEL_COLUMNS, "split", "weight", "group")
+def _wanted(name: str, weight: str) -> bool:
+    known = (*FILE_COLUMNS, *LABEL_COLUMNS, "split", weight, "group")
     return name.strip().lower() in known
 
 
-def _check_type(path: Path, name: str, kind: Any) -> None:
+def _check_type(path: Path, name: str, kind: Any, weight: str) -> None:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     number = pa.types.is_integer(kind) or (
-        pa.types.is_floating(kind) and name.strip().lower() == "weight"
+        pa.types.is_floating(kind) and name.strip().lower() == weight
     )
     if not (text or number or pa.types.is_null(kind)):
         raise UsageError(f"{path}: column {name!r} holds {kind}, expected text or integers")
 
 
-def _columns(path: Path, header: Row) -> dict[str, int]:
+def _columns(path: Path, header: Row, weight: str) -> dict[str, int]:
     """Position of each column that is used, by what it is used for."""
     names = [name.strip().lower() for name in header]
-    twice = [name for name in names if names.count(name) > 1 and _wanted(name)]
+    twice = [name for name in names if names.count(name) > 1 and _wanted(name, weight)]
     if twice:
         raise UsageError(f"{path}: column {twice[0]!r} stands there more than once")
-    extras: tuple[str, ...] = ("split", "weight", "group")
-    found = {name: names.index(name) for name in extras if name in names}
+    extras = {"split": "split", "weight": weight, "group": "group"}
+    found = {use: names.index(name) for use, name in extras.items() if name in names}
     for use, choices in (("path", FILE_COLUMNS), ("label", LABEL_COLUMNS)):
         present = [name for name in choices if name in names]
         if not present:
