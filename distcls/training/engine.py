@@ -107,10 +107,11 @@ class Engine:
                 begin, end = self.order.bounds(step)
                 lr = self.schedule.rate(done + step)
                 loss, skipped = self._step(epoch, done + step, lr, end - begin, batches)
+                if step == self.order.steps - 1:
+                    skipped += self.guard.look()
                 yield StepReport(
                     step=done + step + 1, images=end - begin, loss=loss, lr=lr, skipped=skipped
                 )
-        self.guard.look()
 
     def evaluate(self) -> Metrics:
         """Metrics of the model to be saved (the average, where there is one) on validation.

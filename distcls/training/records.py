@@ -41,9 +41,10 @@ class Records:
         require_writable(self.folder)
         write_text(self.folder / CONFIG, dump_yaml(config))
         path = self.folder / METRICS
-        kept = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        kept = [line for line in kept if json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in kept))
+        lines = path.read_text(encoding="utf-8") if step and path.exists() else ""
+        # a kill or a full disk may have left half of the last line
+        whole = [line for line in lines.splitlines(keepends=True) if line.endswith("\n")]
+        write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
         self._metrics = path.open("a", encoding="utf-8")
 
     def line(self, kind: str, **values: Any) -> None:
