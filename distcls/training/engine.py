@@ -82,6 +82,7 @@ class Engine:
         self.accumulate = config.accumulate
         self.evaluation_batch = EVALUATION_BATCH
         self.check_batch_size()
+        self._parameters = list(self.model.parameters())
         self.spikes = Spikes()
         modules = [self.model] + ([] if self.ema is None else [self.ema.model])
         ids = data.train.image_ids
@@ -221,7 +222,7 @@ class Engine:
             seen += batch.indices.tolist()
         # without a limit the norm is taken all the same: it tells whether the gradients are finite
         limit = self.config.optimizer.clip_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.parallel.parameters(), limit)
+        norm = self.accelerator.clip_grad_norm_(self._parameters, limit)
         scaled = self.accelerator.scaler is not None
         bad = self.guard.flag(norm, self.optimizer.optimizer, scaled=scaled)
         self.optimizer.step()

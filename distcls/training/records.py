@@ -16,8 +16,8 @@ from distcls.files import require_writable, write_text
 from distcls.training.config import TrainConfig
 
 CONFIG, METRICS, HISTORY, CURVES = "config.yaml", "metrics.jsonl", "history.csv", "curves.png"
-CURVES_EVERY = 30.0
-"""Seconds between two drawings: one takes half a second, some epochs do not take longer."""
+CURVES_SHARE = 0.005
+"""Share of the time that drawing may take: one takes 0.2 to 0.5 s, some epochs little more."""
 BEST, LAST = "best.pth", "last"
 
 
@@ -37,7 +37,7 @@ class Records:
         self.folder = config.out
         self._monitor = config.monitor.metric
         self._undrawn: list[dict[str, float]] = []
-        self._drawn = -CURVES_EVERY
+        self._next_drawing = 0.0
         require_writable(self.folder)
         write_text(self.folder / CONFIG, dump_yaml(config))
         path = self.folder / METRICS
@@ -60,7 +60,7 @@ class Records:
         writer.writerows(history)
         write_text(self.folder / HISTORY, table.getvalue())
         self._undrawn = history
-        if time.monotonic() - self._drawn > CURVES_EVERY:
+        if time.monotonic() >= self._next_drawing:
             self._draw()
 
     def close(self) -> None:
@@ -70,5 +70,7 @@ class Records:
         self._metrics.close()
 
     def _draw(self) -> None:
+        began = time.monotonic()
         curves(self._undrawn, self.folder / CURVES, self._monitor)
-        self._undrawn, self._drawn = [], time.monotonic()
+        ended = time.monotonic()
+        self._undrawn, self._next_drawing = [], ended + (ended - began) / CURVES_SHARE
