@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test install lint format clean
+.PHONY: demo test test-slow install lint format clean
 
 install: .venv/.installed
 
@@ -29,6 +29,10 @@ demo: install
 
 test: install lint
 	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered
+
+# what takes minutes: more variants of the faults, two machines in network namespaces
+test-slow: install
+	$(BIN)/python -m pytest -m slow
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -4,8 +4,9 @@ All train the same network on the same batches of scikit-learn's digits (repeate
 with the same augmentation, reading ahead, optimiser and schedule; a round is an epoch and the
 evaluation of 16 images. Contestants, each in a process of its own:
 
-- plain: forward, backward, optimiser step, nothing else. Left out are the gradient norm (clipping,
-  the non-finite guard) and the copy of batch norm's statistics that a skipped step goes back to,
+- plain: forward, backward, clipping (part of the recipe: it changes the result), optimiser step,
+  nothing else. Left out are the non-finite guard and the copy of batch norm's statistics that a
+  skipped step goes back to,
   the watch for loss spikes, the seed of each step's dropout, the look at signals, metrics.jsonl,
   history.csv, curves.png and the running mean of the loss, the reader's time limit and its watch
   over the reading thread, and all states.
@@ -22,6 +23,7 @@ import argparse
 import collections
 import contextlib
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -104,6 +106,7 @@ def _plain_epoch(engine: Engine, epoch: int) -> Iterator[int]:
     model, optimizer, seed = engine.model.train(), engine.optimizer.optimizer, engine.config.seed
     permutation = engine.data.train_samples[engine.order.permutation(epoch)]
     plan = [permutation[slice(*engine.order.bounds(step))] for step in range(engine.order.steps)]
+    parameters = list(model.parameters())
     batches = _read_ahead(engine.train_loader, plan, engine.config.loader.ahead)
     for step, batch in enumerate(batches, epoch * engine.order.steps):
         for group in optimizer.param_groups:
@@ -111,6 +114,7 @@ def _plain_epoch(engine: Engine, epoch: int) -> Iterator[int]:
         draws = torch.from_numpy(uniforms(seed, epoch, batch.indices, DRAWS))
         logits = model(engine.augment(batch.images, draws))
         torch.autograd.backward(F.cross_entropy(logits, batch.labels))
+        torch.nn.utils.clip_grad_norm_(parameters, engine.config.optimizer.clip_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         yield len(batch.indices)

@@ -27,6 +27,8 @@ from tests.faults.survival import (
 )
 from tests.namespaces import Machine, two_machines
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 150
 """Seconds after which nothing may still be running."""
 

@@ -87,6 +87,7 @@ class Engine:
         self.accumulate = config.accumulate
         self.evaluation_batch = EVALUATION_BATCH
         self.check_batch_size()
+        self._parameters = list(self.model.parameters())
         self.spikes = Spikes()
         modules = [self.model] + ([] if self.ema is None else [self.ema.model])
         ids = data.train.image_ids
@@ -114,10 +115,11 @@ class Engine:
                 begin, end = self.order.bounds(step)
                 lr = self.schedule.rate(done + step)
                 loss, skipped = self._step(epoch, done + step, lr, end - begin, batches)
+                if step == self.order.steps - 1:
+                    skipped += self.guard.look()
                 yield StepReport(
                     step=done + step + 1, images=end - begin, loss=loss, lr=lr, skipped=skipped
                 )
-        self.guard.look()
         if self.average is not None:
             self.average.take(epoch, self.model)
 
@@ -238,7 +240,7 @@ class Engine:
         self.freezing.drop_gradients(step)
         # without a limit the norm is taken all the same: it tells whether the gradients are finite
         limit = self.config.optimizer.clip_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.parallel.parameters(), limit)
+        norm = self.accelerator.clip_grad_norm_(self._parameters, limit)
         scaled = self.accelerator.scaler is not None
         bad = self.guard.step(norm, self.optimizer, scaled=scaled)
         self.optimizer.zero_grad()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -82,6 +84,25 @@ def time_limit(seconds: float) -> InitProcessGroupKwargs:
     # accelerate 1.15 drops a limit that equals its default (600 s), whatever the backend's is, so
     # gloo would take its half hour
     return InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=seconds, microseconds=1))
+
+
+@contextlib.contextmanager
+def lost_processes_explained(limit: float) -> Iterator[None]:
+    """Turn the failure of a collective operation into a DistclsError.
+
+    Its cause is another process, which has its own last words or none.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # NCCL's and the store's have a class of their own, gloo's only a file name in the message
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()):
+            raise
+        what = (str(error).splitlines() or [""])[0].strip()
+        raise DistclsError(
+            f"another process is gone, or did not answer within {limit:.0f} s "
+            f"(collective_timeout): {what}; --resume auto continues from the last state"
+        ) from error
 
 
 def refuse_sharding() -> None:

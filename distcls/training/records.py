@@ -17,10 +17,10 @@ from distcls.training.config import TrainConfig
 from distcls.training.trackers import Track
 
 CONFIG, METRICS, HISTORY, CURVES = "config.yaml", "metrics.jsonl", "history.csv", "curves.png"
-CURVES_EVERY = 30.0
-"""Seconds between two drawings: one takes half a second, some epochs do not take longer."""
 PLACES = ("step", "epoch")
 """What says where a figure belongs and is none itself."""
+CURVES_SHARE = 0.005
+"""Share of the time that drawing may take: one takes 0.2 to 0.5 s, some epochs little more."""
 BEST, LAST = "best.pth", "last"
 
 
@@ -44,13 +44,14 @@ class Records:
         self._track = track
         self._monitor = config.monitor.metric
         self._undrawn: list[dict[str, float]] = []
-        self._drawn = -CURVES_EVERY
+        self._next_drawing = 0.0
         require_writable(self.folder)
         write_text(self.folder / CONFIG, dump_yaml(config))
         path = self.folder / METRICS
-        kept = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        kept = [line for line in kept if json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in kept))
+        lines = path.read_text(encoding="utf-8") if step and path.exists() else ""
+        # a kill or a full disk may have left half of the last line
+        whole = [line for line in lines.splitlines(keepends=True) if line.endswith("\n")]
+        write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
         self._metrics = path.open("a", encoding="utf-8")
 
     def line(self, kind: str, **values: Any) -> None:
@@ -69,7 +70,7 @@ class Records:
         writer.writerows(history)
         write_text(self.folder / HISTORY, table.getvalue())
         self._undrawn = history
-        if time.monotonic() - self._drawn > CURVES_EVERY:
+        if time.monotonic() >= self._next_drawing:
             self._draw()
 
     def close(self) -> None:
@@ -79,5 +80,7 @@ class Records:
         self._metrics.close()
 
     def _draw(self) -> None:
+        began = time.monotonic()
         curves(self._undrawn, self.folder / CURVES, self._monitor)
-        self._undrawn, self._drawn = [], time.monotonic()
+        ended = time.monotonic()
+        self._undrawn, self._next_drawing = [], ended + (ended - began) / CURVES_SHARE

@@ -22,7 +22,7 @@ from distcls.training.compiling import compile_step
 from distcls.training.config import TrainConfig
 from distcls.training.display import banner, epoch_line
 from distcls.training.engine import Engine
-from distcls.training.environment import start
+from distcls.training.environment import lost_processes_explained, start
 from distcls.training.epoch import Run, train_and_evaluate
 from distcls.training.input import choose_preprocess, open_input
 from distcls.training.kept import Epoch, keep
@@ -71,7 +71,11 @@ def train(config: TrainConfig) -> TrainResult:
     if config.compile:
         compile_step(engine)
     accelerator.wait_for_everyone()  # all have looked at the run directory before it is written to
-    with _run(config, engine, progress) as run, explained(engine):
+    with (
+        _run(config, engine, progress) as run,
+        explained(engine),
+        lost_processes_explained(config.collective_timeout),
+    ):
         for line in banner(config, engine):
             say(line)
         while progress.epoch < config.epochs and not progress.out_of_patience(config.monitor):
@@ -136,6 +140,8 @@ def _resume(config: TrainConfig, engine: Engine) -> Progress:
 def _run(config: TrainConfig, engine: Engine, progress: Progress) -> Iterator[Run]:
     """The run with its files open on the main process, and signals noted on all."""
     with contextlib.ExitStack() as stack:
+        # first in, last out: a signal must not kill the run while the files below are closed
+        signals = stack.enter_context(StopSignals())
         records = checkpoints = None
         if engine.accelerator.is_main_process:
             track = open_tracker(config, engine.accelerator, progress.step)
@@ -148,7 +154,7 @@ def _run(config: TrainConfig, engine: Engine, progress: Progress) -> Iterator[Ru
             config=config,
             engine=engine,
             progress=progress,
-            signals=stack.enter_context(StopSignals()),
+            signals=signals,
             records=records,
             checkpoints=checkpoints,
         )

@@ -42,7 +42,12 @@ def unbroken_run(
     return train
 
 
-@pytest.fixture(params=[1, 2], ids=["one process", "two processes"])
+@pytest.fixture(
+    params=[
+        pytest.param(1, id="one process", marks=pytest.mark.slow),
+        pytest.param(2, id="two processes"),
+    ]
+)
 def unbroken(request: pytest.FixtureRequest, unbroken_run: Callable[[int], Unbroken]) -> Unbroken:
     """The same, on one process and on two."""
     return unbroken_run(request.param)

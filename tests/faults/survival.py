@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 
 from distcls.training.checkpoints import states
@@ -27,6 +28,8 @@ OPTIONS = [
 ]
 """All that moves: workers, augmentation, mixing, accumulation, warm-up, averaging, states within epochs."""
 STEPS = 14
+ONE_AND_TWO = [pytest.param(1, marks=pytest.mark.slow), 2]
+"""Processes of a test's run; two show what one does and more."""
 _started: list[subprocess.Popen[str]] = []
 
 

@@ -11,6 +11,7 @@ import torch
 
 from distcls.training.checkpoints import newest_whole
 from tests.faults.survival import (
+    ONE_AND_TWO,
     assert_bit_equal,
     finish,
     global_batches,
@@ -45,7 +46,7 @@ def progress(out: Path) -> dict[str, Any]:
     return found[1]["progress"]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", ONE_AND_TWO)
 def test_fewer_images_at_a_time_in_the_same_global_batches(
     processes: int, digits: Path, tmp_path: Path
 ) -> None:
@@ -98,6 +99,7 @@ def test_what_no_halving_helps_is_refused_before_anything_is_written(
     assert not list(out.glob("*"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_as_many_images_at_a_time(digits: Path, tmp_path: Path) -> None:
     finish(start(digits, tmp_path / "unbroken", *AUTO, **SCARCE))
     out = tmp_path / "run"

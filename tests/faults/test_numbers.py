@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from distcls.training.checkpoints import newest_whole
-from tests.faults.survival import STEPS, finish, start
+from tests.faults.survival import ONE_AND_TWO, STEPS, finish, start
 
 
 @pytest.mark.row(12)
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", ONE_AND_TWO)
 def test_a_bad_number_on_one_rank_is_skipped_by_all(
     processes: int, digits: Path, tmp_path: Path
 ) -> None:

@@ -36,6 +36,8 @@ def test_when_one_process_dies_the_others_end(digits: Path, tmp_path: Path) -> N
     assert time.monotonic() - began < 30
     assert process.returncode != 0
     assert "SIGKILL" in said or "Signal 9" in said
+    assert "another process is gone" in said
+    assert "DistclsError" not in said  # a line of its own, no traceback
     assert not [worker for worker in family if worker.is_running()]
 
 

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from distcls.data.dataset import PACK
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.training.checkpoints import newest_whole
-from tests.faults.survival import finish, start, steps_done, wait_for, workers
+from tests.faults.survival import ONE_AND_TWO, finish, start, steps_done, wait_for, workers
 
 
 def loose_files(folder: Path) -> Path:
@@ -41,7 +41,7 @@ def ended(said: str, code: int, processes: int) -> None:
 
 
 @pytest.mark.row(14)
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", ONE_AND_TWO)
 def test_a_folder_that_goes_away_is_named(processes: int, tmp_path: Path) -> None:
     data, out = loose_files(tmp_path), tmp_path / "run"
     process = start(data, out, "--epochs", "50", processes=processes, SLOW="0.1")
@@ -58,7 +58,7 @@ def test_a_folder_that_goes_away_is_named(processes: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.row(14)
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", ONE_AND_TWO)
 def test_a_pack_that_is_cut_while_it_is_read_is_named(
     processes: int, digits: Path, tmp_path: Path
 ) -> None:
@@ -76,7 +76,7 @@ def test_a_pack_that_is_cut_while_it_is_read_is_named(
 
 
 @pytest.mark.row(14)
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", ONE_AND_TWO)
 @pytest.mark.parametrize("name", ["distcls-loader", "distcls-decode"])
 def test_reading_threads_that_die_end_the_run(
     name: str, processes: int, digits: Path, tmp_path: Path
