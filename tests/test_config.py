@@ -335,6 +335,7 @@ SPECIAL = {
     "augment.randaugment_magnitude": st.integers(0, 30),
     "loss.name": st.just("focal"),
     "distill.teacher": st.just(Path("teacher.pth")),
+    "checkpoint.name": st.sampled_from(["{model}_{epoch}.pth", "{metric}_{score:.3f}@{step}.pth"]),
     "average.last": st.none(),  # excludes an average by decay
     # these belong to other optimisers and schedules than the default ones
     "optimizer.name": st.just("adamw"),

@@ -132,5 +132,6 @@ def test_another_epoch_mixes_otherwise(digits: Path) -> None:
 def test_a_mixed_epoch_trains_and_its_plan_keeps_pairs(digits: Path) -> None:
     engine = make_engine(digits, augment=MIXED, accumulate=3)
     assert all(np.isfinite(float(report.loss)) for report in engine.train_epoch(0))
-    plan = list(engine._plan(0, 0))
+    samples = engine.data.train_samples
+    plan = list(engine.shares.training(samples, engine.order, 0, 0, engine.accumulate))
     assert sum(len(part) for part in plan) == 250

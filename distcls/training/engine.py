@@ -14,11 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, reduce
 from torch import Tensor
 
-from distcls.cores import available_cores
 from distcls.data.augment import Augment
-from distcls.data.dataset import Split
-from distcls.data.loader import Batch, Loader
-from distcls.data.order import DataOrder, Indices, share
+from distcls.data.loader import Batch
+from distcls.data.order import DataOrder
 from distcls.errors import UsageError
 from distcls.evaluation.metrics import Metrics, Tally
 from distcls.imaging import Preprocess
@@ -26,6 +24,7 @@ from distcls.models.classifier import Classifier
 from distcls.training.averaging import LastEpochs
 from distcls.training.config import TrainConfig
 from distcls.training.ema import Ema
+from distcls.training.feed import Shares, make_loader
 from distcls.training.freezing import Freezing, freeze_for_good
 from distcls.training.guard import Guard
 from distcls.training.input import TrainingInput
@@ -99,8 +98,13 @@ class Engine:
         canvas = preprocess
         if self.augment.canvas != preprocess.size:
             canvas = dataclasses.replace(preprocess, size=self.augment.canvas, crop_fraction=1.0)
-        self.train_loader = self._loader(data.train, canvas)
-        self.val_loader = self._loader(data.val, preprocess)
+        self.train_loader = make_loader(config.loader, data.train, canvas, accelerator)
+        self.val_loader = make_loader(config.loader, data.val, preprocess, accelerator)
+        self.shares = Shares(
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            together=self.objective.together,
+        )
 
     def train_epoch(self, epoch: int, first: int = 0) -> Iterator[StepReport]:
         """Run the steps of `epoch` (counted from 0) from its step `first` on, yielding after each.
@@ -109,7 +113,9 @@ class Engine:
         """
         self.parallel.train()
         done = epoch * self.order.steps
-        batches = self.train_loader.batches(self._plan(epoch, first))
+        samples = self.data.train_samples
+        plan = self.shares.training(samples, self.order, epoch, first, self.accumulate)
+        batches = self.train_loader.batches(plan)
         with contextlib.closing(batches):
             for step in range(first, self.order.steps):
                 begin, end = self.order.bounds(step)
@@ -131,11 +137,10 @@ class Engine:
         self._share_buffers()
         classes = len(self.data.classes)
         tally = Tally(classes)
-        mine = share(self.data.val_samples, self.accelerator.process_index, self._world)
-        parts = np.array_split(mine, max(1, -(-len(mine) // self.evaluation_batch)))
+        plan = self.shares.evaluation(self.data.val_samples, self.evaluation_batch)
         best = self.best_model.eval()
         with torch.inference_mode():
-            for batch in self.val_loader.batches(part for part in parts if len(part)):
+            for batch in self.val_loader.batches(plan):
                 # the class's own forward: prepare() put autocast around the instance's, and the
                 # figures shall be those of `distcls evaluate`
                 logits = Classifier.forward(best, batch.images.to(self.accelerator.device))
@@ -257,26 +262,6 @@ class Engine:
         """Loss of each image of a batch, [B]."""
         examples = self.objective.examples(epoch, batch)
         return self.objective.losses(self.parallel(examples.images), examples)
-
-    def _plan(self, epoch: int, first: int) -> Iterator[Indices]:
-        """The samples of each of this process's batches in `epoch`, from step `first` on."""
-        permutation = self.data.train_samples[self.order.permutation(epoch)]
-        for step in range(first, self.order.steps):
-            begin, end = self.order.bounds(step)
-            # cut before it is shared: which images stand in a part, whose statistics batch norm
-            # takes, does not depend on the number of processes
-            for part in np.array_split(permutation[begin:end], self.accumulate):
-                rank, together = self.accelerator.process_index, self.objective.together
-                yield share(part, rank, self._world, together=together)
-
-    def _loader(self, split: Split, preprocess: Preprocess) -> Loader:
-        local = max(1, available_cores() // self._world)
-        workers = self.config.loader.workers or local
-        pin = self.accelerator.device.type == "cuda"
-        loader = self.config.loader
-        return Loader(
-            split, preprocess, workers=workers, ahead=loader.ahead, timeout=loader.timeout, pin=pin
-        )
 
     @torch.no_grad()
     def _share_buffers(self) -> None:
