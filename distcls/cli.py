@@ -17,6 +17,7 @@ COMMANDS = {
         "distcls.train",
         "train a model (several processes: accelerate launch -m distcls.train)",
     ),
+    "show": ("distcls.show", "training images as the network is given them, with their labels"),
     "evaluate": ("distcls.evaluate", "metrics of a .pth or .onnx model on a split"),
     "export": ("export.onnx", "best.pth to best.onnx, checked on real images"),
     "predict": ("distcls.predict", "predictions for many images as CSV, JSONL or Parquet"),

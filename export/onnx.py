@@ -106,8 +106,10 @@ def export(options: ExportOptions) -> Certificate:
 
 
 def to_onnx(model: Classifier, card: ModelCard, opset: int) -> Any:
-    """The network with its softmax as an ONNX ModelProto."""
+    """The network with its probabilities as an ONNX ModelProto."""
     import torch
+
+    targets = card.resolved_targets
 
     class WithProbabilities(torch.nn.Module):
         def __init__(self) -> None:
@@ -116,7 +118,12 @@ def to_onnx(model: Classifier, card: ModelCard, opset: int) -> Any:
 
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             logits = self.classifier(images)
-            return logits, torch.softmax(logits, dim=1)
+            if targets.single:
+                return logits, torch.softmax(logits, dim=1)
+            if targets.kind == "multi_label":
+                return logits, torch.sigmoid(logits)
+            parts = [torch.softmax(logits[:, part], dim=1) for part in targets.slices]
+            return logits, torch.cat(parts, dim=1)
 
     example = torch.zeros(2, *card.preprocess.size, 3, dtype=torch.uint8)
     with _hushed():

@@ -19,6 +19,7 @@ FLOORS = {
     "distcls.config": 1,
     "distcls.imaging": 1,
     "distcls.bundle": 1,
+    "distcls.targets": 1,
     "distcls.figures": 1,
     "distcls.data": 2,
     "distcls.models": 2,
@@ -32,6 +33,7 @@ FLOORS = {
     "distcls.train": 4,
     "distcls.evaluate": 4,
     "distcls.list_models": 4,
+    "distcls.show": 4,
     "distcls.predict": 4,
     "export": 4,
     "launch": 4,
@@ -51,8 +53,10 @@ WITHOUT_TORCH = [
     "distcls.list_models",
     "distcls.training.config",
     "distcls.train",
+    "distcls.show",
     "launch.preflight",
     "launch.ray_train",
+    "launch.search",
 ]
 
 

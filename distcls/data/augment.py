@@ -6,6 +6,7 @@ that of workers changes what the network sees.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from distcls.data.config import AugmentConfig
 from distcls.data.policies import Policy
+from distcls.imaging import Preprocess
 
 CANVAS = 1.15
 """Random resized crops are cut from an image this much larger than the input, so that most of them
@@ -44,6 +46,12 @@ class Augment:
         if self.config.resized_crop is None:
             return self.size
         return (round(self.size[0] * CANVAS), round(self.size[1] * CANVAS))
+
+    def reading(self, preprocess: Preprocess) -> Preprocess:
+        """How training images are read: `preprocess`, whose size is the input's, on the canvas."""
+        if self.canvas == preprocess.size:
+            return preprocess
+        return dataclasses.replace(preprocess, size=self.canvas, crop_fraction=1.0)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """Augment images uint8 [B, *canvas, 3] by draws [B, `draws`] in [0, 1), best on the CPU.

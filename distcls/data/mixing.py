@@ -36,8 +36,15 @@ class Mixed:
 
     def targets(self, labels: Tensor, classes: int) -> Tensor:
         """Shares of the classes, float32 [B, classes], from labels int64 [B]."""
-        first = F.one_hot(labels, classes) * self.own[:, None]
-        second = F.one_hot(labels[self.partner], classes) * (1 - self.own)[:, None]
+        return self.shares(F.one_hot(labels, classes))
+
+    def shares(self, given: Tensor) -> Tensor:
+        """Shares of the classes, float32 [B, classes], from 0 and 1 for each, int64 [B, classes].
+
+        An image may have several: one in each head, or any number of labels.
+        """
+        first = given * self.own[:, None]
+        second = given[self.partner] * (1 - self.own)[:, None]
         return first + second
 
     def blend(self, values: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from distcls.errors import UsageError
 from distcls.imaging import decode_file
 from distcls.imaging.decode import SUFFIXES
+from distcls.targets import Targets
 
 PATH_COLUMNS = ("path", "file", "filename", "image", "image_id")
 """Columns of a manifest that may hold the file's path, the first that is there wins."""
@@ -51,7 +52,11 @@ class LabelledSplit(Protocol):
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """Class indices, [N]."""
+        """Class indices, [N]; of several answers [N, heads] or [N, labels]."""
+
+    @property
+    def targets(self) -> Targets:
+        """What they are answers to."""
 
     @property
     def uniform(self) -> Images | None:
@@ -62,11 +67,13 @@ class LabelledSplit(Protocol):
 
 
 def from_split(split: LabelledSplit, classes: Sequence[str]) -> Source:
-    """The images of a dataset's split."""
+    """The images of a dataset's split; of several answers the truths are texts."""
+    targets = split.targets
+    single = [classes[label] for label in split.labels] if targets.single else None
     return Source(
         image_ids=split.image_ids,
         load=split.image,
-        truths=[classes[label] for label in split.labels],
+        truths=targets.texts(split.labels) if single is None else single,
         uniform=split.uniform,
     )
 

@@ -23,10 +23,3 @@ class Model(Protocol):
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Preprocessed images, uint8 RGB [N, H, W, 3], to logits, float32 [N, K]."""
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Probabilities of each row, float32 [N, K]; the sums are taken in float64."""
-    exact = logits.astype(np.float64)
-    scaled = np.exp(exact - exact.max(axis=1, keepdims=True))
-    return np.asarray(scaled / scaled.sum(axis=1, keepdims=True), np.float32)

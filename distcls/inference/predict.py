@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from distcls import log
@@ -18,10 +16,11 @@ from distcls.errors import UsageError, require
 from distcls.figures import new_figure
 from distcls.files import atomic_path, require_writable
 from distcls.inference.inputs import Source
-from distcls.inference.model import Model, softmax
-from distcls.inference.pipeline import Chunk, stream
+from distcls.inference.model import Model
+from distcls.inference.pipeline import stream
+from distcls.inference.rows import Rows
 from distcls.inference.show import Gallery
-from distcls.inference.writers import Columns, check_ending, open_writer, shortest
+from distcls.inference.writers import check_ending, open_writer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class PredictOptions:
     batch_size: int = 64
     """Images the model takes at a time."""
     top_k: int = 1
-    """Classes to name for each image, the likeliest first."""
+    """Classes to name for each image, the likeliest first; 1 of a model of heads or labels."""
     probabilities: bool = False
     """Add a column p:CLASS with the probability of each class."""
     show: int = 0
@@ -120,20 +119,22 @@ def predict(model: Model, source: Source, options: PredictOptions) -> PredictRes
     A bad image is a row with its reason in the column `error`. Raises UsageError, and writes
     nothing, if there is no readable image at all.
     """
-    classes = model.card.classes
-    if options.top_k > len(classes):
-        raise UsageError(f"top_k: {options.top_k} is more than the model's {len(classes)} classes")
+    targets = model.card.resolved_targets
+    rows = Rows(targets, top_k=options.top_k, probabilities=options.probabilities)
     count = min(len(source), options.limit or len(source))
     gallery = Gallery(options.show, count, options.seed)
     began = time.monotonic()
     with atomic_path(options.out) as part:
-        errors, first = _write(part, model, source, options, indices=range(count), gallery=gallery)
+        errors, first = _write(
+            part, model, source, options, indices=range(count), rows=rows, gallery=gallery
+        )
         if errors == count:
             raise UsageError(f"{options.input}: none of {count} images is readable; {first}")
     seconds = time.monotonic() - began
     shown = _show_path(options) if options.show else None
     if shown is not None:
-        gallery.draw(source, classes, shown)
+        # a truth in figures may be a class's number, but of several answers it is their text
+        gallery.draw(source, targets.classes if targets.single else (), shown)
     return PredictResult(
         images=count,
         errors=errors,
@@ -151,23 +152,22 @@ def _write(
     options: PredictOptions,
     *,
     indices: range,
+    rows: Rows,
     gallery: Gallery,
 ) -> tuple[int, str]:
     """Write the rows of all `indices`; the number of errors and the first one."""
-    classes = model.card.classes
-    names, numbers = _columns(options, classes)
     size, workers = options.batch_size, options.workers
     chunks = stream(source, model, indices=indices, batch_size=size, workers=workers)
     errors, first = 0, ""
     with (
         contextlib.closing(chunks),
-        open_writer(path, names, options.out.suffix, numbers) as write,
+        open_writer(path, rows.names, options.out.suffix, rows.numbers) as write,
         tqdm(total=len(indices), unit="img", disable=not log.show_progress()) as bar,
     ):
         for chunk in chunks:
-            rows = _rows(chunk, source, classes, options)
-            write(rows)
-            gallery.offer(chunk, rows)
+            table = rows(chunk, source.image_ids)
+            write(table)
+            gallery.offer(chunk, table)
             for index, error in zip(chunk.indices, chunk.errors, strict=True):
                 if error is not None:
                     first = first or f"{source.image_ids[index]}: {error}"
@@ -178,53 +178,3 @@ def _write(
 
 def _show_path(options: PredictOptions) -> Path:
     return options.show_out or options.out.with_suffix(".png")
-
-
-def _columns(options: PredictOptions, classes: tuple[str, ...]) -> tuple[list[str], set[str]]:
-    """Names of all columns in order, and of those that hold numbers."""
-    names, numbers = ["image_id"], set()
-    for rank in range(options.top_k):
-        ending = f"_{rank + 1}" if rank else ""
-        names += [f"label{ending}", f"probability{ending}"]
-        numbers.add(f"probability{ending}")
-    if options.probabilities:
-        columns = [f"p:{name}" for name in classes]
-        names += columns
-        numbers.update(columns)
-    return [*names, "error"], numbers
-
-
-def _rows(
-    chunk: Chunk, source: Source, classes: tuple[str, ...], options: PredictOptions
-) -> Columns:
-    good = np.array([error is None for error in chunk.errors])
-    logits = chunk.logits[good]
-    probabilities = softmax(logits) if len(logits) else logits
-    ranked = _ranked(logits, options.top_k)
-    of_rank = np.take_along_axis(probabilities, ranked, axis=1)
-    named = np.array(classes, object)[ranked]
-    columns: Columns = {"image_id": [source.image_ids[index] for index in chunk.indices]}
-    for rank in range(options.top_k):
-        ending = f"_{rank + 1}" if rank else ""
-        columns[f"label{ending}"] = _spread(good, named[:, rank].tolist())
-        columns[f"probability{ending}"] = _spread(good, shortest(of_rank[:, rank]))
-    if options.probabilities:
-        for place, name in enumerate(classes):
-            columns[f"p:{name}"] = _spread(good, shortest(probabilities[:, place]))
-    columns["error"] = chunk.errors
-    return columns
-
-
-def _ranked(logits: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:
-    """The classes with the greatest logits, [N, top_k]; of equal ones the lower comes first."""
-    if top_k == 1:
-        return np.asarray(logits.argmax(axis=1)[:, None], np.int64)
-    return np.asarray(np.argsort(-logits, axis=1, kind="stable")[:, :top_k], np.int64)
-
-
-def _spread(good: NDArray[np.bool_], values: list[Any]) -> list[Any]:
-    """`values` at the places that are good, None at the others."""
-    if good.all():
-        return values
-    left = iter(values)
-    return [next(left) if fine else None for fine in good.tolist()]

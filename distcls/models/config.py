@@ -24,6 +24,10 @@ class ModelConfig:
     dropout: float | None = None
     """Share of features dropped before the last layer, in training; unset, the architecture's own
     (0.2 in MobileNets, none in ResNets)."""
+    pool: Literal["avg", "columns"] = "avg"
+    """What the linear layers see of the last feature map: avg is one mean over the picture, columns
+    the mean of each column, side by side: for texts, whose heads have to know what stands left of
+    what. In MobileNetV3, EfficientNet, ResNet, RegNet, torchvision's ConvNeXt, Swin, and others."""
     norm_momentum: float = 0.1
     """How fast batch norm's running statistics follow. torchvision's MobileNetV3 has 0.01, made for
     600 epochs of ImageNet: after 100 steps its evaluation still sees mostly the initial zeros and

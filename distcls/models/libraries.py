@@ -50,11 +50,9 @@ def torchvision_parameters(name: str) -> set[str]:
 
 
 def _ours(name: str, classes: int, size: tuple[int, int], dropout: float | None) -> Built:
-    from distcls.models.simple import SimpleCnn, SimpleNn
+    from distcls.models.simple import NETWORKS
 
-    kinds: dict[str, type[SimpleCnn] | type[SimpleNn]]
-    kinds = {"simple_cnn": SimpleCnn, "simple_nn": SimpleNn}
-    kind = kinds[name]
+    kind = NETWORKS[name]
     return Built(kind(classes, size) if dropout is None else kind(classes, size, dropout), True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 SMALLEST = 10
@@ -57,3 +59,7 @@ class SimpleNn(nn.Module):
         """Classify."""
         logits: Tensor = self.layers(pixels)
         return logits
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"simple_cnn": SimpleCnn, "simple_nn": SimpleNn}
+"""By name: (classes, size, dropout, whose default is the network's own) to a network."""

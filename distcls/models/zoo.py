@@ -12,6 +12,7 @@ from distcls.models.config import ModelConfig
 from distcls.models.fresh import drop_before_last, initialise, set_norm_momentum
 from distcls.models.libraries import construct
 from distcls.models.names import resolve
+from distcls.models.pooling import keep_columns
 from distcls.models.stem import require_stride, set_stem_stride, stem_stride
 
 
@@ -24,10 +25,14 @@ def build(config: ModelConfig, classes: int, preprocess: Preprocess) -> Classifi
     built = construct(resolve(config.name), classes, preprocess.size, config.dropout)
     if config.dropout is not None and not built.dropped:
         drop_before_last(built.network, classes, config.dropout)
-    initialise(built.network, config.init)
-    set_norm_momentum(built.network, config.norm_momentum)
     model = Classifier(built.network, preprocess)
     _fit_to_size(model, config, classes, preprocess.size)
+    if config.pool == "columns":
+        keep_columns(model, preprocess.size)
+        if reason := _failure(model, classes, preprocess.size):
+            raise UsageError(f"model.pool: {config.name} cannot keep its columns: {reason}")
+    initialise(built.network, config.init)
+    set_norm_momentum(built.network, config.norm_momentum)
     return model
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from distcls.data.config import AugmentConfig, InputConfig, LoaderConfig
 from distcls.errors import require
-from distcls.evaluation.metrics import HIGHER_IS_BETTER, default_mode
+from distcls.evaluation.metrics import MONITORED, default_mode
 from distcls.models.config import ModelConfig
 from distcls.training.duration import require_duration
 from distcls.training.losses.config import DistillConfig, LossConfig
@@ -61,7 +61,8 @@ class MonitorConfig:
     """What decides which epoch is best and when to stop."""
 
     metric: str = "top1"
-    """Validation metric that chooses the best epoch."""
+    """Validation metric that chooses the best epoch; exact counts images of whose several answers
+    all are right."""
     mode: Literal["auto", "min", "max"] = "auto"
     """Whether less or more of it is better; auto knows."""
     patience: int | None = None
@@ -70,8 +71,8 @@ class MonitorConfig:
     """Smallest change that counts as an improvement."""
 
     def __post_init__(self) -> None:
-        names = ", ".join(HIGHER_IS_BETTER)
-        require(self.metric in HIGHER_IS_BETTER, "metric", self.metric, f"one of {names}")
+        names = ", ".join(MONITORED)
+        require(self.metric in MONITORED, "metric", self.metric, f"one of {names}")
         patience = self.patience
         require(patience is None or patience >= 1, "patience", patience, "at least 1, or null")
         require(self.min_delta >= 0, "min_delta", self.min_delta, "0 or more")

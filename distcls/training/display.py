@@ -58,7 +58,7 @@ def banner(config: TrainConfig, engine: Engine) -> list[str]:
     return [
         f"device     {_device(accelerator)}, {processes}, {precision}, {config.layout}",
         f"model      {config.model.name}, stem stride {stride}, {size}",
-        f"data       {config.data}: {counts}, {len(data.classes)} classes, from {store}",
+        f"data       {config.data}: {counts}, {data.targets.summary()}, from {store}",
         f"steps      {config.epochs} epochs of {engine.order.steps}, "
         f"global batch {config.batch_size} = {processes} x {engine.accumulate} part(s)",
         f"optimiser  {config.optimizer.name}, {config.schedule.name} schedule, "
@@ -76,9 +76,10 @@ def _device(accelerator: Accelerator) -> str:
 
 def epoch_line(row: dict[str, float], epochs: int, best: bool) -> str:
     """One finished epoch."""
+    exact = f"  val exact {row['val_exact']:.4f}" if "val_exact" in row else ""
     return (
         f"epoch {row['epoch']:>3.0f}/{epochs}  train loss {row['train_loss']:.4f}  "
-        f"val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:.4f}  "
+        f"val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:.4f}{exact}  "
         f"{row['images_per_s']:,.0f} img/s  data wait {row['data_wait']:.0%}  "
         f"{row['seconds']:.0f} s{'  best' if best else ''}"
     )

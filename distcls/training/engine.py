@@ -18,7 +18,8 @@ from distcls.data.augment import Augment
 from distcls.data.loader import Batch
 from distcls.data.order import DataOrder
 from distcls.errors import UsageError
-from distcls.evaluation.metrics import Metrics, Tally
+from distcls.evaluation.metrics import Metrics
+from distcls.evaluation.several import new_tally, tally_of
 from distcls.imaging import Preprocess
 from distcls.models.classifier import Classifier
 from distcls.training.averaging import LastEpochs
@@ -95,10 +96,8 @@ class Engine:
         self.freezing = Freezing(config.freeze, self.model, self.order.steps, config.epochs)
         self.augment = Augment(config.augment, preprocess.size)
         self.objective = Objective(config, data, self.augment, accelerator.device)
-        canvas = preprocess
-        if self.augment.canvas != preprocess.size:
-            canvas = dataclasses.replace(preprocess, size=self.augment.canvas, crop_fraction=1.0)
-        self.train_loader = make_loader(config.loader, data.train, canvas, accelerator)
+        reading = self.augment.reading(preprocess)
+        self.train_loader = make_loader(config.loader, data.train, reading, accelerator)
         self.val_loader = make_loader(config.loader, data.val, preprocess, accelerator)
         self.shares = Shares(
             rank=accelerator.process_index,
@@ -135,8 +134,7 @@ class Engine:
         Every process takes its share of the samples, none is padded, and the tallies are added.
         """
         self._share_buffers()
-        classes = len(self.data.classes)
-        tally = Tally(classes)
+        tally = new_tally(self.data.targets)
         plan = self.shares.evaluation(self.data.val_samples, self.evaluation_batch)
         best = self.best_model.eval()
         with torch.inference_mode():
@@ -147,7 +145,7 @@ class Engine:
                 tally.update(logits.float().cpu().numpy(), batch.labels.numpy())
         vector = torch.from_numpy(tally.vector()).to(self.accelerator.device)
         total = reduce(vector, reduction="sum")
-        return Tally.from_vector(total.cpu().numpy(), classes).metrics()
+        return tally_of(total.cpu().numpy(), self.data.targets).metrics()
 
     def any_of(self, *flags: bool) -> list[bool]:
         """For each flag, whether any process has raised it. All processes have to call this."""

@@ -145,8 +145,8 @@ def try_pass(engine: Engine, count: int) -> None:
         if isinstance(module, nn.SyncBatchNorm | SyncNorm):
             module.eval()  # in training it would wait for a process that has run out of memory
     images = _pixels(engine, count, engine.augment.canvas)
-    labels = torch.zeros(count, dtype=torch.int64, device=device)
     indices = np.arange(count) % len(engine.data.train)
+    labels = torch.from_numpy(engine.data.train.labels[indices]).to(device)
     examples = engine.objective.examples(0, Batch(images, labels, indices))
     loss = engine.objective.losses(model(examples.images), examples).sum()
     torch.autograd.grad(loss, _trainable(engine), allow_unused=True)

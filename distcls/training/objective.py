@@ -13,7 +13,7 @@ from distcls.data.mixing import MIX_DRAWS, Mixing
 from distcls.data.order import uniforms
 from distcls.training.config import TrainConfig
 from distcls.training.input import TrainingInput
-from distcls.training.losses.loss import Loss
+from distcls.training.losses.several import given, make_loss
 from distcls.training.losses.weights import find_weights
 from distcls.training.teacher import Teacher
 
@@ -25,7 +25,8 @@ class Examples:
     images: Tensor
     """[B, H, W, 3] in 0..255, uint8 or float32."""
     targets: Tensor
-    """Labels int64 [B], or where images are mixed each class's share, float32 [B, classes]."""
+    """Labels int64 as a split has them ([B], [B, heads] or [B, labels]), or where images are mixed
+    each class's share, float32 [B, classes]."""
     weights: Tensor | None
     """How much each image counts, float32 [B]; None where all are 1."""
 
@@ -41,14 +42,14 @@ class Objective:
         self, config: TrainConfig, data: TrainingInput, augment: Augment, device: torch.device
     ) -> None:
         self._seed = config.seed
-        self._classes = len(data.classes)
+        self._targets = data.targets
         self._device = device
         self._augment = augment
         self._mixing = Mixing(config.augment, device)
         by_class, self._image_weights = find_weights(
             config.loss, data.classes, data.train, data.train_samples
         )
-        self._loss = Loss(config.loss, by_class, device)
+        self._loss = make_loss(config.loss, data.targets, by_class, device)
         distill = config.distill
         self._teacher = Teacher(distill, data.classes, device) if distill.teacher else None
 
@@ -70,7 +71,7 @@ class Objective:
         if not self._mixing.active:
             return Examples(images, labels, weights)
         mixed = self._mixing(images, draws[:, -MIX_DRAWS:].to(self._device))
-        targets = mixed.targets(labels, self._classes)
+        targets = mixed.shares(given(labels, self._targets))
         return Examples(mixed.images, targets, None if weights is None else mixed.blend(weights))
 
     def losses(self, logits: Tensor, examples: Examples) -> Tensor:

@@ -195,9 +195,11 @@ def _save(run: Run, metrics: Metrics, *, best: bool) -> None:
 def _card(run: Run, metrics: Metrics) -> ModelCard:
     """What the model as it is now says of itself."""
     config, engine, progress = run.config, run.engine, run.progress
+    targets = dataclasses.replace(engine.data.targets, thresholds=metrics.thresholds)
     return ModelCard(
         architecture=dataclasses.asdict(config.model) | {"pretrained": None},
-        classes=engine.data.classes,
+        classes=targets.classes,
+        targets=None if targets.single else targets,
         preprocess=engine.preprocess,
         training={
             "epoch": progress.epoch,

@@ -5,6 +5,7 @@ KILLS=50 python -m pytest tests/faults/test_kills.py -s     the large number of 
 
 from __future__ import annotations
 
+import csv
 import functools
 import os
 import random
@@ -17,6 +18,8 @@ import pytest
 from distcls.training.checkpoints import newest_whole, states
 from tests.faults.conftest import Unbroken
 from tests.faults.survival import (
+    ONE_AND_TWO,
+    PLATEAU,
     STEPS,
     assert_bit_equal,
     assert_every_sample_once_an_epoch,
@@ -35,6 +38,25 @@ KILLS = int(os.environ.get("KILLS", "2"))
 
 def reached(out: Path, step: int) -> bool:
     return steps_done(out) >= step
+
+
+def saved(out: Path, step: int) -> bool:
+    """Whether there is a state of that step or a later one."""
+    return any(int(path.name[5:13]) >= step for path in states(out / "last"))
+
+
+def rates(out: Path) -> list[float]:
+    """The learning rate at the end of each epoch."""
+    with (out / "history.csv").open(newline="") as handle:
+        return [float(row["lr"]) for row in csv.DictReader(handle)]
+
+
+def fallen(out: Path) -> dict[str, int]:
+    """What plateau remembers in the newest state."""
+    found = newest_whole(out / "last")
+    assert found is not None
+    schedule: dict[str, int] = found[1]["tensors"]["schedule"]
+    return schedule
 
 
 def writes_another(out: Path, before: list[Path]) -> bool:
@@ -64,6 +86,25 @@ def test_killed_at_random_steps_it_ends_with_the_same_weights(
     assert_bit_equal(reference, out)
     assert_every_sample_once_an_epoch(own_trace)
     assert global_batches(own_trace) == global_batches(trace)
+
+
+@pytest.mark.row(1)
+@pytest.mark.parametrize("processes", ONE_AND_TWO)
+def test_plateau_remembers_what_it_has_seen(processes: int, digits: Path, tmp_path: Path) -> None:
+    """Killed while it waits, in the second epoch, and after the rate has fallen, in the third."""
+    reference, out = tmp_path / "unbroken", tmp_path / "run"
+    finish(start(digits, reference, *PLATEAU, processes=processes))
+    assert rates(reference) == pytest.approx([1e-3, 1e-3, 5e-4])
+    for step, falls in ((9, 0), (15, 1)):
+        process = start(digits, out, *PLATEAU, processes=processes, SLOW="0.05")
+        wait_for(functools.partial(saved, out, step), process)
+        kill_all(process)
+        assert steps_done(out) < 21
+        assert fallen(out) == {"falls": falls, "waited": 0}
+    finish(start(digits, out, *PLATEAU, processes=processes))
+    assert rates(out) == rates(reference)
+    assert fallen(out) == fallen(reference) == {"falls": 2, "waited": 0}
+    assert_bit_equal(reference, out)
 
 
 @pytest.mark.row(2)

@@ -18,13 +18,14 @@ DEFAULT_GAMMA = 2.0
 class LossConfig:
     """The loss of an image, and how much each class and each image counts.
 
-    The evaluation's `val_loss` is plain cross-entropy whatever is said here.
+    The evaluation's `val_loss` is plain cross-entropy (of labels, BCE) whatever is said here.
     """
 
     name: Literal["cross_entropy", "focal", "bce"] = "cross_entropy"
     """cross_entropy; focal, which turns to the images still wrong (Lin et al.: Focal Loss for Dense
     Object Detection, 2017); bce, yes or no for each class on its own, the mean over the classes
-    (Wightman et al.: ResNet strikes back, 2021)."""
+    (Wightman et al.: ResNet strikes back, 2021). Of heads the mean of theirs, without bce; labels
+    take bce, or focal of each one's sigmoid."""
     label_smoothing: float = 0.0
     """Share of each label's weight that is spread over all classes."""
     focal_gamma: float | None = None
