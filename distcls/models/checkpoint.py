@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,15 @@ class TorchModel:
 
 
 def save_checkpoint(
-    path: Path, model: Classifier, card: ModelCard, state: dict[str, Any] | None = None
+    path: Path,
+    model: Classifier | Mapping[str, Tensor],
+    card: ModelCard,
+    state: dict[str, Any] | None = None,
 ) -> None:
-    """Write the weights and the card atomically, and the state of the run that they come from."""
-    content = {"card": card.to_json(), "model": model.state_dict()}
+    """Write the weights (a network's, or its state dict) and the card atomically, and the state of
+    the run that they come from."""
+    weights = model.state_dict() if isinstance(model, Classifier) else model
+    content = {"card": card.to_json(), "model": weights}
     save_tensors(path, content if state is None else content | {"state": state})
 
 

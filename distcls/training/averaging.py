@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from distcls.models.classifier import Classifier
+from distcls.training.shards import fill, local
 
 
 class LastEpochs:
@@ -30,8 +31,8 @@ class LastEpochs:
         if epoch < self._first:
             return
         self.taken += 1
-        pairs = zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
-        for own, new in pairs:
+        owns, news = self.model.state_dict().values(), model.state_dict().values()
+        for own, new in zip(map(local, owns), map(local, news), strict=True):
             if own.is_floating_point():
                 own.lerp_(new, 1 / self.taken)
             else:  # batch norm's counter
@@ -43,5 +44,5 @@ class LastEpochs:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from the mean of an earlier run."""
-        self.model.load_state_dict(saved["model"])
+        fill(self.model, saved["model"])
         self.taken = saved["taken"]

@@ -53,10 +53,11 @@ def banner(config: TrainConfig, engine: Engine) -> list[str]:
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     store = "pack" if data.train.packed else "files"
     processes = f"{accelerator.num_processes} process(es)"
+    layout = "contiguous, weights sharded (FSDP)" if engine.sharding.on else config.layout
     counts = f"{len(data.train_samples):,} train, {len(data.val_samples):,} val"
     size = f"{parameters / 1e6:.2f} M parameters, {macs / 1e6:.1f} M MACs at {height}x{width}"
     return [
-        f"device     {_device(accelerator)}, {processes}, {precision}, {config.layout}",
+        f"device     {_device(accelerator)}, {processes}, {precision}, {layout}",
         f"model      {config.model.name}, stem stride {stride}, {size}",
         f"data       {config.data}: {counts}, {data.targets.summary()}, from {store}",
         f"steps      {config.epochs} epochs of {engine.order.steps}, "

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, reduce
+from accelerate.utils import reduce
 from torch import Tensor
 
 from distcls.data.augment import Augment
@@ -32,8 +32,10 @@ from distcls.training.input import TrainingInput
 from distcls.training.objective import Objective
 from distcls.training.optimizer import make_optimizer
 from distcls.training.schedule import make_schedule
+from distcls.training.sharding import Sharding
+from distcls.training.shards import fill, fill_optimizer, gathered, whole
 from distcls.training.spikes import Spikes
-from distcls.training.sync_norm import synchronise_norms
+from distcls.training.sync_norm import share_buffers, synchronise_norms
 
 EVALUATION_BATCH = 256
 
@@ -68,9 +70,8 @@ class Engine:
         self.accelerator = accelerator
         self.data = data
         self.preprocess = preprocess
-        self.model = model.to(accelerator.device)
-        if config.layout == "channels_last":
-            self.model.to(memory_format=torch.channels_last)
+        self.sharding = Sharding(accelerator)
+        self.model = self.sharding.place(model, config.layout)
         if config.sync_norm and accelerator.num_processes > 1:
             synchronise_norms(self.model, accelerator.device)
         decay = config.ema.decay
@@ -78,9 +79,11 @@ class Engine:
         last = config.average.last
         self.average = LastEpochs(self.model, last=last, epochs=config.epochs) if last else None
         freeze_for_good(config.freeze, self.model)
-        optimizer = make_optimizer(config.optimizer, self.model, config.lr)
+        sharded = self.sharding.on
+        optimizer = make_optimizer(config.optimizer, self.model, config.lr, sharded=sharded)
         # `parallel` is the model in its DDP and autocast wrappers; `model` stays the bare one
-        self.parallel, self.optimizer = accelerator.prepare(self.model, optimizer)
+        averages = [each.model for each in (self.ema, self.average) if each is not None]
+        self.parallel, self.optimizer = self.sharding.prepare(self.model, optimizer, averages)
         self.order = DataOrder(
             samples=len(data.train_samples), batch_size=config.batch_size, seed=config.seed
         )
@@ -133,15 +136,14 @@ class Engine:
 
         Every process takes its share of the samples, none is padded, and the tallies are added.
         """
-        self._share_buffers()
+        share_buffers(self.model, self.best_model)
         tally = new_tally(self.data.targets)
         plan = self.shares.evaluation(self.data.val_samples, self.evaluation_batch)
-        best = self.best_model.eval()
-        with torch.inference_mode():
+        passes = self.shares.passes(self.data.val_samples, self.evaluation_batch)
+        # without autocast: the figures shall be those of `distcls evaluate`
+        with self.sharding.evaluating(self.best_model, passes, self.preprocess.size) as forward:
             for batch in self.val_loader.batches(plan):
-                # the class's own forward: prepare() put autocast around the instance's, and the
-                # figures shall be those of `distcls evaluate`
-                logits = Classifier.forward(best, batch.images.to(self.accelerator.device))
+                logits = forward(batch.images.to(self.accelerator.device))
                 tally.update(logits.float().cpu().numpy(), batch.labels.numpy())
         vector = torch.from_numpy(tally.vector()).to(self.accelerator.device)
         total = reduce(vector, reduction="sum")
@@ -166,9 +168,12 @@ class Engine:
         return float(reduce(part, reduction="sum"))
 
     def tensors(self) -> dict[str, Any]:
-        """Everything that changes in training, for `load_tensors` of a later run."""
+        """Everything that changes in training, for `load_tensors` of a later run.
+
+        All processes have to call this; sharded weights are gathered for the main one alone.
+        """
         scaler = self.accelerator.scaler
-        return {
+        content = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -178,15 +183,24 @@ class Engine:
             "average": None if self.average is None else self.average.state_dict(),
             "recent_losses": self.spikes.recent,
         }
+        keep = self.accelerator.is_main_process
+        return gathered(content, keep=keep) if self.sharding.on else content
+
+    def best_weights(self, tensors: dict[str, Any]) -> dict[str, Tensor]:
+        """The state dict of `best_model` within what `tensors` gave."""
+        weights: dict[str, Tensor] = tensors["model" if self.ema is None else "ema"]
+        if self.average is not None and self.average.taken:
+            weights = tensors["average"]["model"]
+        return weights
 
     def load_tensors(self, saved: dict[str, Any]) -> None:
         """Go on from the tensors of an earlier run."""
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        fill(self.model, saved["model"])
+        fill_optimizer(self.optimizer, saved["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None:
-            self.ema.model.load_state_dict(saved["ema"])
+            fill(self.ema.model, saved["ema"])
             self.ema.updates = saved["ema_updates"]
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
@@ -231,8 +245,9 @@ class Engine:
         parts: list[Tensor] = []
         seen: list[int] = []
         for part in range(self.accumulate):
-            last = part == self.accumulate - 1
-            alone = contextlib.nullcontext() if last else self.accelerator.no_sync(self.parallel)
+            # sharded gradients are added up in parts: whole ones would take the memory saved
+            add_up = self.sharding.on or part == self.accumulate - 1
+            alone = contextlib.nullcontext() if add_up else self.accelerator.no_sync(self.parallel)
             with alone:
                 batch = next(batches)
                 losses = self._losses(epoch, batch)
@@ -243,7 +258,7 @@ class Engine:
         self.freezing.drop_gradients(step)
         # without a limit the norm is taken all the same: it tells whether the gradients are finite
         limit = self.config.optimizer.clip_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self._parameters, limit)
+        norm = whole(self.accelerator.clip_grad_norm_(self._parameters, limit))
         scaled = self.accelerator.scaler is not None
         bad = self.guard.step(norm, self.optimizer, scaled=scaled)
         self.optimizer.zero_grad()
@@ -259,20 +274,8 @@ class Engine:
     def _losses(self, epoch: int, batch: Batch) -> Tensor:
         """Loss of each image of a batch, [B]."""
         examples = self.objective.examples(epoch, batch)
-        return self.objective.losses(self.parallel(examples.images), examples)
-
-    @torch.no_grad()
-    def _share_buffers(self) -> None:
-        """Batch norm's running statistics of the main process, for all.
-
-        Each process has its own from the images it saw. DDP hands the main process's on at every
-        forward pass, and a state holds no others, so a resumed run goes on as this one does.
-        """
-        if self._world == 1:
-            return
-        for module in {id(m): m for m in (self.model, self.best_model)}.values():
-            for buffer in module.buffers():
-                broadcast(buffer)
+        logits = self.sharding.logits(self.parallel, examples.images)
+        return self.objective.losses(logits, examples)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -43,6 +43,10 @@ class Shares:
         parts = np.array_split(mine, max(1, -(-len(mine) // batch_size)))
         return (part for part in parts if len(part))
 
+    def passes(self, samples: Indices, batch_size: int) -> int:
+        """The most batches of `evaluation` that any process gets; some get one less."""
+        return -(-len(share(samples, 0, self.world)) // batch_size)
+
 
 def make_loader(
     config: LoaderConfig, split: Split, preprocess: Preprocess, accelerator: Accelerator

@@ -90,6 +90,8 @@ def _advice(engine: Engine) -> str:
         )
     if not engine.can_accumulate(2 * engine.accumulate):
         return f"{what}; choose a smaller --input.size or --model.name, or more processes"
+    if engine.sharding.on:
+        return f"{what}; --accumulate {2 * engine.accumulate} halves them, the global batch stays"
     return (
         f"{what}; --auto-micro-batch true (with --resume auto to continue) finds out how many fit "
         f"and --accumulate {2 * engine.accumulate} halves them; both keep the global batch"

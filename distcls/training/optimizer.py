@@ -19,9 +19,12 @@ NOT_EXACT = ("kron", "kronw", "kronc")
 """Those of timm's that draw random numbers which their state does not hold."""
 
 
-def make_optimizer(config: OptimizerConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: OptimizerConfig, model: nn.Module, lr: float, *, sharded: bool = False
+) -> torch.optim.Optimizer:
     """The optimiser over the trainable parameters, in groups that each have an `lr_scale`.
 
+    It can step parameters that are `sharded` afterwards, if that is said; timm's cannot.
     Raises UsageError as `require_usable` does.
     """
     groups = parameter_groups(config, model)
@@ -35,7 +38,9 @@ def make_optimizer(config: OptimizerConfig, model: nn.Module, lr: float) -> torc
             return torch.optim.Adam(groups, lr=lr, betas=betas, eps=eps, fused=True)
         case "sgd":
             momentum, nesterov = value("momentum"), value("nesterov")
-            return SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+            # torch's fused SGD (2.14) is the one that takes no sharded parameters
+            how = {"foreach": True} if sharded else {"fused": True}
+            return SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, **how)
         case "rmsprop":
             alpha, momentum = value("beta2"), value("momentum")
             return torch.optim.RMSprop(groups, lr=lr, alpha=alpha, eps=eps, momentum=momentum)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from distcls.training.shards import local
+
 
 class Ranger(torch.optim.RAdam):
     """RAdam (Liu et al.: On the Variance of the Adaptive Learning Rate and Beyond, 2019) with
@@ -49,9 +51,10 @@ class Ranger(torch.optim.RAdam):
             if parameter.grad is not None and int(self.state[parameter]["step"]) % group["k"] == 0
         ]
         if due:
-            slow = [self.state[parameter]["slow"] for parameter in due]
-            torch._foreach_lerp_(slow, due, group["alpha"])
-            torch._foreach_copy_(due, slow)
+            slow = [local(self.state[parameter]["slow"]) for parameter in due]
+            fast = [local(parameter) for parameter in due]
+            torch._foreach_lerp_(slow, fast, group["alpha"])
+            torch._foreach_copy_(fast, slow)
 
 
 class SGD(torch.optim.SGD):

@@ -173,23 +173,22 @@ def _note_parts(engine: Engine, progress: Progress, records: Records | None) -> 
 def _save(run: Run, metrics: Metrics, *, best: bool) -> None:
     """Write what the epoch just finished left; the state comes last: a resume starts there."""
     config, engine, progress = run.config, run.engine, run.progress
+    tensors = engine.tensors()
     if run.records is not None:
         run.records.line("epoch", **progress.history[-1])
-        card = _card(run, metrics)
+        card, weights = _card(run, metrics), engine.best_weights(tensors)
         if best:
-            save_checkpoint(config.out / BEST, engine.best_model, card)
+            save_checkpoint(config.out / BEST, weights, card)
         score = metrics.scalars()[config.monitor.metric]
         epoch = Epoch(number=progress.epoch, step=progress.step, score=score, best=best)
 
         def write(path: Path) -> None:
-            state = (
-                to_content(config, progress, engine.tensors()) if config.checkpoint.whole else None
-            )
-            save_checkpoint(path, engine.best_model, card, state)
+            state = to_content(config, progress, tensors) if config.checkpoint.whole else None
+            save_checkpoint(path, weights, card, state)
 
         keep(config, progress, epoch, write)
         run.records.epochs(progress.history)
-    run.save()
+    run.save(tensors)
 
 
 def _card(run: Run, metrics: Metrics) -> ModelCard:

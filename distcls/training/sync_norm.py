@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 
@@ -104,6 +105,20 @@ def synchronise_norms(model: nn.Module, device: torch.device) -> None:
                 setattr(module, name, SyncNorm.of(child))
             elif isinstance(child, nn.BatchNorm2d) and _activates(child):
                 setattr(module, name, SyncNormAct.of(child))
+
+
+@torch.no_grad()
+def share_buffers(*models: nn.Module) -> None:
+    """Hand the main process's running statistics to all.
+
+    Each process has its own from the images it saw. DDP hands the main process's on at every
+    forward pass, and a state holds no others, so a resumed run goes on as this one does.
+    """
+    if not _several_processes():
+        return
+    for model in {id(model): model for model in models}.values():
+        for buffer in model.buffers():
+            broadcast(buffer)
 
 
 def _activates(module: nn.Module) -> bool:
