@@ -32,9 +32,20 @@ from tests.faults.survival import (
     start,
     steps_done,
     wait_for,
+    weights,
     workers,
 )
-from tests.sharded_training import FSDP, IN_BF16, IN_FULL, POISON, STEPS, WORLD, backbone, work
+from tests.sharded_training import (
+    FSDP,
+    IN_BF16,
+    IN_FULL,
+    POISON,
+    STEPS,
+    WORLD,
+    backbone,
+    work,
+    work_on_network,
+)
 
 Seen = dict[str, dict[str, Any]]
 
@@ -277,18 +288,41 @@ def test_stopped_and_resumed_it_ends_as_the_unbroken_run(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("processes", "environment"), [(1, {}), (3, SMALL_UNITS)])
 def test_another_number_of_processes_goes_on(
-    unbroken: tuple[Path, Path], digits: Path, tmp_path: Path
+    processes: int,
+    environment: dict[str, str],
+    unbroken: tuple[Path, Path],
+    digits: Path,
+    tmp_path: Path,
 ) -> None:
-    """A sharded state resumed whole, on one process."""
+    """A state of two sharded processes, resumed by one that is not and by three that are."""
     out, trace = tmp_path / "run", tmp_path / "trace"
     trace.mkdir()
     process = start(digits, out, processes=2, TRACE=str(trace), SLOW="0.1", **SMALL_UNITS)
     assert wait_for(lambda: steps_done(out) >= 2, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    finish(start(digits, out, TRACE=str(trace)))
+    finish(start(digits, out, processes=processes, TRACE=str(trace), **environment))
     assert global_batches(trace) == global_batches(unbroken[1])
+    assert weights(out).keys() == weights(unbroken[0]).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_b_16", "swin_t", "mnasnet1_0", "legacy_xception"])
+def test_networks_of_the_libraries_learn_the_same_sharded(
+    name: str, digits: Path, tmp_path: Path
+) -> None:
+    """Attention that reads its layers' weights, views that are changed in place, and others."""
+    spawn(work_on_network, (digits, tmp_path, name), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    for rank in range(WORLD):
+        seen = load_tensors(tmp_path / f"{name}.{rank}.pth")
+        whole, sharded = seen["whole"], seen["sharded"]
+        assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+        # after a step: so the gradients were the same
+        assert sharded["scores"][0]["loss"] == pytest.approx(whole["scores"][0]["loss"], rel=1e-4)
+        own = sum(size for _, size, _ in sharded["held"])
+        assert own == pytest.approx(sum(size for _, size, _ in whole["held"]) / 2, rel=0.02)
 
 
 def accelerate(config: Path, *arguments: object) -> list[str]:
