@@ -14,8 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distcls.data.config import InputConfig
+from distcls.models import zoo
 from distcls.models.checkpoint import load_tensors, save_tensors
 from distcls.models.classifier import Classifier
+from distcls.models.config import ModelConfig
 from distcls.training.config import (
     AverageConfig,
     EmaConfig,
@@ -96,7 +99,7 @@ def sharding(on: bool) -> Iterator[None]:
 
 
 def make_engine(digits: Path, changes: dict[str, Any], *, sharded: bool) -> Engine:
-    """An engine over the small network, with the same fresh weights each time."""
+    """An engine over the small network or one of the libraries', the same weights each time."""
     base = TrainConfig(
         data=digits, out=digits / "unused", batch_size=50, limit=250, epochs=EPOCHS, threads=1
     )
@@ -106,7 +109,9 @@ def make_engine(digits: Path, changes: dict[str, Any], *, sharded: bool) -> Engi
         data = open_input(config)
         preprocess = choose_preprocess(config.input, data.train, None)
         torch.manual_seed(0)
-        model = Classifier(backbone(), preprocess)
+        named = "model" in changes
+        small = Classifier(backbone(), preprocess)
+        model = zoo.build(config.model, 10, preprocess) if named else small
         engine = Engine(config, accelerator, data, model, preprocess)
     engine.evaluation_batch = 89  # of 90 and 89 images: two batches and one
     return engine
@@ -129,7 +134,7 @@ def poison(engine: Engine) -> None:
     engine._step, engine._losses = step, losses  # type: ignore[method-assign]
 
 
-def train(engine: Engine, epochs: range = range(EPOCHS)) -> dict[str, Any]:
+def train(engine: Engine, epochs: range) -> dict[str, Any]:
     """Train and evaluate each epoch; what a run would show of it."""
     seen: dict[str, Any] = {"losses": [], "skipped": [], "scores": []}
     for epoch in epochs:
@@ -155,19 +160,22 @@ def held(engine: Engine) -> list[tuple[str, int, int]]:
         return [(name, local(tensor).nbytes, tensor.nbytes) for name, tensor in tensors]
 
 
-def compare(digits: Path, name: str, folder: Path) -> None:
-    """Train a case whole and sharded; FOLDER/NAME.RANK.pth tells of both."""
+def compare(digits: Path, name: str, changes: dict[str, Any], folder: Path) -> None:
+    """Train a case whole and sharded; FOLDER/NAME.RANK.pth tells of both, and the state of the
+    small network, where it is that one."""
     seen: dict[str, Any] = {}
+    named = "model" in changes
     for how in ("whole", "sharded"):
-        # sharded weights are contiguous
-        changes = {"layout": "contiguous", **(IN_FULL | IN_BF16)[name]}
+        # as sharded weights are
+        changes = {"layout": "contiguous", **changes}
         engine = make_engine(digits, changes, sharded=how == "sharded")
         if name.endswith("poisoned"):
             poison(engine)
-        seen[how] = train(engine)
+        seen[how] = train(engine, range(engine.config.epochs))
         seen[how]["held"] = held(engine)  # before the state is asked for, which cuts again
-        tensors = engine.tensors()
-        seen[how] |= {"tensors": tensors, "best": engine.best_weights(tensors)}
+        if not named:
+            tensors = engine.tensors()
+            seen[how] |= {"tensors": tensors, "best": engine.best_weights(tensors)}
     save_tensors(folder / f"{name}.{dist.get_rank()}.pth", seen)
 
 
@@ -192,15 +200,30 @@ def hand_on(digits: Path, folder: Path) -> None:
     save_tensors(folder / f"resumed.{dist.get_rank()}.pth", seen)
 
 
-def work(rank: int, digits: Path, folder: Path, cases: dict[str, Any]) -> None:
-    """One of the two processes."""
+@contextmanager
+def joined(rank: int, place: Path) -> Iterator[None]:
+    """Be one of the two processes that meet at a place of their own."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
-    dist.init_process_group(
-        "gloo", f"file://{folder}/meet {len(cases)}", rank=rank, world_size=WORLD
-    )
-    for name in cases:
-        compare(digits, name, folder)
-    if "bf16" not in cases:
-        hand_on(digits, folder)
+    dist.init_process_group("gloo", f"file://{place}", rank=rank, world_size=WORLD)
+    yield
     dist.destroy_process_group()
+
+
+def work(rank: int, digits: Path, folder: Path, cases: dict[str, Any]) -> None:
+    """One of the two processes: the cases, and states handed on."""
+    with joined(rank, folder / f"meet {len(cases)}"):
+        for name, changes in cases.items():
+            compare(digits, name, changes, folder)
+        if "bf16" not in cases:
+            hand_on(digits, folder)
+
+
+def work_on_network(rank: int, digits: Path, folder: Path, name: str) -> None:
+    """One of the two processes: a step of a network of the libraries."""
+    FSDP["FSDP_MIN_NUM_PARAMS"] = "100000"
+    size = (224, 224) if name.startswith(("vit", "swin")) else (64, 64)
+    model = ModelConfig(name=name, dropout=0.0)
+    changes = {"model": model, "input": InputConfig(size=size), "epochs": 1}
+    with joined(rank, folder / "meet"):
+        compare(digits, name, {**changes, "batch_size": 8, "limit": 8}, folder)
