@@ -18,7 +18,6 @@ import pytest
 from distcls.training.checkpoints import newest_whole, states
 from tests.faults.conftest import Unbroken
 from tests.faults.survival import (
-    ONE_AND_TWO,
     PLATEAU,
     STEPS,
     assert_bit_equal,
@@ -89,7 +88,8 @@ def test_killed_at_random_steps_it_ends_with_the_same_weights(
 
 
 @pytest.mark.row(1)
-@pytest.mark.parametrize("processes", ONE_AND_TWO)
+@pytest.mark.slow  # tests/test_resume_options.py has it without the kills
+@pytest.mark.parametrize("processes", [1, 2])
 def test_plateau_remembers_what_it_has_seen(processes: int, digits: Path, tmp_path: Path) -> None:
     """Killed while it waits, in the second epoch, and after the rate has fallen, in the third."""
     reference, out = tmp_path / "unbroken", tmp_path / "run"

@@ -11,7 +11,6 @@ import torch
 
 from distcls.training.checkpoints import newest_whole
 from tests.faults.survival import (
-    ONE_AND_TWO,
     assert_bit_equal,
     finish,
     global_batches,
@@ -46,7 +45,7 @@ def progress(out: Path) -> dict[str, Any]:
     return found[1]["progress"]
 
 
-@pytest.mark.parametrize("processes", ONE_AND_TWO)
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_fewer_images_at_a_time_in_the_same_global_batches(
     processes: int, digits: Path, tmp_path: Path
 ) -> None:
