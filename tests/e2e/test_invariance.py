@@ -63,6 +63,7 @@ def test_two_processes_with_synchronised_norm_take_the_same_losses(
     assert "sync_norm" not in open_checkpoint(tmp_path / "two" / "best.pth").card.architecture
 
 
+@pytest.mark.slow
 def test_the_bound_tells_norms_of_each_process_alone(
     alone: tuple[list[float], Path], digits: Path, tmp_path: Path
 ) -> None:

@@ -83,6 +83,7 @@ def accelerate(config: Path, *arguments: object) -> list[str]:
     return [*launcher, "--num_processes", "2", "-m", "distcls.train", *map(str, arguments)]
 
 
+@pytest.mark.slow
 def test_the_template_trains_and_its_model_opens(digits: Path, tmp_path: Path) -> None:
     template = yaml.safe_load((ROOT / "launch" / "fsdp.yaml").read_text())
     template["fsdp_config"]["fsdp_min_num_params"] = 20_000  # the network is a small one

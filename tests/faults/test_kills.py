@@ -132,7 +132,10 @@ def test_no_half_state_is_ever_taken(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.row(9)
-@pytest.mark.parametrize("damage", ["flipped bit", "cut", "empty"])
+@pytest.mark.parametrize(
+    "damage",
+    ["flipped bit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cut", "empty"))],
+)
 def test_a_damaged_state_falls_back_to_the_one_before(
     damage: str, unbroken: Unbroken, digits: Path, tmp_path: Path
 ) -> None:

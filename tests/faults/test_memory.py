@@ -45,7 +45,8 @@ def progress(out: Path) -> dict[str, Any]:
     return found[1]["progress"]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_fewer_images_at_a_time_in_the_same_global_batches(
     processes: int, digits: Path, tmp_path: Path
 ) -> None:
@@ -72,6 +73,7 @@ def test_fewer_images_at_a_time_in_the_same_global_batches(
     assert batches == [4 // processes * parts] * processes
 
 
+@pytest.mark.slow
 def test_without_it_the_run_stops_with_advice(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     said = finish(start(digits, out, *LARGE, "--quiet", **SCARCE), code=1)

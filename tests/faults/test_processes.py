@@ -58,6 +58,7 @@ def test_resumed_with_another_number_of_processes(
 
 
 @pytest.mark.row(5)
+@pytest.mark.slow
 def test_two_jobs_on_one_host(digits: Path, tmp_path: Path) -> None:
     both = [start(digits, tmp_path / name, processes=2) for name in ("one", "other")]
     for process in both:
@@ -66,7 +67,7 @@ def test_two_jobs_on_one_host(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.row(6)
-@pytest.mark.parametrize(("blind", "epochs"), [(0, 2), (1, 4)])
+@pytest.mark.parametrize(("blind", "epochs"), [(0, 2), pytest.param(1, 4, marks=pytest.mark.slow)])
 def test_the_ranks_see_different_scores(
     blind: int, epochs: int, digits: Path, tmp_path: Path
 ) -> None:
@@ -92,7 +93,9 @@ def test_the_ranks_see_different_scores(
     assert found[1]["progress"]["step"] == ends[0][1] + 1
 
 
-@pytest.mark.parametrize(("blind", "factor"), [(0, 0.5), (1, 1.0)])
+@pytest.mark.parametrize(
+    ("blind", "factor"), [(0, 0.5), pytest.param(1, 1.0, marks=pytest.mark.slow)]
+)
 def test_the_rate_falls_on_the_same_step_everywhere(
     blind: int, factor: float, digits: Path, tmp_path: Path
 ) -> None:
