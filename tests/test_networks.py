@@ -22,7 +22,7 @@ from export.parity import load_images
 from tests.pictures import smooth
 
 SMALL = Preprocess(size=(64, 64), resize="squash")
-CHEAP = ("simple_cnn", "simple_nn", "mobilenet_v2", "shufflenet_v2_x0_5")
+CHEAP = ("simple_cnn", "simple_nn")
 EXPORTED = [name if name in CHEAP else pytest.param(name, marks=pytest.mark.slow) for name in NAMED]
 
 

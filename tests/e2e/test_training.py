@@ -80,6 +80,7 @@ def test_the_number_of_decoding_threads_changes_nothing(
     assert_same_weights(trained, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(trained: Path, digits: Path, tmp_path: Path) -> None:
     train(digits, tmp_path / "run", "--seed", "1")
     with pytest.raises(AssertionError):

@@ -29,6 +29,7 @@ from tests.faults.survival import (
     start,
     steps_done,
     wait_for,
+    weights,
 )
 
 KILLS = int(os.environ.get("KILLS", "2"))
@@ -104,6 +105,7 @@ def test_plateau_remembers_what_it_has_seen(processes: int, digits: Path, tmp_pa
     finish(start(digits, out, *PLATEAU, processes=processes))
     assert rates(out) == rates(reference)
     assert fallen(out) == fallen(reference) == {"falls": 2, "waited": 0}
+    assert any(name.startswith("/average/") for name in weights(out))
     assert_bit_equal(reference, out)
 
 
