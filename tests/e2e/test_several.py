@@ -124,7 +124,8 @@ def test_thresholds_are_chosen_on_validation_and_used(source: Path) -> None:
     assert heads.targets.alphabet == (*several.TAGS, "")
 
 
-@pytest.mark.parametrize("kind", ["texts", pytest.param("tags", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["texts", "tags"])
 def test_two_processes_train_and_evaluate_as_one(
     kind: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

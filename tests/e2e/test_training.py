@@ -73,6 +73,7 @@ def test_the_written_config_reproduces_the_run(trained: Path, digits: Path, tmp_
         assert row["val_loss"] == other["val_loss"]
 
 
+@pytest.mark.slow
 def test_the_number_of_decoding_threads_changes_nothing(
     trained: Path, digits: Path, tmp_path: Path
 ) -> None:
