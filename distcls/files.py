@@ -50,6 +50,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def second_name(source: Path, path: Path) -> None:
+    """Give the file `source` the name `path` too, atomically; a copy where a link cannot be made.
+
+    What is written by `atomic_path` later takes the place of one name and leaves the other as is.
+    """
+    with atomic_path(path) as part:
+        part.unlink()
+        try:
+            os.link(source, part)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, part)
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a folder beside `path` to fill; it becomes `path` if the block ends well.

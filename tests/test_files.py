@@ -19,6 +19,7 @@ from distcls.files import (
     atomic_path,
     digest,
     require_writable,
+    second_name,
     writable,
     write_json,
     write_text,
@@ -32,6 +33,31 @@ def program(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[st
 
 def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_a_second_name_keeps_its_content_when_the_first_is_written_anew(tmp_path: Path) -> None:
+    first, second = tmp_path / "best", tmp_path / "kept"
+    first.write_text("epoch 1")
+    second.write_text("older")
+    second_name(first, second)
+    assert second.samefile(first)
+    with atomic_path(first) as part:
+        part.write_text("epoch 2")
+    assert (first.read_text(), second.read_text()) == ("epoch 2", "epoch 1")
+    assert names(tmp_path) == ["best", "kept"]
+
+
+def test_a_second_name_is_a_copy_where_links_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    (tmp_path / "best").write_text("epoch 1")
+    second_name(tmp_path / "best", tmp_path / "kept")
+    assert (tmp_path / "kept").read_text() == "epoch 1"
+    assert not (tmp_path / "kept").samefile(tmp_path / "best")
 
 
 def test_a_file_takes_its_place_and_nothing_else_stays(tmp_path: Path) -> None:

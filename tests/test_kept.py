@@ -124,3 +124,10 @@ def test_a_model_without_its_state_is_nothing_to_resume_from(
     with pytest.raises(UsageError, match="holds no state to resume from"):
         train(bare)
     assert not (tmp_path / "again" / "metrics.jsonl").exists()
+
+
+def test_the_best_model_is_written_once(run: TrainConfig, tmp_path: Path) -> None:
+    out = tmp_path / "plain"
+    train(dataclasses.replace(run, out=out, epochs=2, checkpoint=CheckpointConfig()))
+    [kept] = out.glob("mobilenet*.pth")
+    assert kept.samefile(out / "best.pth")

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from distcls.bundle import ModelCard
 from distcls.evaluation.metrics import Metrics
+from distcls.files import second_name
 from distcls.log import say
 from distcls.models import zoo
 from distcls.models.checkpoint import save_checkpoint
@@ -183,8 +184,12 @@ def _save(run: Run, metrics: Metrics, *, best: bool) -> None:
         epoch = Epoch(number=progress.epoch, step=progress.step, score=score, best=best)
 
         def write(path: Path) -> None:
-            state = to_content(config, progress, tensors) if config.checkpoint.whole else None
-            save_checkpoint(path, weights, card, state)
+            if config.checkpoint.whole:
+                save_checkpoint(path, weights, card, to_content(config, progress, tensors))
+            elif best:  # the same content, just written: not serialised and flushed again
+                second_name(config.out / BEST, path)
+            else:
+                save_checkpoint(path, weights, card)
 
         keep(config, progress, epoch, write)
         run.records.epochs(progress.history)
