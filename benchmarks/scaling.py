@@ -1,13 +1,15 @@
 """`python -m benchmarks.scaling`: training throughput of processes against threads on the CPU.
 
 The contestants take turns, each in processes of its own as a user starts them: 1 process of 1
-thread, 2 processes of 1 thread, 1 process of 2 threads. All train with the same global batch on the
-same photographs; what counts is the run's own images/s after its first steps.
+thread, 2 processes of 1 thread, 1 process of 2 threads, and 2 runs of 1 thread that know nothing of
+each other, with half the batch each: no exchange of gradients at all, so what the machine allows.
+All train on the same photographs; what counts is a run's own images/s after its first steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import functools
 import itertools
 import statistics
@@ -22,8 +24,14 @@ from distcls.data.prepare import PrepareOptions, prepare
 
 SETTINGS = {32: 128, 96: 64}
 """Side of the images: global batch."""
-CONTESTANTS = {"1 process x 1 thread": (1, 1), "2 processes x 1": (2, 1), "1 process x 2": (1, 2)}
-ALONE, TWO_PROCESSES, TWO_THREADS = CONTESTANTS
+CONTESTANTS = {
+    "1 process x 1 thread": (1, 1, 1),
+    "2 processes x 1": (1, 2, 1),
+    "1 process x 2": (1, 1, 2),
+    "2 runs apart": (2, 1, 1),
+}
+"""Runs at a time, processes of each, threads of each process."""
+ALONE, TWO_PROCESSES, TWO_THREADS, APART = CONTESTANTS
 LAP = 8
 """Steps of a lap; the first lap of a run warms up."""
 
@@ -32,14 +40,19 @@ def measure(
     data: Path,
     scratch: Path,
     options: list[object],
-    contestant: tuple[int, int],
+    contestant: tuple[int, int, int],
     numbers: itertools.count[int],
 ) -> float:
-    """Images per second of one run: the median of its laps but the first."""
-    processes, threads = contestant
-    out = scratch / f"run{next(numbers)}"
-    steps = train(data, out, *options, processes=processes, threads=threads)
-    return statistics.median(float(step["images_per_s"]) for step in steps[1:])
+    """Images per second of all runs together, of each the median of its laps but the first."""
+    runs, processes, threads = contestant
+
+    def one(number: int) -> float:
+        out = scratch / f"run{number}"
+        steps = train(data, out, *options, processes=processes, threads=threads)
+        return statistics.median(float(step["images_per_s"]) for step in steps[1:])
+
+    with concurrent.futures.ThreadPoolExecutor(runs) as pool:
+        return sum(pool.map(one, [next(numbers) for _ in range(runs)]))
 
 
 def compare(
@@ -47,16 +60,8 @@ def compare(
 ) -> dict[str, list[float]]:
     """Images per second of all contestants at one size."""
     batch = SETTINGS[side]
-    options: list[object] = ["--epochs", 1, "--batch-size", batch, "--log-every", LAP]
-    options += [
-        "--model.name",
-        model,
-        "--input.size",
-        f"{side},{side}",
-        "--augment.flip",
-        0.5,
-        *more,
-    ]
+    options: list[object] = ["--epochs", 1, "--log-every", LAP, "--model.name", model]
+    options += ["--input.size", f"{side},{side}", "--augment.flip", 0.5, *more]
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         images, prepared = scratch / "images", scratch / "prepared"
@@ -66,7 +71,14 @@ def compare(
         prepare(PrepareOptions(source=str(images), out=prepared, test_fraction=0, quiet=True))
         numbers = itertools.count()
         contestants: dict[str, Contestant] = {
-            name: functools.partial(measure, prepared, scratch, options, contestant, numbers)
+            name: functools.partial(
+                measure,
+                prepared,
+                scratch,
+                [*options, "--batch-size", batch // contestant[0]],
+                contestant,
+                numbers,
+            )
             for name, contestant in CONTESTANTS.items()
         }
         return alternate(contestants, rounds)
@@ -88,6 +100,7 @@ def main() -> None:
         print(f"training {given.model}, {side}x{side}, global batch {SETTINGS[side]}")
         print(table(rates, ALONE), end="\n\n", flush=True)
         figures[f"two_processes_over_one_{side}"] = round(ratio(rates, TWO_PROCESSES, ALONE), 2)
+        figures[f"two_runs_apart_over_one_{side}"] = round(ratio(rates, APART, ALONE), 2)
         over = ratio(rates, TWO_PROCESSES, TWO_THREADS)
         figures[f"two_processes_over_two_threads_{side}"] = round(over, 2)
         figures[f"images_per_s_{side}"] = {k: [round(r, 1) for r in v] for k, v in rates.items()}
