@@ -30,6 +30,7 @@ from distcls.evaluation.evaluate import (
 )
 from distcls.evaluation.metrics import Tally
 from distcls.files import require_writable
+from distcls.inference.inputs import from_split
 from distcls.opening import open_model
 
 ABOUT = "Measure a model on a split: loss, top-1, top-5, per-class precision, recall and F1."
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.out is not None and log.rank() == 0:
         require_writable(options.out)
     with _processes(options.model) as (device, total):
-        model = open_model(options.model, device)
+        source = from_split(split, dataset.classes)
+        model = open_model(options.model, device, options.asked(len(split)), source)
         check_classes(model.card.classes, dataset.classes, str(options.data))
         began = time.monotonic()
         share = evaluate_share(

@@ -42,6 +42,7 @@ WITHOUT_TORCH = [
     "distcls.imaging",
     "distcls.bundle",
     "distcls.data.prepare",
+    "distcls.inference.foreign",
     "distcls.inference.predict",
     "distcls.evaluation.evaluate",
     "distcls.prepare",
