@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test test-slow install lint format clean
+.PHONY: demo test test-slow coverage install lint format clean
 
 install: .venv/.installed
 
@@ -28,11 +28,14 @@ demo: install
 	@echo "evaluated    $(DEMO)/evaluation        confusion matrix $(DEMO)/evaluation/confusion.png"
 
 test: install lint
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -m "not slow"
 
 # what takes minutes: more variants of the faults, two machines in network namespaces
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+coverage: install
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from distcls import __version__
+from distcls.files import write_text
 
 Contestant = Callable[[], float]
 """Runs one round and returns its rate (images/s, higher is better)."""
@@ -100,9 +101,12 @@ def machine() -> dict[str, Any]:
     return info
 
 
-def finish(benchmark: str, **figures: Any) -> None:
-    """Print the JSON line that ends a benchmark."""
-    print(json.dumps({"benchmark": benchmark, **figures, "machine": machine()}))
+def finish(benchmark: str, *, out: Path | None = None, **figures: Any) -> None:
+    """Print the JSON line that ends a benchmark, and write it to `out` if that is given."""
+    line = json.dumps({"benchmark": benchmark, **figures, "machine": machine()})
+    if out is not None:
+        write_text(out, line + "\n")
+    print(line)
 
 
 def _cpu_name() -> str:

@@ -1,10 +1,11 @@
 """`python -m benchmarks.invariance`: the loss of each step on 1, 2 and 4 processes, side by side.
 
-Real runs on scikit-learn's digits, all with the same global batch, augmentation on, dropout off
-(its randomness belongs to the process), the loss of every step recorded. With `--sync-norm` in
-float32 and in float64, where rounding leaves enough digits to tell it from a mistake; and without,
-for contrast: each process then normalises by its own share of the batch. The yardstick is one
-process that computes with two threads: the very same run, sums taken in another order.
+Real runs on scikit-learn's digits, all with the same global batch, augmentation and mixup on, a
+teacher, dropout off (its randomness belongs to the process); the loss of every step is recorded,
+and the moving average of the weights at the end. With `--sync-norm` in float32 and in float64,
+where rounding leaves enough digits to tell it from a mistake; and without, for contrast: each
+process then normalises by its own share of the batch. The yardstick is one process that computes
+with two threads: the very same run, sums taken in another order.
 """
 
 from __future__ import annotations
@@ -14,9 +15,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from benchmarks.common import finish
 from benchmarks.launching import train
+from distcls.bundle import ModelCard
 from distcls.data.prepare import PrepareOptions, prepare
+from distcls.imaging import Preprocess
+from distcls.models import zoo
+from distcls.models.checkpoint import load_tensors, save_checkpoint
+from distcls.models.config import ModelConfig
+from distcls.training.checkpoints import states
 
 CONTESTANTS = {"1": (1, 1), "2": (2, 1), "4": (4, 1), "1x2 threads": (1, 2)}
 """Processes and the threads of each."""
@@ -29,6 +39,7 @@ VARIANTS = {
 OPTIONS = [
     *("--precision", "fp32", "--model.dropout", "0", "--log-every", "1"),
     *("--augment.crop-padding", "2", "--augment.rotate", "10", "--augment.erase", "0.25"),
+    *("--augment.mixup", "0.2", "--ema.decay", "0.9"),
 ]
 SHOWN = 8
 """Rows of the printed table, evenly spread over the steps."""
@@ -39,16 +50,51 @@ Losses = dict[str, list[float]]
 """Contestant: the loss of each step."""
 
 
-def run(data: Path, scratch: Path, variant: str, options: list[object]) -> Losses:
-    """The losses of the same recipe on each number of processes."""
+def teacher(data: Path) -> Path:
+    """A model of the digits' classes beside their dataset: fresh weights, always the same.
+
+    What it answers is not right, but as far from what a student says as answers are.
+    """
+    path = data.parent / "teacher.pth"
+    if not path.exists():
+        preprocess, name = Preprocess(size=(28, 28)), "simple_nn"
+        torch.manual_seed(0)
+        model = zoo.build(ModelConfig(name=name), 10, preprocess)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2)  # fresh answers hardly differ from class to class
+        classes = tuple("0123456789")
+        card = ModelCard(architecture={"name": name}, classes=classes, preprocess=preprocess)
+        save_checkpoint(path, model, card)
+    return path
+
+
+def average(out: Path) -> dict[str, Tensor]:
+    """The moving average of the weights at the end of a run, in float64."""
+    tensors: dict[str, Tensor] = load_tensors(states(out / "last")[0])["tensors"]["ema"]
+    return {name: value.double() for name, value in tensors.items() if value.is_floating_point()}
+
+
+def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest absolute difference of any value."""
+    return max(float((value - other[name]).abs().max()) for name, value in one.items())
+
+
+def run(
+    data: Path, scratch: Path, variant: str, options: list[object]
+) -> tuple[Losses, dict[str, float]]:
+    """The losses of the same recipe on each number of processes, and how far each one's average of
+    the weights is from that of one process."""
     module, norm = VARIANTS[variant]
-    found = {}
+    found: Losses = {}
+    averages: dict[str, dict[str, Tensor]] = {}
     for name, (processes, threads) in CONTESTANTS.items():
         out = scratch / f"{variant} {name}"
         steps = train(
             data,
             out,
             *OPTIONS,
+            *("--distill.teacher", teacher(data)),
             *options,
             *norm,
             processes=processes,
@@ -56,7 +102,8 @@ def run(data: Path, scratch: Path, variant: str, options: list[object]) -> Losse
             module=module,
         )
         found[name] = [float(step["loss"]) for step in steps]
-    return found
+        averages[name] = average(out)
+    return found, {name: apart(averages["1"], other) for name, other in averages.items()}
 
 
 def differences(losses: Losses, *, yardstick: bool = False) -> list[float]:
@@ -110,14 +157,15 @@ def main() -> None:
         data = Path(scratch, "digits")
         prepare(PrepareOptions(source="digits", out=data, quiet=True))
         for variant in given.variants:
-            losses = run(data, Path(scratch), variant, options)
-            figures[variant] = summary(losses)
+            losses, weights = run(data, Path(scratch), variant, options)
+            figures[variant] = summary(losses) | {"averaged_weights": weights}
             off, usual = differences(losses), differences(losses, yardstick=True)
             print(f"{given.model}, {variant}, global batch {given.batch_size}; by processes")
             print(table(losses))
             print(
                 f"largest difference over {len(off)} steps: {max(off):.1e} between 1, 2 and 4 "
-                f"processes, {max(usual):.1e} between 1 and 2 threads\n",
+                f"processes, {max(usual):.1e} between 1 and 2 threads; of the averaged weights "
+                f"{max(weights['2'], weights['4']):.1e} and {weights[YARDSTICK]:.1e}\n",
                 flush=True,
             )
     finish("invariance", model=given.model, batch_size=given.batch_size, **figures)

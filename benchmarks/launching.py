@@ -1,4 +1,4 @@
-"""Training runs as a user starts them, on any number of processes, and what they recorded."""
+"""Commands as a user types them: training on any number of processes, and what it recorded."""
 
 from __future__ import annotations
 
@@ -28,9 +28,21 @@ def train(
     if threads is not None:
         arguments += ["--threads", threads]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    call = [*(launcher if processes > 1 else []), "-m", module, *arguments]
+    _run([*(launcher if processes > 1 else []), "-m", module, *arguments])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "step"]
+
+
+def call(*arguments: object) -> dict[str, Any]:
+    """What a sub-command of `distcls` prints with `--json`. Raises RuntimeError if it failed."""
+    found: dict[str, Any] = json.loads(_run(["-m", "distcls.cli", *arguments]))
+    return found
+
+
+def _run(arguments: list[object]) -> str:
+    """Run Python with these arguments to its end; its standard output."""
     done = subprocess.run(
-        [sys.executable, *map(str, call)],
+        [sys.executable, *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
         capture_output=True,
@@ -38,6 +50,6 @@ def train(
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"training ended with code {done.returncode}\n{done.stderr}")
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "step"]
+        said = " ".join(map(str, arguments[:3]))
+        raise RuntimeError(f"{said} ended with code {done.returncode}\n{done.stderr}")
+    return done.stdout

@@ -7,8 +7,9 @@ import json
 from typing import Any
 
 from distcls import __version__
-from distcls.errors import BadValue, UsageError
+from distcls.errors import BadValue, UsageError, require
 from distcls.imaging import Preprocess
+from distcls.targets import Targets
 
 PREFIX = "distcls."
 FORMAT = 1
@@ -28,9 +29,22 @@ class ModelCard:
     """Where it comes from: epoch, step, scores, dataset."""
     certificate: dict[str, Any] | None = None
     """Parity with the checkpoint on real images; set by the export."""
+    targets: Targets | None = None
+    """Heads or labels, where it answers with more than one class an image; null otherwise."""
+
+    def __post_init__(self) -> None:
+        if self.targets is not None:
+            same = self.targets.classes == self.classes
+            require(same, "classes", self.classes, "those of targets")
+
+    @property
+    def resolved_targets(self) -> Targets:
+        """What it answers, one class an image included."""
+        return self.targets or Targets(classes=self.classes)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as they stand in a checkpoint."""
+        """Plain values, as they stand in a checkpoint; `targets` only where there are several."""
+        several = {} if self.targets is None else {"targets": self.targets.to_json()}
         return {
             "format": FORMAT,
             "version": __version__,
@@ -39,6 +53,7 @@ class ModelCard:
             "preprocess": self.preprocess.to_json(),
             "training": self.training,
             "certificate": self.certificate,
+            **several,
         }
 
     @classmethod
@@ -56,6 +71,7 @@ class ModelCard:
                 preprocess=Preprocess.from_json(values["preprocess"]),
                 training=dict(values["training"]),
                 certificate=values["certificate"],
+                targets=Targets.from_json(values["targets"]) if "targets" in values else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError, BadValue) as error:
             raise UsageError(f"{where}: not a model written by distcls ({error})") from error

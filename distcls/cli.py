@@ -12,10 +12,12 @@ from distcls.errors import UsageError, did_you_mean
 
 COMMANDS = {
     "prepare": ("distcls.prepare", "make a dataset directory from images, IDX files or a manifest"),
+    "models": ("distcls.list_models", "networks by name, with parameters, MACs and input size"),
     "train": (
         "distcls.train",
         "train a model (several processes: accelerate launch -m distcls.train)",
     ),
+    "show": ("distcls.show", "training images as the network is given them, with their labels"),
     "evaluate": ("distcls.evaluate", "metrics of a .pth or .onnx model on a split"),
     "export": ("export.onnx", "best.pth to best.onnx, checked on real images"),
     "predict": ("distcls.predict", "predictions for many images as CSV, JSONL or Parquet"),

@@ -22,16 +22,17 @@ from distcls.errors import DistclsError, UsageError
 from distcls.evaluation.evaluate import (
     EvaluateOptions,
     Share,
-    check_classes,
+    check_targets,
     evaluate_share,
     to_json,
     to_text,
     write_results,
 )
-from distcls.evaluation.metrics import Tally
+from distcls.evaluation.several import AnyTally, tally_of
 from distcls.files import require_writable
 from distcls.inference.inputs import from_split
 from distcls.opening import open_model
+from distcls.targets import Targets
 
 ABOUT = "Measure a model on a split: loss, top-1, top-5, per-class precision, recall and F1."
 MOST_NAMED = 10
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str]) -> None:
     with _processes(options.model) as (device, total):
         source = from_split(split, dataset.classes)
         model = open_model(options.model, device, options.asked(len(split)), source)
-        check_classes(model.card.classes, dataset.classes, str(options.data))
+        targets = model.card.resolved_targets
+        check_targets(targets, dataset.targets, str(options.data))
         began = time.monotonic()
         share = evaluate_share(
             model,
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
             rank=log.rank(),
             world_size=log.world_size(),
         )
-        tally = _whole(share, len(dataset.classes), total)
+        tally = _whole(share, targets, total)
         seconds = time.monotonic() - began
     if log.rank() != 0:
         return
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     about = {"model": str(options.model), "data": str(options.data), "split": split.name}
     log.say(f"{metrics.count / seconds:,.0f} images/s on {model.provider}")
     if options.out is not None:
-        write_results(options.out, metrics, classes, about)
+        write_results(options.out, metrics, targets, about)
         log.say(f"written: {options.out}")
     if options.json:
         print(json.dumps({**about, **to_json(metrics, classes)}, ensure_ascii=False))
@@ -102,7 +104,7 @@ def _processes(model: Path) -> Iterator[tuple[str, Sum]]:
         state.destroy_process_group()
 
 
-def _whole(share: Share, num_classes: int, total: Sum) -> Tally:
+def _whole(share: Share, targets: Targets, total: Sum) -> AnyTally:
     """The tally of all processes. Raises DistclsError, in all of them, if any image was bad."""
     for line in share.bad[:MOST_NAMED]:
         log.fail(line)
@@ -110,7 +112,7 @@ def _whole(share: Share, num_classes: int, total: Sum) -> Tally:
     bad = round(float(vector[-1]))
     if bad:
         raise DistclsError(f"{bad:,} images cannot be evaluated; the data has to be repaired first")
-    return Tally.from_vector(vector[:-1], num_classes)
+    return tally_of(vector[:-1], targets)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +59,13 @@ def fonts() -> list[str]:
 
     installed = set(font_manager.fontManager.get_font_names())
     return ["DejaVu Sans", *(name for name in _WIDE_FONTS if name in installed)]
+
+
+def grid_columns(number: int) -> int:
+    """Columns of a grid a little wider than high, with few empty places in its last row."""
+    ideal = math.ceil(math.sqrt(1.6 * number))
+    choices = range(min(number, max(1, ideal - 1)), min(number, ideal + 2) + 1)
+    return min(choices, key=lambda columns: (-number % columns, abs(columns - ideal)))
 
 
 def shorten(text: str, most: int) -> str:

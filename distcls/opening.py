@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from distcls.data.dataset import CLASSES, INFO, MANIFEST, PACK, Dataset, Split
@@ -55,11 +56,16 @@ def open_model(
     return open_checkpoint(path, device)
 
 
-def open_predictor(options: PredictOptions, source: Source) -> Model:
-    """The model, or models, that batch prediction asks for; raises as `open_model` does."""
+def open_predictor(
+    options: PredictOptions, source: Source, plans: Sequence[Plan | None] | None = None
+) -> Model:
+    """The model, or models, that batch prediction asks for; raises as `open_model` does.
+
+    They are run by `plans`, or unless given as the run that is continued ran them, where possible.
+    """
     asked, paths = options.asked(len(source)), options.models
     if options.classes is None:
-        plans = begun_plans(options)
+        plans = begun_plans(options) if plans is None else plans
         models = [
             _reopened(path, plan) or open_model(path, "auto", asked, source)
             for path, plan in zip(paths, plans, strict=True)
@@ -72,6 +78,12 @@ def open_predictor(options: PredictOptions, source: Source) -> Model:
     if options.features is not None:
         return WithFeatures(model)
     return Flipped(model) if options.tta == "flip" else model
+
+
+def reopen(options: PredictOptions, plans: Sequence[Plan]) -> tuple[Model, Source]:
+    """Model and input of a batch prediction once more, in another process, run by `plans`."""
+    source = open_source(options.input, options.split, options.fetch_timeout)
+    return open_predictor(options, source, plans), source
 
 
 def _reopened(path: Path, plan: Plan | None) -> Model | None:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from distcls import log
 from distcls.config import parse
-from distcls.data.prepare import PrepareOptions, prepare
+from distcls.data.prepare import prepare
+from distcls.data.prepare_options import PrepareOptions
 
 ABOUT = "Turn images into a dataset directory: splits, checks, and a pack of decoded images."
 

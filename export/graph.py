@@ -1,4 +1,4 @@
-"""What is done to an exported graph besides exporting it: features, variants, a checksum."""
+"""What is done to an exported graph besides exporting it: features, heads, a checksum."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from distcls.bundle import ModelCard
 from distcls.inference.checksum import KEY, checksum
 from distcls.inference.features import FEATURES
-from distcls.inference.session import LOGITS
+from distcls.inference.session import LOGITS, PROBABILITIES
+from distcls.targets import Head
 
 
 def add_features(model: Any) -> None:
@@ -41,6 +42,28 @@ def add_features(model: Any) -> None:
     kind = onnx.TensorProto.FLOAT
     graph.node.append(onnx.helper.make_node("Identity", [last.input[0]], [FEATURES], name=FEATURES))
     graph.output.append(onnx.helper.make_tensor_value_info(FEATURES, kind, [batch, width]))
+
+
+def add_heads(model: Any, heads: Sequence[Head]) -> None:
+    """Add an output to a ModelProto for each head: `probabilities:HEAD`, float32 [N, classes]."""
+    import onnx
+
+    graph, kind = model.graph, onnx.TensorProto.FLOAT
+    whole = next(output for output in graph.output if output.name == PROBABILITIES)
+    batch = whole.type.tensor_type.shape.dim[0].dim_param or "batch"
+    names, sizes = [output_of(head) for head in heads], [len(head.classes) for head in heads]
+    split = onnx.helper.make_tensor("sizes of heads", onnx.TensorProto.INT64, [len(sizes)], sizes)
+    graph.initializer.append(split)
+    graph.node.append(
+        onnx.helper.make_node("Split", [PROBABILITIES, split.name], names, name="heads", axis=1)
+    )
+    for name, size in zip(names, sizes, strict=True):
+        graph.output.append(onnx.helper.make_tensor_value_info(name, kind, [batch, size]))
+
+
+def output_of(head: Head) -> str:
+    """The output of a head by itself."""
+    return f"{PROBABILITIES}:{head.name}"
 
 
 def after_logits(model: Any) -> list[Any]:

@@ -48,9 +48,10 @@ class ExportOptions:
     """fp16 halves the file, for GPUs; int8 quarters it, calibrated on images of the split. Both
     are compared on the whole split."""
     max_accuracy_drop: float = 0.2
-    """Points of top-1 that fp16 or int8 may lose; beyond it there is no file."""
+    """Points of top-1 that fp16 or int8 may lose, of whole answers and in each head; beyond it
+    there is no file."""
     min_agreement: float = 99.8
-    """Percent of images to which fp16 or int8 has to give the checkpoint's class."""
+    """Percent of images to which fp16 or int8 has to give the checkpoint's answer."""
     opset: int = 18
     """ONNX operator set, 18 to 23."""
     overwrite: bool = False
@@ -86,7 +87,7 @@ def export(options: ExportOptions) -> Certificate | VariantCertificate:
     if options.target.exists() and not options.overwrite:
         raise UsageError(f"{options.target} exists already; --overwrite replaces it")
     from distcls.data.dataset import Dataset
-    from distcls.evaluation.evaluate import check_classes
+    from distcls.evaluation.evaluate import check_targets
     from distcls.files import atomic_path
     from distcls.models.checkpoint import open_checkpoint
     from export.parity import load_images
@@ -95,7 +96,7 @@ def export(options: ExportOptions) -> Certificate | VariantCertificate:
     reference = open_checkpoint(options.ckpt, device="cpu")
     folder = options.data or Path(reference.card.training["dataset"])
     dataset = Dataset.open(folder)
-    check_classes(reference.card.classes, dataset.classes, str(folder))
+    check_targets(reference.card.resolved_targets, dataset.targets, str(folder))
     split = dataset.split(options.split)
     images = load_images(split, reference.card.preprocess, options.limit)
     graph = to_onnx(reference.model, reference.card, options.opset)
@@ -148,10 +149,12 @@ def _say(certificate: Certificate | VariantCertificate) -> None:
 
 
 def to_onnx(model: Classifier, card: ModelCard, opset: int) -> Any:
-    """The network with its softmax, and its features, as an ONNX ModelProto."""
+    """The network with its probabilities, and its features, as an ONNX ModelProto."""
     import torch
 
     from export.graph import add_features, hushed
+
+    targets = card.resolved_targets
 
     class WithProbabilities(torch.nn.Module):
         def __init__(self) -> None:
@@ -160,7 +163,12 @@ def to_onnx(model: Classifier, card: ModelCard, opset: int) -> Any:
 
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             logits = self.classifier(images)
-            return logits, torch.softmax(logits, dim=1)
+            if targets.single:
+                return logits, torch.softmax(logits, dim=1)
+            if targets.kind == "multi_label":
+                return logits, torch.sigmoid(logits)
+            parts = [torch.softmax(logits[:, part], dim=1) for part in targets.slices]
+            return logits, torch.cat(parts, dim=1)
 
     example = torch.zeros(2, *card.preprocess.size, 3, dtype=torch.uint8)
     with hushed():

@@ -25,7 +25,7 @@ class Parity:
 
     batch_size: int
     top1_agreement: float
-    """Share of images on which both put the same class first."""
+    """Share of images on which both answer the same: the first class, all heads', all labels."""
     max_logit_difference: float
     """Largest absolute difference of any logit."""
 
@@ -89,10 +89,12 @@ def certify(
     expected = _in_batches(reference, images, max(batch_sizes))
     if not np.isfinite(expected).all():
         raise DistclsError("the checkpoint's own logits are not finite; there is nothing to export")
+    decide = reference.card.resolved_targets.decide
+    answers = decide(expected)
     results = []
     for size in batch_sizes:
         found = _in_batches(exported, images, size)
-        same = expected.argmax(1) == found.argmax(1)
+        same = (answers == decide(found)).all(axis=1)
         difference = np.abs(expected - found).max()
         results.append(
             Parity(

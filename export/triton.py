@@ -4,6 +4,9 @@
     models/NAME/labels.txt      class names, so that the server can answer with them
     models/NAME/1/model.onnx    the exported file as it is
 
+A model of several heads gets an output more for each of them, `probabilities:HEAD`, with class
+names of its own in labels_0.txt and so on.
+
 Point `tritonserver --model-repository` or the storageUri of a KServe InferenceService (model format
 `triton`) at the folder. Format: https://github.com/triton-inference-server/common,
 protobuf/model_config.proto.
@@ -23,11 +26,13 @@ from distcls import log
 from distcls.config import parse
 from distcls.door import run
 from distcls.errors import UsageError, require
+from distcls.targets import BLANK_SHOWN
 
 if TYPE_CHECKING:
+    from distcls.bundle import ModelCard
     from distcls.inference.session import OnnxModel
 
-CONFIG, LABELS = "config.pbtxt", "labels.txt"
+CONFIG, LABELS, MODEL = "config.pbtxt", "labels.txt", "model.onnx"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
@@ -87,23 +92,41 @@ def write_repository(options: TritonOptions) -> Path:
     with atomic_folder(target) as part:
         (part / CONFIG).write_text(config_of(model, options), encoding="utf-8")
         (part / LABELS).write_text(_labels(model.card.classes), encoding="utf-8")
-        (part / str(options.version)).mkdir()
-        shutil.copyfile(options.model, part / str(options.version) / "model.onnx")
+        heads = model.card.resolved_targets.heads
+        for place, head in enumerate(heads):
+            (part / _labels_of(place)).write_text(_labels(head.classes), encoding="utf-8")
+        copy = part / str(options.version) / MODEL
+        copy.parent.mkdir()
+        if heads:
+            _write_with_heads(options.model, copy, model.card)
+        else:
+            shutil.copyfile(options.model, copy)
     return target
+
+
+def _write_with_heads(source: Path, copy: Path, card: ModelCard) -> None:
+    """Copy a model file, with an output more for each head."""
+    import onnx
+
+    from export.graph import add_heads, write
+
+    graph = onnx.load(str(source))
+    add_heads(graph, card.resolved_targets.heads)
+    write(copy, graph, card)
 
 
 def config_of(model: OnnxModel, options: TritonOptions) -> str:
     """The text of config.pbtxt, protobuf's text format."""
-    from distcls.inference.checksum import outputs
-    from distcls.inference.features import FEATURES, WithFeatures
-    from distcls.inference.session import INPUT, LOGITS, PROBABILITIES
+    from distcls.inference.session import INPUT
 
     card = model.card
-    classes = len(card.classes)
-    widths = {LOGITS: classes, PROBABILITIES: classes}
-    if FEATURES in outputs(model.path):
-        widths[FEATURES] = WithFeatures(model).width
     height, width = card.preprocess.size
+    told: dict[str, object] = {
+        "preprocess": card.preprocess.to_json(),
+        "certificate": card.certificate,
+    }
+    if card.targets is not None:
+        told["targets"] = card.targets.to_json()
     lines = [
         f"name: {_quoted(options.title)}",
         'backend: "onnxruntime"',
@@ -112,20 +135,40 @@ def config_of(model: OnnxModel, options: TritonOptions) -> str:
         f"  {{ name: {_quoted(INPUT)} data_type: TYPE_UINT8 dims: [ {height}, {width}, 3 ] }}",
         "]",
         "output [",
-        ",\n".join(f"  {_output(name, number)}" for name, number in widths.items()),
+        ",\n".join(f"  {output}" for output in _outputs(model)),
         "]",
         f"dynamic_batching {{ max_queue_delay_microseconds: {options.max_delay_us} }}",
         f"instance_group [ {{ kind: {_KINDS[options.device]} count: {options.instances} }} ]",
-        *_parameters({"preprocess": card.preprocess.to_json(), "certificate": card.certificate}),
+        *_parameters(told),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _output(name: str, number: int) -> str:
-    from distcls.inference.session import PROBABILITIES
+def _outputs(model: OnnxModel) -> list[str]:
+    """What the config says of each output."""
+    from distcls.inference.checksum import outputs
+    from distcls.inference.features import FEATURES, WithFeatures
+    from distcls.inference.session import LOGITS, PROBABILITIES
+    from export.graph import output_of
 
-    labels = f" label_filename: {_quoted(LABELS)}" if name == PROBABILITIES else ""
-    return f"{{ name: {_quoted(name)} data_type: TYPE_FP32 dims: [ {number} ]{labels} }}"
+    card = model.card
+    classes = len(card.classes)
+    found = [_output(LOGITS, classes), _output(PROBABILITIES, classes, LABELS)]
+    for place, head in enumerate(card.resolved_targets.heads):
+        found.append(_output(output_of(head), len(head.classes), _labels_of(place)))
+    if FEATURES in outputs(model.path):
+        found.append(_output(FEATURES, WithFeatures(model).width))
+    return found
+
+
+def _output(name: str, number: int, labels: str = "") -> str:
+    own = f" label_filename: {_quoted(labels)}" if labels else ""
+    return f"{{ name: {_quoted(name)} data_type: TYPE_FP32 dims: [ {number} ]{own} }}"
+
+
+def _labels_of(place: int) -> str:
+    """The file of the class names of a head."""
+    return f"labels_{place}.txt"
 
 
 def _parameters(values: dict[str, object]) -> list[str]:
@@ -146,8 +189,8 @@ def _quoted(text: str) -> str:
 
 
 def _labels(classes: Sequence[str]) -> str:
-    """A class a line; a line break in a name becomes a space."""
-    return "".join(" ".join(name.splitlines()) + "\n" for name in classes)
+    """A class a line; a line break in a name becomes a space, a blank is shown."""
+    return "".join((" ".join(name.splitlines()) or BLANK_SHOWN) + "\n" for name in classes)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -16,10 +16,11 @@ from distcls.data.dataset import Split
 from distcls.errors import DistclsError
 from distcls.inference.model import Model
 from distcls.inference.session import OnnxModel
-from export.accuracy import VariantCertificate, certify_variant, expect, measure_speeds
+from export.accuracy import VariantCertificate, certify_variant, expect
 from export.graph import write
 from export.half import to_half
 from export.quantize import quantize
+from export.speed import measure_speeds
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -40,7 +41,7 @@ class Recipe:
     max_accuracy_drop: float
     """Points of top-1 that may be lost."""
     min_agreement: float
-    """Percent of images that have to keep their class."""
+    """Percent of images that have to keep their answer."""
 
     @property
     def card(self) -> ModelCard:
@@ -72,9 +73,11 @@ def make_variant(recipe: Recipe, part: Path) -> VariantCertificate:
 
 
 def _outcome(certificate: VariantCertificate) -> str:
+    part = certificate.worst
+    more = f" ({part.drop:.2f} of {part.name!r})" if part is not None else ""
     return (
-        f"{certificate.drop:.2f} points of top-1, and {100 * certificate.top1_agreement:.2f} % "
-        "keep their class"
+        f"{certificate.drop:.2f} points of top-1{more}, and "
+        f"{100 * certificate.top1_agreement:.2f} % keep their answer"
     )
 
 

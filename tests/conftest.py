@@ -6,9 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.inference.providers.remembered import FOLDER
+
+# how long an example takes says how busy the machine is
+settings.register_profile("distcls", deadline=None)
+settings.load_profile("distcls")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,204 +1,210 @@
-"""Threshold, flips, merged models and features: what the rows say against NumPy."""
+"""Heads, texts and labels from a manifest's columns, into a dataset directory and out of it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-import onnx
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from onnx import TensorProto, helper
 
-from distcls.bundle import ModelCard
+from distcls.data.dataset import CLASSES, INFO, MANIFEST, Dataset
+from distcls.data.prepare import PrepareOptions, prepare
 from distcls.errors import UsageError
-from distcls.inference.merge import Flipped, Merged
-from distcls.inference.model import softmax
-from distcls.inference.session import OnnxModel
-from distcls.predict import main
-from tests import tiny_dataset, tiny_onnx
-from tests.test_writers import read
-
-COUNT = 30
-IMAGES = tiny_dataset.coloured(COUNT)[0]
+from tests import several
+from tests.sources import digits, put, write_manifest
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "in").mkdir()
-    for index, image in enumerate(IMAGES):
-        assert cv2.imwrite(str(tmp_path / "in" / f"{index:03d}.png"), image[..., ::-1])
-    return tmp_path / "in"
+def listed(folder: Path, header: str, *rows: str, suffix: str = ".csv") -> Path:
+    """A manifest of real pictures in all splits: 00.png, 01.png, ...; `rows` are what follows."""
+    cells = [row.split(";") for row in rows]
+    names = [f"{number:02d}.png" for number in range(len(rows))]
+    for name, image in zip(names, digits(len(rows))[0], strict=True):
+        put(folder / name, image)
+    found = ([name, *row] for name, row in zip(names, cells, strict=True))
+    return write_manifest(folder / f"list{suffix}", [["path", *header.split(";")], *found])
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return tiny_onnx.write(tmp_path / "m.onnx")
+def opened(path: Path, **options: Any) -> Dataset:
+    """Prepared with all images for training."""
+    fractions = {"val_fraction": 0.0, "test_fraction": 0.0}
+    return Dataset.open(several.dataset(path, path.parent / "out", **fractions, **options))
 
 
-def with_features(path: Path) -> Path:
-    """The tiny model with its channel means as features."""
-    proto = tiny_onnx.proto(tiny_onnx.card())
-    proto.graph.node.append(helper.make_node("Identity", ["means"], ["features"]))
-    info = helper.make_tensor_value_info("features", TensorProto.FLOAT, ["N", 3])
-    proto.graph.output.append(info)
-    onnx.checker.check_model(proto)
-    path.write_bytes(proto.SerializeToString())
-    return path
+def refused(path: Path, **options: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        opened(path, **options)
+    assert "\n" not in str(caught.value)
+    assert not (path.parent / "out").exists()
+    return str(caught.value)
 
 
-def uneven(path: Path, card: ModelCard | None = None) -> Path:
-    """A model that sees the left half only, so that a mirror image is another one to it."""
-    proto = tiny_onnx.proto(card or tiny_onnx.card())
-    constants = {"start": [0], "end": [4], "axis": [2]}
-    for name, value in constants.items():
-        proto.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [1], value))
-    cut = helper.make_node("Slice", ["values", *constants], ["half"])
-    proto.graph.node[1].input[0] = "half"
-    proto.graph.node.insert(1, cut)
-    onnx.checker.check_model(proto)
-    path.write_bytes(proto.SerializeToString())
-    return path
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_head_a_column(tmp_path: Path, suffix: str) -> None:
+    rows = ("red;10;x", "blue;9;y", "red;9;z", "green;10;x")
+    path = listed(tmp_path, "Colour;size;note", *rows, suffix=suffix)
+    data = opened(path, label_columns=("colour", "size"))
+    heads = data.targets.heads
+    assert [head.name for head in heads] == ["colour", "size"]
+    assert [head.classes for head in heads] == [("blue", "green", "red"), ("9", "10")]
+    split = data.split("train")
+    assert split.labels.dtype == np.int64
+    by_id = dict(zip(split.image_ids, split.labels.tolist(), strict=True))
+    assert by_id == {"00.png": [2, 1], "01.png": [0, 0], "02.png": [2, 0], "03.png": [1, 1]}
+    assert data.targets.texts(split.labels)[0] == "red|10"
+    counts = json.loads((data.folder / INFO).read_text())["class_counts"]
+    assert counts["colour:red"] == counts["size:9"] == {"train": 2}
+    kinds = json.loads((data.folder / CLASSES).read_text())
+    assert kinds["kind"] == "heads"
+    assert kinds["heads"][1] == {"name": "size", "classes": ["9", "10"]}
 
 
-def run(folder: Path, model: object, out: Path, *more: str) -> list[dict[str, Any]]:
-    main([str(folder), "--model", str(model), "--out", str(out), "--provider", "cpu", *more])
-    return read(out)
+def test_a_text_is_a_head_a_character_and_short_ones_end_in_blanks(tmp_path: Path) -> None:
+    data = opened(listed(tmp_path, "text", "b1", "a", "1ab", " ab "), text_column="text")
+    assert data.targets.alphabet == ("1", "a", "b", "")
+    assert [head.name for head in data.targets.heads] == ["1", "2", "3"]
+    assert data.classes[:5] == ("1:1", "1:a", "1:b", "1:", "2:1")
+    split = data.split("train")
+    by_id = dict(zip(split.image_ids, data.targets.texts(split.labels), strict=True))
+    assert by_id == {"00.png": "b1", "01.png": "a", "02.png": "1ab", "03.png": "ab"}
+    assert split.labels[split.image_ids.index("01.png")].tolist() == [1, 3, 3]
 
 
-def probabilities() -> np.ndarray:
-    return softmax(tiny_onnx.expected_logits(IMAGES))
+def test_texts_of_one_length_have_no_blank(tmp_path: Path) -> None:
+    data = opened(listed(tmp_path, "text", "12", "21", "11"), text_column="text")
+    assert data.targets.alphabet == ("1", "2")
 
 
-@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
-def test_below_the_threshold_there_is_no_label(
-    folder: Path, model: Path, tmp_path: Path, ending: str
-) -> None:
-    (folder / "004.png").write_bytes(b"")
-    likeliest = probabilities().max(axis=1)
-    threshold = float(np.median(likeliest))
-    rows = run(
-        folder, model, tmp_path / f"pre{ending}", "--threshold", str(threshold), "--top-k", "2"
-    )
-    assert list(rows[0])[-2:] == ["abstained", "error"]
-    words: dict[str, Any] = {".csv": {"true": True, "false": False}}.get(ending, {})
-    for index, row in enumerate(rows):
-        abstained = words.get(row["abstained"], row["abstained"])
-        if index == 4:
-            assert (row["label"], abstained, row["error"]) == (None, None, "empty file")
-            continue
-        assert abstained == (likeliest[index] < np.float32(threshold))
-        assert (row["label"] is None) == abstained
-        assert float(row["probability"]) == pytest.approx(likeliest[index], rel=1e-5)
-        assert row["label_2"] is not None
-    if ending == ".parquet":
-        schema = pq.read_schema(tmp_path / "pre.parquet")
-        assert schema.field("abstained").type == "bool"
-
-
-def test_abstentions_are_counted(
-    folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(folder, model, tmp_path / "pre.csv", "--threshold", "1", "--show", "4")
-    assert f"{COUNT} abstained" in capsys.readouterr().err
-    assert (tmp_path / "pre.png").exists()
-
-
-def test_flips_are_averaged(folder: Path, tmp_path: Path) -> None:
-    path = uneven(tmp_path / "u.onnx")
-    images = np.concatenate([IMAGES[:5, :, :4], 255 - IMAGES[5:10, :, :4]], axis=2)
-    model = OnnxModel(path)
-    both = [tiny_onnx.expected_logits(images[:, :, part]) for part in (slice(4), slice(4, 8))]
-    np.testing.assert_allclose(model.logits(images), both[0], rtol=1e-5)
-    expected = (softmax(both[0]) + softmax(both[1])) / 2
-    assert np.abs(expected - softmax(both[0])).max() > 0.1
-    np.testing.assert_allclose(softmax(Flipped(model).logits(images)), expected, rtol=1e-5)
-    plain = run(folder, path, tmp_path / "plain.csv")
-    flipped = run(folder, path, tmp_path / "flip.csv", "--tta", "flip")
-    assert [row["image_id"] for row in plain] == [row["image_id"] for row in flipped]
-    assert [row["probability"] for row in plain] != [row["probability"] for row in flipped]
-
-
-def test_models_are_merged(folder: Path, model: Path, tmp_path: Path) -> None:
-    other = uneven(tmp_path / "u.onnx")
-    merged = Merged([OnnxModel(model), OnnxModel(other)], ["m", "u"])
-    left = tiny_onnx.expected_logits(IMAGES[:, :, :4])
-    expected = (probabilities() + softmax(left)) / 2
-    np.testing.assert_allclose(softmax(merged.logits(IMAGES)), expected, rtol=1e-5)
-    assert merged.logits(IMAGES[:0]).shape == (0, 3)
-    rows = run(folder, f"{model},{other}", tmp_path / "pre.csv", "--probabilities")
-    given = [[float(row[f"p:{name}"]) for name in tiny_onnx.COLOURS] for row in rows]
-    np.testing.assert_allclose(given, expected, rtol=1e-4)
-
-
-def test_certain_answers_stay_finite() -> None:
-    class Sure:
-        """Logits so far apart that a float32 probability is nought."""
-
-        card = tiny_onnx.card()
-        provider = "test"
-
-        def logits(self, images: np.ndarray) -> np.ndarray:
-            return np.tile(np.array([[500, 0, -500]], np.float32), (len(images), 1))
-
-    logits = Flipped(Sure()).logits(IMAGES)
-    assert np.isfinite(logits).all()
-    np.testing.assert_array_equal(logits.argmax(axis=1), 0)
-
-
-def test_other_classes_or_other_pixels_are_not_merged(
-    folder: Path, model: Path, tmp_path: Path
-) -> None:
-    for card, told in [
-        (tiny_onnx.card(("red", "blue", "green")), "class 1 is 'green' in .* and 'blue' in"),
-        (tiny_onnx.card(("red", "green", "blue", "x")), "has 3 classes, .* 4"),
-        (tiny_onnx.card(size=(9, 8)), r"takes images by size \(8, 8\), .* by \(9, 8\)"),
-    ]:
-        other = tiny_onnx.write(tmp_path / "other.onnx", card)
-        with pytest.raises(UsageError, match=told):
-            run(folder, f"{model},{other}", tmp_path / "pre.csv")
-
-
-def test_a_comma_in_a_name_parts_nothing(folder: Path, tmp_path: Path) -> None:
-    path = tiny_onnx.write(tmp_path / "a,b.onnx")
-    assert len(run(folder, path, tmp_path / "pre.csv")) == COUNT
-
-
-def test_features_beside_the_rows(folder: Path, tmp_path: Path) -> None:
-    (folder / "004.png").write_bytes(b"")
-    path = with_features(tmp_path / "f.onnx")
-    features = tmp_path / "features.parquet"
-    more = ["--features", str(features), "--part-rows", "8", "--batch-size", "4"]
-    rows = run(folder, path, tmp_path / "pre.csv", *more)
-    table = pq.read_table(features)
-    assert table.column_names == ["image_id", "features"]
-    assert table.column("image_id").to_pylist() == [row["image_id"] for row in rows]
-    assert str(table.schema.field("features").type).startswith("fixed_size_list")
-    found = table.column("features").to_pylist()
-    assert found[4] is None
-    good = [index for index in range(COUNT) if index != 4]
-    expected = IMAGES[good].astype(np.float32).mean(axis=(1, 2))
-    np.testing.assert_allclose([found[index] for index in good], expected, rtol=1e-5)
-    plain = run(folder, path, tmp_path / "plain.csv")
-    assert plain == rows
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *("in", "f.onnx", "features.parquet", "pre.csv", "plain.csv")
+@pytest.mark.parametrize(("separator", "given"), [(None, "|"), (",", ","), (" and ", " and ")])
+def test_labels_and_images_without_any(tmp_path: Path, separator: str | None, given: str) -> None:
+    rows = (f"sky{given}sea", "", f"sea {given} sea{given}", "dog")
+    path = listed(tmp_path, "tags;n", *(f"{row};{n}" for n, row in enumerate(rows)))
+    data = opened(path, labels_column="tags", separator=separator)
+    assert data.targets.kind == "multi_label"
+    assert data.classes == ("dog", "sea", "sky")
+    split = data.split("train")
+    by_id = dict(zip(split.image_ids, split.labels.tolist(), strict=True))
+    assert by_id == {
+        "00.png": [0, 1, 1],
+        "01.png": [0, 0, 0],
+        "02.png": [0, 1, 0],
+        "03.png": [1, 0, 0],
     }
+    assert pq.read_table(data.folder / MANIFEST).column("label").to_pylist() == [1, -1, 1, 0]
 
 
-def test_features_that_cannot_be_had(folder: Path, model: Path, tmp_path: Path) -> None:
-    out, features = tmp_path / "pre.csv", ["--features", str(tmp_path / "f.parquet")]
-    with pytest.raises(UsageError, match="was exported without them; export its checkpoint again"):
-        run(folder, model, out, *features)
-    with pytest.raises(UsageError, match=r"the name of a \.parquet file"):
-        run(folder, model, out, "--features", str(tmp_path / "f.csv"))
-    with pytest.raises(UsageError, match="no --tta and one model"):
-        run(folder, model, out, *features, "--tta", "flip")
-    with pytest.raises(UsageError, match="no --tta and one model"):
-        run(folder, f"{model},{model}", out, *features)
-    (tmp_path / "f.parquet").write_text("precious")
-    with pytest.raises(UsageError, match=r"f\.parquet exists already"):
-        run(folder, with_features(tmp_path / "f.onnx"), out, *features)
-    assert not out.exists()
+def test_the_first_head_decides_the_splits(tmp_path: Path) -> None:
+    rows = [f"{'ab'[n % 2]};{n % 5}" for n in range(60)]
+    path = listed(tmp_path, "one;two", *rows)
+    data = Dataset.open(
+        several.dataset(path, tmp_path / "out", label_columns=("one", "two"), val_fraction=0.2)
+    )
+    for name, each in (("val", 6), ("test", 6), ("train", 18)):
+        assert np.bincount(data.split(name).labels[:, 0]).tolist() == [each, each]
+    limited = Dataset.open(
+        several.dataset(path, tmp_path / "few", label_columns=("one", "two"), limit=9)
+    )
+    assert sum(limited.counts().values()) == 9
+
+
+def test_given_names_are_the_order(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("b\na\nc\n")
+    path = listed(tmp_path, "text;tags", "ab;c|a", "ba;", "bb;a")
+    tagged = several.dataset(path, tmp_path / "one", labels_column="tags", classes=names)
+    assert Dataset.open(tagged).classes == ("b", "a", "c")
+    text = several.dataset(path, tmp_path / "two", text_column="text", classes=names)
+    assert Dataset.open(text).targets.alphabet == ("b", "a", "c")
+    names.write_text("a\nd\n")
+    assert "row 1: label 'c' is not one of the classes" in refused(
+        path, labels_column="tags", classes=names
+    )
+    assert "row 1: character 'b' is not one of" in refused(path, text_column="text", classes=names)
+    names.write_text("ab\n")
+    assert "'ab' is no character" in refused(path, text_column="text", classes=names)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"label_columns": ("txt", "two")}, "label_columns: * has no column 'txt'; did you mean"),
+        ({"text_column": "words"}, "text_column: * has no column 'words'"),
+        ({"labels_column": "tag"}, "labels_column: * has no column 'tag'; did you mean 'tags'?"),
+        ({"label_columns": ("text", "gap")}, "row 2: gap is empty; every image has a class"),
+        ({"text_column": "gap"}, "row 2: gap is empty"),
+        ({"label_columns": ("text", "same")}, "head 'same' has one class only ('x')"),
+        ({"text_column": "same"}, "head '1' has one class only ('x')"),
+        ({"labels_column": "none"}, "no label"),
+        ({"label_columns": ("text", "Text")}, "label_columns: "),
+        ({"text_column": "text", "labels_column": "tags"}, "labels_column: 'tags' is not valid"),
+        ({"label_columns": ("text",), "text_column": "text"}, "none with label_columns"),
+        ({"text_column": "text", "separator": ","}, "separator: ',' is not valid, expected none"),
+        ({"labels_column": "tags", "separator": ""}, "separator: '' is not valid"),
+        ({"text_column": "text", "write_images": True}, "write_images: True is not valid"),
+        ({"text_column": "long"}, "row 1: long has 70 characters, at most 64"),
+        ({"label_columns": ("text", "tags"), "classes": Path("x.txt")}, "x.txt"),
+    ],
+)
+def test_bad_columns_are_told(tmp_path: Path, options: dict[str, Any], told: str) -> None:
+    long = "ab" * 35
+    header = "text;two;tags;gap;same;none;long"
+    path = listed(tmp_path, header, f"ab;1;x|y;g;x;;{long}", f"c;2;z;;x;;{long}")
+    message = refused(path, **options)
+    place, _, rest = told.partition("*")
+    assert place in message
+    assert rest in message
+
+
+def test_names_for_several_columns_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    path = listed(tmp_path, "one;two", "a;b", "b;a")
+    options = {"label_columns": ("one", "two"), "classes": tmp_path / "names.txt"}
+    assert "classes: one list of names" in refused(path, **options)
+
+
+def test_columns_belong_to_manifests(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="text_column: 'text' is a column of a manifest"):
+        prepare(PrepareOptions(source="digits", out=tmp_path / "out", text_column="text"))
+
+
+def test_what_cannot_be_learnt_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = listed(tmp_path, "tags;split", "a;train", "b;train", "c;val", "c;test")
+    several.dataset(path, tmp_path / "first", labels_column="tags")
+    assert "1 of 3 classes have no training images" in capsys.readouterr().err
+    (tmp_path / "list.csv").write_text("path,tags,split\n00.png,a,val\n01.png,b,test\n")
+    assert "there are no training images" in refused(path, labels_column="tags")
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ([[0, 1], [1]], "'01.png' has 1 labels for 2 heads"),
+        ([[0, 1], [1, 2]], "'01.png' has label 2, which is no class"),
+        ([[0, 1], [-1, 0]], "'01.png' has label -1, which is no class"),
+        ([[0, 1], None], "expected lists, no null"),
+    ],
+)
+def test_labels_that_are_none_are_named(tmp_path: Path, labels: Any, told: str) -> None:
+    data = opened(listed(tmp_path, "one;two", "a;x", "b;y"), label_columns=("one", "two"))
+    table = pq.read_table(data.folder / MANIFEST)
+    spoilt = pa.array(labels, pa.list_(pa.int32()))
+    place = table.column_names.index("labels")
+    changed = table.set_column(place, "labels", spoilt)
+    pq.write_table(changed, data.folder / MANIFEST)
+    with pytest.raises(UsageError) as caught:
+        _ = Dataset.open(data.folder).split("train").labels
+    assert told in str(caught.value)
+    pq.write_table(table.drop_columns("labels"), data.folder / MANIFEST)
+    with pytest.raises(UsageError, match="column 'labels' is missing"):
+        Dataset.open(data.folder)
+
+
+@pytest.mark.parametrize("content", ['{"kind": "heads"}', '{"kind": "x", "classes": []}', "3"])
+def test_a_damaged_kind_is_told(tmp_path: Path, content: str) -> None:
+    data = opened(listed(tmp_path, "one;two", "a;x", "b;y"), label_columns=("one", "two"))
+    (data.folder / CLASSES).write_text(content)
+    with pytest.raises(UsageError, match=r"classes.json: neither names of classes nor heads"):
+        Dataset.open(data.folder)

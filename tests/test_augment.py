@@ -235,6 +235,19 @@ def test_erasing_reaches_every_border(down: float, right: float) -> None:
     assert (left == 0, left + width == SIZE[1]) == (right == 0, right > 0)
 
 
+def test_erased_boxes_are_whole_wherever_they_lie() -> None:
+    """No box loses a row or a column at the far rims: its place does not change its size."""
+    images, draws = torch.full((2000, *SIZE, 3), 128, dtype=torch.uint8), drawn(2000)
+    draws[:, ERASE], draws[:, 11] = 0.0, 0.1
+    sizes = []
+    for place in (0.0, 0.99999994):  # the largest that is drawn
+        draws[:, ERASE_PLACE[0]], draws[:, ERASE_PLACE[1]] = place, place
+        boxes = erased(images, augment(erase=1.0)(images, draws))
+        assert len(boxes) == 2000
+        sizes.append([box[2:] for box in boxes])
+    assert sizes[0] == sizes[1]
+
+
 def test_erasing_after_a_warp_keeps_floats() -> None:
     images, draws = batch(20), drawn(20)
     warped = augment(rotate=5.0)(images, draws)

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from distcls.config import build, dump_yaml, flatten, leaves, parse, positional, read_yaml
 from distcls.config.load import Given
 from distcls.errors import UsageError, require
+from distcls.training import optimizer_config, schedule
+from distcls.training.choice import Usual
 from distcls.training.config import TrainConfig
 
 
@@ -102,6 +104,24 @@ def test_tuples_on_the_command_line() -> None:
     assert train("--input.size", "224x320").input.size == (224, 320)
     assert train("--augment.resized_crop", "0.35,1").augment.resized_crop == (0.35, 1.0)
     assert train("--augment.resized-crop=0.35,1").augment.resized_crop == (0.35, 1.0)
+
+
+def test_mappings_from_yaml_and_from_text(tmp_path: Path) -> None:
+    recipe = yaml_file(tmp_path, "loss:\n  class_weights:\n    fox 1: 2\n    b.c: 0.5\n    7: 1\n")
+    weights = train("--config", recipe).loss.class_weights
+    assert weights == {"fox 1": 2.0, "b.c": 0.5, "7": 1.0}
+    assert train("--loss.class-weights", "fox 1=2, b=c=0.5").loss.class_weights == {
+        "fox 1": 2.0,
+        "b=c": 0.5,
+    }
+    # the last place wins as a whole
+    for flag, value in (("balanced", "balanced"), ("1,2", (1.0, 2.0)), ("none", None)):
+        given_ = ("--config", recipe, "--loss.class_weights", flag)
+        assert train(*given_).loss.class_weights == value
+    recipe = yaml_file(tmp_path, "loss:\n  class_weights:\n    cat: many\n")
+    text = message("--config", recipe)
+    assert text.startswith(f"{recipe}: loss.class_weights: {{'cat': 'many'}} is not valid")
+    assert "names with a value each, such as a=1,b=2" in text
 
 
 def test_boolean_flags() -> None:
@@ -191,6 +211,12 @@ def test_bad_value_of_a_nested_key_names_the_full_key(tmp_path: Path) -> None:
         ("--lr", "0"),
         ("--lr", "nan"),
         ("--loader.workers", "0"),
+        ("--augment.policy", "autoaugment"),
+        ("--augment.mixup", "-1"),
+        ("--loss.name", "crossentropy"),
+        ("--distill.temperature", "2"),
+        ("--loss.class_weights", "cat=two"),
+        ("--loss.class_weights", "cat=-2"),
         ("--ema.decay", "1"),
         ("--schedule.warmup", "100"),
         ("--schedule.warmup", "3 weeks"),
@@ -273,7 +299,14 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     if typing.get_origin(kind) is Literal:
         return st.sampled_from(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return st.tuples(*(values(item) for item in typing.get_args(kind))).map(sorted).map(tuple)
+        items = [values(item) for item in typing.get_args(kind) if item is not ...]
+        return st.tuples(*items).map(sorted).map(tuple)
+    if typing.get_origin(kind) is dict:
+        return st.dictionaries(
+            st.sampled_from(["a", "b.c", "1", "no", "null", "ü = 2"]),
+            values(typing.get_args(kind)[1]),
+            min_size=1,
+        )
     # no path holds NUL; U+0085, a line break of old mainframes, is one thing PyYAML folds
     letters = st.characters(exclude_categories=("Cs",), exclude_characters="\0\x85")
     text = st.text(letters, min_size=1).filter(lambda word: word.lower() not in ("none", "null"))
@@ -287,10 +320,29 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     }[kind]
 
 
+def unread(usual: Usual, name: str) -> set[str]:
+    """Keys that the optimiser or schedule of that name does not read, and others do."""
+    return {key for row in usual.values() for key in row} - usual[name].keys()
+
+
 SPECIAL = {
     "schedule.warmup": st.sampled_from(["5%", "12.5 %", "100 steps", "1 epoch", "0.5 epochs"]),
     "monitor.metric": st.sampled_from(["top1", "loss", "macro_f1"]),
     "augment.crop_padding": st.just(0),
+    # these belong to one choice alone
+    "augment.policy": st.just("randaugment"),
+    "augment.randaugment_ops": st.integers(1, 14),
+    "augment.randaugment_magnitude": st.integers(0, 30),
+    "loss.name": st.just("focal"),
+    "distill.teacher": st.just(Path("teacher.pth")),
+    "checkpoint.name": st.sampled_from(["{model}_{epoch}.pth", "{metric}_{score:.3f}@{step}.pth"]),
+    "average.last": st.none(),  # excludes an average by decay
+    # these belong to other optimisers and schedules than the default ones
+    "optimizer.name": st.just("adamw"),
+    "schedule.name": st.just("cosine"),
+    "freeze.backbone": st.sampled_from([None, "2 epochs", "10%"]),
+    **{f"optimizer.{key}": st.none() for key in unread(optimizer_config.USUAL, "adamw")},
+    **{f"schedule.{key}": st.none() for key in unread(schedule.USUAL, "cosine")},
 }
 
 

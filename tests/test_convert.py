@@ -39,7 +39,11 @@ CONVERTS: list[tuple[Any, Any, Any]] = [
     ("0.35,1", tuple[float, float] | None, (0.35, 1.0)),
     ("none", tuple[float, float] | None, None),
     ("a,b,c", tuple[str, ...], ("a", "b", "c")),
+    ("[2 epochs, 75%]", tuple[str, ...], ("2 epochs", "75%")),
     ([1, 2, 3], tuple[float, ...], (1.0, 2.0, 3.0)),
+    ({"a": 1, 2: "3"}, dict[str, float], {"a": 1.0, "2": 3.0}),
+    ("fox=1, T-shirt/top=0.5", dict[str, float], {"fox": 1.0, "T-shirt/top": 0.5}),
+    ("1,2", tuple[float, ...] | dict[str, float], (1.0, 2.0)),
 ]
 
 REFUSED: list[tuple[Any, Any]] = [
@@ -64,6 +68,11 @@ REFUSED: list[tuple[Any, Any]] = [
     ([1, "b"], tuple[int, int]),
     (True, tuple[int, int]),
     ({"a": 1}, tuple[int, int]),
+    ({"a": "b"}, dict[str, float]),
+    ({}, dict[str, float]),
+    ("a=1,b", dict[str, float]),
+    ("=1", dict[str, float]),
+    ([1], dict[str, float]),
 ]
 
 

@@ -77,7 +77,9 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 
 def test_ctrl_c() -> None:
-    body = "print('ready', flush=True); time.sleep(60)"
+    # a shell's background jobs, and what they start, begin with Ctrl-C ignored
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    body = f"{heard}; print('ready', flush=True); time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", HEAD.format(body=body)],
         stdout=subprocess.PIPE,

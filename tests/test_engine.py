@@ -89,6 +89,14 @@ def test_each_step_takes_the_rate_of_the_schedule(digits: Path) -> None:
     assert all(group["lr"] == rates[-1] for group in engine.optimizer.param_groups)
 
 
+def test_each_group_takes_its_scale_of_the_rate(digits: Path) -> None:
+    engine = make_engine(digits, optimizer=OptimizerConfig(name="sgd", head_lr_scale=3.0))
+    [report, *_] = list(engine.train_epoch(0))
+    assert report.lr == engine.schedule.rate(0)
+    last = 3.0 * engine.schedule.rate(2)
+    assert [group["lr"] for group in engine.optimizer.param_groups] == [last, last]
+
+
 def test_reported_loss_is_the_mean_over_the_batch(digits: Path) -> None:
     engine = make_engine(digits, accumulate=2)
     begin, end = engine.order.bounds(0)

@@ -11,7 +11,6 @@ from distcls.errors import BadValue, UsageError
 from distcls.training.environment import (
     check_processes,
     choose_precision,
-    refuse_sharding,
     set_threads,
     time_limit,
 )
@@ -142,10 +141,3 @@ def test_threads_are_shared_among_this_machines_processes(monkeypatch: pytest.Mo
 def test_the_time_limit_reaches_the_backend_whatever_its_default(seconds: float) -> None:
     handed_on = time_limit(seconds).to_kwargs()
     assert handed_on["timeout"].total_seconds() == pytest.approx(seconds, abs=1e-3)
-
-
-def test_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_sharding()
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UsageError, match="cannot shard its model yet"):
-        refuse_sharding()

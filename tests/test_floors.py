@@ -19,6 +19,7 @@ FLOORS = {
     "distcls.config": 1,
     "distcls.imaging": 1,
     "distcls.bundle": 1,
+    "distcls.targets": 1,
     "distcls.figures": 1,
     "distcls.data": 2,
     "distcls.models": 2,
@@ -31,6 +32,8 @@ FLOORS = {
     "distcls.prepare": 4,
     "distcls.train": 4,
     "distcls.evaluate": 4,
+    "distcls.list_models": 4,
+    "distcls.show": 4,
     "distcls.predict": 4,
     "export": 4,
     "launch": 4,
@@ -48,10 +51,13 @@ WITHOUT_TORCH = [
     "distcls.prepare",
     "distcls.predict",
     "distcls.evaluate",
+    "distcls.list_models",
     "distcls.training.config",
     "distcls.train",
+    "distcls.show",
     "launch.preflight",
     "launch.ray_train",
+    "launch.search",
 ]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.e2e.commands import ROOT, SMALL
 
@@ -53,6 +54,7 @@ def epochs(out: Path) -> list[str]:
     return [row["epoch"] for row in csv.DictReader(table)]
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_again_and_goes_on(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     more = ["--data", digits, "--out", out, *SMALL, "--epochs", EPOCHS]

@@ -134,7 +134,11 @@ def test_a_rank_without_the_other_ends_in_time_and_says_what_to_check(
 
 
 @pytest.mark.parametrize(
-    ("then", "why"), [("time.sleep(600)", "no answer"), ("time.sleep(2); os._exit(0)", "")]
+    ("then", "why"),
+    [
+        pytest.param("time.sleep(600)", "no answer", marks=pytest.mark.slow),
+        ("time.sleep(2); os._exit(0)", ""),
+    ],
 )
 def test_a_rank_that_meets_and_then_says_nothing_ends_the_other(
     then: str, why: str, tmp_path: Path

@@ -18,7 +18,7 @@ from tests.e2e.commands import ROOT, SMALL
 
 def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r'Ray is not installed; pip install "distcls\[ray\]"'):
+    with pytest.raises(UsageError, match=r'not installed; pip install "distcls\[ray,train\]"'):
         main(["--data", "data", "--out", "out", "--processes", "2"])
 
 

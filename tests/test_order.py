@@ -44,6 +44,20 @@ def test_the_shares_of_the_processes_partition_the_batch(world_size: int) -> Non
         assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [10, 11, 20, 23])
+def test_pairs_stay_together(world_size: int, size: int) -> None:
+    batch = np.random.default_rng(0).permutation(50)[:size]
+    shares = [share(batch, rank, world_size, together=2) for rank in range(world_size)]
+    assert sorted(np.concatenate(shares).tolist()) == sorted(batch.tolist())
+    pairs = {tuple(batch[start : start + 2]) for start in range(0, size, 2)}
+    found = {tuple(own[start : start + 2]) for own in shares for start in range(0, len(own), 2)}
+    assert found == pairs
+    sizes = [len(part) for part in shares]
+    assert max(sizes) - min(sizes) <= 2
+    assert min(sizes) >= 2
+
+
 def test_a_pure_function_of_seed_and_epoch() -> None:
     order = DataOrder(samples=50, batch_size=8, seed=7)
     np.random.seed(0)

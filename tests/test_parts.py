@@ -25,7 +25,7 @@ from distcls.inference.session import OnnxModel
 from distcls.opening import open_predictor
 from distcls.predict import main
 from tests import tiny_dataset, tiny_onnx
-from tests.test_answers import with_features
+from tests.test_predict_answers import with_features
 
 COUNT, ROWS = 50, 16
 ENDINGS = [".csv", ".jsonl", ".parquet"]

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from distcls.bundle import ModelCard
 from distcls.data.dataset import Dataset
 from distcls.errors import BadImage
 from distcls.inference.inputs import Source, from_split
-from distcls.inference.pipeline import stream, stream_items
+from distcls.inference.pipeline import stream
 from distcls.inference.providers.plan import Plan
 from distcls.inference.session import OnnxModel
 from distcls.inference.stages import Stages, draw
@@ -122,7 +121,7 @@ def test_a_bug_in_loading_is_raised_and_leaves_no_thread(model: OnnxModel) -> No
 def working() -> list[str]:
     """Names of the pipeline's threads that live."""
     names = [thread.name for thread in threading.enumerate()]
-    return [name for name in names if name.startswith(("read", "decode", "infer"))]
+    return [name for name in names if name.startswith(("decode", "infer"))]
 
 
 def test_a_reader_that_leaves_early_leaves_no_thread(model: OnnxModel) -> None:
@@ -138,85 +137,6 @@ def test_the_batch_size_is_the_plan_s_unless_given(model: OnnxModel) -> None:
     given = [len(chunk.indices) for chunk in stream(source_of(images), model, batch_size=6)]
     assert given == [6, 6, 6, 2]
     assert [len(chunk.indices) for chunk in stream(source_of(images), model)] == [8, 8, 4]
-
-
-@dataclasses.dataclass
-class Thing:
-    """An input of a listing."""
-
-    image_id: str
-    image: NDArray[np.uint8] | None
-
-    def load(self) -> NDArray[np.uint8]:
-        if self.image is None:
-            raise BadImage("gone")
-        return self.image
-
-
-def things(images: NDArray[np.uint8], bad: int = -1) -> Iterator[Thing]:
-    for index, image in enumerate(images):
-        yield Thing(f"thing {index}", None if index == bad else image)
-
-
-@pytest.mark.parametrize("count", [0, 1, 8, 101])
-def test_inputs_of_unknown_number(model: OnnxModel, count: int) -> None:
-    images = tiny_dataset.coloured(101)[0][:count]
-    chunks = list(stream_items(things(images, bad=3), model, workers=3))
-    assert [index for chunk in chunks for index in chunk.indices] == list(range(count))
-    names = [name for chunk in chunks for name in chunk.image_ids or ()]
-    assert names == [f"thing {index}" for index in range(count)]
-    errors = [error for chunk in chunks for error in chunk.errors]
-    assert [index for index, error in enumerate(errors) if error] == [3] * (count > 3)
-    assert not working()
-    if count > 3:
-        logits = np.delete(np.concatenate([chunk.logits for chunk in chunks]), 3, axis=0)
-        expected = tiny_onnx.expected_logits(np.delete(images, 3, axis=0))
-        np.testing.assert_allclose(logits, expected, rtol=1e-5)
-
-
-def test_a_slow_listing_holds_up_no_answer(model: OnnxModel) -> None:
-    images, _ = tiny_dataset.coloured(16)
-    go_on = threading.Event()
-
-    def listing() -> Iterator[Thing]:
-        yield from things(images)
-        assert go_on.wait(20)
-        yield from things(images)
-
-    chunks = stream_items(listing(), model)
-    first = [next(chunks), next(chunks)]  # would hang if the third batch were waited for
-    go_on.set()
-    assert [chunk.indices for chunk in [*first, *chunks]] == [
-        range(start, start + 8) for start in (0, 8, 16, 24)
-    ]
-
-
-def test_an_endless_listing_is_read_a_little_ahead(model: OnnxModel) -> None:
-    image = tiny_dataset.coloured(1)[0][0]
-    listed = 0
-
-    def listing() -> Iterator[Thing]:
-        nonlocal listed
-        while True:
-            listed += 1
-            yield Thing("again", image)
-
-    with contextlib.closing(stream_items(listing(), model, workers=2)) as chunks:
-        for place in range(50):
-            next(chunks)
-            time.sleep(0.002)
-            assert listed - 8 * place <= 8 * 12
-    assert not working()
-
-
-def test_a_listing_that_fails_is_raised(model: OnnxModel) -> None:
-    def listing() -> Iterator[Thing]:
-        yield from things(tiny_dataset.coloured(9)[0])
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        list(stream_items(listing(), model))
-    assert not working()
 
 
 def test_where_the_time_goes(model: OnnxModel, tmp_path: Path) -> None:

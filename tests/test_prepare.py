@@ -238,6 +238,21 @@ def test_weights_and_groups_reach_the_manifest(tmp_path: Path) -> None:
     assert len(homes) == 8
 
 
+def test_the_weight_column_belongs_to_manifests(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"weight_column: 'trust' is a column of a manifest, but"):
+        run("digits", tmp_path / "out", weight_column="trust")
+    source = tree(tmp_path / "source", 40)
+    paths = sorted(path.relative_to(source) for path in source.rglob("*.png"))
+    rows = [("path", "label", "trust"), *((p, p.parent, 1 + i) for i, p in enumerate(paths))]
+    with (source / "list.csv").open("w", newline="") as handle:
+        csv.writer(handle).writerows(rows)
+    split = run(source / "list.csv", tmp_path / "out", weight_column="trust").split("train")
+    assert split.weights is not None
+    places = [paths.index(Path(name)) for name in split.image_ids]
+    assert split.weights.tolist() == [1 + place for place in places]
+    assert run("digits", tmp_path / "plain", limit=30).split("train").weights is None
+
+
 def test_prepare_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from distcls.prepare import main; main(sys.argv[1:]);"

@@ -1,56 +1,23 @@
-"""Weights to start from: what fits is taken, what does not is named. No network is needed."""
+"""Weights to start from: what fits is taken, what does not is named."""
 
 from __future__ import annotations
 
-import functools
-import gc
-import http.server
-import pickle
-import threading
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
-from torchvision.models import MobileNet_V3_Small_Weights, get_model
+from torchvision.models import get_model
 
 from distcls.bundle import ModelCard
-from distcls.errors import DistclsError, UsageError
-from distcls.files import digest
-from distcls.imaging import Preprocess
+from distcls.errors import UsageError
 from distcls.models.checkpoint import save_checkpoint
-from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
-from distcls.models.pretrained import Report, apply_weights, find_weights
-from distcls.models.zoo import build
-
-PROCESS = Preprocess(size=(32, 32), mean=(0.5, 0.4, 0.3))
-LEAK = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-SMALL = MobileNet_V3_Small_Weights.DEFAULT
-
-
-def network(classes: int = 5, seed: int = 0, name: str = "mobilenet_v3_small") -> Classifier:
-    torch.manual_seed(seed)
-    return build(ModelConfig(name=name), classes, PROCESS)
-
-
-def plain(classes: int = 5) -> dict[str, Tensor]:
-    return dict(network(classes, seed=1).backbone.state_dict())
-
-
-def load(source: str | Path, model: Classifier, name: str = "mobilenet_v3_small") -> Report:
-    weights = find_weights(ModelConfig(name=name, pretrained=str(source)))
-    assert weights is not None
-    return apply_weights(model, weights)
-
-
-def assert_taken(model: Classifier, tensors: dict[str, Tensor], report: Report) -> None:
-    own = model.backbone.state_dict()
-    assert report.loaded
-    for name in report.loaded:
-        assert torch.equal(own[name], tensors[name]), name
+from distcls.models.pretrained import apply_weights, find_weights
+from tests.small_networks import PROCESS, assert_taken, load, network, plain
 
 
 def test_nothing_asked_for() -> None:
@@ -71,26 +38,35 @@ def test_our_checkpoint_with_another_class_count(tmp_path: Path) -> None:
     assert weights.preprocess == PROCESS
     report = apply_weights(model, weights)
     assert_taken(model, dict(source.backbone.state_dict()), report)
-    assert report.skipped == (
-        "classifier.3.weight ([7, 1024] in the file, [5, 1024] in the network)",
-        "classifier.3.bias ([7] in the file, [5] in the network)",
-    )
-    assert report.missing == ()
+    assert report.skipped == {
+        "classifier.3.weight ([7, 1024] in the file, [5, 1024] in the network)": 7 * 1024,
+        "classifier.3.bias ([7] in the file, [5] in the network)": 7,
+    }
+    assert report.missing == {}
     assert len(report.loaded) == len(fresh) - 2
     own = model.backbone.state_dict()
     for name in ("classifier.3.weight", "classifier.3.bias"):
         assert torch.equal(own[name], fresh[name])
     lines = report.lines()
-    assert lines[0] == f"pretrained: {len(report.loaded)} tensors loaded from {path}"
-    assert lines[1].startswith("  skipped classifier.3.weight ([7, 1024]")
-    assert len(lines) == 3
+    assert lines[0] == f"pretrained: {path}"
+    values = sum(tensor.numel() for tensor in fresh.values()) - 5 * 1025
+    assert [line.split() for line in lines[1:4]] == [
+        ["loaded", str(len(report.loaded)), "tensors", f"{values:,}", "values"],
+        ["skipped", "2", "tensors", "7,175", "values"],
+        ["missing", "0", "tensors", "0", "values"],
+    ]
+    assert lines[4].startswith("  skipped classifier.3.weight ([7, 1024]")
+    assert len(lines) == 6
 
 
 @pytest.mark.parametrize(
     "prefix",
-    ["", "module.", "_orig_mod.", "model.", "backbone.", "module.backbone.", "_orig_mod.module."],
+    [
+        *("", "module.", "_orig_mod.", "model.", "backbone.", "pretrain_", "pretrain_model."),
+        *("module.backbone.", "_orig_mod.module.", "module.model._orig_mod."),
+    ],
 )
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+@pytest.mark.parametrize("wrapper", [None, "state_dict"])
 def test_plain_state_dicts_however_wrapped(
     tmp_path: Path, prefix: str, wrapper: str | None
 ) -> None:
@@ -103,8 +79,21 @@ def test_plain_state_dicts_however_wrapped(
     report = load(tmp_path / "w.pth", model)
     assert_taken(model, tensors, report)
     assert len(report.loaded) == len(tensors)
-    assert (report.skipped, report.missing) == ((), ())
-    assert len(report.lines()) == 1
+    assert (report.skipped, report.missing) == ({}, {})
+    assert len(report.lines()) == 4
+
+
+@pytest.mark.parametrize("keys", ["model", "model_state_dict", "ema", "model_ema", "tensors.model"])
+def test_dictionaries_around_a_state_dict(tmp_path: Path, keys: str) -> None:
+    tensors = plain()
+    content: dict[str, Any] = dict(tensors)
+    for key in reversed(keys.split(".")):
+        content = {key: content, "epoch": 3}
+    torch.save(content, tmp_path / "w.pth")
+    model = network()
+    report = load(tmp_path / "w.pth", model)
+    assert_taken(model, tensors, report)
+    assert len(report.loaded) == len(tensors)
 
 
 def test_missing_and_foreign_tensors_are_named(tmp_path: Path) -> None:
@@ -113,8 +102,8 @@ def test_missing_and_foreign_tensors_are_named(tmp_path: Path) -> None:
     tensors["extra.weight"] = torch.zeros(3)
     torch.save(tensors, tmp_path / "w.pth")
     report = load(tmp_path / "w.pth", network())
-    assert report.missing == ("features.0.0.weight",)
-    assert report.skipped == ("extra.weight (not in the network)",)
+    assert report.missing == {"features.0.0.weight": 16 * 3 * 3 * 3}
+    assert report.skipped == {"extra.weight (not in the network)": 3}
     assert "  missing features.0.0.weight" in report.lines()
 
 
@@ -123,7 +112,8 @@ def test_missing_and_foreign_tensors_are_named(tmp_path: Path) -> None:
 )
 def test_another_architecture_is_refused(tmp_path: Path, content: dict[str, Any]) -> None:
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(UsageError, match=r"w.pth fits 0 of the network's \d+ tensors.*another"):
+    refusal = r"w.pth fills 0 of the network's [\d,]+ values \(0 of its \d+ tensors\).*another"
+    with pytest.raises(UsageError, match=refusal):
         load(tmp_path / "w.pth", network())
 
 
@@ -137,117 +127,144 @@ def test_large_and_small_are_not_mixed(tmp_path: Path) -> None:
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def part_of(share: float) -> tuple[dict[str, Tensor], int]:
+    """Tensors of a network that make up at most `share` of its values, and how many these are."""
+    tensors = plain()
+    total, taken = sum(tensor.numel() for tensor in tensors.values()), 0
+    part: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if taken + tensor.numel() <= share * total:
+            part[name] = tensor
+            taken += tensor.numel()
+    return part, taken
+
+
+@pytest.mark.parametrize("share", [0.3, 0.49])
+def test_less_than_half_is_refused_unless_asked_for(tmp_path: Path, share: float) -> None:
+    part, taken = part_of(share)
+    torch.save(part, tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=rf"fills {taken:,} of .*model\.allow_partial takes it"):
+        load(tmp_path / "w.pth", network())
+    model = network()
+    weights = find_weights(ModelConfig(pretrained=str(tmp_path / "w.pth")))
+    assert weights is not None
+    report = apply_weights(model, weights, allow_partial=True)
+    assert_taken(model, part, report)
+    assert sum(report.loaded.values()) == taken
+    assert report.loaded.keys() | report.missing.keys() == model.backbone.state_dict().keys()
+
+
+def test_more_than_half_is_taken(tmp_path: Path) -> None:
+    part, taken = part_of(0.6)
+    torch.save(part, tmp_path / "w.pth")
+    model = network()
+    report = load(tmp_path / "w.pth", model)
+    assert_taken(model, part, report)
+    assert sum(report.loaded.values()) == taken
+
+
+def test_nothing_that_fits_is_refused_always(tmp_path: Path) -> None:
+    torch.save({"fc.weight": torch.zeros(3, 4)}, tmp_path / "w.pth")
+    weights = find_weights(ModelConfig(pretrained=str(tmp_path / "w.pth")))
+    assert weights is not None
+    with pytest.raises(UsageError, match=r"of another architecture$"):
+        apply_weights(network(), weights, allow_partial=True)
+
+
+def test_long_reports_are_cut(tmp_path: Path) -> None:
+    torch.save({n: v for n, v in plain().items() if v.ndim > 1}, tmp_path / "w.pth")
+    report = load(tmp_path / "w.pth", network())
+    assert len(report.missing) > 20
+    lines = report.lines()
+    assert len(lines) == 4 + 20 + 1
+    assert lines[-1] == f"  ... and {len(report.missing) - 20} more missing"
+
+
+def test_two_copies_in_one_file(tmp_path: Path) -> None:
+    tensors = plain()
+    doubled = {f"pretrain_model.{name}": value for name, value in tensors.items()}
+    doubled |= {f"backbone.{name}": torch.zeros_like(value) for name, value in tensors.items()}
+    torch.save(doubled, tmp_path / "w.pth")
+    model = network()
+    report = load(tmp_path / "w.pth", model)
+    assert_taken(model, tensors, report)
+    assert len(report.skipped) == len(tensors)
+    assert all(name.endswith("(in the file twice)") for name in report.skipped)
+
+
+def test_an_average_goes_before_the_weights_it_averages(tmp_path: Path) -> None:
+    tensors = plain()
+    zeros = {name: torch.zeros_like(value) for name, value in tensors.items()}
+    averaged = {f"module.{name}": value for name, value in tensors.items()}
+    content = {"model": zeros, "model_ema": {"n_averaged": torch.tensor(3), **averaged}}
+    torch.save(content, tmp_path / "w.pth")
+    model = network()
+    report = load(tmp_path / "w.pth", model)
+    assert_taken(model, tensors, report)
+    assert report.skipped == {"n_averaged (not in the network)": 1}
+    torch.save({"model": tensors, "ema": None}, tmp_path / "off.pth")
+    assert_taken(model, tensors, load(tmp_path / "off.pth", model))
+
+
+def test_the_full_state_of_a_run_of_ours(tmp_path: Path) -> None:
+    source = network(seed=1)
+    state = {"model": {}, "optimizer": {}, "ema": source.state_dict(), "ema_updates": 7}
+    torch.save({"config": "", "progress": {}, "tensors": state}, tmp_path / "step.pth")
+    model = network()
+    report = load(tmp_path / "step.pth", model)
+    assert_taken(model, dict(source.backbone.state_dict()), report)
+    assert (report.skipped, report.missing) == ({}, {})
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    tensors = plain()
+    save_file(
+        {f"module.{name}": value for name, value in tensors.items()}, tmp_path / "w.safetensors"
+    )
+    model = network()
+    report = load(tmp_path / "w.safetensors", model)
+    assert_taken(model, tensors, report)
+    assert len(report.loaded) == len(tensors)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}junk{}", b"not safetensors at all"])
+def test_damaged_safetensors(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(
+        UsageError, match=r"w.safetensors: cannot be read as safetensors: "
+    ) as caught:
+        load(path, network())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="No such file"):
+        load(tmp_path / "none.safetensors", network())
+
+
+def test_half_precision_weights_become_the_networks_own(tmp_path: Path) -> None:
+    tensors = {n: v.half() if v.is_floating_point() else v for n, v in plain().items()}
+    torch.save(tensors, tmp_path / "w.pth")
+    model = network()
+    load(tmp_path / "w.pth", model)
+    weight = model.backbone.state_dict()["features.0.0.weight"]
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, tensors["features.0.0.weight"].float())
+
+
+def test_names_of_densenet_files_from_before_dots_were_banned(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    tensors = get_model("densenet121", num_classes=5).state_dict()
+    old = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", name): value
+        for name, value in tensors.items()
+    }
+    assert old.keys() != tensors.keys()
+    torch.save(old, tmp_path / "w.pth")
+    model = network(name="densenet121")
+    report = load(tmp_path / "w.pth", model, "densenet121")
+    assert len(report.loaded) == len(tensors)
+    assert_taken(model, dict(tensors), report)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none.pth: no such file"):
         load(tmp_path / "none.pth", network())
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder where torch keeps downloaded weights, empty, for this test alone."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    folder = tmp_path / "hub" / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    return folder
-
-
-def imagenet_weights(path: Path) -> dict[str, Tensor]:
-    torch.manual_seed(3)
-    tensors = dict(get_model("mobilenet_v3_small", num_classes=1000).state_dict())
-    torch.save(tensors, path)
-    return tensors
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder and the address under which it is served."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-
-    class Silent(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    handler = functools.partial(Silent, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.05,))
-        thread.start()
-        yield folder, f"http://127.0.0.1:{running.server_address[1]}"
-        running.shutdown()
-        thread.join()
-    gc.collect()  # torch leaves the sockets of its downloads to the collector: see LEAK
-
-
-def test_torchvisions_own_weights_from_its_cache(hub: Path) -> None:
-    tensors = imagenet_weights(hub / Path(SMALL.url).name)
-    model = network(5)
-    weights = find_weights(ModelConfig(pretrained="torchvision"))
-    assert weights is not None
-    report = apply_weights(model, weights)
-    assert_taken(model, tensors, report)
-    assert [name.split()[0] for name in report.skipped] == [
-        "classifier.3.weight",
-        "classifier.3.bias",
-    ]
-    assert report.source == "MobileNet_V3_Small_Weights.IMAGENET1K_V1"
-    process = weights.preprocess
-    assert process is not None
-    assert (process.size, process.resize, process.crop_fraction) == ((224, 224), "crop", 224 / 256)
-    assert (process.mean, process.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-@LEAK
-def test_torchvisions_own_weights_are_downloaded(
-    hub: Path, server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, address = server
-    tensors = imagenet_weights(folder / "w.pth")
-    name = f"small-{digest(folder / 'w.pth')[:8]}.pth"
-    (folder / "w.pth").rename(folder / name)
-    monkeypatch.setattr(SMALL.value, "url", f"{address}/{name}")
-    model = network()
-    assert_taken(model, tensors, load("torchvision", model))
-    assert (hub / name).exists()
-
-
-@LEAK
-@pytest.mark.parametrize("name", ["small-00000000.pth", "none-00000000.pth"])
-def test_a_download_that_fails_says_what_to_do(
-    hub: Path, server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    folder, address = server
-    (folder / "small-00000000.pth").write_bytes(b"a login page")
-    monkeypatch.setattr(SMALL.value, "url", f"{address}/{name}")
-    with pytest.raises(DistclsError) as caught:
-        find_weights(ModelConfig(pretrained="torchvision"))
-    text = str(caught.value)
-    assert text.startswith(f"model.pretrained: cannot download {address}/{name} (")
-    assert "give the file's path" in text
-    assert list(hub.iterdir()) == []
-
-
-def test_nobody_listens(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SMALL.value, "url", "http://127.0.0.1:9/w-00000000.pth")
-    with pytest.raises(DistclsError, match=r"cannot download http://127.0.0.1:9/"):
-        find_weights(ModelConfig(pretrained="torchvision"))
-    assert list(hub.iterdir()) == []
-
-
-class Payload:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.target,)
-
-
-@pytest.mark.parametrize("kind", ["pickle", "zip"])
-def test_a_malicious_pickle_in_the_cache_is_not_run(hub: Path, tmp_path: Path, kind: str) -> None:
-    stored, target = hub / Path(SMALL.url).name, tmp_path / "owned"
-    if kind == "zip":
-        torch.save({"w": Payload(target)}, stored)
-    else:
-        stored.write_bytes(pickle.dumps({"w": Payload(target)}, protocol=2))
-    with pytest.raises(DistclsError, match=r"the stored copy of .* is damaged; remove it"):
-        find_weights(ModelConfig(pretrained="torchvision"))
-    assert not target.exists()

@@ -16,7 +16,8 @@ from distcls.inference.providers.installed import PLUGIN, missing, require_insta
 from distcls.inference.providers.plan import BATCH_SIZE, Plan, plan_of
 from distcls.inference.providers.rehearsal import disagreement, images_needed
 from distcls.inference.session import OnnxModel
-from tests import tiny_onnx
+from distcls.targets import Targets
+from tests import several, tiny_onnx
 
 
 def test_a_plan_survives_json() -> None:
@@ -186,26 +187,46 @@ def test_a_trial_is_of_whole_batches() -> None:
     assert images_needed(Plan(batch_size=7), 32, 0.0) == 35
 
 
+def problem(
+    expected: np.ndarray, found: np.ndarray, plan: Plan, tolerance: float = 1e-3
+) -> str | None:
+    targets = Targets(classes=("a", "b"))
+    return disagreement(expected, found, plan, targets=targets, tolerance=tolerance)
+
+
 def test_who_agrees() -> None:
     expected = np.array([[0.0, 1.0], [2.0, 1.0]] * 500, np.float32)
     exact, reduced = Plan(), Plan(provider="openvino", precision="reduced")
-    assert disagreement(expected, expected + 5e-4, exact, 1e-3) is None
-    assert "1.0e-02 apart" in str(disagreement(expected, expected + 0.01, exact, 1e-3))
-    assert disagreement(expected, expected + 0.01, reduced, 1e-3) is None
+    assert problem(expected, expected + 5e-4, exact) is None
+    assert "1.0e-02 apart" in str(problem(expected, expected + 0.01, exact))
+    assert problem(expected, expected + 0.01, reduced) is None
     flipped = expected.copy()
     flipped[:2] = flipped[:2, ::-1]
-    assert disagreement(expected, flipped, reduced, 1e-3) is None  # 99.8 % of 1,000
-    assert "998 of 1000" in str(disagreement(expected, flipped, exact, 10.0))
+    assert problem(expected, flipped, reduced) is None  # 99.8 % of 1,000
+    assert "998 of 1000" in str(problem(expected, flipped, exact, 10.0))
     flipped[2] = flipped[2, ::-1]
-    assert "997 of 1000" in str(disagreement(expected, flipped, reduced, 1e-3))
+    assert "997 of 1000" in str(problem(expected, flipped, reduced))
     broken = expected.copy()
     broken[3, 0] = np.nan
     for plan in (exact, reduced):
-        assert disagreement(expected, broken, plan, 1e-3) == "its answers are not finite"
-        assert disagreement(broken, expected, plan, 1e-3) is None
-        assert "nothing can be compared" in str(
-            disagreement(expected * np.nan, expected, plan, 1e-3)
-        )
+        assert problem(expected, broken, plan) == "its answers are not finite"
+        assert problem(broken, expected, plan) is None
+        assert "nothing can be compared" in str(problem(expected * np.nan, expected, plan))
+
+
+def test_heads_and_labels_agree_in_all_their_parts() -> None:
+    expected = np.array([[3.0, 0, 0, 1], [0, 3.0, 0, 1]] * 500, np.float32)
+    moved = expected.copy()
+    moved[:3, 3] = -1  # the greatest of all four stays where it is
+    reduced = Plan(provider="openvino", precision="reduced")
+    for targets, told in [
+        (several.heads(2, 2), "997 of 1000"),
+        (several.labels(4), "997 of 1000"),
+        (several.labels(4, (0.5, 0.5, 0.5, 0.1)), None),
+        (Targets(classes=tuple("abcd")), None),
+    ]:
+        found = disagreement(expected, moved, reduced, targets=targets, tolerance=1e-3)
+        assert (told in str(found)) if told else found is None
 
 
 def test_the_plug_in_s_module_has_its_name() -> None:

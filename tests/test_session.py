@@ -13,9 +13,9 @@ from onnx import TensorProto
 
 from distcls.errors import UsageError
 from distcls.inference.external_data import check_external_data
-from distcls.inference.model import softmax
 from distcls.inference.providers.plan import Plan
 from distcls.inference.session import OnnxModel
+from distcls.targets import softmax
 from tests import tiny_onnx
 
 

@@ -90,7 +90,7 @@ def lines(out: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == kind]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_notes_the_spike_of_any_rank(processes: int, digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     spike = f"14:{processes - 1}"
@@ -105,6 +105,7 @@ def test_a_run_notes_the_spike_of_any_rank(processes: int, digits: Path, tmp_pat
     assert warning.startswith("warning: step 15: loss ")
 
 
+@pytest.mark.slow
 def test_an_ordinary_run_notes_none(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     said = finish(start(digits, out, "--limit", "640", "--checkpoint.every-steps", "50"))

@@ -15,6 +15,7 @@ from distcls.errors import DistclsError, UsageError
 from distcls.models.config import ModelConfig
 from distcls.training.checkpoints import Checkpoints, states
 from distcls.training.config import CheckpointConfig, MonitorConfig, TrainConfig
+from distcls.training.losses.config import LossConfig
 from distcls.training.state import Progress, load_state, to_content
 
 NAN = math.nan
@@ -106,6 +107,7 @@ def test_no_state_is_no_error(tmp_path: Path) -> None:
         ("data", {"data": Path("elsewhere")}),
         ("model.dropout", {"model": ModelConfig(dropout=0.5)}),
         ("augment.resized_crop", {"augment": AugmentConfig(resized_crop=(0.5, 1.0))}),
+        ("loss.class_weights.cat", {"loss": LossConfig(class_weights={"cat": 2.0})}),
     ],
 )
 def test_a_config_that_differs_is_refused_by_key(
@@ -131,6 +133,15 @@ def test_what_does_not_shape_the_result_may_change(tmp_path: Path) -> None:
     loaded = load_state(tmp_path, config(tmp_path, **changes))
     assert loaded is not None
     assert loaded[0].step == 5
+
+
+def test_a_mapping_that_lost_a_name_is_refused(tmp_path: Path) -> None:
+    both = LossConfig(class_weights={"cat": 2.0, "dog": 3.0})
+    save_state(tmp_path, config(tmp_path, loss=both), Progress(), {})
+    assert load_state(tmp_path, config(tmp_path, loss=both)) is not None
+    for weights in ({"cat": 2.0}, None):
+        with pytest.raises(UsageError, match=r"^loss\.class_weights.*None given"):
+            load_state(tmp_path, config(tmp_path, loss=LossConfig(class_weights=weights)))
 
 
 def test_equal_configs_with_sequences_are_equal(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
@@ -158,6 +159,32 @@ def test_conversion_for_gpus_is_torchs_own() -> None:
     synchronise_norms(model, torch.device("cuda"))
     assert sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules()) == 2
     network().load_state_dict(model.state_dict())
+
+
+def norm_with_activation() -> BatchNormAct2d:
+    """timm's batch norm, which applies a ReLU too."""
+    norm = BatchNormAct2d(CHANNELS, momentum=0.3, act_layer=nn.ReLU)
+    norm.load_state_dict(make_norm(torch.float32).state_dict())
+    return norm
+
+
+def test_the_activation_inside_of_timms_norms_stays() -> None:
+    images, target = make_images(torch.float32)
+    expected = observe(norm_with_activation(), images, target)
+    assert float(expected["evaluation"].min()) == 0
+    model = nn.Sequential(norm_with_activation())
+    synchronise_norms(model, torch.device("cpu"))
+    assert isinstance(model[0], SyncNorm)
+    own = observe(model[0], images, target)
+    assert own.keys() == expected.keys()
+    assert all(torch.equal(own[name], expected[name]) for name in expected)
+
+
+def test_the_activation_stays_on_gpus_too() -> None:
+    model = nn.Sequential(norm_with_activation())
+    synchronise_norms(model, torch.device("cuda"))
+    assert isinstance(model[0], nn.SyncBatchNorm)
+    assert isinstance(model[0].act, nn.ReLU)
 
 
 def test_copies_are_independent_and_keep_the_mode() -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,18 +12,12 @@ from hypothesis import strategies as st
 from distcls.data.sources.source import Source
 from distcls.data.sources.tables import read_manifest
 from distcls.errors import UsageError
+from tests.sources import write_manifest
 
 
 def manifest(folder: Path, rows: list[tuple[Any, ...]], suffix: str = ".csv") -> Path:
     """The first row is the header."""
-    path = folder / f"list{suffix}"
-    if suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as handle:
-            csv.writer(handle).writerows(rows)
-    else:
-        columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(rows[0])}
-        pq.write_table(pa.table(columns), path)
-    return path
+    return write_manifest(folder / f"list{suffix}", rows)
 
 
 def brief(source: Source) -> list[tuple[Any, ...]]:
@@ -69,6 +60,21 @@ def test_an_image_id_beside_a_path(tmp_path: Path) -> None:
 def test_integer_labels_of_parquet_are_in_their_order(tmp_path: Path) -> None:
     rows = [("path", "label"), *((f"{n}.png", n) for n in (10, 9, 2))]
     assert read_manifest(manifest(tmp_path, rows, ".parquet"), None).classes == ("2", "9", "10")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_weights_from_a_column_by_name(tmp_path: Path, suffix: str) -> None:
+    rows = [
+        ("path", "label", "Trust", "weight"),
+        ("a.png", "cat", 0.25, 7.0),
+        ("b.png", "dog", 2.0, 8.0),
+    ]
+    path = manifest(tmp_path, rows, suffix)
+    for column, expected in (("trust", [0.25, 2]), ("weight", [7, 8]), (None, [7, 8])):
+        records = read_manifest(path, None, column).records
+        assert [record.weight for record in records] == expected
+    with pytest.raises(UsageError, match=r"weight_column: .* no column 'Trusts'; did you mean"):
+        read_manifest(path, None, "Trusts")
 
 
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)

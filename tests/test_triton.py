@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from distcls.errors import UsageError
+from distcls.inference.checksum import check_checksum
+from distcls.inference.session import OnnxModel
+from distcls.targets import Head, Targets
 from export import triton
 from tests import tiny_onnx
-from tests.test_answers import with_features
+from tests.test_predict_answers import with_features
 
 CLASSES = ("red", 'gr\nee"n', "blü \\ x")
 
@@ -102,6 +108,35 @@ def test_the_repository(tmp_path: Path) -> None:
     assert config.dynamic_batching.max_queue_delay_microseconds == 500
     assert [(group.kind, group.count) for group in config.instance_group] == [(2, 2)]
     assert '"size": [8, 12]' in config.parameters["distcls.preprocess"].string_value
+
+
+def test_an_output_more_for_each_head(tmp_path: Path) -> None:
+    targets = Targets.of_heads([Head("1", ("a", "b", "")), Head("left side", ("x", "y"))])
+    plain = tiny_onnx.card(targets.classes)
+    card = dataclasses.replace(plain, targets=targets)
+    model = with_features(tmp_path / "best.onnx", card)
+    folder = write(model, tmp_path / "models") / "best"
+    assert (folder / "labels.txt").read_text().splitlines()[2:4] == ["1:", "left side:x"]
+    assert (folder / "labels_0.txt").read_text() == "a\nb\n␣\n"
+    assert (folder / "labels_1.txt").read_text() == "x\ny\n"
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), message())
+    assert [(o.name, list(o.dims), o.label_filename) for o in config.output] == [
+        ("logits", [5], ""),
+        ("probabilities", [5], "labels.txt"),
+        ("probabilities:1", [3], "labels_0.txt"),
+        ("probabilities:left side", [2], "labels_1.txt"),
+        ("features", [3], ""),
+    ]
+    told = json.loads(config.parameters["distcls.targets"].string_value)
+    assert Targets.from_json(told) == targets
+    check_checksum(folder / "1/model.onnx")
+    copy = OnnxModel(folder / "1/model.onnx")
+    assert copy.card == card
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    names = ["probabilities", "probabilities:1", "probabilities:left side"]
+    whole, *parts = copy.run(names, images)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+    assert [part.shape for part in parts] == [(3, 3), (3, 2)]
 
 
 def test_features_name_and_version(tmp_path: Path) -> None:

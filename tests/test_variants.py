@@ -204,7 +204,12 @@ def test_the_certificate_counts(tmp_path: Path) -> None:
     model = OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"))
     logits = tiny_onnx.expected_logits(pictures)
     right = logits.argmax(axis=1) == np.array(labels)
-    expected = Expected(logits=logits[:, [1, 0, 2]], labels=split.labels, provider="x")
+    expected = Expected(
+        logits=logits[:, [1, 0, 2]],
+        labels=split.labels,
+        targets=model.card.resolved_targets,
+        provider="x",
+    )
     certificate = certify_variant(
         model,
         split,
@@ -221,6 +226,7 @@ def test_the_certificate_counts(tmp_path: Path) -> None:
     difference = np.abs(logits - expected.logits).max()
     assert certificate.max_logit_difference == pytest.approx(difference, rel=1e-4)
     assert certificate.to_json()["tolerance"] == certificate.max_logit_difference
+    assert certificate.parts == ()
     assert certificate.drop < 0  # the one it is compared with knows less
     assert certificate.holds == (same >= 0.2)
     assert dataclasses.replace(certificate, min_agreement=100 * same).holds

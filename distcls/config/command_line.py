@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -26,17 +26,34 @@ def positional(default: Any = MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"positional": True})
 
 
+def repeated() -> Any:
+    """A field, a tuple of texts, whose flag is given once for each of them."""
+    return dataclasses.field(default=(), metadata={"repeated": True})
+
+
+def bare(value: str) -> Any:
+    """A field that is null unless its flag is given, which means `value` where it stands alone."""
+    return dataclasses.field(default=None, metadata={"bare": value})
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def parse(
-    cls: type[C], arguments: Sequence[str], *, prog: str, about: str, config: bool = False
+    cls: type[C],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    about: str,
+    config: bool = False,
+    aside: Collection[str] = (),
 ) -> C:
     """Build a `cls` from command-line arguments; with `config`, also from `--config FILE`.
 
-    Raises UsageError for anything wrong; prints and leaves with 0 for `--help`.
+    `aside` are keys of the file that this command does not take from there. Raises UsageError for
+    anything wrong; prints and leaves with 0 for `--help`.
     """
     fields = leaves(cls)
     parser = _parser(fields, prog, about, config)
@@ -47,6 +64,7 @@ def parse(
         hint = did_you_mean(name, names) if name.startswith("-") else ""
         raise UsageError(f"unexpected argument {unknown[0]!r}{hint}; see {prog} --help")
     layers = [read_yaml(Path(options.config))] if config and options.config else []
+    layers = [{key: raw for key, raw in layer.items() if key not in aside} for layer in layers]
     flags = {
         leaf.key: Given(value, "command line")
         for leaf in fields
@@ -57,17 +75,17 @@ def parse(
 
 def _spelt_out(arguments: Sequence[str], fields: list[Leaf]) -> list[str]:
     """`--quiet INPUT` to `--quiet=true INPUT`: argparse would take INPUT for the flag's value."""
-    booleans = {name for leaf in fields if leaf.type is bool for name in _names(leaf)}
+    alone = {name: leaf for leaf in fields if leaf.bare for name in _names(leaf)}
     words = list(arguments)
     for place, word in enumerate(words):
-        if word in booleans and not _is_boolean("".join(words[place + 1 : place + 2])):
-            words[place] = f"{word}=true"
+        if word in alone and not _fits("".join(words[place + 1 : place + 2]), alone[word].type):
+            words[place] = f"{word}={alone[word].bare}"
     return words
 
 
-def _is_boolean(word: str) -> bool:
+def _fits(word: str, kind: Any) -> bool:
     try:
-        convert(word, bool)
+        convert(word, kind)
     except Mismatch:
         return False
     return True
@@ -87,7 +105,9 @@ def _parser(fields: list[Leaf], prog: str, about: str, config: bool) -> argparse
             name = leaf.key.upper()
             parser.add_argument(leaf.key, metavar=name, help=text, nargs=count)
             continue
-        extra: dict[str, Any] = {"nargs": "?", "const": "true"} if leaf.type is bool else {}
+        extra: dict[str, Any] = {"nargs": "?", "const": leaf.bare} if leaf.bare else {}
+        if leaf.repeated:
+            extra = {"action": "append"}
         parser.add_argument(*_names(leaf), dest=leaf.key, metavar="V", help=text, **extra)
     return parser
 

@@ -38,6 +38,8 @@ def _convert_one(raw: Any, kind: Any) -> Any:
         return _literal(raw, typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return _tuple(raw, typing.get_args(kind))
+    if typing.get_origin(kind) is dict:
+        return _mapping(raw, typing.get_args(kind)[1])
     if kind is bool:
         return _boolean(raw)
     if kind is Path:
@@ -87,7 +89,8 @@ def _text(raw: Any) -> str:
 
 def _tuple(raw: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     if isinstance(raw, str):
-        raw = [part for part in re.split(r"[,x\s]+", raw.strip("[]() ")) if part]
+        between = r"\s*,\s*" if kinds[0] is str else r"[,x\s]+"  # texts hold spaces: `2 epochs`
+        raw = [part for part in re.split(between, raw.strip("[]() ")) if part]
     if isinstance(raw, int | float) and not isinstance(raw, bool):
         raw = [raw]
     if not isinstance(raw, list | tuple):
@@ -99,3 +102,13 @@ def _tuple(raw: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(raw) != len(kinds):
         raise Mismatch
     return tuple(convert(item, kind) for item, kind in zip(raw, kinds, strict=True))
+
+
+def _mapping(raw: Any, kind: Any) -> dict[str, Any]:
+    """Names with a value each, from YAML's mapping or from text such as `cat=2,dog=0.5`."""
+    if isinstance(raw, str):
+        parts = [part.rpartition("=") for part in raw.strip("{} ").split(",")]
+        raw = {name.strip(): value.strip() for name, _, value in parts}
+    if not isinstance(raw, dict) or not raw or "" in raw:
+        raise Mismatch
+    return {str(name): convert(value, kind) for name, value in raw.items()}

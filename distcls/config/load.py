@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from distcls.config.convert import Mismatch, convert
-from distcls.config.schema import describe, leaves
+from distcls.config.schema import describe, leaves, members
 from distcls.errors import BadValue, UsageError, did_you_mean
 
 C = TypeVar("C")
@@ -58,10 +58,15 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
 
     Raises UsageError naming the key, the value, what is allowed and the place it was given.
     """
+    known = {leaf.key: leaf for leaf in leaves(cls)}
+    mappings = [
+        key
+        for key, leaf in known.items()
+        if any(typing.get_origin(member) is dict for member in members(leaf.type))
+    ]
     given: dict[str, Given] = {}
     for layer in layers:
-        given.update(layer)
-    known = {leaf.key: leaf for leaf in leaves(cls)}
+        given.update(_gather(layer, mappings))
     values: dict[str, Any] = {}
     for key, (raw, source) in given.items():
         if key not in known:
@@ -75,6 +80,19 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
                 f"{source}: {key}: {raw!r} is not valid, expected {expected}"
             ) from None
     return typing.cast(C, _construct(cls, "", values, given))
+
+
+def _gather(layer: dict[str, Given], mappings: list[str]) -> dict[str, Given]:
+    """A layer with what stands below a key that takes a mapping put back into one value."""
+    gathered: dict[str, Given] = {}
+    for key, given in layer.items():
+        place = next((name for name in mappings if key.startswith(name + ".")), None)
+        if place is None:
+            gathered[key] = given
+        else:
+            inside = gathered.setdefault(place, Given({}, given.source)).value
+            inside[key.removeprefix(place + ".")] = given.value
+    return gathered
 
 
 def _refuse_section(key: str, source: str, known: Iterable[str]) -> None:

@@ -29,6 +29,10 @@ class Leaf:
     """The docstring under the field."""
     positional: bool = False
     """Given by place on the command line, not by flag."""
+    repeated: bool = False
+    """Its flag is given once for each of its texts."""
+    bare: str | None = None
+    """What its flag means without a value."""
 
 
 def leaves(cls: type, prefix: str = "") -> list[Leaf]:
@@ -44,9 +48,9 @@ def leaves(cls: type, prefix: str = "") -> list[Leaf]:
         default = field.default
         if field.default_factory is not MISSING:
             default = field.default_factory()
-        positional = bool(field.metadata.get("positional"))
         doc = docs.get(field.name, "")
-        found.append(Leaf(key=key, type=kind, default=default, doc=doc, positional=positional))
+        told: dict[str, Any] = {"bare": "true"} if kind is bool else {}
+        found.append(Leaf(key=key, type=kind, default=default, doc=doc, **told, **field.metadata))
     return found
 
 
@@ -92,6 +96,8 @@ def describe(kind: Any) -> str:
             count = "a list of" if items[-1] is Ellipsis else f"{len(items)}"
             noun = {int: "integers", float: "numbers"}.get(items[0], "texts")
             parts.append(f"{count} {noun}")
+        elif typing.get_origin(member) is dict:
+            parts.append("names with a value each, such as a=1,b=2")
         else:
             parts.append(plain.get(member, "a path"))
     return " or ".join(parts)

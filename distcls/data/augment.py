@@ -6,6 +6,7 @@ that of workers changes what the network sees.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distcls.data.config import AugmentConfig
+from distcls.data.policies import Policy
+from distcls.imaging import Preprocess
 
 CANVAS = 1.15
 """Random resized crops are cut from an image this much larger than the input, so that most of them
@@ -21,7 +24,7 @@ shrink rather than enlarge (the 256 to 224 of common practice)."""
 ASPECT = math.log(4 / 3)
 ERASE_AREA, ERASE_ASPECT = (0.02, 0.33), math.log(3.3)
 DRAWS = 14
-"""Random numbers that one image needs."""
+"""Random numbers that one image needs, besides those of a policy."""
 
 
 class Augment:
@@ -30,6 +33,12 @@ class Augment:
     def __init__(self, config: AugmentConfig, size: tuple[int, int]) -> None:
         self.config = config
         self.size = size
+        self._policy = Policy(config) if config.policy is not None else None
+
+    @property
+    def draws(self) -> int:
+        """Random numbers that one image needs."""
+        return DRAWS + (0 if self._policy is None else self._policy.draws)
 
     @property
     def canvas(self) -> tuple[int, int]:
@@ -38,16 +47,25 @@ class Augment:
             return self.size
         return (round(self.size[0] * CANVAS), round(self.size[1] * CANVAS))
 
+    def reading(self, preprocess: Preprocess) -> Preprocess:
+        """How training images are read: `preprocess`, whose size is the input's, on the canvas."""
+        if self.canvas == preprocess.size:
+            return preprocess
+        return dataclasses.replace(preprocess, size=self.canvas, crop_fraction=1.0)
+
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Augment images uint8 [B, *canvas, 3] by draws [B, DRAWS] in [0, 1).
+        """Augment images uint8 [B, *canvas, 3] by draws [B, `draws`] in [0, 1), best on the CPU.
 
         Returns [B, *size, 3] in 0..255, uint8 unless it had to interpolate (then float32).
         """
-        config = self.config
+        config, host = self.config, draws
+        draws = draws.to(images.device)
         if config.resized_crop is not None or config.rotate:
             images = self._warp(images, draws)
         elif config.crop_padding or config.flip:
             images = self._shift_and_flip(images, draws)
+        if self._policy is not None:
+            images = self._policy(images, host[:, DRAWS : self.draws])
         if config.erase:
             images = self._erase(images, draws)
         return images
@@ -105,8 +123,9 @@ class Augment:
         low, high = ERASE_AREA
         area = (low + draws[:, 7] * (high - low)) * height * width
         aspect = torch.exp((draws[:, 8] * 2 - 1) * ERASE_ASPECT)
-        box_h = torch.sqrt(area * aspect).clamp(max=height)
-        box_w = torch.sqrt(area / aspect).clamp(max=width)
+        # whole pixels before it is placed: the box would lose one at the far rim otherwise
+        box_h = torch.sqrt(area * aspect).round().clamp(1, height)
+        box_w = torch.sqrt(area / aspect).round().clamp(1, width)
         rows = _inside(draws[:, 9], box_h, height)
         columns = _inside(draws[:, 10], box_w, width)
         chosen = draws[:, 6] < self.config.erase
@@ -116,7 +135,7 @@ class Augment:
 
 
 def _inside(place: Tensor, length: Tensor, side: int) -> Tensor:
-    """Which of `side` pixels lie in an interval of `length` at the drawn place, bool [B, side]."""
-    start = (place * (side - length + 1)).floor().clamp(min=0)
+    """Which of `side` pixels lie in `length` ones from the drawn place on, bool [B, side]."""
+    start = (place * (side - length + 1)).floor()
     pixel = torch.arange(side, device=place.device)
-    return (pixel >= start[:, None]) & (pixel < (start + length.round())[:, None])
+    return (pixel >= start[:, None]) & (pixel < (start + length)[:, None])

@@ -1,7 +1,7 @@
 """A dataset directory, opened: splits of labelled images, from a pack or from files.
 
 manifest.parquet   image_id, path, label, split; where packed: offset, height, width, channels
-classes.json       class names in label order
+classes.json       class names in label order; or the kind of answer, with its heads or labels
 dataset.json       source, root of the paths (absolute or from here), counts, hashes, version
 pack.bin           decoded uint8 images, one after the other (optional)
 """
@@ -19,8 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from distcls.errors import BadImage, UsageError, did_you_mean
+from distcls.data.labels import LABELS, read_labels
+from distcls.errors import BadImage, BadValue, UsageError, did_you_mean
 from distcls.imaging import decode_file
+from distcls.targets import Targets
 
 FORMAT = 1
 MANIFEST, CLASSES, INFO, PACK = "manifest.parquet", "classes.json", "dataset.json", "pack.bin"
@@ -38,7 +40,11 @@ SCHEMA = pa.schema(
         pa.field("channels", pa.int32()),
     ]
 )
-"""Columns of manifest.parquet; `weight` (float64) and `group` (string) may follow."""
+"""Columns of manifest.parquet; `weight` (float64), `group` (string) and `labels` may follow.
+
+`labels` (list of int32) is there where an image has several answers: its class in each head, or the
+labels it is given. `label` is then the first of them, or -1.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,8 @@ class Split:
     root: Path
     table: pa.Table
     packed: bool
+    targets: Targets
+    """What its labels are of."""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -61,8 +69,31 @@ class Split:
 
     @functools.cached_property
     def labels(self) -> NDArray[np.int64]:
-        """Class index of each image, [N]."""
-        return np.asarray(self.table.column("label").to_numpy(), np.int64)
+        """Class index of each image [N]; in each head [N, heads]; or 0 and 1 [N, labels].
+
+        Raises UsageError for labels that are none.
+        """
+        if self.targets.single:
+            return np.asarray(self.table.column("label").to_numpy(), np.int64)
+        return read_labels(self.table, self.targets, self.folder / MANIFEST)
+
+    @functools.cached_property
+    def weights(self) -> NDArray[np.float64] | None:
+        """How much each image counts in training, [N]; None where the manifest does not say.
+
+        Raises UsageError for a weight below 0 or none at all.
+        """
+        if "weight" not in self.table.column_names:
+            return None
+        weights = np.asarray(self.table.column("weight").to_numpy(), np.float64)
+        bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+        if len(bad):
+            where, weight = self.image_ids[bad[0]], weights[bad[0]]
+            raise UsageError(
+                f"{self.folder / MANIFEST}: {where!r} has the weight {weight}, expected a number "
+                "of at least 0"
+            )
+        return weights
 
     @functools.cached_property
     def uniform(self) -> NDArray[np.uint8] | None:
@@ -118,10 +149,10 @@ class Dataset:
     """An opened dataset directory."""
 
     def __init__(
-        self, folder: Path, classes: tuple[str, ...], info: dict[str, Any], table: pa.Table
+        self, folder: Path, targets: Targets, info: dict[str, Any], table: pa.Table
     ) -> None:
         self.folder = folder
-        self.classes = classes
+        self.targets = targets
         self.info = info
         self.table = table
 
@@ -134,16 +165,22 @@ class Dataset:
         info = _read_json(folder / INFO)
         if info.get("format") != FORMAT:
             raise UsageError(f"{folder}: dataset format {info.get('format')!r}, expected {FORMAT}")
-        classes = tuple(_read_json(folder / CLASSES))
+        targets = _read_targets(folder / CLASSES)
         try:
             table = pq.read_table(folder / MANIFEST)
         except (OSError, pa.ArrowException) as error:
             raise UsageError(f"{folder / MANIFEST}: cannot be read: {error}") from error
-        missing = set(SCHEMA.names) - set(table.column_names)
+        several = set() if targets.single else {LABELS}
+        missing = {*SCHEMA.names, *several} - set(table.column_names)
         if missing:
             raise UsageError(f"{folder / MANIFEST}: column {sorted(missing)[0]!r} is missing")
         _check_pack(folder, info)
-        return cls(folder, classes, info, table)
+        return cls(folder, targets, info, table)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of all classes, of heads as HEAD:CLASS."""
+        return self.targets.classes
 
     @property
     def packed(self) -> bool:
@@ -175,7 +212,8 @@ class Dataset:
             raise UsageError(f"{self.folder} has its images in the pack alone; pack cannot be off")
         rows = np.asarray(self.table.column("split").to_numpy(zero_copy_only=False)) == name
         root = self.folder / (self.info["root"] or ".")  # an absolute root replaces the folder
-        return Split(name, self.folder, root, self.table.filter(pa.array(rows)), packed)
+        table = self.table.filter(pa.array(rows))
+        return Split(name, self.folder, root, table, packed, self.targets)
 
 
 def _check_pack(folder: Path, info: dict[str, Any]) -> None:
@@ -186,6 +224,15 @@ def _check_pack(folder: Path, info: dict[str, Any]) -> None:
         raise UsageError(
             f"{folder / PACK}: {size} bytes, expected {info['pack_bytes']}; prepare it again"
         )
+
+
+def _read_targets(path: Path) -> Targets:
+    try:
+        return Targets.from_json(_read_json(path))
+    except (KeyError, TypeError, ValueError, BadValue) as error:
+        raise UsageError(
+            f"{path}: neither names of classes nor heads or labels: {error}"
+        ) from error
 
 
 def _read_json(path: Path) -> Any:

@@ -49,9 +49,13 @@ class DataOrder:
         return step * self.samples // self.steps, (step + 1) * self.samples // self.steps
 
 
-def share(batch: Indices, rank: int, world_size: int) -> Indices:
-    """The part of a global batch that one process computes; the parts differ by at most one."""
-    return batch[rank::world_size]
+def share(batch: Indices, rank: int, world_size: int, *, together: int = 1) -> Indices:
+    """The part of a global batch that one process computes; the parts differ by at most `together`.
+
+    So many samples in a row go to one process, as pairs have to that are mixed with each other.
+    """
+    groups = np.arange(len(batch)) // together
+    return np.compress(groups % world_size == rank, batch)
 
 
 def uniforms(seed: int, epoch: int, samples: Indices, draws: int) -> NDArray[np.float32]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
+from distcls.data.resample import Resampling, resample
 from distcls.data.sources.source import Record, Source
 from distcls.data.split import SPLITS, assign_splits, draw
 from distcls.errors import UsageError
@@ -30,10 +31,22 @@ class Plan:
 
 
 def plan_splits(
-    source: Source, *, val_fraction: float, test_fraction: float, limit: int | None, seed: int
+    source: Source,
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    limit: int | None,
+    seed: int,
+    resampling: Resampling | None = None,
 ) -> Plan:
-    """Put each image into a split and take at most `limit`. Raises UsageError if none can train."""
+    """Put each image into a split and take at most `limit`.
+
+    With `resampling`, which divides the images taken for training, `val_fraction` has to be 0.
+    Raises UsageError if a class cannot be trained on, or if the source chose its validation images.
+    """
     records = source.records
+    if resampling is not None:
+        _check_no_validation(source, resampling)
     splits = assign_splits(
         records, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed
     )
@@ -42,12 +55,35 @@ def plan_splits(
     chosen = list(range(len(records)))
     if limit is not None and limit < len(records):
         chosen = draw(records, splits, limit, seed)
+    plan = plan.take(chosen)
+    if resampling is not None:
+        # after the limit: the folds of a limited dataset are all of it, too
+        divided = resample(plan.records, plan.splits, resampling, seed=seed, classes=source.classes)
+        plan = Plan(records=divided[0], splits=divided[1])
+        check_training_images(plan, source)
     # a stable sort: within a split the source's order stays
-    return plan.take(sorted(chosen, key=lambda index: SPLITS.index(splits[index])))
+    return plan.take(sorted(range(len(plan)), key=lambda index: SPLITS.index(plan.splits[index])))
+
+
+def _check_no_validation(source: Source, resampling: Resampling) -> None:
+    if any(record.split == "val" for record in source.records):
+        key = "folds" if resampling.bootstrap is None else "bootstrap"
+        raise UsageError(
+            f"{key}: {source.location} has a validation split of its own; make its images training "
+            "images, or leave the option out"
+        )
 
 
 def check_training_images(plan: Plan, source: Source) -> None:
-    """Raise UsageError, naming the class, unless every class has a training image."""
+    """Raise UsageError, naming the class, unless every class has a training image.
+
+    Of several answers not each can have one, such as a rare letter at each place of a text: there
+    it is enough that some image trains (see `unlearnt`).
+    """
+    if source.targets is not None:
+        if "train" not in plan.splits:
+            raise UsageError(f"{source.location}: there are no training images")
+        return
     pairs = zip(plan.records, plan.splits, strict=True)
     trained = {record.label for record, split in pairs if split == "train"}
     found = Counter(record.label for record in plan.records)
@@ -55,6 +91,15 @@ def check_training_images(plan: Plan, source: Source) -> None:
         if label not in trained:
             others = f"; its {found[label]} lie in val or test" if found[label] else ""
             raise UsageError(f"{source.location}: class {name!r} has no training images{others}")
+
+
+def unlearnt(plan: Plan, source: Source) -> list[str]:
+    """Names of the classes without a training image: nothing can be learnt of them."""
+    seen: set[int] = set()
+    for record, split in zip(plan.records, plan.splits, strict=True):
+        if split == "train":
+            seen.update(source.positions(record))
+    return [name for place, name in enumerate(source.classes) if place not in seen]
 
 
 def repair(plan: Plan) -> Plan:

@@ -7,69 +7,27 @@ import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
 from distcls import log
-from distcls.config import positional
 from distcls.data import write
 from distcls.data.dataset import PACK
 from distcls.data.load import load_all
 from distcls.data.pack import PackWriter
-from distcls.data.plan import Plan, check_training_images, plan_splits, repair
-from distcls.data.sources.detect import Format, read_source
+from distcls.data.plan import Plan, check_training_images, plan_splits, repair, unlearnt
+from distcls.data.prepare_options import PrepareOptions
+from distcls.data.sources.detect import read_source
 from distcls.data.sources.source import Record, Source
 from distcls.data.stale import claimed, remove_stale_parts
-from distcls.errors import BadImage, UsageError, require
+from distcls.errors import BadImage, UsageError
 from distcls.files import atomic_folder
 
 PACK_MOST_BYTES = 4 << 30
 """`--pack auto` packs at most this much."""
 PACK_MEAN_PIXELS = 256 * 256
 """`--pack auto` packs images of at most this size on average."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PrepareOptions:
-    """What `distcls prepare` is asked to do."""
-
-    source: str = positional()
-    """`digits` (bundled with scikit-learn), a folder of IDX files (MNIST, FashionMNIST), a folder
-    with one folder a class, or a CSV or Parquet manifest."""
-    out: Path
-    """Dataset directory to write; must not exist."""
-    format: Format = "auto"
-    """Kind of the source; auto detects it. mnist and fashion-mnist insist on the published MD5s,
-    idx on none."""
-    classes: Path | None = None
-    """File of class names in label order (JSON list, or one a line); other labels are errors."""
-    val_fraction: float = 0.1
-    """Part of each class for validation, where the source has no validation split."""
-    test_fraction: float = 0.2
-    """Part of each class for testing, where the source has no test split."""
-    seed: int = 0
-    """Seed of the splits and of `limit`."""
-    limit: int | None = None
-    """Take at most so many images, drawn evenly over splits and classes."""
-    write_images: bool = False
-    """Also write OUT/images/SPLIT/CLASS/ID.png."""
-    pack: Literal["auto", "on", "off"] = "auto"
-    """Keep the decoded images in one file; auto does up to 4 GiB and 256x256 pixels on average."""
-    json: bool = False
-    """Print one JSON object with the counts."""
-    quiet: bool = False
-    """Print warnings and errors only."""
-
-    def __post_init__(self) -> None:
-        for name in ("val_fraction", "test_fraction"):
-            fraction = getattr(self, name)
-            require(0 <= fraction < 1, name, fraction, "at least 0 and below 1")
-        total = self.val_fraction + self.test_fraction
-        rest = "together with test_fraction below 1, training gets the rest"
-        require(total < 1, "val_fraction", self.val_fraction, rest)
-        require(self.seed >= 0, "seed", self.seed, "at least 0")
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,14 +50,16 @@ def prepare(options: PrepareOptions) -> Prepared:
     """Write a dataset directory. Raises UsageError for bad input, DistclsError for a full disk."""
     started = time.monotonic()
     require_absent(options.out)
-    source = read_source(options.source, options.format, options.classes)
+    weights = options.weight_column
+    source = read_source(options.source, options.format, options.classes, weights, options.answers)
     _check_sense(source, options)
     plan = plan_splits(
         source,
-        val_fraction=options.val_fraction,
+        val_fraction=options.resolved_val_fraction,
         test_fraction=options.test_fraction,
         limit=options.limit,
         seed=options.seed,
+        resampling=options.resampling,
     )
     remove_stale_parts(options.out)
     with atomic_folder(options.out) as part, claimed(part):
@@ -114,7 +74,7 @@ def prepare(options: PrepareOptions) -> Prepared:
         pack_bytes=info["pack_bytes"],
         seconds=round(time.monotonic() - started, 2),
     )
-    _summarise(prepared, options)
+    _summarise(prepared, source, options)
     return prepared
 
 
@@ -131,9 +91,8 @@ def _check_sense(source: Source, options: PrepareOptions) -> None:
         raise UsageError(
             f"{source.location!r}: names of folders and classes must be UTF-8"
         ) from error
-    if len(source.classes) < 2:
-        only = f"one class only ({source.classes[0]!r})" if source.classes else "no class"
-        raise UsageError(f"{source.location}: {only}; a classifier needs at least two")
+    if shortage := source.resolved_targets.shortage():
+        raise UsageError(f"{source.location}: {shortage}; a classifier needs at least two")
     if source.root is None and options.pack == "off" and not options.write_images:
         raise UsageError(
             f"--pack off: the images of {source.kind} are no files; add --write-images to make some"
@@ -154,6 +113,9 @@ def _fill(part: Path, source: Source, plan: Plan, options: PrepareOptions) -> di
     survivors = plan.take(kept)
     whole = repair(survivors)
     check_training_images(whole, source)
+    if lost := unlearnt(whole, source):
+        some = f"{len(lost)} of {len(source.classes)} classes have no training images"
+        log.warn(f"{some} and cannot be learnt, first {lost[0]!r}")
     paths: list[str | None] = [record.path for record in whole.records]
     root = None if source.root is None else str(source.root)
     if copies is not None:
@@ -224,10 +186,11 @@ def _settle(
     return pack
 
 
-def _summarise(prepared: Prepared, options: PrepareOptions) -> None:
+def _summarise(prepared: Prepared, source: Source, options: PrepareOptions) -> None:
     counts = ", ".join(f"{count:,} {split}" for split, count in prepared.counts.items())
     total = sum(prepared.counts.values())
-    log.say(f"{prepared.kind}: {total:,} images of {len(prepared.classes)} classes: {counts}")
+    classes = source.resolved_targets.summary()
+    log.say(f"{prepared.kind}: {total:,} images of {classes}: {counts}")
     if prepared.packed:
         log.say(f"pack: {prepared.pack_bytes / 2**20:.1f} MiB of decoded images")
     else:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from distcls import __version__
 from distcls.data.dataset import CLASSES, FORMAT, INFO, MANIFEST, PACK, SCHEMA
+from distcls.data.labels import FIELD, LABELS
 from distcls.data.names import safe_names
 from distcls.data.pack import PackWriter
 from distcls.data.plan import Plan
@@ -52,6 +53,9 @@ def write_manifest(
     if any(record.group is not None for record in records):
         schema = schema.append(pa.field("group", pa.string()))
         columns["group"] = [record.group for record in records]
+    if any(record.labels is not None for record in records):
+        schema = schema.append(FIELD)
+        columns[LABELS] = [list(record.labels or ()) for record in records]
     ordered = {name: [values[index] for index in order] for name, values in columns.items()}
     pq.write_table(pa.table(ordered, schema=schema), part / MANIFEST)
 
@@ -84,7 +88,7 @@ def write_info(
         "version": __version__,
     }
     # plain writes: the folder is renamed into place as a whole
-    _write_json(part / CLASSES, list(source.classes))
+    _write_json(part / CLASSES, source.resolved_targets.to_json())
     _write_json(part / INFO, info)
     return info
 
@@ -130,8 +134,9 @@ def move_copies(part: Path, paths: Sequence[str], before: Plan, after: Plan) -> 
 def _class_counts(source: Source, plan: Plan) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {name: {} for name in source.classes}
     for record, split in zip(plan.records, plan.splits, strict=True):
-        row = counts[source.classes[record.label]]
-        row[split] = row.get(split, 0) + 1
+        for place in source.positions(record):
+            row = counts[source.classes[place]]
+            row[split] = row.get(split, 0) + 1
     return counts
 
 

@@ -15,13 +15,15 @@ from distcls import log
 from distcls.data.dataset import Split
 from distcls.errors import UsageError, require
 from distcls.evaluation import plots
-from distcls.evaluation.metrics import Metrics, Tally
+from distcls.evaluation.metrics import Integers, Metrics
+from distcls.evaluation.several import AnyTally, new_tally
 from distcls.files import write_json, write_text
 from distcls.inference.inputs import from_split
 from distcls.inference.model import Model
 from distcls.inference.pipeline import stream
 from distcls.inference.providers.plan import Asked, ProviderChoice
 from distcls.inference.writers import csv_line
+from distcls.targets import BLANK, BLANK_SHOWN, Targets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ class EvaluateOptions:
 class Share:
     """What one process found: its tally, and the images it could not use."""
 
-    tally: Tally
+    tally: AnyTally
     bad: list[str]
 
 
@@ -83,6 +85,17 @@ def check_classes(model: Sequence[str], data: Sequence[str], where: str) -> None
                 f"class {index} is {own!r} in the model and {given!r} in {where}; "
                 "their classes have to be the same in the same order"
             )
+
+
+def check_targets(model: Targets, data: Targets, where: str) -> None:
+    """Raise UsageError unless a model answers what the data asks, with the same classes."""
+    if model.kind != data.kind:
+        raise UsageError(f"the model answers with {_said(model)}, {where} has {_said(data)}")
+    check_classes(model.classes, data.classes, where)
+
+
+def _said(targets: Targets) -> str:
+    return f"one of {targets.summary()}" if targets.single else targets.summary()
 
 
 def evaluate_share(
@@ -100,10 +113,9 @@ def evaluate_share(
     The shares of all ranks are the split, each image once. A bad image is named in the share; the
     caller decides, for all ranks together, what that means.
     """
-    classes = model.card.classes
-    source = from_split(split, classes)
+    source = from_split(split, model.card.classes)
     indices = range(rank, min(len(split), limit or len(split)), world_size)
-    tally, bad = Tally(len(classes)), []
+    tally, bad = new_tally(model.card.resolved_targets), []
     chunks = stream(source, model, indices=indices, batch_size=batch_size, workers=workers)
     with (
         contextlib.closing(chunks),
@@ -119,20 +131,42 @@ def evaluate_share(
     return Share(tally, bad)
 
 
-def write_results(
-    folder: Path, metrics: Metrics, classes: Sequence[str], about: dict[str, Any]
-) -> None:
-    """Write metrics.json, per_class.csv, confusion.csv and, with matplotlib, confusion.png."""
+def write_results(folder: Path, metrics: Metrics, targets: Targets, about: dict[str, Any]) -> None:
+    """Write metrics.json, per_class.csv, confusion.csv and, with matplotlib, confusion.png.
+
+    confusion.csv of heads has their tables along its diagonal; of labels a row each. The picture is
+    of one class an image, or of heads with the same classes, added up.
+    """
+    classes = targets.classes
     write_json(folder / "metrics.json", {**about, **to_json(metrics, classes)})
     columns = ("class", "precision", "recall", "f1", "support")
     write_text(folder / "per_class.csv", _table([columns, *_per_class(metrics, classes)]))
-    header = ["truth", *classes]
-    rows = [[name, *row] for name, row in zip(classes, metrics.confusion.tolist(), strict=True)]
+    labels = targets.kind == "multi_label"
+    header = (
+        ["label", "true_no", "false_yes", "false_no", "true_yes"] if labels else ["truth", *classes]
+    )
+    counts = metrics.confusion.reshape(len(classes), -1).tolist()
+    rows = [[name, *row] for name, row in zip(classes, counts, strict=True)]
     write_text(folder / "confusion.csv", _table([header, *rows]))
+    drawn = _drawn(metrics.confusion, targets)
+    if drawn is None:
+        log.say("confusion.png is left out: there is no one table of classes to draw")
+        return
     try:
-        plots.confusion(metrics.confusion, classes, folder / "confusion.png")
+        plots.confusion(*drawn, folder / "confusion.png")
     except UsageError as error:
         log.warn(f"confusion.png is left out: {error}")
+
+
+def _drawn(confusion: Integers, targets: Targets) -> tuple[Integers, Sequence[str]] | None:
+    """The table to draw with its classes: of heads that share theirs, the sum over the heads."""
+    if targets.single:
+        return confusion, targets.classes
+    if targets.alphabet is None:
+        return None
+    blocks = [confusion[part, part] for part in targets.slices]
+    names = [BLANK_SHOWN if name == BLANK else name for name in targets.alphabet]
+    return np.sum(blocks, axis=0), names
 
 
 def to_json(metrics: Metrics, classes: Sequence[str]) -> dict[str, Any]:
@@ -154,14 +188,12 @@ def to_text(metrics: Metrics, classes: Sequence[str]) -> str:
     lines = [f"{'class':<{width}}  precision  recall      f1  support"]
     lines += [_line(row, width) for row in _per_class(metrics, classes)]
     lines.append("")
-    lines += [_line([kind, *row, metrics.count], width) for kind, row in means.items()]
-    lines += [
-        "",
-        f"images  {metrics.count:,}",
-        f"loss    {metrics.loss:.4f}",
-        f"top-1   {metrics.top1:.4f}",
-        f"top-5   {metrics.top5:.4f}",
-    ]
+    total = int(metrics.support.sum())
+    lines += [_line([kind, *row, total], width) for kind, row in means.items()]
+    lines += ["", f"images  {metrics.count:,}"]
+    figures = {"loss": metrics.loss, "top-1": metrics.top1, "top-5": metrics.top5}
+    figures["exact"] = metrics.exact
+    lines += [f"{name:<7} {value:.4f}" for name, value in figures.items() if value is not None]
     return "\n".join(lines)
 
 

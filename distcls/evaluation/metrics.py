@@ -31,25 +31,33 @@ HIGHER_IS_BETTER = {
     "weighted_f1": True,
 }
 """The metrics that early stopping and the choice of the best epoch may watch."""
+EXACT = "exact"
+"""One more, where an image has several answers; of one class it is top-1."""
+MONITORED = {**HIGHER_IS_BETTER, EXACT: True}
 
 
 def default_mode(name: str) -> Mode:
     """Whether a metric is best at its least or greatest. Raises ValueError for an unknown one."""
-    if name not in HIGHER_IS_BETTER:
-        raise ValueError(f"unknown metric {name!r}{did_you_mean(name, HIGHER_IS_BETTER)}")
-    return "max" if HIGHER_IS_BETTER[name] else "min"
+    if name not in MONITORED:
+        raise ValueError(f"unknown metric {name!r}{did_you_mean(name, MONITORED)}")
+    return "max" if MONITORED[name] else "min"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Metrics:
-    """The figures of one evaluation. A quotient of nothing by nothing is 0, as in scikit-learn."""
+    """The figures of one evaluation. A quotient of nothing by nothing is 0, as in scikit-learn.
+
+    K classes are all that the model has names for: those of heads one after the other, or labels.
+    """
 
     loss: float
-    """Mean cross-entropy in nats."""
+    """Mean cross-entropy in nats, over the heads too; of labels the mean binary one."""
     top1: float
-    """Part of the samples whose class has the greatest logit."""
-    top5: float
-    """Part of the samples whose class is among the greatest five logits (all of them if fewer)."""
+    """Part of the samples whose class has the greatest logit; of several answers an image the part
+    of all answers (a head's class, a label's yes or no) that are right."""
+    top5: float | None
+    """Part of the samples whose class is among the greatest five logits (all of them if fewer), the
+    mean over the heads; None for labels."""
     count: int
     """Samples."""
     precision: Floats
@@ -61,10 +69,15 @@ class Metrics:
     support: Integers
     """Samples of each class, [K]."""
     confusion: Integers
-    """Samples by true class (rows) and predicted class (columns), [K, K]."""
+    """Samples by true class (rows) and predicted class (columns), [K, K], of heads block by block;
+    of labels for each one by no and yes, [K, 2, 2]."""
+    exact: float | None = None
+    """Part of the samples of whose several answers all are right; None for one class an image."""
+    thresholds: tuple[float, ...] | None = None
+    """Of labels: the probability that gives each the greatest F1 on these samples, [K]."""
 
     # Macro means run over the classes that occur, as truth or as prediction: scikit-learn does the
-    # same, and a class that a split lacks altogether says nothing about the model.
+    # same (but not for labels), and a class that a split lacks says nothing about the model.
 
     @property
     def macro_precision(self) -> float:
@@ -88,7 +101,7 @@ class Metrics:
 
     @property
     def weighted_recall(self) -> float:
-        """Recall averaged by support; equals top-1."""
+        """Recall averaged by support; equals top-1, but not for labels."""
         return self._weighted(self.recall)
 
     @property
@@ -97,19 +110,22 @@ class Metrics:
         return self._weighted(self.f1)
 
     def scalars(self) -> dict[str, float]:
-        """Every single figure by name, in the order of `HIGHER_IS_BETTER`."""
-        return {name: float(getattr(self, name)) for name in HIGHER_IS_BETTER}
+        """Every single figure that there is by name, in the order of `MONITORED`."""
+        figures = {name: getattr(self, name) for name in MONITORED}
+        return {name: float(value) for name, value in figures.items() if value is not None}
 
     def _macro(self, values: Floats) -> float:
-        occurs = (self.confusion.sum(axis=0) + self.support) > 0
+        labels = self.confusion.ndim == 3
+        predicted = self.confusion[:, :, 1].sum(1) if labels else self.confusion.sum(axis=0)
+        occurs = (predicted + self.support) > 0
         return float(values[occurs].mean()) if occurs.any() else 0.0
 
     def _weighted(self, values: Floats) -> float:
-        return float((values * self.support).sum() / max(1, self.count))
+        return float((values * self.support).sum() / max(1, int(self.support.sum())))
 
 
 class Tally:
-    """Sums over samples from which all metrics follow."""
+    """Sums over samples of one class each, from which all metrics follow."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -169,9 +185,9 @@ class Tally:
             top1=float(hits.sum()) / max(1, count),
             top5=self.top5_hits / max(1, count),
             count=count,
-            precision=_quotient(hits, predicted),
-            recall=_quotient(hits, support),
-            f1=_quotient(2 * hits, support + predicted),
+            precision=quotient(hits, predicted),
+            recall=quotient(hits, support),
+            f1=quotient(2 * hits, support + predicted),
             support=support,
             confusion=self.confusion.copy(),
         )
@@ -195,5 +211,6 @@ def _hits(logits: Floats, of_truth: Floats, labels: Integers, k: int) -> int:
     return int(((above + tied < k) & ~np.isnan(of_truth)).sum())
 
 
-def _quotient(numerator: Floats, denominator: Integers) -> Floats:
+def quotient(numerator: Floats, denominator: Integers) -> Floats:
+    """Elementwise; nothing by nothing is 0."""
     return np.asarray(np.where(denominator > 0, numerator / np.maximum(denominator, 1), 0.0))

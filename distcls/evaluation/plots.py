@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distcls.evaluation.metrics import HIGHER_IS_BETTER, Floats, Integers
-from distcls.figures import BLUE, GREEN, GREY, ORANGE, fonts, new_figure, save, shorten
+from distcls.figures import BLUE, GREEN, GREY, ORANGE, RED, fonts, new_figure, save, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +79,8 @@ def curves(history: Sequence[Row], path: Path, monitor: str = "top1") -> None:
     """Draw loss, accuracy and learning rate against epochs as a PNG.
 
     `history` has one row an epoch with `epoch`, and where known `train_loss`, `val_loss`,
-    `train_top1`, `val_top1`, `val_macro_f1`, `lr`; the best epoch by `monitor` is marked.
+    `train_top1`, `val_top1`, `val_macro_f1`, `val_exact`, `lr`; the best epoch by `monitor` is
+    marked.
     """
     if not history:
         raise ValueError("no epochs to draw")
@@ -92,6 +93,7 @@ def curves(history: Sequence[Row], path: Path, monitor: str = "top1") -> None:
         "train_top1": ("train top-1", ORANGE),
         "val_top1": ("val top-1", BLUE),
         "val_macro_f1": ("val macro F1", GREEN),
+        "val_exact": ("val exact", RED),
     }
     _panel(middle, history, "accuracy", accuracies)
     middle.yaxis.set_major_formatter(lambda value, _: f"{value:.{_digits(middle)}%}")

@@ -36,18 +36,19 @@ class WithFeatures:
                 f"features: {model.path} was exported without them; export its checkpoint again"
             )
         self._model = model
-        self.classes = model.card.classes
-        """The model's own."""
         blank = np.zeros((1, *model.card.preprocess.size, 3), np.uint8)
-        self.width = model.run([FEATURES], blank)[0].shape[1]
+        self.width: int = model.run([FEATURES], blank)[0].shape[1]
         """D."""
-        more = tuple(f"feature {place}" for place in range(self.width))
-        self._card = dataclasses.replace(model.card, classes=(*self.classes, *more))
 
     @property
     def card(self) -> ModelCard:
-        """The model's own, with a class for each feature, so that a stream makes room for them."""
-        return self._card
+        """The model's own."""
+        return self._model.card
+
+    @property
+    def answer_width(self) -> int:
+        """K + D."""
+        return len(self.card.classes) + self.width
 
     @property
     def provider(self) -> str:
@@ -62,13 +63,8 @@ class WithFeatures:
     def logits(self, images: NDArray[np.uint8]) -> Floats:
         """Logits and features side by side, float32 [N, K + D]."""
         if not len(images):
-            return np.zeros((0, len(self._card.classes)), np.float32)
+            return np.zeros((0, self.answer_width), np.float32)
         return np.concatenate(self._model.run([LOGITS, FEATURES], images), axis=1)
-
-
-def classes_of(model: Model) -> tuple[str, ...]:
-    """A model's classes, without what a `WithFeatures` adds to them."""
-    return model.classes if isinstance(model, WithFeatures) else model.card.classes
 
 
 def split_features(chunk: Chunk, width: int) -> tuple[Chunk, Floats]:

@@ -25,8 +25,7 @@ class Model(Protocol):
         """Preprocessed images, uint8 RGB [N, H, W, 3], to logits, float32 [N, K]."""
 
 
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Probabilities of each row, float32 [N, K]; the sums are taken in float64."""
-    exact = logits.astype(np.float64)
-    scaled = np.exp(exact - exact.max(axis=1, keepdims=True))
-    return np.asarray(scaled / scaled.sum(axis=1, keepdims=True), np.float32)
+def answer_width(model: Model) -> int:
+    """Numbers of an answer: a logit a class, unless the model says that it gives more."""
+    width = getattr(model, "answer_width", None)
+    return width if isinstance(width, int) else len(model.card.classes)

@@ -12,6 +12,7 @@ from distcls.inference.inputs import TIMEOUT
 from distcls.inference.providers.plan import Asked, ProviderChoice
 
 Tta = Literal["none", "flip"]
+Engine = Literal["local", "ray"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,12 +40,12 @@ class PredictOptions:
     """What runs an ONNX model: auto takes the fastest that is installed and agrees with the CPU;
     or cpu, openvino, cuda, tensorrt."""
     top_k: int = 1
-    """Classes to name for each image, the likeliest first."""
+    """Classes to name for each image, the likeliest first; 1 of a model of heads or labels."""
     probabilities: bool = False
     """Add a column p:CLASS with the probability of each class."""
     threshold: float | None = None
-    """Least probability of an answer; below it the label stays empty and the column `abstained`
-    says true."""
+    """Least probability of a class, in each head by itself; below it the label stays empty and the
+    column `abstained` says true. Not for labels, which have a threshold each."""
     tta: Tta = "none"
     """Test-time augmentation: flip answers with the mean of the probabilities of each image and of
     its mirror image."""
@@ -58,6 +59,9 @@ class PredictOptions:
     """Take the first images only."""
     workers: int | None = None
     """Threads that decode; one a core unless given."""
+    engine: Engine = "local"
+    """What computes: this machine, or with ray the nodes of a Ray cluster (that of RAY_ADDRESS),
+    where input and model have to be seen by all."""
     profile: Path | None = None
     """PNG to write: where the time went, decoding, waiting, computing and writing."""
     fetch_timeout: float = TIMEOUT

@@ -68,7 +68,7 @@ class Parts:
 
     def path(self, number: int, ending: str) -> Path:
         """Where the rows of part `number` are kept, by ending: .csv, .features.parquet."""
-        return self.folder / f"{number:08d}{ending}"
+        return self.folder / name_of(number, ending)
 
     def files(self, ending: str) -> list[Path]:
         """The finished files of an ending, in order."""
@@ -103,7 +103,7 @@ class Parts:
             self.records.append(record)
         known = {IDENTITY} if self.records else set()
         for number, record in enumerate(self.records):
-            known |= {f"{number:08d}.json", *record.files}
+            known |= {name_of(number, ".json"), *record.files}
         for path in self.folder.iterdir():
             if path.name not in known:
                 path.unlink()
@@ -146,6 +146,11 @@ class Parts:
             pass
         log.warn(f"{path} and its rows are damaged; predicted again from there")
         return None
+
+
+def name_of(number: int, ending: str) -> str:
+    """The name of a file of a part."""
+    return f"{number:08d}{ending}"
 
 
 def folder_of(out: Path) -> Path:

@@ -8,8 +8,7 @@ plan says how they share the work (see `distcls.inference.providers.plan`):
 - stages: threads decode the next batches while others compute; for GPUs, and for models that
   answer one batch with all cores.
 
-Only a few batches are under way at a time, whatever the number of images, and an input whose
-length nobody knows is read no further ahead than that.
+Only a few batches are under way at a time, whatever the number of images.
 
 A batch is always the same run of consecutive inputs, so its content depends neither on timing nor
 on which images are bad; a bad image makes its batch smaller and leaves the others as they are.
@@ -22,18 +21,17 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distcls.cores import available_cores
 from distcls.errors import BadImage
-from distcls.inference.batches import Batch, Images, Item, in_a_thread, of_items, of_source
+from distcls.inference.batches import Batch, Images, of_source
 from distcls.inference.inputs import Source
-from distcls.inference.model import Model
+from distcls.inference.model import Model, answer_width
 from distcls.inference.providers.plan import plan_of
 from distcls.inference.stages import Stages
 
@@ -46,13 +44,11 @@ class Chunk:
     """The answers to a run of inputs."""
 
     indices: range
-    """Which inputs of the source; of an input without a known length, counted from 0."""
+    """Which inputs of the source."""
     logits: NDArray[np.float32]
     """[n, K]; NaN where there is an error."""
     errors: list[str | None]
     """Why an image has no answer."""
-    image_ids: Sequence[str] | None = None
-    """Their names, where the source is no list that could be asked."""
 
 
 def stream(
@@ -72,59 +68,19 @@ def stream(
     """
     indices = range(len(source)) if indices is None else indices
     size = batch_size or plan_of(model).batch_size
-    batches = of_source(source, model.card.preprocess, indices, size)
-    return _run(batches, model, size, workers, stages)
-
-
-def stream_items(
-    items: Iterable[Item],
-    model: Model,
-    *,
-    batch_size: int | None = None,
-    workers: int | None = None,
-    stages: Stages | None = None,
-) -> Generator[Chunk, None, None]:
-    """`stream` for inputs of which nobody knows how many there are: shards, listings, a pipe.
-
-    `items` is advanced in a thread of its own, a few batches ahead; the chunks carry the names.
-    """
-    size = batch_size or plan_of(model).batch_size
-    return _run(in_a_thread(of_items(items, size)), model, size, workers, stages)
-
-
-def _run(
-    batches: Generator[Batch, None, None] | Generator[Future[Batch | None], None, None],
-    model: Model,
-    size: int,
-    workers: int | None,
-    stages: Stages | None,
-) -> Generator[Chunk, None, None]:
-    """Keep a few batches under way, and hand over their chunks in order."""
     stages = stages or Stages()
     crew = _crew(model, size, workers, stages)
     waiting: collections.deque[Future[Chunk]] = collections.deque()
     began = time.perf_counter()
     try:
-        for batch in batches:
-            if isinstance(batch, Future):
-                while not batch.done() and waiting:  # a slow input holds up no answer
-                    either: list[Future[Any]] = [batch, waiting[0]]
-                    wait(either, return_when=FIRST_COMPLETED)
-                    if waiting[0].done():
-                        yield from _hand_over(waiting.popleft(), stages)
-                taken = batch.result()
-                if taken is None:
-                    break
-            else:
-                taken = batch
-            waiting.append(crew.submit(taken))
+        for batch in of_source(source, model.card.preprocess, indices, size):
+            waiting.append(crew.submit(batch))
             if len(waiting) > crew.ahead:
                 yield from _hand_over(waiting.popleft(), stages)
         while waiting:
             yield from _hand_over(waiting.popleft(), stages)
     finally:
         crew.shutdown()
-        batches.close()
         stages.seconds = time.perf_counter() - began
 
 
@@ -185,14 +141,14 @@ class _Crew:
 
     def _infer(self, batch: Batch, images: Images, errors: list[str | None]) -> Chunk:
         good = np.array([error is None for error in errors])
-        logits = np.full((len(good), len(self._model.card.classes)), np.nan, np.float32)
+        logits = np.full((len(good), answer_width(self._model)), np.nan, np.float32)
         if good.any():
             with self._stages.measure("infer"):
                 logits[good] = self._model.logits(images if good.all() else images[good])
         for place in np.flatnonzero(good & ~np.isfinite(logits).all(axis=1)):
             errors[place] = "the model's output is not finite"
             logits[place] = np.nan
-        return Chunk(batch.indices, logits, errors, batch.image_ids)
+        return Chunk(batch.indices, logits, errors)
 
 
 class _Staged(_Crew):

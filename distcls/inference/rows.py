@@ -1,79 +1,150 @@
-"""From the logits of a chunk to rows of the table: labels, probabilities, errors."""
+"""Rows of predictions out of logits: the columns that each kind of answer has."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distcls.inference.inputs import Source
-from distcls.inference.model import softmax
-from distcls.inference.options import PredictOptions
+from distcls.errors import UsageError
 from distcls.inference.pipeline import Chunk
 from distcls.inference.writers import Columns, shortest
+from distcls.targets import Targets
 
 ABSTAINED = "abstained"
-"""The column that says that no class was likely enough; there with --threshold only."""
+"""The column that says that an answer, or part of it, was not likely enough; with a threshold."""
+
+Floats = NDArray[np.float32]
+Answer = tuple[list[str | None], Floats]
+"""Texts and probabilities of some images, for one pair of columns."""
 
 
-def columns(options: PredictOptions, classes: tuple[str, ...]) -> tuple[list[str], set[str]]:
-    """Names of all columns in order, and of those that hold numbers."""
-    names, numbers = ["image_id"], set()
-    for rank in range(options.top_k):
-        ending = f"_{rank + 1}" if rank else ""
-        names += [f"label{ending}", f"probability{ending}"]
-        numbers.add(f"probability{ending}")
-    if options.probabilities:
-        added = [f"p:{name}" for name in classes]
-        names += added
-        numbers.update(added)
-    if options.threshold is not None:
-        names.append(ABSTAINED)
-    return [*names, "error"], numbers
+class Rows:
+    """Turns answered chunks into columns of a table.
 
-
-def rows(
-    chunk: Chunk, source: Source, classes: tuple[str, ...], options: PredictOptions
-) -> Columns:
-    """The rows of a chunk, by column; None wherever an image has an error.
-
-    With a threshold, an answer that is less likely has no label; its probability stays.
+    image_id, label, probability, then for one class an image the next likely ones (label_2,
+    probability_2, ...), for heads each one's own (label:HEAD, probability:HEAD), then where asked
+    for p:CLASS, with a threshold abstained, and error. The probability of several answers is that
+    of all of them together, as if they were independent.
     """
-    good = np.array([error is None for error in chunk.errors])
-    logits = chunk.logits[good]
-    probabilities = softmax(logits) if len(logits) else logits
-    ranked = _ranked(logits, options.top_k)
-    of_rank = np.take_along_axis(probabilities, ranked, axis=1)
-    named = np.array(classes, object)[ranked]
-    unsure = _unsure(of_rank[:, 0], options.threshold)
-    named[unsure, 0] = None
-    table: Columns = {"image_id": [source.image_ids[index] for index in chunk.indices]}
-    for rank in range(options.top_k):
-        ending = f"_{rank + 1}" if rank else ""
-        table[f"label{ending}"] = _spread(good, named[:, rank].tolist())
-        table[f"probability{ending}"] = _spread(good, shortest(of_rank[:, rank]))
-    if options.probabilities:
-        for place, name in enumerate(classes):
-            table[f"p:{name}"] = _spread(good, shortest(probabilities[:, place]))
-    if options.threshold is not None:
-        table[ABSTAINED] = _spread(good, unsure.tolist())
-    table["error"] = chunk.errors
-    return table
+
+    def __init__(
+        self,
+        targets: Targets,
+        *,
+        top_k: int = 1,
+        probabilities: bool = False,
+        threshold: float | None = None,
+    ) -> None:
+        """Raises UsageError for what the kind of answer does not have.
+
+        That is more classes than there are, several of heads or labels, a threshold of labels.
+        """
+        if not targets.single and top_k > 1:
+            raise UsageError(
+                f"top_k: {top_k} is for one class an image, the model has {targets.summary()}; "
+                "--probabilities gives them all"
+            )
+        if top_k > len(targets.classes):
+            number = len(targets.classes)
+            raise UsageError(f"top_k: {top_k} is more than the model's {number} classes")
+        if targets.kind == "multi_label" and threshold is not None:
+            raise UsageError(
+                f"threshold: {threshold:g} is for one class an image or in each head, the model "
+                f"has {targets.summary()}, each with its own threshold; --probabilities gives "
+                "them all"
+            )
+        self._targets = targets
+        self._top_k = top_k
+        self._threshold = threshold
+        self._all = [f"p:{name}" for name in targets.classes] if probabilities else []
+        endings = [f"_{rank + 1}" if rank else "" for rank in range(top_k)]
+        endings += [f":{head.name}" for head in targets.heads]
+        self._pairs = [(f"label{ending}", f"probability{ending}") for ending in endings]
+
+    @property
+    def names(self) -> list[str]:
+        """All columns in order."""
+        pairs = [name for pair in self._pairs for name in pair]
+        return ["image_id", *pairs, *self._all, *sorted(self.booleans), "error"]
+
+    @property
+    def numbers(self) -> set[str]:
+        """The columns that hold numbers."""
+        return {probability for _, probability in self._pairs} | set(self._all)
+
+    @property
+    def booleans(self) -> set[str]:
+        """The columns that hold true or false."""
+        return set() if self._threshold is None else {ABSTAINED}
+
+    def __call__(self, chunk: Chunk, image_ids: Sequence[str]) -> Columns:
+        """The rows of a chunk; a bad image's are empty but for its name and the error.
+
+        With a threshold, a class that is less likely is not named; its probability stays. An answer
+        of heads is named if each of its classes is.
+        """
+        good = np.array([error is None for error in chunk.errors])
+        logits = chunk.logits[good]
+        probabilities = self._targets.probabilities(logits)
+        answer = self._ranked if self._targets.single else self._several
+        found, unsure = answer(logits, probabilities)
+        columns: Columns = {"image_id": [image_ids[index] for index in chunk.indices]}
+        for (label, probability), (texts, values) in zip(self._pairs, found, strict=True):
+            columns[label] = _spread(good, texts)
+            columns[probability] = _spread(good, shortest(values))
+        for place, name in enumerate(self._all):
+            columns[name] = _spread(good, shortest(probabilities[:, place]))
+        if self._threshold is not None:
+            columns[ABSTAINED] = _spread(good, unsure.tolist())
+        columns["error"] = chunk.errors
+        return columns
+
+    def _ranked(
+        self, logits: Floats, probabilities: Floats
+    ) -> tuple[list[Answer], NDArray[np.bool_]]:
+        """Names and probabilities of the likeliest class, the next, and so on; who abstains."""
+        if self._top_k == 1:
+            ranked = self._targets.decide(logits)
+        else:  # of equal logits the lower class comes first
+            ranked = np.argsort(-logits, axis=1, kind="stable")[:, : self._top_k]
+        of_rank = np.take_along_axis(probabilities, ranked, axis=1)
+        unsure = self._unsure(of_rank[:, 0])
+        named = np.array(self._targets.classes, object)[ranked]
+        named[unsure, 0] = None
+        return [(named[:, rank].tolist(), of_rank[:, rank]) for rank in range(self._top_k)], unsure
+
+    def _several(
+        self, logits: Floats, probabilities: Floats
+    ) -> tuple[list[Answer], NDArray[np.bool_]]:
+        """Text and probability of the whole answer, then of each head's; who abstains."""
+        answers = self._targets.decide(logits)
+        whole = self._targets.confidence(probabilities, answers)
+        unsure = np.zeros(len(logits), np.bool_)
+        parts: list[Answer] = []
+        if self._targets.heads:
+            own = self._targets.of_answers(probabilities, answers)
+            for place, head in enumerate(self._targets.heads):
+                doubtful = self._unsure(own[:, place])
+                names = [head.classes[index] for index in answers[:, place].tolist()]
+                parts.append((_without(names, doubtful), own[:, place]))
+                unsure |= doubtful
+        return [(_without(self._targets.texts(answers), unsure), whole), *parts], unsure
+
+    def _unsure(self, likeliest: Floats) -> NDArray[np.bool_]:
+        """Whether each class is less likely than the threshold, [N]."""
+        if self._threshold is None:
+            return np.zeros(len(likeliest), np.bool_)
+        return np.asarray(likeliest < self._threshold, np.bool_)
 
 
-def _ranked(logits: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:
-    """The classes with the greatest logits, [N, top_k]; of equal ones the lower comes first."""
-    if top_k == 1:
-        return np.asarray(logits.argmax(axis=1)[:, None], np.int64)
-    return np.asarray(np.argsort(-logits, axis=1, kind="stable")[:, :top_k], np.int64)
-
-
-def _unsure(likeliest: NDArray[np.float32], threshold: float | None) -> NDArray[np.bool_]:
-    """Whether each answer is less likely than the threshold, [N]."""
-    if threshold is None:
-        return np.zeros(len(likeliest), np.bool_)
-    return np.asarray(likeliest < threshold, np.bool_)
+def _without(texts: list[str], unsure: NDArray[np.bool_]) -> list[str | None]:
+    """The texts, None where an answer is unsure."""
+    return [
+        None if doubtful else text for text, doubtful in zip(texts, unsure.tolist(), strict=True)
+    ]
 
 
 def _spread(good: NDArray[np.bool_], values: list[Any]) -> list[Any]:

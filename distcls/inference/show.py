@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distcls.figures import GREEN, GREY, RED, fonts, new_figure, save, shorten
+from distcls.figures import GREEN, GREY, RED, fonts, grid_columns, new_figure, save, shorten
 from distcls.inference.inputs import Source
 from distcls.inference.pipeline import Chunk
 from distcls.inference.writers import Columns
@@ -71,7 +71,7 @@ class Gallery:
     def draw(self, source: Source, classes: Sequence[str], path: Path) -> None:
         """Write the PNG. Raises UsageError without matplotlib."""
         picked = self.picked
-        columns = _columns(len(picked))
+        columns = grid_columns(len(picked))
         rows = math.ceil(len(picked) / columns)
         images = [source.load(item.index) for item in picked]
         tallest = max(image.shape[0] / image.shape[1] for image in images)
@@ -80,7 +80,7 @@ class Gallery:
         known = [
             item.label == truth
             for item, truth in zip(picked, truths, strict=True)
-            if truth and item.label is not None
+            if truth is not None and item.label is not None
         ]
         if known:
             text = f"{len(known) - sum(known)} of {len(known)} wrong"
@@ -91,13 +91,6 @@ class Gallery:
         for axes, image, item, truth in zip(grid.flat, images, picked, truths, strict=False):
             _draw_one(axes, image, item, truth, source.image_ids[item.index])
         save(figure, path)
-
-
-def _columns(number: int) -> int:
-    """Columns of a grid a little wider than high, with few empty places in its last row."""
-    ideal = math.ceil(math.sqrt(1.6 * number))
-    choices = range(min(number, max(1, ideal - 1)), min(number, ideal + 2) + 1)
-    return min(choices, key=lambda columns: (-number % columns, abs(columns - ideal)))
 
 
 def _draw_one(

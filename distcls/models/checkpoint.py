@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,17 @@ class TorchModel:
             return np.asarray(self.model(pixels).float().cpu().numpy(), np.float32)
 
 
-def save_checkpoint(path: Path, model: Classifier, card: ModelCard) -> None:
-    """Write the weights and the card atomically."""
-    save_tensors(path, {"card": card.to_json(), "model": model.state_dict()})
+def save_checkpoint(
+    path: Path,
+    model: Classifier | Mapping[str, Tensor],
+    card: ModelCard,
+    state: dict[str, Any] | None = None,
+) -> None:
+    """Write the weights (a network's, or its state dict) and the card atomically, and the state of
+    the run that they come from."""
+    weights = model.state_dict() if isinstance(model, Classifier) else model
+    content = {"card": card.to_json(), "model": weights}
+    save_tensors(path, content if state is None else content | {"state": state})
 
 
 def read_checkpoint(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:

@@ -16,26 +16,41 @@ class ModelConfig:
     """The network, its head and the weights it starts from."""
 
     name: str = "mobilenet_v3_small"
-    """Architecture, by torchvision's name."""
+    """Architecture, as `distcls models` lists them: torchvision's names, then timm's; `timm:NAME`
+    and `torchvision:NAME` choose."""
     stem_stride: Literal["auto", 1, 2] = "auto"
-    """Stride of the first convolution; auto is 1 for inputs of up to 64 pixels, whose detail five
-    halvings would leave nothing of, else the architecture's own."""
-    dropout: float = 0.2
-    """Share of features dropped before the last layer, in training."""
+    """Stride of the first convolution; auto is the architecture's own, but 1 where that is 2 and
+    the input has up to 64 pixels, whose detail five halvings would leave nothing of."""
+    dropout: float | None = None
+    """Share of features dropped before the last layer, in training; unset, the architecture's own
+    (0.2 in MobileNets, none in ResNets)."""
+    pool: Literal["avg", "columns"] = "avg"
+    """What the linear layers see of the last feature map: avg is one mean over the picture, columns
+    the mean of each column, side by side: for texts, whose heads have to know what stands left of
+    what. In MobileNetV3, EfficientNet, ResNet, RegNet, torchvision's ConvNeXt, Swin, and others."""
     norm_momentum: float = 0.1
     """How fast batch norm's running statistics follow. torchvision's MobileNetV3 has 0.01, made for
     600 epochs of ImageNet: after 100 steps its evaluation still sees mostly the initial zeros and
     ones (FashionMNIST, 94 steps: val top-1 0.10; with 0.1 it is 0.72)."""
     pretrained: str | None = None
-    """Weights to start from: a file (.pth), or `torchvision` for its own best ones."""
+    """Weights to start from: a file (.pth, .safetensors), or `library` for the best ones that the
+    architecture's own library publishes (`torchvision`, `timm`: the same, from that one only)."""
+    allow_partial: bool = False
+    """Take a file whose weights fill less than half of the network; off, it is refused as one of
+    another architecture."""
+    init: Literal["library", "xavier", "he"] = "library"
+    """Weights before any are loaded: the library's own choice, Xavier's (uniform) or He's (normal)
+    for all convolutions and linear layers."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "a number from 0 to below 1")
+        dropout = self.dropout
+        valid = dropout is None or 0 <= dropout < 1
+        require(valid, "dropout", dropout, "a number from 0 to below 1, or null")
         momentum = self.norm_momentum
         require(0 < momentum <= 1, "norm_momentum", momentum, "a number above 0 and at most 1")
 
-    def resolved_stride(self, size: tuple[int, int]) -> int:
-        """The stem's stride for an input of `size` (height, width)."""
+    def wanted_stride(self, size: tuple[int, int]) -> int | None:
+        """The stem's stride for an input of `size` (height, width); None: the network's own."""
         if self.stem_stride == "auto":
-            return 1 if max(size) <= SMALL_INPUT else 2
+            return 1 if max(size) <= SMALL_INPUT else None
         return self.stem_stride

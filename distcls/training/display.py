@@ -12,6 +12,7 @@ from tqdm import tqdm
 from distcls import log
 from distcls.data.loader import Loader
 from distcls.models.classifier import count_macs, count_parameters
+from distcls.models.stem import stem_stride
 from distcls.training.config import TrainConfig
 from distcls.training.engine import Engine
 from distcls.training.state import Progress
@@ -47,19 +48,22 @@ def banner(config: TrainConfig, engine: Engine) -> list[str]:
     height, width = preprocess.size
     macs = count_macs(engine.model, preprocess.size)
     parameters = count_parameters(engine.model)
-    stride = config.model.resolved_stride(preprocess.size)
+    stride = stem_stride(engine.model.backbone) or "none"
     data = engine.data
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     store = "pack" if data.train.packed else "files"
     processes = f"{accelerator.num_processes} process(es)"
+    layout = "contiguous, weights sharded (FSDP)" if engine.sharding.on else config.layout
     counts = f"{len(data.train_samples):,} train, {len(data.val_samples):,} val"
     size = f"{parameters / 1e6:.2f} M parameters, {macs / 1e6:.1f} M MACs at {height}x{width}"
     return [
-        f"device     {_device(accelerator)}, {processes}, {precision}, {config.layout}",
+        f"device     {_device(accelerator)}, {processes}, {precision}, {layout}",
         f"model      {config.model.name}, stem stride {stride}, {size}",
-        f"data       {config.data}: {counts}, {len(data.classes)} classes, from {store}",
+        f"data       {config.data}: {counts}, {data.targets.summary()}, from {store}",
         f"steps      {config.epochs} epochs of {engine.order.steps}, "
         f"global batch {config.batch_size} = {processes} x {engine.accumulate} part(s)",
+        f"optimiser  {config.optimizer.name}, {config.schedule.name} schedule, "
+        f"learning rate up to {config.lr:g}",
         f"writes to  {config.out}",
     ]
 
@@ -73,9 +77,10 @@ def _device(accelerator: Accelerator) -> str:
 
 def epoch_line(row: dict[str, float], epochs: int, best: bool) -> str:
     """One finished epoch."""
+    exact = f"  val exact {row['val_exact']:.4f}" if "val_exact" in row else ""
     return (
         f"epoch {row['epoch']:>3.0f}/{epochs}  train loss {row['train_loss']:.4f}  "
-        f"val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:.4f}  "
+        f"val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:.4f}{exact}  "
         f"{row['images_per_s']:,.0f} img/s  data wait {row['data_wait']:.0%}  "
         f"{row['seconds']:.0f} s{'  best' if best else ''}"
     )

@@ -7,6 +7,7 @@ import copy
 import torch
 
 from distcls.models.classifier import Classifier
+from distcls.training.shards import local
 
 
 class Ema:
@@ -26,9 +27,8 @@ class Ema:
         """Take one more step's weights into the average."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        pairs = list(
-            zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
-        )
+        owns, news = self.model.state_dict().values(), model.state_dict().values()
+        pairs = list(zip(map(local, owns), map(local, news), strict=True))
         floats = [(own, new) for own, new in pairs if own.is_floating_point()]
         torch._foreach_lerp_([own for own, _ in floats], [new for _, new in floats], 1 - decay)
         for own, new in pairs:

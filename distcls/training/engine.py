@@ -10,28 +10,32 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast, reduce
+from accelerate.utils import reduce
 from torch import Tensor
 
-from distcls.cores import available_cores
-from distcls.data.augment import DRAWS, Augment
-from distcls.data.dataset import Split
-from distcls.data.loader import Batch, Loader
-from distcls.data.order import DataOrder, Indices, share, uniforms
+from distcls.data.augment import Augment
+from distcls.data.loader import Batch
+from distcls.data.order import DataOrder
 from distcls.errors import UsageError
-from distcls.evaluation.metrics import Metrics, Tally
+from distcls.evaluation.metrics import Metrics
+from distcls.evaluation.several import new_tally, tally_of
 from distcls.imaging import Preprocess
 from distcls.models.classifier import Classifier
+from distcls.training.averaging import LastEpochs
 from distcls.training.config import TrainConfig
 from distcls.training.ema import Ema
+from distcls.training.feed import Shares, make_loader
+from distcls.training.freezing import Freezing, freeze_for_good
 from distcls.training.guard import Guard
 from distcls.training.input import TrainingInput
+from distcls.training.objective import Objective
 from distcls.training.optimizer import make_optimizer
-from distcls.training.schedule import Schedule
+from distcls.training.schedule import make_schedule
+from distcls.training.sharding import Sharding
+from distcls.training.shards import fill, fill_optimizer, gathered, whole
 from distcls.training.spikes import Spikes
-from distcls.training.sync_norm import synchronise_norms
+from distcls.training.sync_norm import share_buffers, synchronise_norms
 
 EVALUATION_BATCH = 256
 
@@ -66,16 +70,20 @@ class Engine:
         self.accelerator = accelerator
         self.data = data
         self.preprocess = preprocess
-        self.model = model.to(accelerator.device)
-        if config.layout == "channels_last":
-            self.model.to(memory_format=torch.channels_last)
+        self.sharding = Sharding(accelerator)
+        self.model = self.sharding.place(model, config.layout)
         if config.sync_norm and accelerator.num_processes > 1:
             synchronise_norms(self.model, accelerator.device)
         decay = config.ema.decay
         self.ema = Ema(self.model, decay) if decay is not None else None
-        optimizer = make_optimizer(config.optimizer, self.model, config.lr)
+        last = config.average.last
+        self.average = LastEpochs(self.model, last=last, epochs=config.epochs) if last else None
+        freeze_for_good(config.freeze, self.model)
+        sharded = self.sharding.on
+        optimizer = make_optimizer(config.optimizer, self.model, config.lr, sharded=sharded)
         # `parallel` is the model in its DDP and autocast wrappers; `model` stays the bare one
-        self.parallel, self.optimizer = accelerator.prepare(self.model, optimizer)
+        averages = [each.model for each in (self.ema, self.average) if each is not None]
+        self.parallel, self.optimizer = self.sharding.prepare(self.model, optimizer, averages)
         self.order = DataOrder(
             samples=len(data.train_samples), batch_size=config.batch_size, seed=config.seed
         )
@@ -87,13 +95,18 @@ class Engine:
         modules = [self.model] + ([] if self.ema is None else [self.ema.model])
         ids = data.train.image_ids
         self.guard = Guard(modules, accelerator.device, config.max_bad_steps, ids)
-        self.schedule = Schedule.make(config.schedule, config.lr, self.order.steps, config.epochs)
+        self.schedule = make_schedule(config.schedule, config.lr, self.order.steps, config.epochs)
+        self.freezing = Freezing(config.freeze, self.model, self.order.steps, config.epochs)
         self.augment = Augment(config.augment, preprocess.size)
-        canvas = preprocess
-        if self.augment.canvas != preprocess.size:
-            canvas = dataclasses.replace(preprocess, size=self.augment.canvas, crop_fraction=1.0)
-        self.train_loader = self._loader(data.train, canvas)
-        self.val_loader = self._loader(data.val, preprocess)
+        self.objective = Objective(config, data, self.augment, accelerator.device)
+        reading = self.augment.reading(preprocess)
+        self.train_loader = make_loader(config.loader, data.train, reading, accelerator)
+        self.val_loader = make_loader(config.loader, data.val, preprocess, accelerator)
+        self.shares = Shares(
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            together=self.objective.together,
+        )
 
     def train_epoch(self, epoch: int, first: int = 0) -> Iterator[StepReport]:
         """Run the steps of `epoch` (counted from 0) from its step `first` on, yielding after each.
@@ -102,7 +115,9 @@ class Engine:
         """
         self.parallel.train()
         done = epoch * self.order.steps
-        batches = self.train_loader.batches(self._plan(epoch, first))
+        samples = self.data.train_samples
+        plan = self.shares.training(samples, self.order, epoch, first, self.accumulate)
+        batches = self.train_loader.batches(plan)
         with contextlib.closing(batches):
             for step in range(first, self.order.steps):
                 begin, end = self.order.bounds(step)
@@ -113,27 +128,26 @@ class Engine:
                 yield StepReport(
                     step=done + step + 1, images=end - begin, loss=loss, lr=lr, skipped=skipped
                 )
+        if self.average is not None:
+            self.average.take(epoch, self.model)
 
     def evaluate(self) -> Metrics:
         """Metrics of the model to be saved (the average, where there is one) on validation.
 
         Every process takes its share of the samples, none is padded, and the tallies are added.
         """
-        self._share_buffers()
-        classes = len(self.data.classes)
-        tally = Tally(classes)
-        mine = share(self.data.val_samples, self.accelerator.process_index, self._world)
-        parts = np.array_split(mine, max(1, -(-len(mine) // self.evaluation_batch)))
-        best = self.best_model.eval()
-        with torch.inference_mode():
-            for batch in self.val_loader.batches(part for part in parts if len(part)):
-                # the class's own forward: prepare() put autocast around the instance's, and the
-                # figures shall be those of `distcls evaluate`
-                logits = Classifier.forward(best, batch.images.to(self.accelerator.device))
+        share_buffers(self.model, self.best_model)
+        tally = new_tally(self.data.targets)
+        plan = self.shares.evaluation(self.data.val_samples, self.evaluation_batch)
+        passes = self.shares.passes(self.data.val_samples, self.evaluation_batch)
+        # without autocast: the figures shall be those of `distcls evaluate`
+        with self.sharding.evaluating(self.best_model, passes, self.preprocess.size) as forward:
+            for batch in self.val_loader.batches(plan):
+                logits = forward(batch.images.to(self.accelerator.device))
                 tally.update(logits.float().cpu().numpy(), batch.labels.numpy())
         vector = torch.from_numpy(tally.vector()).to(self.accelerator.device)
         total = reduce(vector, reduction="sum")
-        return Tally.from_vector(total.cpu().numpy(), classes).metrics()
+        return tally_of(total.cpu().numpy(), self.data.targets).metrics()
 
     def any_of(self, *flags: bool) -> list[bool]:
         """For each flag, whether any process has raised it. All processes have to call this."""
@@ -145,6 +159,8 @@ class Engine:
     @property
     def best_model(self) -> Classifier:
         """The model that is evaluated and saved."""
+        if self.average is not None and self.average.taken:
+            return self.average.model
         return self.model if self.ema is None else self.ema.model
 
     def total(self, part: Tensor) -> float:
@@ -152,26 +168,43 @@ class Engine:
         return float(reduce(part, reduction="sum"))
 
     def tensors(self) -> dict[str, Any]:
-        """Everything that changes in training, for `load_tensors` of a later run."""
+        """Everything that changes in training, for `load_tensors` of a later run.
+
+        All processes have to call this; sharded weights are gathered for the main one alone.
+        """
         scaler = self.accelerator.scaler
-        return {
+        content = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.model.state_dict(),
             "ema_updates": None if self.ema is None else self.ema.updates,
+            "schedule": self.schedule.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "recent_losses": self.spikes.recent,
         }
+        keep = self.accelerator.is_main_process
+        return gathered(content, keep=keep) if self.sharding.on else content
+
+    def best_weights(self, tensors: dict[str, Any]) -> dict[str, Tensor]:
+        """The state dict of `best_model` within what `tensors` gave."""
+        weights: dict[str, Tensor] = tensors["model" if self.ema is None else "ema"]
+        if self.average is not None and self.average.taken:
+            weights = tensors["average"]["model"]
+        return weights
 
     def load_tensors(self, saved: dict[str, Any]) -> None:
         """Go on from the tensors of an earlier run."""
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        fill(self.model, saved["model"])
+        fill_optimizer(self.optimizer, saved["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None:
-            self.ema.model.load_state_dict(saved["ema"])
+            fill(self.ema.model, saved["ema"])
             self.ema.updates = saved["ema_updates"]
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
+        self.schedule.load_state_dict(saved["schedule"])
         self.spikes.recent = saved.get("recent_losses", self.spikes.recent)
 
     def check_batch_size(self) -> None:
@@ -206,13 +239,15 @@ class Engine:
         """
         # dropout's randomness belongs to the step: nothing of it has to be saved for a resume
         torch.manual_seed(_step_seed(self.config.seed, step, self.accelerator.process_index))
+        self.freezing.begin(step, alone=self._world == 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         parts: list[Tensor] = []
         seen: list[int] = []
         for part in range(self.accumulate):
-            last = part == self.accumulate - 1
-            alone = contextlib.nullcontext() if last else self.accelerator.no_sync(self.parallel)
+            # sharded gradients are added up in parts: whole ones would take the memory saved
+            add_up = self.sharding.on or part == self.accumulate - 1
+            alone = contextlib.nullcontext() if add_up else self.accelerator.no_sync(self.parallel)
             with alone:
                 batch = next(batches)
                 losses = self._losses(epoch, batch)
@@ -220,12 +255,12 @@ class Engine:
                 self.accelerator.backward(losses.sum() * (self._world / images))
             parts.append(losses.detach())
             seen += batch.indices.tolist()
+        self.freezing.drop_gradients(step)
         # without a limit the norm is taken all the same: it tells whether the gradients are finite
         limit = self.config.optimizer.clip_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self._parameters, limit)
+        norm = whole(self.accelerator.clip_grad_norm_(self._parameters, limit))
         scaled = self.accelerator.scaler is not None
-        bad = self.guard.flag(norm, self.optimizer.optimizer, scaled=scaled)
-        self.optimizer.step()
+        bad = self.guard.step(norm, self.optimizer, scaled=scaled)
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.model)
@@ -238,45 +273,9 @@ class Engine:
 
     def _losses(self, epoch: int, batch: Batch) -> Tensor:
         """Loss of each image of a batch, [B]."""
-        device = self.accelerator.device
-        draws = torch.from_numpy(uniforms(self.config.seed, epoch, batch.indices, DRAWS)).to(device)
-        images = self.augment(batch.images.to(device, non_blocking=True), draws)
-        logits = self.parallel(images)
-        labels = batch.labels.to(device, non_blocking=True)
-        smoothing = self.config.loss.label_smoothing
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-
-    def _plan(self, epoch: int, first: int) -> Iterator[Indices]:
-        """The samples of each of this process's batches in `epoch`, from step `first` on."""
-        permutation = self.data.train_samples[self.order.permutation(epoch)]
-        for step in range(first, self.order.steps):
-            begin, end = self.order.bounds(step)
-            # cut before it is shared: which images stand in a part, whose statistics batch norm
-            # takes, does not depend on the number of processes
-            for part in np.array_split(permutation[begin:end], self.accumulate):
-                yield share(part, self.accelerator.process_index, self._world)
-
-    def _loader(self, split: Split, preprocess: Preprocess) -> Loader:
-        local = max(1, available_cores() // self._world)
-        workers = self.config.loader.workers or local
-        pin = self.accelerator.device.type == "cuda"
-        loader = self.config.loader
-        return Loader(
-            split, preprocess, workers=workers, ahead=loader.ahead, timeout=loader.timeout, pin=pin
-        )
-
-    @torch.no_grad()
-    def _share_buffers(self) -> None:
-        """Batch norm's running statistics of the main process, for all.
-
-        Each process has its own from the images it saw. DDP hands the main process's on at every
-        forward pass, and a state holds no others, so a resumed run goes on as this one does.
-        """
-        if self._world == 1:
-            return
-        for module in {id(m): m for m in (self.model, self.best_model)}.values():
-            for buffer in module.buffers():
-                broadcast(buffer)
+        examples = self.objective.examples(epoch, batch)
+        logits = self.sharding.logits(self.parallel, examples.images)
+        return self.objective.losses(logits, examples)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

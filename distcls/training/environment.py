@@ -17,17 +17,18 @@ from distcls.cores import available_cores
 from distcls.errors import BadValue, DistclsError, UsageError
 from distcls.log import world_size
 from distcls.training.config import TrainConfig
+from distcls.training.sharding import require_shardable
 
 
 def start(config: TrainConfig) -> Accelerator:
     """Join the other processes and set up device, precision and threads.
 
-    Raises UsageError if the run did not get the processes it was told to use, or if the device has
-    no such precision.
+    Raises UsageError if the run did not get the processes it was told to use, if the device has no
+    such precision, or if the weights are to be sharded together with what that excludes.
     """
     check_processes(config.processes)
-    refuse_sharding()
     precision = choose_precision(config.precision)
+    require_shardable(config, precision)
     if config.auto_micro_batch:
         hand_back_freed_memory()
     else:
@@ -38,7 +39,13 @@ def start(config: TrainConfig) -> Accelerator:
     mixed = "no" if precision == "fp32" else precision
     # without cpu=True, accelerate ignores the other processes on a machine that has no GPU
     cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=handlers)
+    accelerator = Accelerator(
+        mixed_precision=mixed,
+        cpu=cpu,
+        kwargs_handlers=handlers,
+        log_with=config.tracker,
+        project_dir=config.out,
+    )
     # after accelerate, which takes all cores where the launcher left OMP_NUM_THREADS open, as
     # torchrun does with one process a machine
     set_threads(config.threads)
@@ -97,18 +104,6 @@ def lost_processes_explained(limit: float) -> Iterator[None]:
             f"another process is gone, or did not answer within {limit:.0f} s "
             f"(collective_timeout): {what}; --resume auto continues from the last state"
         ) from error
-
-
-def refuse_sharding() -> None:
-    """Raise UsageError under FSDP: saving, averaging and evaluating a sharded model are not there.
-
-    Without a GPU accelerate would silently train with DDP instead.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        raise UsageError(
-            "FSDP was asked for, but the training loop cannot shard its model yet; "
-            "use launch/eight_gpus.yaml (DDP), with --accumulate for less memory"
-        )
 
 
 def choose_precision(wanted: str) -> str:

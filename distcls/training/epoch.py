@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +36,14 @@ class Run:
     """On the main process alone, as the checkpoints are."""
     checkpoints: Checkpoints | None
 
-    def save(self) -> None:
-        """Save the full state as it is now."""
+    def save(self, tensors: dict[str, Any] | None = None) -> None:
+        """Save the full state as it is now; `tensors` are the engine's, if they are at hand.
+
+        All processes have to call this: sharded weights take all of them to be gathered.
+        """
+        tensors = self.engine.tensors() if tensors is None else tensors
         if self.checkpoints is not None:
-            content = to_content(self.config, self.progress, self.engine.tensors())
+            content = to_content(self.config, self.progress, tensors)
             self.checkpoints.save(self.progress.step, content)
 
     def stop(self) -> None:

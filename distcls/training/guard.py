@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from distcls.errors import DistclsError
@@ -44,15 +45,21 @@ class Guard:
         self._most = most
         self._in_a_row = 0
 
-    def flag(self, norm: Tensor, optimizer: torch.optim.Optimizer, *, scaled: bool) -> Tensor:
-        """Make the optimiser's next step do nothing if the gradient norm is not finite.
+    def step(self, norm: Tensor, optimizer: AcceleratedOptimizer, *, scaled: bool) -> Tensor:
+        """Step the optimiser if the gradient norm is finite; returns whether it is not.
 
         The fused optimisers look at `found_inf` on the device, where a gradient scaler puts it; so
-        nothing has to be read back. With a scaler the scaler does it.
+        nothing has to be read back. With a scaler the scaler does it. For all others the norm is
+        read before the step, which a GPU has to be waited for: of their state nothing may change,
+        neither the momentum nor a count of steps.
         """
         bad = ~torch.isfinite(norm)
-        if not scaled:
-            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        bare = optimizer.optimizer
+        if not scaled and getattr(bare, "_step_supports_amp_scaling", False):
+            bare.found_inf = bad.float()
+        elif not scaled and bool(bad):
+            return bad
+        optimizer.step()
         return bad
 
     def note(self, step: int, bad: Tensor, losses: Tensor, samples: Sequence[int]) -> list[int]:

@@ -12,7 +12,9 @@ from distcls.data.dataset import Dataset, Split
 from distcls.data.order import Indices
 from distcls.errors import UsageError
 from distcls.imaging import Preprocess
+from distcls.targets import Targets
 from distcls.training.config import TrainConfig
+from distcls.training.kinds import require_possible
 
 SIZES_READ = 16
 """Images looked at to learn the size of a dataset that is not packed."""
@@ -28,10 +30,16 @@ class TrainingInput:
     train_samples: Indices
     val_samples: Indices
 
+    @property
+    def targets(self) -> Targets:
+        """What the classes are answers to."""
+        return self.train.targets
+
 
 def open_input(config: TrainConfig) -> TrainingInput:
-    """Open the dataset for training. Raises UsageError if it cannot be trained on."""
+    """Open the dataset for training. Raises UsageError if it cannot be trained on so."""
     dataset = Dataset.open(config.data)
+    require_possible(config, dataset.targets)
     counts = dataset.counts()
     for name in ("train", "val"):
         if name not in counts:
@@ -55,15 +63,17 @@ def choose_preprocess(config: InputConfig, split: Split, weights: Preprocess | N
     return dataclasses.replace(
         base,
         size=config.size or base.size,
-        resize=config.resize,
-        interpolation=config.interpolation,
+        resize=config.resize or base.resize,
+        interpolation=config.interpolation or base.interpolation,
         crop_fraction=config.crop_fraction or base.crop_fraction,
     )
 
 
 def _check_classes(dataset: Dataset, train: Split) -> None:
-    if len(dataset.classes) < 2:
-        raise UsageError(f"{dataset.folder}: one class only; a classifier needs two or more")
+    if shortage := dataset.targets.shortage():
+        raise UsageError(f"{dataset.folder}: {shortage}; a classifier needs two or more")
+    if not dataset.targets.single:
+        return  # of several answers not each can be in the training images
     counts = np.bincount(train.labels, minlength=len(dataset.classes))
     if (counts == 0).any():
         empty = dataset.classes[int(counts.argmin())]

@@ -11,12 +11,12 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
-from distcls.data.augment import DRAWS
+from distcls.data.loader import Batch
 from distcls.errors import DistclsError
 from distcls.log import warn
 from distcls.models.classifier import Classifier
@@ -25,6 +25,8 @@ from distcls.training.sync_norm import SyncNorm
 
 HEADROOM = 1.25
 """Images of a trial for one of a step: memory in use breaks into pieces, others take some too."""
+MOMENTS = 3
+"""Copies of the weights that an optimiser keeps at most: Ranger has two means and slow weights."""
 LIBRARIES = ("ALLOC_FAILED", "could not create a", "could not execute a primitive")
 """How cuBLAS, cuDNN and oneDNN put it when they get no memory for their own."""
 
@@ -88,6 +90,8 @@ def _advice(engine: Engine) -> str:
         )
     if not engine.can_accumulate(2 * engine.accumulate):
         return f"{what}; choose a smaller --input.size or --model.name, or more processes"
+    if engine.sharding.on:
+        return f"{what}; --accumulate {2 * engine.accumulate} halves them, the global batch stays"
     return (
         f"{what}; --auto-micro-batch true (with --resume auto to continue) finds out how many fit "
         f"and --accumulate {2 * engine.accumulate} halves them; both keep the global batch"
@@ -104,7 +108,7 @@ def _fits_everywhere(engine: Engine, trial: Callable[[Engine], None]) -> bool:
 
 def _fits(engine: Engine, trial: Callable[[Engine], None]) -> bool:
     try:
-        with _unchanged(engine):
+        with unchanged(engine):
             trial(engine)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -114,7 +118,7 @@ def _fits(engine: Engine, trial: Callable[[Engine], None]) -> bool:
 
 
 @contextlib.contextmanager
-def _unchanged(engine: Engine) -> Iterator[None]:
+def unchanged(engine: Engine) -> Iterator[None]:
     """Put back batch norm's statistics, the modules' modes and the random states afterwards."""
     buffers = [(buffer, buffer.clone()) for buffer in engine.model.buffers()]
     modes = [(module, module.training) for module in engine.model.modules()]
@@ -130,18 +134,24 @@ def _unchanged(engine: Engine) -> Iterator[None]:
 
 
 def _try_training(engine: Engine) -> None:
-    """A forward and a backward pass over the largest part of a step, of random pixels."""
+    """A trial over more than the largest part of a step, beside all else that a step holds."""
     kept = _reserve(engine)
+    try_pass(engine, math.ceil(HEADROOM * engine.micro_batch))
+    del kept
+
+
+def try_pass(engine: Engine, count: int) -> None:
+    """A forward and a backward pass over `count` images of random pixels, on this process alone."""
     model, device = engine.model.train(), engine.accelerator.device
-    count = math.ceil(HEADROOM * engine.micro_batch)
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm | SyncNorm):
             module.eval()  # in training it would wait for a process that has run out of memory
     images = _pixels(engine, count, engine.augment.canvas)
-    logits = model(engine.augment(images, torch.rand(count, DRAWS, device=device)))
-    loss = F.cross_entropy(logits, torch.zeros(count, dtype=torch.int64, device=device))
+    indices = np.arange(count) % len(engine.data.train)
+    labels = torch.from_numpy(engine.data.train.labels[indices]).to(device)
+    examples = engine.objective.examples(0, Batch(images, labels, indices))
+    loss = engine.objective.losses(model(examples.images), examples).sum()
     torch.autograd.grad(loss, _trainable(engine), allow_unused=True)
-    del kept
 
 
 def _try_evaluation(engine: Engine) -> None:
@@ -155,8 +165,12 @@ def _try_evaluation(engine: Engine) -> None:
 
 def _reserve(engine: Engine) -> list[Tensor]:
     """Memory that a step has in use besides the pass: gradients of its parts before, moments."""
-    copies = 1 if engine.optimizer.optimizer.state else 3
-    return [torch.empty_like(p) for p in _trainable(engine) for _ in range(copies)]
+    made = engine.optimizer.optimizer.state
+    return [
+        torch.empty_like(p)
+        for p in _trainable(engine)
+        for _ in range(1 if p in made else 1 + MOMENTS)
+    ]
 
 
 def _trainable(engine: Engine) -> list[nn.Parameter]:

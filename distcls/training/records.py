@@ -14,8 +14,11 @@ from distcls.errors import UsageError
 from distcls.evaluation.plots import curves
 from distcls.files import require_writable, write_text
 from distcls.training.config import TrainConfig
+from distcls.training.trackers import Track
 
 CONFIG, METRICS, HISTORY, CURVES = "config.yaml", "metrics.jsonl", "history.csv", "curves.png"
+PLACES = ("step", "epoch")
+"""What says where a figure belongs and is none itself."""
 CURVES_SHARE = 0.005
 """Share of the time that drawing may take: one takes 0.2 to 0.5 s, some epochs little more."""
 BEST, LAST = "best.pth", "last"
@@ -32,9 +35,13 @@ def require_free(out: Path, resume: str) -> None:
 class Records:
     """config.yaml, metrics.jsonl, history.csv and curves.png of a run directory."""
 
-    def __init__(self, config: TrainConfig, step: int) -> None:
-        """Open the records of a run that has finished `step` steps; later lines are dropped."""
+    def __init__(self, config: TrainConfig, step: int, track: Track | None = None) -> None:
+        """Open the records of a run that has finished `step` steps; later lines are dropped.
+
+        Numbers of later lines also go to `track`.
+        """
         self.folder = config.out
+        self._track = track
         self._monitor = config.monitor.metric
         self._undrawn: list[dict[str, float]] = []
         self._next_drawing = 0.0
@@ -51,6 +58,9 @@ class Records:
         """Append one JSON line to metrics.jsonl; it carries `kind` (step or epoch) and `step`."""
         self._metrics.write(json.dumps({"kind": kind, **values}) + "\n")
         self._metrics.flush()
+        if self._track is not None:
+            numbers = {f"{kind}/{name}": v for name, v in values.items() if name not in PLACES}
+            self._track(numbers, values["step"])
 
     def epochs(self, history: list[dict[str, float]]) -> None:
         """Rewrite history.csv, and now and then curves.png, from all epochs so far."""

@@ -18,16 +18,20 @@ from distcls.models import zoo
 from distcls.models.checkpoint import save_checkpoint
 from distcls.models.pretrained import apply_weights, find_weights
 from distcls.training.checkpoints import Checkpoints
+from distcls.training.compiling import compile_step
 from distcls.training.config import TrainConfig
 from distcls.training.display import banner, epoch_line
 from distcls.training.engine import Engine
 from distcls.training.environment import lost_processes_explained, start
 from distcls.training.epoch import Run, train_and_evaluate
 from distcls.training.input import choose_preprocess, open_input
+from distcls.training.kept import Epoch, keep
 from distcls.training.memory import explained, fit_into_memory
+from distcls.training.optimizer import require_usable
 from distcls.training.records import BEST, LAST, Records, require_free
 from distcls.training.signals import StopSignals
-from distcls.training.state import Progress, load_state
+from distcls.training.state import Progress, load_kept_state, load_state, to_content
+from distcls.training.trackers import open_tracker, require_tracker
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,12 +60,16 @@ def train(config: TrainConfig) -> TrainResult:
     step; Stopped when a signal ended the run and its state is saved.
     """
     zoo.require_known(config.model.name)
+    require_usable(config.optimizer)
+    require_tracker(config.tracker)
     require_free(config.out, config.resume)
     accelerator = start(config)
     engine = _make_engine(config, accelerator)
     progress = _resume(config, engine)
     if config.auto_micro_batch:
         fit_into_memory(engine)
+    if config.compile:
+        compile_step(engine)
     accelerator.wait_for_everyone()  # all have looked at the run directory before it is written to
     with (
         _run(config, engine, progress) as run,
@@ -77,6 +85,9 @@ def train(config: TrainConfig) -> TrainResult:
             [score] = broadcast_object_list([metrics.scalars()[config.monitor.metric]])
             best = progress.judge(score, config.monitor)
             say(epoch_line(row, config.epochs, best))
+            if engine.schedule.judged(progress.step, best):
+                rate = engine.schedule.rate(progress.step)
+                say(f"no better {config.monitor.metric}: the learning rate falls to {rate:.3g}")
             _save(run, metrics, best=best)
             [asked] = engine.any_of(run.signals.received is not None)
             if asked and progress.epoch < config.epochs:
@@ -102,13 +113,18 @@ def _make_engine(config: TrainConfig, accelerator: Any) -> Engine:
     torch.manual_seed(config.seed)  # the fresh weights, the same on every process
     model = zoo.build(config.model, len(data.classes), preprocess)
     if weights is not None:
-        for line in apply_weights(model, weights).lines():
+        report = apply_weights(model, weights, allow_partial=config.model.allow_partial)
+        for line in report.lines():
             say(line)
     return Engine(config, accelerator, data, model, preprocess)
 
 
 def _resume(config: TrainConfig, engine: Engine) -> Progress:
-    saved = load_state(config.out / LAST, config) if config.resume == "auto" else None
+    if config.resume == "none":
+        return Progress()
+    source = config.out / LAST if config.resume == "auto" else Path(config.resume)
+    auto = config.resume == "auto"
+    saved = load_state(source, config) if auto else load_kept_state(source, config)
     if saved is None:
         return Progress()
     progress, tensors = saved
@@ -116,7 +132,7 @@ def _resume(config: TrainConfig, engine: Engine) -> Progress:
     engine.accumulate = progress.accumulate or engine.accumulate
     engine.evaluation_batch = progress.evaluation_batch or engine.evaluation_batch
     engine.check_batch_size()  # the parts may have been cut for fewer processes
-    say(f"resumed from {config.out / LAST} after step {progress.step}, epoch {progress.epoch}")
+    say(f"resumed from {source} after step {progress.step}, epoch {progress.epoch}")
     return progress
 
 
@@ -128,7 +144,9 @@ def _run(config: TrainConfig, engine: Engine, progress: Progress) -> Iterator[Ru
         signals = stack.enter_context(StopSignals())
         records = checkpoints = None
         if engine.accelerator.is_main_process:
-            records = stack.enter_context(contextlib.closing(Records(config, progress.step)))
+            track = open_tracker(config, engine.accelerator, progress.step)
+            opened = Records(config, progress.step, track)
+            records = stack.enter_context(contextlib.closing(opened))
             states = Checkpoints(config.out / LAST, config.checkpoint, progress.step)
             checkpoints = stack.enter_context(contextlib.closing(states))
         _note_parts(engine, progress, records)
@@ -155,20 +173,37 @@ def _note_parts(engine: Engine, progress: Progress, records: Records | None) -> 
 def _save(run: Run, metrics: Metrics, *, best: bool) -> None:
     """Write what the epoch just finished left; the state comes last: a resume starts there."""
     config, engine, progress = run.config, run.engine, run.progress
+    tensors = engine.tensors()
     if run.records is not None:
         run.records.line("epoch", **progress.history[-1])
+        card, weights = _card(run, metrics), engine.best_weights(tensors)
         if best:
-            card = ModelCard(
-                architecture=dataclasses.asdict(config.model) | {"pretrained": None},
-                classes=engine.data.classes,
-                preprocess=engine.preprocess,
-                training={
-                    "epoch": progress.epoch,
-                    "step": progress.step,
-                    "dataset": str(config.data.resolve()),
-                    "validation": metrics.scalars(),
-                },
-            )
-            save_checkpoint(config.out / BEST, engine.best_model, card)
+            save_checkpoint(config.out / BEST, weights, card)
+        score = metrics.scalars()[config.monitor.metric]
+        epoch = Epoch(number=progress.epoch, step=progress.step, score=score, best=best)
+
+        def write(path: Path) -> None:
+            state = to_content(config, progress, tensors) if config.checkpoint.whole else None
+            save_checkpoint(path, weights, card, state)
+
+        keep(config, progress, epoch, write)
         run.records.epochs(progress.history)
-    run.save()
+    run.save(tensors)
+
+
+def _card(run: Run, metrics: Metrics) -> ModelCard:
+    """What the model as it is now says of itself."""
+    config, engine, progress = run.config, run.engine, run.progress
+    targets = dataclasses.replace(engine.data.targets, thresholds=metrics.thresholds)
+    return ModelCard(
+        architecture=dataclasses.asdict(config.model) | {"pretrained": None},
+        classes=targets.classes,
+        targets=None if targets.single else targets,
+        preprocess=engine.preprocess,
+        training={
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "dataset": str(config.data.resolve()),
+            "validation": metrics.scalars(),
+        },
+    )

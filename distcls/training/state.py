@@ -12,6 +12,7 @@ import yaml
 from distcls.config import dump_yaml
 from distcls.config.load import flatten
 from distcls.errors import UsageError
+from distcls.models.checkpoint import load_tensors
 from distcls.training.checkpoints import newest_whole
 from distcls.training.config import MonitorConfig, TrainConfig
 
@@ -25,6 +26,7 @@ MAY_CHANGE = (
     "collective_timeout",
     "auto_micro_batch",
     "log_every",
+    "tracker",
     "checkpoint.",
     "loader.",
 )
@@ -54,6 +56,8 @@ class Progress:
     epochs_since_best: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     """One row an epoch, as in history.csv."""
+    kept: list[tuple[float, str]] = dataclasses.field(default_factory=list)
+    """Score and file name of the kept models, best first."""
 
     def judge(self, score: float, monitor: MonitorConfig) -> bool:
         """Take the score of the epoch just finished; True if it is the best so far.
@@ -97,7 +101,20 @@ def load_state(folder: Path, config: TrainConfig) -> tuple[Progress, dict[str, A
     found = newest_whole(folder)
     if found is None:
         return None
-    path, content = found
+    return _state(*found, config)
+
+
+def load_kept_state(path: Path, config: TrainConfig) -> tuple[Progress, dict[str, Any]]:
+    """Read the state within a kept model. Raises UsageError if it has none, or as `load_state`."""
+    content = load_tensors(path)
+    if "state" not in content:
+        raise UsageError(f"{path}: holds no state to resume from (checkpoint.whole writes it)")
+    return _state(path, content["state"], config)
+
+
+def _state(
+    path: Path, content: dict[str, Any], config: TrainConfig
+) -> tuple[Progress, dict[str, Any]]:
     if set(content) != {"config", "progress", "tensors"}:
         raise UsageError(f"{path}: not the state of a run; remove it to start anew")
     _check_same_config(content["config"], dump_yaml(config), path)
@@ -106,10 +123,10 @@ def load_state(folder: Path, config: TrainConfig) -> tuple[Progress, dict[str, A
 
 def _check_same_config(saved: str, now: str, path: Path) -> None:
     before, after = flatten(yaml.safe_load(saved)), flatten(yaml.safe_load(now))
-    for key in after:
-        if key.startswith(MAY_CHANGE) or before.get(key) == after[key]:
+    for key in {**after, **before}:  # a mapping's keys may be in one of them alone
+        if key.startswith(MAY_CHANGE) or before.get(key) == after.get(key):
             continue
         raise UsageError(
-            f"{key}: {after[key]!r} given, but {path} was written with {before.get(key)!r}; "
+            f"{key}: {after.get(key)!r} given, but {path} was written with {before.get(key)!r}; "
             "a resumed run keeps its config"
         )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 
@@ -46,6 +47,7 @@ class SyncNorm(nn.BatchNorm2d):
         )
         sync._parameters.update(norm._parameters)
         sync._buffers.update(norm._buffers)
+        sync._modules.update(norm._modules)
         return sync.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -74,10 +76,26 @@ class SyncNorm(nn.BatchNorm2d):
         self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
 
 
+class SyncNormAct(SyncNorm):
+    """timm's BatchNormAct2d, synchronised: dropout and activation follow the normalisation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] of floats to the same shape."""
+        output: Tensor = self.act(self.drop(super().forward(input)))
+        return output
+
+
 def synchronise_norms(model: nn.Module, device: torch.device) -> None:
     """Replace, in place, every batch norm of `model` by one over all processes."""
     if device.type != "cpu":
         convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+        if any(map(_activates, model.modules())):
+            import timm.layers
+
+            convert = timm.layers.convert_sync_batchnorm  # torch's would lose the activations
         for name, child in list(model.named_children()):
             setattr(model, name, convert(child))
         return
@@ -85,6 +103,27 @@ def synchronise_norms(model: nn.Module, device: torch.device) -> None:
         for name, child in list(module.named_children()):
             if type(child) is nn.BatchNorm2d:
                 setattr(module, name, SyncNorm.of(child))
+            elif isinstance(child, nn.BatchNorm2d) and _activates(child):
+                setattr(module, name, SyncNormAct.of(child))
+
+
+@torch.no_grad()
+def share_buffers(*models: nn.Module) -> None:
+    """Hand the main process's running statistics to all.
+
+    Each process has its own from the images it saw. DDP hands the main process's on at every
+    forward pass, and a state holds no others, so a resumed run goes on as this one does.
+    """
+    if not _several_processes():
+        return
+    for model in {id(model): model for model in models}.values():
+        for buffer in model.buffers():
+            broadcast(buffer)
+
+
+def _activates(module: nn.Module) -> bool:
+    """Whether it is a batch norm with an activation inside."""
+    return isinstance(module, nn.BatchNorm2d) and set(module._modules) == {"drop", "act"}
 
 
 class _Normalise(torch.autograd.Function):

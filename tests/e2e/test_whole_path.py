@@ -17,8 +17,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
+from torchvision.models import get_model
 
 import distcls.evaluate
+import distcls.list_models
 import distcls.predict
 import distcls.prepare
 import distcls.train
@@ -28,15 +31,22 @@ from distcls.config import leaves
 from distcls.data.prepare import PrepareOptions
 from distcls.evaluation.evaluate import EvaluateOptions
 from distcls.inference.predict import PredictOptions
-from distcls.training.config import TrainConfig
+from distcls.list_models import ModelsOptions
+from distcls.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from distcls.training.losses.config import DistillConfig
+from distcls.training.optimizer import make_optimizer
+from distcls.training.optimizer_config import USUAL as OPTIMIZERS
+from distcls.training.schedule import USUAL as SCHEDULES
+from distcls.training.schedule import make_schedule
+from distcls.training.teacher import Teacher
 from export.onnx import ExportOptions
 from export.triton import TritonOptions
 
 OPTIONS = (
-    *(PrepareOptions, TrainConfig, ExportOptions, TritonOptions),
+    *(PrepareOptions, ModelsOptions, TrainConfig, ExportOptions, TritonOptions),
     *(EvaluateOptions, PredictOptions),
 )
-BOOKKEEPING = ("dataclasses.py", "load.py", "schema.py")
+BOOKKEEPING = ("dataclasses.py", "load.py", "schema.py", "training/choice.py")
 """Files that read every field, whatever it is for: writing the config down is no use of a key."""
 
 
@@ -56,7 +66,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[tuple[type
     def recorder(cls: type) -> Any:
         def getattribute(self: Any, name: str) -> Any:
             caller = sys._getframe(1).f_code
-            counts = caller.co_name != "__post_init__"
+            counts = not caller.co_name.startswith(("__post_init__", "_check_"))
             if counts and not caller.co_filename.endswith(BOOKKEEPING):
                 read.add((cls, name))
             return object.__getattribute__(self, name)
@@ -69,6 +79,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[tuple[type
                 patch.setattr(cls, "__getattribute__", recorder(cls), raising=False)
         folder = tmp_path_factory.mktemp("path")
         whole_path(folder)
+        every_choice()
     return folder, read
 
 
@@ -76,13 +87,19 @@ def whole_path(folder: Path) -> None:
     """What `make demo` does, smaller."""
     data, out = folder / "digits", folder / "run"
     distcls.prepare.main(["digits", "--out", str(data), "--limit", "300", "--write-images"])
+    distcls.list_models.main(["simple_nn"])
+    torch.save(get_model("mobilenet_v3_small").state_dict(), folder / "weights.pth")
     distcls.train.main(
         [
             *("--data", str(data), "--out", str(out), "--epochs", "2", "--batch-size", "32"),
+            *("--model.pretrained", str(folder / "weights.pth")),
             *("--augment.erase", "0.5", "--augment.rotate", "5", "--augment.crop-padding", "2"),
-            *("--monitor.patience", "3"),
+            *("--augment.policy", "randaugment", "--augment.mixup", "0.2", "--augment.cutmix", "1"),
+            *("--loss.name", "focal", "--monitor.patience", "3"),
         ]
     )
+    teacher = DistillConfig(teacher=out / "best.pth")
+    Teacher(teacher, tuple("0123456789"), torch.device("cpu"))
     (out / "best.onnx").write_text("of an earlier export")
     export.onnx.main(["--ckpt", str(out / "best.pth"), "--quiet", "--overwrite"])
     half = ["--precision", "fp16", "--max-accuracy-drop", "10", "--min-agreement", "90"]
@@ -96,6 +113,14 @@ def whole_path(folder: Path) -> None:
         predictions.write_text("of an earlier prediction")
         more = ["--overwrite", *(["--show", "4"] if ending == "onnx" else [])]
         distcls.predict.main(["--model", model, str(data), "--out", str(predictions), *more])
+
+
+def every_choice() -> None:
+    """Keys that only some optimisers and schedules read."""
+    for name in OPTIMIZERS:
+        make_optimizer(OptimizerConfig(name=name), torch.nn.Linear(2, 2), 0.1)
+    for name in SCHEDULES:
+        make_schedule(ScheduleConfig(name=name), 0.1, 10, 10)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda cls: cls.__name__)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.invariance import teacher
 from distcls.training.checkpoints import states
 from tests.e2e.commands import ROOT, command
 
@@ -24,19 +25,33 @@ OPTIONS = [
     *("--ema.decay", "0.9", "--accumulate", "2", "--schedule.warmup", "30%"),
     *("--loader.workers", "3", "--resume", "auto", "--checkpoint.every-steps", "3"),
     *("--optimizer.clip-norm", "0.5", "--loss.label-smoothing", "0.1"),
+    *("--augment.policy", "randaugment", "--augment.mixup", "0.2", "--augment.cutmix", "1"),
 ]
-"""All that moves: workers, augmentation, accumulation, warm-up, averaging, states within epochs."""
+"""All that moves: workers, augmentation, mixing, accumulation, warm-up, averaging, states within
+epochs. A teacher joins them, whose file lies beside the data."""
 STEPS = 14
+PLATEAU = [
+    *("--epochs", "3", "--schedule.name", "plateau", "--schedule.patience", "1"),
+    *("--schedule.factor", "0.5", "--monitor.min-delta", "1"),
+    *("--ema.decay", "null", "--average.last", "2"),
+]
+"""Beside `OPTIONS`, 7 steps an epoch: none is better than the first, so that the rate falls after
+the second; and the mean of the last two epochs' weights in place of the moving one."""
 ONE_AND_TWO = [pytest.param(1, marks=pytest.mark.slow), 2]
 """Processes of a test's run; two show what one does and more."""
 _started: list[subprocess.Popen[str]] = []
+
+
+def all_options(data: Path) -> list[object]:
+    """`OPTIONS` and the teacher."""
+    return [*OPTIONS, "--distill.teacher", teacher(data)]
 
 
 def start(
     data: Path, out: Path, *more: object, processes: int = 1, **environment: str
 ) -> subprocess.Popen[str]:
     """Start a run in a process group of its own."""
-    arguments = ["--data", data, "--out", out, *OPTIONS, *more]
+    arguments = ["--data", data, "--out", out, *all_options(data), *more]
     process = subprocess.Popen(
         command(*arguments, module="tests.faults.traced_train", processes=processes),
         cwd=ROOT,

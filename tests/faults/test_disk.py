@@ -12,7 +12,7 @@ import pytest
 
 from distcls.training.checkpoints import newest_whole, states
 from tests.e2e.commands import ROOT, command
-from tests.faults.survival import OPTIONS, kill_all, start, wait_for
+from tests.faults.survival import all_options, kill_all, start, wait_for
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 
@@ -25,7 +25,7 @@ def test_a_full_disk_keeps_the_state_before(digits: Path, tmp_path: Path) -> Non
     kill_all(process)
     before = states(out / "last")
     limited = subprocess.run(
-        command("--data", digits, "--out", out, *OPTIONS, module="distcls.train"),
+        command("--data", digits, "--out", out, *all_options(digits), module="distcls.train"),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -60,7 +60,7 @@ def test_a_read_only_folder_is_refused_before_the_first_step(
     locked.chmod(0o555)
     out = locked / "run" if new else locked
     done = subprocess.run(
-        command("--data", digits, "--out", out, *OPTIONS, module="distcls.train"),
+        command("--data", digits, "--out", out, *all_options(digits), module="distcls.train"),
         cwd=ROOT,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,

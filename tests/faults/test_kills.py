@@ -5,6 +5,7 @@ KILLS=50 python -m pytest tests/faults/test_kills.py -s     the large number of 
 
 from __future__ import annotations
 
+import csv
 import functools
 import os
 import random
@@ -17,6 +18,7 @@ import pytest
 from distcls.training.checkpoints import newest_whole, states
 from tests.faults.conftest import Unbroken
 from tests.faults.survival import (
+    PLATEAU,
     STEPS,
     assert_bit_equal,
     assert_every_sample_once_an_epoch,
@@ -27,6 +29,7 @@ from tests.faults.survival import (
     start,
     steps_done,
     wait_for,
+    weights,
 )
 
 KILLS = int(os.environ.get("KILLS", "2"))
@@ -35,6 +38,25 @@ KILLS = int(os.environ.get("KILLS", "2"))
 
 def reached(out: Path, step: int) -> bool:
     return steps_done(out) >= step
+
+
+def saved(out: Path, step: int) -> bool:
+    """Whether there is a state of that step or a later one."""
+    return any(int(path.name[5:13]) >= step for path in states(out / "last"))
+
+
+def rates(out: Path) -> list[float]:
+    """The learning rate at the end of each epoch."""
+    with (out / "history.csv").open(newline="") as handle:
+        return [float(row["lr"]) for row in csv.DictReader(handle)]
+
+
+def fallen(out: Path) -> dict[str, int]:
+    """What plateau remembers in the newest state."""
+    found = newest_whole(out / "last")
+    assert found is not None
+    schedule: dict[str, int] = found[1]["tensors"]["schedule"]
+    return schedule
 
 
 def writes_another(out: Path, before: list[Path]) -> bool:
@@ -66,6 +88,27 @@ def test_killed_at_random_steps_it_ends_with_the_same_weights(
     assert global_batches(own_trace) == global_batches(trace)
 
 
+@pytest.mark.row(1)
+@pytest.mark.slow  # tests/test_resume_options.py has it without the kills
+@pytest.mark.parametrize("processes", [1, 2])
+def test_plateau_remembers_what_it_has_seen(processes: int, digits: Path, tmp_path: Path) -> None:
+    """Killed while it waits, in the second epoch, and after the rate has fallen, in the third."""
+    reference, out = tmp_path / "unbroken", tmp_path / "run"
+    finish(start(digits, reference, *PLATEAU, processes=processes))
+    assert rates(reference) == pytest.approx([1e-3, 1e-3, 5e-4])
+    for step, falls in ((9, 0), (15, 1)):
+        process = start(digits, out, *PLATEAU, processes=processes, SLOW="0.05")
+        wait_for(functools.partial(saved, out, step), process)
+        kill_all(process)
+        assert steps_done(out) < 21
+        assert fallen(out) == {"falls": falls, "waited": 0}
+    finish(start(digits, out, *PLATEAU, processes=processes))
+    assert rates(out) == rates(reference)
+    assert fallen(out) == fallen(reference) == {"falls": 2, "waited": 0}
+    assert any(name.startswith("/average/") for name in weights(out))
+    assert_bit_equal(reference, out)
+
+
 @pytest.mark.row(2)
 def test_no_half_state_is_ever_taken(digits: Path, tmp_path: Path) -> None:
     rng = random.Random(1)
@@ -91,7 +134,10 @@ def test_no_half_state_is_ever_taken(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.row(9)
-@pytest.mark.parametrize("damage", ["flipped bit", "cut", "empty"])
+@pytest.mark.parametrize(
+    "damage",
+    ["flipped bit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cut", "empty"))],
+)
 def test_a_damaged_state_falls_back_to_the_one_before(
     damage: str, unbroken: Unbroken, digits: Path, tmp_path: Path
 ) -> None:

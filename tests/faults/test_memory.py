@@ -1,4 +1,8 @@
-"""Memory that runs out, by a limit on the processes' address space: row 13 of the fault table."""
+"""Memory that runs out, by a limit on the processes' address space: row 13 of the fault table.
+
+Now and then a native library answers such a limit with a crash of its own, hence none of these in
+`make test`; `tests/test_memory.py` is.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,6 @@ import torch
 
 from distcls.training.checkpoints import newest_whole
 from tests.faults.survival import (
-    ONE_AND_TWO,
     assert_bit_equal,
     finish,
     global_batches,
@@ -21,7 +24,7 @@ from tests.faults.survival import (
     wait_for,
 )
 
-pytestmark = pytest.mark.row(13)
+pytestmark = [pytest.mark.row(13), pytest.mark.slow]
 
 LARGE = [
     *("--batch-size", "640", "--limit", "1259", "--accumulate", "1"),
@@ -46,7 +49,7 @@ def progress(out: Path) -> dict[str, Any]:
     return found[1]["progress"]
 
 
-@pytest.mark.parametrize("processes", ONE_AND_TWO)
+@pytest.mark.parametrize("processes", [1, 2])
 def test_fewer_images_at_a_time_in_the_same_global_batches(
     processes: int, digits: Path, tmp_path: Path
 ) -> None:
@@ -99,7 +102,6 @@ def test_what_no_halving_helps_is_refused_before_anything_is_written(
     assert not list(out.glob("*"))
 
 
-@pytest.mark.slow
 def test_a_resumed_run_takes_as_many_images_at_a_time(digits: Path, tmp_path: Path) -> None:
     finish(start(digits, tmp_path / "unbroken", *AUTO, **SCARCE))
     out = tmp_path / "run"

@@ -12,6 +12,7 @@ import pytest
 from distcls.training.checkpoints import newest_whole
 from tests.faults.conftest import Unbroken
 from tests.faults.survival import (
+    PLATEAU,
     assert_bit_equal,
     assert_every_sample_once_an_epoch,
     finish,
@@ -57,6 +58,7 @@ def test_resumed_with_another_number_of_processes(
 
 
 @pytest.mark.row(5)
+@pytest.mark.slow
 def test_two_jobs_on_one_host(digits: Path, tmp_path: Path) -> None:
     both = [start(digits, tmp_path / name, processes=2) for name in ("one", "other")]
     for process in both:
@@ -65,7 +67,7 @@ def test_two_jobs_on_one_host(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.row(6)
-@pytest.mark.parametrize(("blind", "epochs"), [(0, 2), (1, 4)])
+@pytest.mark.parametrize(("blind", "epochs"), [(0, 2), pytest.param(1, 4, marks=pytest.mark.slow)])
 def test_the_ranks_see_different_scores(
     blind: int, epochs: int, digits: Path, tmp_path: Path
 ) -> None:
@@ -89,3 +91,26 @@ def test_the_ranks_see_different_scores(
     found = newest_whole(out / "last")
     assert found is not None
     assert found[1]["progress"]["step"] == ends[0][1] + 1
+
+
+@pytest.mark.parametrize(
+    ("blind", "factor"), [(0, 0.5), pytest.param(1, 1.0, marks=pytest.mark.slow)]
+)
+def test_the_rate_falls_on_the_same_step_everywhere(
+    blind: int, factor: float, digits: Path, tmp_path: Path
+) -> None:
+    """By the main process's score: one that alone sees no progress lowers all rates, or none."""
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    more = (*PLATEAU, "--monitor.min-delta", "0", "--limit", "100")
+    environment = {"BLIND": str(blind), "TRACE": str(trace)}
+    said = finish(start(digits, tmp_path / "run", *more, processes=2, **environment))
+    assert said.count("the learning rate falls to") == (2 if factor < 1 else 0)
+    rates = []
+    for rank in (0, 1):
+        rows = map(json.loads, (trace / f"{rank}.jsonl").read_text().splitlines())
+        rates.append({row["step"]: row["lr"] for row in rows})
+    assert rates[0] == rates[1]
+    assert sorted(rates[0]) == list(range(12))
+    assert rates[0][7] == pytest.approx(1e-3)
+    assert [rates[0][step] / rates[0][7] for step in range(8, 12)] == pytest.approx([factor] * 4)

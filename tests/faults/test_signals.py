@@ -24,7 +24,14 @@ from tests.faults.survival import (
 
 
 @pytest.mark.row(10)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_and_leaves(number: signal.Signals, digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(digits, out, "--checkpoint.every-steps", "1000", SLOW="0.1")
@@ -60,6 +67,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(
 
 
 @pytest.mark.row(11)
+@pytest.mark.slow
 def test_more_signals_during_the_save(unbroken: Unbroken, digits: Path, tmp_path: Path) -> None:
     processes, reference, _ = unbroken
     out = tmp_path / "run"

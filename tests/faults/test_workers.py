@@ -77,7 +77,9 @@ def test_a_pack_that_is_cut_while_it_is_read_is_named(
 
 @pytest.mark.row(14)
 @pytest.mark.parametrize("processes", ONE_AND_TWO)
-@pytest.mark.parametrize("name", ["distcls-loader", "distcls-decode"])
+@pytest.mark.parametrize(
+    "name", ["distcls-loader", pytest.param("distcls-decode", marks=pytest.mark.slow)]
+)
 def test_reading_threads_that_die_end_the_run(
     name: str, processes: int, digits: Path, tmp_path: Path
 ) -> None:

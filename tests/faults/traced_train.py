@@ -1,6 +1,6 @@
 """`distcls.train` with a witness: which samples each step took, and faults on demand.
 
-TRACE=FOLDER      writes FOLDER/RANK.jsonl, a line a batch: epoch, step, samples
+TRACE=FOLDER      writes FOLDER/RANK.jsonl, a line a batch: epoch, step, samples, lr
 POISON=STEP:RANK  the losses of that step on that rank are not a number
 SPIKE=STEP:RANK   the losses of that step on that rank are 50 times what they are
 ROOM=MIB          address space left to the process when its model stands
@@ -77,6 +77,7 @@ def traced_losses(self: Engine, epoch: int, batch: Batch) -> torch.Tensor:
     """Write down what the network is shown, and spoil it where asked."""
     if TRACE:
         line = {"epoch": epoch, "step": current["step"], "samples": batch.indices.tolist()}
+        line["lr"] = self.optimizer.param_groups[0]["lr"]
         with (Path(TRACE) / f"{RANK}.jsonl").open("a") as handle:
             handle.write(json.dumps(line) + "\n")
     losses = losses_of(self, epoch, batch)

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from distcls.data.dataset import INFO, MANIFEST
 from distcls.data.sources import tables
+from distcls.data.sources.answers import AnswerColumns
 from distcls.data.sources.digits import read_digits
 from distcls.data.sources.folders import read_folder
 from distcls.data.sources.idx import find_idx, read_idx_folder
@@ -17,12 +18,38 @@ Format = Literal["auto", "digits", "idx", "fashion-mnist", "mnist", "folder", "m
 FORMATS = get_args(Format)
 
 
-def read_source(location: str, form: Format = "auto", classes: Path | None = None) -> Source:
+def read_source(
+    location: str,
+    form: Format = "auto",
+    classes: Path | None = None,
+    weight_column: str | None = None,
+    answers: AnswerColumns | None = None,
+) -> Source:
     """Find the images of a source; none is decoded yet.
 
     `digits` is the bundled set, `./digits` a folder. `classes` is a file of class names in label
-    order, which labels are then checked against. Raises UsageError for anything wrong.
+    order, which labels are then checked against; `weight_column` and `answers` belong to manifests.
+    Raises UsageError for anything wrong.
     """
+    source = _read(location, form, classes, weight_column, answers)
+    named = {"weight_column": weight_column}
+    if answers is not None:
+        named[answers.options[0]] = answers.names[0]
+    for option, column in named.items():
+        if column is not None and source.kind != "manifest":
+            raise UsageError(
+                f"{option}: {column!r} is a column of a manifest, but {location} is none"
+            )
+    return source
+
+
+def _read(
+    location: str,
+    form: Format,
+    classes: Path | None,
+    weight_column: str | None,
+    answers: AnswerColumns | None,
+) -> Source:
     if form == "digits" or (form == "auto" and location == "digits"):
         if location != "digits" or classes:
             raise UsageError("the bundled digits are `digits`, with their own classes")
@@ -36,7 +63,7 @@ def read_source(location: str, form: Format = "auto", classes: Path | None = Non
         raise UsageError(f"{location}: --format {kind} needs {needed}")
     names = read_classes(classes) if classes else None
     if kind == "manifest":
-        return tables.read_manifest(path, names)
+        return tables.read_manifest(path, names, weight_column, answers)
     if kind == "folder":
         return read_folder(path, names)
     return read_idx_folder(path, "auto" if form == "auto" else kind, names)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls.errors import UsageError
+from distcls.targets import Targets
 
 SPLIT_NAMES = {
     "train": "train",
@@ -31,7 +32,7 @@ class Record:
     image_id: str
     """Unique in the source."""
     label: int
-    """Index into the source's classes."""
+    """Index into the source's classes; of several answers the first, or -1."""
     split: str | None = None
     """The source's own split: train, val or test; None where it has none."""
     path: str | None = None
@@ -42,6 +43,8 @@ class Record:
     """How much the image counts in training."""
     group: str | None = None
     """Images of one group (a patient, a scene) stay in one split."""
+    labels: tuple[int, ...] | None = None
+    """Where an image has several answers: its class in each head, or the labels it is given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,19 @@ class Source:
     classes: tuple[str, ...]
     """Class names in label order."""
     records: list[Record]
+    targets: Targets | None = None
+    """Heads or labels, where an image has several answers."""
+
+    @property
+    def resolved_targets(self) -> Targets:
+        """What is answered, one class an image included."""
+        return self.targets or Targets(classes=self.classes)
+
+    def positions(self, record: Record) -> list[int]:
+        """Where an image's answers stand among the classes."""
+        if record.labels is None:
+            return [record.label]
+        return self.resolved_targets.flat(record.labels)
 
 
 def read_classes(path: Path) -> tuple[str, ...]:

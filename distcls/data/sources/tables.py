@@ -1,13 +1,15 @@
 """Manifests: a CSV or Parquet table with one image a row.
 
 Columns, the first that is there of each: the file (path, file, filename, image, image_id), the
-label (label, class, category, target), and where given image_id, split, weight, group. Rows are
-counted from 1 and the header is not one of them.
+label (label, class, category, target; others where they are named), and where given image_id,
+split, weight (another column where it is named), group. Rows are counted from 1 and the header is
+not one of them.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distcls.data.labels import first_label
+from distcls.data.sources.answers import AnswerColumns, find_answers
 from distcls.data.sources.source import SPLIT_NAMES, Record, Source, natural_order
 from distcls.errors import UsageError, did_you_mean
 
@@ -26,19 +30,64 @@ LABEL_COLUMNS = ("label", "class", "category", "target")
 Row = tuple[str, ...]
 
 
-def read_manifest(path: Path, names: tuple[str, ...] | None) -> Source:
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Columns that were named, in lower case."""
+
+    weight: str
+    answers: Row = ()
+
+    def includes(self, name: str) -> bool:
+        """Whether a column of this name is read."""
+        known = (*FILE_COLUMNS, *LABEL_COLUMNS, *self.answers, "split", self.weight, "group")
+        return _plain(name) in known
+
+
+def read_manifest(
+    path: Path,
+    names: tuple[str, ...] | None,
+    weight_column: str | None = None,
+    answers: AnswerColumns | None = None,
+) -> Source:
     """Read a manifest; relative paths start at its folder. Raises UsageError naming the row."""
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{path}: a manifest ends in {' or '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise UsageError(f"{path}: the manifest is empty (0 bytes)")
-    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _parquet_rows(path)
-    columns = _columns(path, next(rows))
+    wanted = Wanted(
+        weight="weight" if weight_column is None else _plain(weight_column),
+        answers=() if answers is None else tuple(map(_plain, answers.names)),
+    )
+    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _parquet_rows(path, wanted)
+    columns = _columns(path, next(rows), wanted)
+    _check_named(path, columns, weight_column, answers)
     table = [_fields(f"{path}, row {number}", row, columns) for number, row in enumerate(rows, 1)]
     if not table:
         raise UsageError(f"{path}: the manifest has a header but no rows")
     _check_unique(path, table)
-    classes = names or natural_order(fields["label"] for fields in table)
+    targets = None
+    if answers is None:
+        classes = names or natural_order(fields["label"] for fields in table)
+        records = _of_one_class(path, table, classes)
+    else:
+        cells = [fields.pop("answers") for fields in table]
+        targets, found = find_answers(path, answers, cells, names)
+        classes = targets.classes
+        records = [
+            Record(label=first_label(labels), labels=labels, **fields)
+            for labels, fields in zip(found, table, strict=True)
+        ]
+    return Source(
+        kind="manifest",
+        location=str(path.resolve()),
+        root=path.resolve().parent,
+        classes=classes,
+        records=records,
+        targets=targets,
+    )
+
+
+def _of_one_class(path: Path, table: list[dict[str, Any]], classes: Row) -> list[Record]:
     index = {name: label for label, name in enumerate(classes)}
     records = []
     for number, fields in enumerate(table, 1):
@@ -49,10 +98,32 @@ def read_manifest(path: Path, names: tuple[str, ...] | None) -> Source:
                 f"{path}, row {number}: label {label!r} is not one of the classes{hint}"
             )
         records.append(Record(label=index[label], **fields))
-    folder = path.resolve().parent
-    return Source(
-        kind="manifest", location=str(path.resolve()), root=folder, classes=classes, records=records
-    )
+    return records
+
+
+def _check_named(
+    path: Path, columns: dict[str, int], weight: str | None, answers: AnswerColumns | None
+) -> None:
+    """Raise UsageError unless the columns that were asked for are there."""
+    asked = [] if weight is None else [("weight_column", "weight", weight)]
+    if answers is not None:
+        option = answers.options[0]
+        asked += [(option, f"answer {place}", name) for place, name in enumerate(answers.names)]
+    for option, use, name in asked:
+        if use not in columns:
+            hint = did_you_mean(name, _names(path))
+            raise UsageError(f"{option}: {path} has no column {name!r}{hint}")
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower()
+
+
+def _names(path: Path) -> Row:
+    """All columns, also those that are not read."""
+    if path.suffix.lower() == ".csv":
+        return next(_csv_rows(path))
+    return tuple(pq.read_schema(path).names)
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -81,16 +152,16 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         raise UsageError(f"{path}: the manifest is empty")
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
     """The header, then the rows as text; null is empty text."""
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            wanted = [name for name in schema.names if _wanted(name)]
-            for name in wanted:
-                _check_type(path, name, schema.field(name).type)
-            yield tuple(wanted)
-            for batch in file.iter_batches(columns=wanted):
+            read = [name for name in schema.names if wanted.includes(name)]
+            for name in read:
+                _check_type(path, name, schema.field(name).type, wanted)
+            yield tuple(read)
+            for batch in file.iter_batches(columns=read):
                 columns = [batch.column(i).to_pylist() for i in range(batch.num_columns)]
                 for row in zip(*columns, strict=True):
                     yield tuple("" if value is None else str(value) for value in row)
@@ -98,30 +169,27 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise UsageError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
-def _wanted(name: str) -> bool:
-    known = (*FILE_COLUMNS, *LABEL_COLUMNS, "split", "weight", "group")
-    return name.strip().lower() in known
-
-
-def _check_type(path: Path, name: str, kind: Any) -> None:
+def _check_type(path: Path, name: str, kind: Any, wanted: Wanted) -> None:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     number = pa.types.is_integer(kind) or (
-        pa.types.is_floating(kind) and name.strip().lower() == "weight"
+        pa.types.is_floating(kind) and _plain(name) == wanted.weight
     )
     if not (text or number or pa.types.is_null(kind)):
         raise UsageError(f"{path}: column {name!r} holds {kind}, expected text or integers")
 
 
-def _columns(path: Path, header: Row) -> dict[str, int]:
+def _columns(path: Path, header: Row, wanted: Wanted) -> dict[str, int]:
     """Position of each column that is used, by what it is used for."""
-    names = [name.strip().lower() for name in header]
-    twice = [name for name in names if names.count(name) > 1 and _wanted(name)]
+    names = [_plain(name) for name in header]
+    twice = [name for name in names if names.count(name) > 1 and wanted.includes(name)]
     if twice:
         raise UsageError(f"{path}: column {twice[0]!r} stands there more than once")
-    extras: tuple[str, ...] = ("split", "weight", "group")
-    found = {name: names.index(name) for name in extras if name in names}
-    for use, choices in (("path", FILE_COLUMNS), ("label", LABEL_COLUMNS)):
+    extras = {"split": "split", "weight": wanted.weight, "group": "group"}
+    extras |= {f"answer {place}": name for place, name in enumerate(wanted.answers)}
+    found = {use: names.index(name) for use, name in extras.items() if name in names}
+    needed = {"path": FILE_COLUMNS} | ({} if wanted.answers else {"label": LABEL_COLUMNS})
+    for use, choices in needed.items():
         present = [name for name in choices if name in names]
         if not present:
             raise UsageError(
@@ -137,12 +205,17 @@ def _fields(where: str, row: Row, columns: dict[str, int]) -> dict[str, Any]:
     """What a Record needs, the label still as text. Raises UsageError naming the row."""
     values = {use: row[position] for use, position in columns.items()}
     for use in ("path", "image_id", "label"):
-        if not values[use].strip():
+        if use in values and not values[use].strip():
             raise UsageError(f"{where}: {use} is empty")
     if "\0" in values["path"]:
         raise UsageError(f"{where}: path {values['path']!r} holds a zero byte")
     fields: dict[str, Any] = {use: values[use] for use in ("path", "image_id")}
-    fields["label"] = values["label"].strip()
+    if "label" in values:
+        fields["label"] = values["label"].strip()
+    else:
+        fields["answers"] = tuple(
+            value for use, value in values.items() if use.startswith("answer ")
+        )
     if "split" in values:
         split = values["split"].strip().lower()
         if split not in SPLIT_NAMES:

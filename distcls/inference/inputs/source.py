@@ -12,6 +12,8 @@ from typing import Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from distcls.targets import Targets
+
 Images = NDArray[np.uint8]
 
 BLOCK = 1 << 16
@@ -142,7 +144,11 @@ class LabelledSplit(Protocol):
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """Class indices, [N]."""
+        """Class indices, [N]; of several answers [N, heads] or [N, labels]."""
+
+    @property
+    def targets(self) -> Targets:
+        """What they are answers to."""
 
     @property
     def uniform(self) -> Images | None:
@@ -155,11 +161,13 @@ class LabelledSplit(Protocol):
 def from_split(
     split: LabelledSplit, classes: Sequence[str], state: Callable[[], str] | None = None
 ) -> Source:
-    """The images of a dataset's split."""
+    """The images of a dataset's split; of several answers the truths are texts."""
+    targets = split.targets
+    single = [classes[label] for label in split.labels] if targets.single else None
     return Source(
         image_ids=split.image_ids,
         load=split.image,
-        truths=[classes[label] for label in split.labels],
+        truths=targets.texts(split.labels) if single is None else single,
         uniform=split.uniform,
         state=state,
     )

@@ -107,7 +107,8 @@ def _unmeasured(reference: OnnxModel, asked: Asked, source: Source | None) -> On
     count = len(rehearsal.images)
     _, expected = rehearsal.run(reference, reference.plan, count, None)
     _, found = rehearsal.run(model, plan, count, None)
-    problem = disagreement(expected, found, plan, tolerance_of(reference))
+    targets, tolerance = reference.card.resolved_targets, tolerance_of(reference)
+    problem = disagreement(expected, found, plan, targets=targets, tolerance=tolerance)
     if problem is not None:
         raise DistclsError(f"provider: {name} is not used: {problem}")
     return model

@@ -21,6 +21,7 @@ from distcls.inference.inputs import Source
 from distcls.inference.model import Model
 from distcls.inference.pipeline import stream
 from distcls.inference.providers.plan import Plan
+from distcls.targets import Targets
 
 IMAGES = 32
 """Images that are compared."""
@@ -31,7 +32,7 @@ SECONDS_OF_A_TRIAL = 0.15
 TOLERANCE = 1e-3
 """Largest difference of a logit where the model's certificate states none."""
 TOP1_OF_REDUCED = 0.998
-"""Share of images on which a plan of reduced precision puts the same class first, at least."""
+"""Share of images to which a plan of reduced precision gives the same answer, at least."""
 
 Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]
@@ -95,12 +96,14 @@ def images_needed(plan: Plan, known: int, rate: float) -> int:
     return -(-wanted // together) * together
 
 
-def disagreement(expected: Logits, found: Logits, plan: Plan, tolerance: float) -> str | None:
+def disagreement(
+    expected: Logits, found: Logits, plan: Plan, *, targets: Targets, tolerance: float
+) -> str | None:
     """Why a plan's answers are not those of the CPU in fp32, [n, K] both; None if they are.
 
-    The rule of the certificate: in fp32 every image keeps its class and every logit stays within
-    the tolerance; in reduced precision 99.8 % of the images keep their class. Images for which the
-    CPU itself has no finite answer say nothing.
+    The rule of the certificate: in fp32 every image keeps its answer, all heads' and all labels,
+    and every logit stays within the tolerance; in reduced precision 99.8 % of the images keep their
+    answer. Images for which the CPU itself has no finite answer say nothing.
     """
     known = np.isfinite(expected).all(axis=1)
     expected, found = expected[known], found[known]
@@ -108,14 +111,14 @@ def disagreement(expected: Logits, found: Logits, plan: Plan, tolerance: float) 
         return "nothing can be compared, for the CPU's own answers are not finite"
     if not np.isfinite(found).all():
         return "its answers are not finite"
-    same = int((expected.argmax(axis=1) == found.argmax(axis=1)).sum())
+    same = int((targets.decide(expected) == targets.decide(found)).all(axis=1).sum())
     difference = float(np.abs(expected - found).max(initial=0.0))
     if same == len(expected) and difference <= tolerance:
         return None
     if plan.precision == "reduced" and same >= TOP1_OF_REDUCED * len(expected):
         return None
     return (
-        f"its answers are not the CPU's: same class on {same} of {len(expected)} images, "
+        f"its answers are not the CPU's: same answer on {same} of {len(expected)} images, "
         f"logits up to {difference:.1e} apart"
     )
 

@@ -95,6 +95,7 @@ class _Bench:
         self._rehearsal = rehearsal.first(max(1, number))
         self._known = len(self._rehearsal.images)
         _, self._expected = self._rehearsal.run(model, model.plan, self._known, asked.workers)
+        self._targets = model.card.resolved_targets
         self._tolerance = tolerance_of(model)
 
     def worth(self, family: Family, tried: list[Trial]) -> bool:
@@ -131,7 +132,9 @@ class _Bench:
         rate, found = run(model, plan, count, workers)
         problem = None  # the CPU is the measure of the others, in any number of threads
         if plan.provider != "cpu":
-            problem = disagreement(self._expected, found, plan, self._tolerance)
+            problem = disagreement(
+                self._expected, found, plan, targets=self._targets, tolerance=self._tolerance
+            )
         return Trial(plan=plan, rate=rate, problem=problem, model=model)
 
 

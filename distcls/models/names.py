@@ -1,0 +1,136 @@
+"""Which networks there are, here, in torchvision and in timm, and the nearest to a wrong name."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from typing import Literal, NamedTuple
+
+from distcls.errors import UsageError, did_you_mean
+
+Library = Literal["distcls", "torchvision", "timm"]
+
+OWN = ("simple_cnn", "simple_nn")
+"""Networks of distcls/models/simple.py."""
+ALIASES = {
+    "adv-efficientnet-b0": "timm:tf_efficientnet_b0.ap_in1k",
+    "adv-efficientnet-b1": "timm:tf_efficientnet_b1.ap_in1k",
+    "adv-efficientnet-b2": "timm:tf_efficientnet_b2.ap_in1k",
+    "se_resnext50_32x4d": "timm:seresnext50_32x4d",
+    "xception": "timm:legacy_xception",
+}
+"""Names that these networks go by elsewhere."""
+NAMED = (
+    *OWN,
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "mobilenet_v3_large",
+    "shufflenet_v2_x0_5",
+    "shufflenet_v2_x1_0",
+    "efficientnet_b0",
+    "efficientnet_b1",
+    "efficientnet_b2",
+    *(name for name in ALIASES if name.startswith("adv-")),
+    "efficientnet_v2_s",
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "se_resnext50_32x4d",
+    "regnet_x_400mf",
+    "regnet_y_400mf",
+    "densenet121",
+    "xception",
+    "convnext_tiny",
+    "swin_t",
+)
+"""Those that `distcls models` lists without being asked for others; each is tested to export."""
+
+
+class Origin(NamedTuple):
+    """Where a network comes from."""
+
+    library: Library
+    name: str
+    """Its name there; timm's may end in the tag of its weights: `resnet50.a1_in1k`."""
+
+
+@functools.cache
+def resolve(name: str) -> Origin:
+    """Find a network: one of ours, torchvision's, timm's, or as `timm:NAME`, `torchvision:NAME`.
+
+    Raises UsageError for an unknown name, with the nearest known.
+    """
+    spec = ALIASES.get(name, name)
+    if spec in OWN:
+        return Origin("distcls", spec)
+    library, colon, rest = spec.partition(":")
+    if colon and library not in ("torchvision", "timm"):
+        raise UsageError(
+            f"model.name: unknown library {library!r} in {name!r} (choices: torchvision, timm)"
+        )
+    bare = rest if colon else spec
+    if library != "timm" and bare in _torchvision_names():
+        return Origin("torchvision", bare)
+    if library != "torchvision" and (found := _in_timm(bare)) is not None:
+        return Origin("timm", found)
+    theirs = {"torchvision": _torchvision_names, "timm": _timm_names}
+    choices = [f"{library}:{other}" for other in theirs[library]()] if colon else known()
+    hint = did_you_mean(name, choices)
+    raise UsageError(f"model.name: unknown model {name!r}{hint}; `distcls models '*'` lists all")
+
+
+@functools.cache
+def known() -> tuple[str, ...]:
+    """All names: the best known ones, then torchvision's, then what timm adds.
+
+    A name of timm's that torchvision has too carries its prefix, `timm:resnet50`.
+    """
+    ours, theirs = list(NAMED), _torchvision_names()
+    ours += [name for name in theirs if name not in NAMED]
+    taken = {*ours, *ALIASES}
+    return (*ours, *(f"timm:{name}" if name in taken else name for name in _timm_names()))
+
+
+def matching(pattern: str | None) -> list[str]:
+    """The known names that match a glob, or that contain a text without wildcards.
+
+    None stands for `NAMED`. Raises UsageError if there are none.
+    """
+    if pattern is None:
+        return list(NAMED)
+    glob = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
+    found = [name for name in known() if fnmatch.fnmatchcase(name, glob)]
+    if not found:
+        raise UsageError(f"pattern: no model matches {pattern!r}{did_you_mean(pattern, known())}")
+    return found
+
+
+@functools.cache
+def _torchvision_names() -> tuple[str, ...]:
+    """Classifiers only: detection, segmentation, video and quantized ones live in other modules."""
+    import torchvision
+
+    return tuple(torchvision.models.list_models(module=torchvision.models))
+
+
+@functools.cache
+def _timm_names() -> tuple[str, ...]:
+    import timm
+
+    return tuple(timm.list_models())
+
+
+def _in_timm(name: str) -> str | None:
+    """timm's present name for it, or None. Raises UsageError for an unknown tag of weights."""
+    from timm.models import get_arch_pretrained_cfgs, get_deprecated_models
+
+    # an outdated name still works in timm, with a warning
+    present: str | None = get_deprecated_models().get(name, name)
+    architecture, _, tag = (present or "").partition(".")
+    if architecture not in _timm_names():
+        return None
+    tagged = list(get_arch_pretrained_cfgs(architecture))
+    if tag and present not in tagged:
+        hint = did_you_mean(name, tagged)
+        raise UsageError(f"model.name: timm's {architecture} has no weights {tag!r}{hint}")
+    return present

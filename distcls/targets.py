@@ -1,0 +1,241 @@
+"""What a model answers: one class an image, a class in each of several heads, or several labels.
+
+All of it is flat: the network gives one row of logits, the heads' one after the other (or one a
+label), and the classes of heads are called HEAD:CLASS. So what counts and names classes need not
+know of heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distcls.errors import BadValue, require
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+Kind = Literal["single", "heads", "multi_label"]
+KINDS = get_args(Kind)
+
+BLANK = ""
+"""Class of a character that is not there, where texts are of several lengths."""
+BLANK_SHOWN = "␣"
+"""A blank before a character: no true text has one, so that it is seen to be wrong."""
+JOINT = "|"
+"""Between the classes or labels of one answer, unless they are characters."""
+THRESHOLD = 0.5
+"""Probability from which a label is given, unless a model brings its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """One of several questions to an image, such as a place in a text."""
+
+    name: str
+    classes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Targets:
+    """The kind of answer and its classes."""
+
+    kind: Kind = "single"
+    """single: one class an image; heads: one class in each head; multi_label: any number of
+    labels."""
+    classes: tuple[str, ...]
+    """All of them, flat: those of heads as HEAD:CLASS. The index is that of the logit."""
+    heads: tuple[Head, ...] = ()
+    """With heads alone."""
+    thresholds: tuple[float, ...] | None = None
+    """With multi_label alone: probability from which each label is given; null is 0.5."""
+
+    def __post_init__(self) -> None:
+        require(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
+        fits = bool(self.heads) == (self.kind == "heads")
+        require(fits, "heads", self.heads, "heads with kind: heads, and none else")
+        if self.heads:
+            require(self.classes == _flat_names(self.heads), "classes", self.classes, "HEAD:CLASS")
+        thresholds = self.thresholds
+        if thresholds is not None:
+            fits = self.kind == "multi_label" and len(thresholds) == len(self.classes)
+            require(fits, "thresholds", thresholds, "one for each label")
+            valid = all(0 < number < 1 for number in thresholds)
+            require(valid, "thresholds", thresholds, "numbers between 0 and 1")
+        if not self.single and len(set(self.classes)) < len(self.classes):
+            twice = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise BadValue("classes", twice, "names of which none stands there twice")
+
+    @classmethod
+    def of_heads(cls, heads: Sequence[Head]) -> Targets:
+        """A class in each of these heads."""
+        return cls(kind="heads", heads=tuple(heads), classes=_flat_names(heads))
+
+    @property
+    def single(self) -> bool:
+        """Whether an image has one class."""
+        return self.kind == "single"
+
+    @functools.cached_property
+    def slices(self) -> tuple[slice, ...]:
+        """Which logits compete: those of each head, or of a single class all."""
+        sizes = [len(head.classes) for head in self.heads] or [len(self.classes)]
+        ends = np.cumsum(sizes).tolist()
+        return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
+
+    @property
+    def alphabet(self) -> tuple[str, ...] | None:
+        """The classes of all heads where they share them, else None."""
+        shared = {head.classes for head in self.heads}
+        return next(iter(shared)) if len(shared) == 1 else None
+
+    def summary(self) -> str:
+        """Kind and number of the classes, for people."""
+        if self.kind == "multi_label":
+            return f"{len(self.classes)} labels"
+        if self.single:
+            return f"{len(self.classes)} classes"
+        if self.alphabet is not None:
+            return f"{len(self.heads)} heads of {len(self.alphabet)} classes each"
+        sizes = ", ".join(f"{head.name} {len(head.classes)}" for head in self.heads)
+        return f"{len(self.heads)} heads of several classes ({sizes})"
+
+    def shortage(self) -> str:
+        """Why there is nothing to choose from, such as `one class only ('cat')`; empty if there is.
+
+        A single label is a choice already: yes or no.
+        """
+        if self.kind == "multi_label":
+            return "" if self.classes else "no label"
+        for head in self.heads or (Head("", self.classes),):
+            where = f"head {head.name!r} has " if self.heads else ""
+            if not head.classes:
+                return f"{where}no class"
+            if len(head.classes) == 1:
+                return f"{where}one class only ({head.classes[0]!r})"
+        return ""
+
+    def probabilities(self, logits: Floats) -> Floats:
+        """Logits [N, classes] to probabilities, float32 [N, classes].
+
+        A softmax for each head, a sigmoid for each of several labels.
+        """
+        if self.kind == "multi_label":
+            return sigmoid(logits).astype(np.float32)
+        parts = [softmax(logits[:, part]) for part in self.slices]
+        return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+    def decide(self, logits: Floats) -> Integers:
+        """The answers to logits [N, classes], int64.
+
+        Class in each head [N, heads] (a single class is [N, 1]), of equal logits the first; or 0
+        and 1 for each label [N, labels].
+        """
+        if self.kind == "multi_label":
+            limits = np.array(self.thresholds or [THRESHOLD] * len(self.classes))
+            return (sigmoid(logits) >= limits).astype(np.int64)
+        answers = [logits[:, part].argmax(axis=1) for part in self.slices]
+        return np.asarray(np.stack(answers, axis=1), np.int64)
+
+    def confidence(self, probabilities: Floats, answers: Integers) -> Floats:
+        """Probability of whole answers, float32 [N]: their parts taken as independent."""
+        if self.kind == "multi_label":
+            parts = np.where(answers == 1, probabilities, 1 - probabilities)
+        else:
+            parts = self.of_answers(probabilities, answers)
+        return np.asarray(parts.prod(axis=1), np.float32)
+
+    def of_answers(self, probabilities: Floats, answers: Integers) -> Floats:
+        """Probability of the class that each head answers, float32 [N, heads]."""
+        starts = np.array([part.start for part in self.slices])
+        return np.take_along_axis(probabilities, answers + starts, axis=1)
+
+    def text(self, answer: Sequence[int] | Integers) -> str:
+        """An answer as `decide` gives it, for people and tables.
+
+        Heads of single characters make a word; blanks at its end are left out. Other heads and
+        several labels stand with `|` between them.
+        """
+        if self.kind == "multi_label":
+            return JOINT.join(self.classes[index] for index in np.flatnonzero(answer).tolist())
+        if self.single:
+            return self.classes[answer[0]]
+        names = [head.classes[index] for head, index in zip(self.heads, answer, strict=True)]
+        if not self._characters:
+            return JOINT.join(names)
+        last = max((place for place, name in enumerate(names) if name != BLANK), default=-1)
+        return "".join(name or BLANK_SHOWN for name in names[: last + 1])
+
+    def texts(self, answers: Integers) -> list[str]:
+        """`text` of each of [N] (single), [N, heads] or [N, labels]."""
+        rows = answers[:, None] if answers.ndim == 1 else answers
+        # of thousands of labels an image has few: NumPy looks for them
+        return [self.text(row) for row in (rows if self.kind == "multi_label" else rows.tolist())]
+
+    @functools.cached_property
+    def _characters(self) -> bool:
+        return all(len(name) <= 1 for head in self.heads for name in head.classes)
+
+    def flat(self, labels: Sequence[int]) -> list[int]:
+        """Positions in `classes` of a class in each head, or of the labels that are given."""
+        if self.kind == "multi_label":
+            return list(labels)
+        return [part.start + label for part, label in zip(self.slices, labels, strict=True)]
+
+    def to_json(self) -> list[str] | dict[str, Any]:
+        """Plain values; of a single class the list of names alone."""
+        if self.single:
+            return list(self.classes)
+        if self.heads:
+            heads = [{"name": head.name, "classes": list(head.classes)} for head in self.heads]
+            return {"kind": self.kind, "heads": heads}
+        values: dict[str, Any] = {"kind": self.kind, "classes": list(self.classes)}
+        return values | ({"thresholds": list(self.thresholds)} if self.thresholds else {})
+
+    @classmethod
+    def from_json(cls, values: Any) -> Targets:
+        """The inverse of `to_json`. Raises KeyError, TypeError or BadValue for anything else."""
+        if isinstance(values, list):
+            return cls(classes=_names(values))
+        if values["kind"] == "heads":
+            return cls.of_heads(
+                [Head(str(h["name"]), _names(h["classes"])) for h in values["heads"]]
+            )
+        thresholds = values.get("thresholds")
+        return cls(
+            kind=values["kind"],
+            classes=_names(values["classes"]),
+            thresholds=None if thresholds is None else tuple(map(float, thresholds)),
+        )
+
+
+def softmax(logits: Floats) -> Floats:
+    """Probabilities of each row, float32 [N, K]; the sums are taken in float64."""
+    exact = logits.astype(np.float64)
+    scaled = np.exp(exact - exact.max(axis=1, keepdims=True))
+    return np.asarray(scaled / scaled.sum(axis=1, keepdims=True), np.float32)
+
+
+def sigmoid(logits: Floats) -> NDArray[np.float64]:
+    """1 / (1 + exp(-logits)) without overflow, float64 in the logits' shape."""
+    return np.asarray(np.exp(-softplus(-logits.astype(np.float64))))
+
+
+def softplus(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """log(1 + exp(values)) without overflow: -log of the sigmoid of -values, in their shape."""
+    with np.errstate(invalid="ignore"):  # a NaN gives NaN, which the caller sees
+        return np.asarray(np.logaddexp(0.0, values))
+
+
+def _flat_names(heads: Sequence[Head]) -> tuple[str, ...]:
+    return tuple(f"{head.name}:{name}" for head in heads for name in head.classes)
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{values!r} is no list of names")
+    return tuple(values)

@@ -1,0 +1,1 @@
+"""The loss of each image, and how much each counts."""

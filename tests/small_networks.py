@@ -1,0 +1,38 @@
+"""Small networks and their weights, for the tests that load one into the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distcls.imaging import Preprocess
+from distcls.models.classifier import Classifier
+from distcls.models.config import ModelConfig
+from distcls.models.pretrained import Report, apply_weights, find_weights
+from distcls.models.zoo import build
+
+PROCESS = Preprocess(size=(32, 32), mean=(0.5, 0.4, 0.3))
+
+
+def network(classes: int = 5, seed: int = 0, name: str = "mobilenet_v3_small") -> Classifier:
+    torch.manual_seed(seed)
+    return build(ModelConfig(name=name), classes, PROCESS)
+
+
+def plain(classes: int = 5) -> dict[str, Tensor]:
+    return dict(network(classes, seed=1).backbone.state_dict())
+
+
+def load(source: str | Path, model: Classifier, name: str = "mobilenet_v3_small") -> Report:
+    weights = find_weights(ModelConfig(name=name, pretrained=str(source)))
+    assert weights is not None
+    return apply_weights(model, weights)
+
+
+def assert_taken(model: Classifier, tensors: dict[str, Tensor], report: Report) -> None:
+    own = model.backbone.state_dict()
+    assert report.loaded
+    for name in report.loaded:
+        assert torch.equal(own[name], tensors[name]), name

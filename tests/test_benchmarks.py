@@ -1,0 +1,58 @@
+"""What the benchmarks compute beside running: gains, divided sources, the line at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import common, freezing, scores
+from distcls.data.prepare import PrepareOptions, prepare
+from distcls.data.sources.idx import read_idx
+from tests.sources import idx_folder
+
+
+def test_gains_are_taken_seed_by_seed() -> None:
+    found = {"alone": [0.80, 0.90, 0.85], "taught": [0.82, 0.91, 0.88]}
+    assert scores.differences(found, "taught", "alone") == pytest.approx([0.02, 0.01, 0.03])
+    assert scores.gain(found, "taught", "alone") == pytest.approx((0.02, 0.01))
+    heads, alone, taught = scores.table(found, "alone").splitlines()
+    assert heads.split() == ["test", "top-1", "mean", "spread", "min", "max", "gain", "spread"]
+    assert [float(x) for x in alone.split()[1:]] == [0.85, 0.05, 0.80, 0.90, 0, 0]
+    # statistics.stdev of 0.82, 0.91, 0.88 is 0.0458
+    assert [float(x) for x in taught.split()[1:]] == [0.87, 0.0458, 0.82, 0.91, 0.02, 0.01]
+    assert scores.spread([0.5]) == 0
+
+
+def test_two_sources_of_different_images_and_classes(tmp_path: Path) -> None:
+    source = idx_folder(tmp_path / "idx", count=200, test=40)
+    first, second = freezing.split_source(source, tmp_path / "parts", images=60, seed=0)
+    read = {
+        (folder.name, role): read_idx(folder / f"{role}-ubyte", 3 if "images" in role else 1).values
+        for folder in (first, second)
+        for role in ("train-images-idx3", "train-labels-idx1", "t10k-labels-idx1")
+    }
+    assert set(read["first", "train-labels-idx1"].tolist()) == set(range(8))
+    assert set(read["first", "t10k-labels-idx1"].tolist()) <= set(range(8))
+    assert len(read["second", "train-labels-idx1"]) == 60
+    assert len(read["second", "t10k-labels-idx1"]) == 40
+    whole = read_idx(source / "train-images-idx3-ubyte.gz", 3).values
+    halves = {image.tobytes() for image in whole[:100]}, {image.tobytes() for image in whole[100:]}
+    assert {image.tobytes() for image in read["first", "train-images-idx3"]} <= halves[0]
+    assert {image.tobytes() for image in read["second", "train-images-idx3"]} <= halves[1]
+    options = PrepareOptions(source=str(first), out=tmp_path / "data", format="idx", quiet=True)
+    assert prepare(options).classes == list("01234567")
+    assert np.bincount(read["first", "train-labels-idx1"]).min() > 0
+
+
+def test_the_line_at_the_end_goes_into_a_file_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common.finish("trial", out=tmp_path / "results" / "trial.json", gain=0.5)
+    printed = capsys.readouterr().out
+    assert (tmp_path / "results" / "trial.json").read_text() == printed
+    line = json.loads(printed)
+    assert (line["benchmark"], line["gain"]) == ("trial", 0.5)
+    assert line["machine"]["cores"] >= 1

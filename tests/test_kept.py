@@ -1,0 +1,126 @@
+"""Which epochs' models are kept under names of their own, and what is in the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from distcls.errors import BadValue, UsageError
+from distcls.models.checkpoint import load_tensors, open_checkpoint
+from distcls.training.config import CheckpointConfig, MonitorConfig, TrainConfig
+from distcls.training.kept import Epoch, keep
+from distcls.training.run import train
+from distcls.training.state import Progress
+
+SCORES = [0.5, 0.7, 0.6, 0.7, 0.9, math.nan]
+
+
+def files_after(
+    folder: Path, options: CheckpointConfig, metric: str = "top1", scores: list[float] = SCORES
+) -> list[str]:
+    """Names of the files that are left, with `scores` epoch by epoch."""
+    monitor = MonitorConfig(metric=metric)
+    config = TrainConfig(data=folder, out=folder, checkpoint=options, monitor=monitor)
+    progress = Progress()
+    for number, score in enumerate(scores, start=1):
+        progress.epoch = number
+        best = progress.judge(score, monitor)
+        epoch = Epoch(number=number, step=10 * number, score=score, best=best)
+        keep(config, progress, epoch, lambda path: path.write_text(""))
+        left = {path.name for path in folder.glob("*.pth")}
+        assert left == {file for _, file in progress.kept}
+    return sorted(path.name for path in folder.glob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("best_only", "number", "epochs"),
+    [
+        (True, 1, [5]),
+        (True, 2, [2, 5]),
+        (True, None, [1, 2, 5]),
+        (True, 0, []),
+        (False, 1, [5]),
+        (False, 3, [2, 4, 5]),
+        (False, None, [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_the_best_few_are_kept(
+    best_only: bool, number: int | None, epochs: list[int], tmp_path: Path
+) -> None:
+    options = CheckpointConfig(best_only=best_only, keep_best=number, name="e{epoch}.pth")
+    assert files_after(tmp_path, options) == [f"e{epoch}.pth" for epoch in epochs]
+
+
+def test_a_loss_is_better_when_smaller(tmp_path: Path) -> None:
+    options = CheckpointConfig(best_only=False, keep_best=2, name="{metric}_{step}.pth")
+    assert files_after(tmp_path, options, "loss") == ["loss_10.pth", "loss_30.pth"]
+
+
+def test_the_default_name_tells_model_epoch_and_score(tmp_path: Path) -> None:
+    assert files_after(tmp_path, CheckpointConfig()) == ["mobilenet_v3_small_e5_0.90000.pth"]
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("{epoch}", 1),
+        ("{epok}.pth", 1),
+        ("{epoch:q}.pth", 1),
+        ("a/{epoch}.pth", 1),
+        ("best.pth", 1),
+        ("{score:.3f}.pth", 3),
+        ("{}.pth", 1),
+    ],
+)
+def test_names_that_cannot_work_are_refused(name: str, number: int) -> None:
+    with pytest.raises(BadValue, match=r"^name: "):
+        CheckpointConfig(name=name, keep_best=number)
+
+
+@pytest.fixture(scope="module")
+def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A short run that has kept every epoch's model with its state."""
+    options = CheckpointConfig(best_only=False, keep_best=None, whole=True, name="e{epoch}.pth")
+    out = tmp_path_factory.mktemp("kept") / "run"
+    config = TrainConfig(
+        data=digits, out=out, epochs=3, limit=60, batch_size=20, checkpoint=options, quiet=True
+    )
+    train(config)
+    return config
+
+
+def test_a_kept_model_opens_as_best_pth_does(run: TrainConfig) -> None:
+    assert sorted(path.name for path in run.out.glob("e*.pth")) == ["e1.pth", "e2.pth", "e3.pth"]
+    assert open_checkpoint(run.out / "e2.pth").card.training["epoch"] == 2
+    best = open_checkpoint(run.out / "best.pth")
+    own = open_checkpoint(run.out / f"e{best.card.training['epoch']}.pth")
+    for one, other in zip(best.model.parameters(), own.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_run_goes_on_from_a_kept_state(run: TrainConfig, tmp_path: Path) -> None:
+    again = dataclasses.replace(run, out=tmp_path / "again", resume=str(run.out / "e1.pth"))
+    assert train(again).epochs == 3
+    one, other = load_tensors(run.out / "e3.pth"), load_tensors(again.out / "e3.pth")
+    assert not [
+        name for name in one["model"] if not torch.equal(one["model"][name], other["model"][name])
+    ]
+    history = [
+        path.joinpath("history.csv").read_text().splitlines() for path in (run.out, again.out)
+    ]
+    assert [line.split(",")[:4] for line in history[0]] == [
+        line.split(",")[:4] for line in history[1]
+    ]
+
+
+def test_a_model_without_its_state_is_nothing_to_resume_from(
+    run: TrainConfig, tmp_path: Path
+) -> None:
+    bare = dataclasses.replace(run, out=tmp_path / "again", resume=str(run.out / "best.pth"))
+    with pytest.raises(UsageError, match="holds no state to resume from"):
+        train(bare)
+    assert not (tmp_path / "again" / "metrics.jsonl").exists()

@@ -1,0 +1,63 @@
+"""Every named network: built at a small size it answers; exported it answers the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distcls.bundle import ModelCard
+from distcls.data.dataset import Dataset
+from distcls.imaging import Preprocess
+from distcls.inference.session import OnnxModel
+from distcls.models.checkpoint import open_checkpoint, save_checkpoint
+from distcls.models.classifier import count_parameters
+from distcls.models.config import ModelConfig
+from distcls.models.names import NAMED
+from distcls.models.zoo import build
+from export.onnx import ExportOptions, export
+from export.parity import load_images
+from tests.pictures import smooth
+
+SMALL = Preprocess(size=(64, 64), resize="squash")
+CHEAP = ("simple_cnn", "simple_nn")
+EXPORTED = [name if name in CHEAP else pytest.param(name, marks=pytest.mark.slow) for name in NAMED]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_two_images_pass_at_64_pixels(name: str) -> None:
+    torch.manual_seed(0)
+    model = build(ModelConfig(name=name), 7, SMALL)
+    assert model.training
+    assert count_parameters(model) > 100_000
+    images = torch.from_numpy(np.stack([smooth(64, 64, seed=seed) for seed in (1, 2)]))
+    model.train()(images).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        logits = model.eval()(images)
+    assert logits.shape == (2, 7)
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exported_it_answers_as_its_checkpoint(name: str, digits: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build(ModelConfig(name=name, norm_momentum=1.0), 10, SMALL)
+    images = load_images(Dataset.open(digits).split("train"), SMALL, 32)
+    with torch.no_grad():  # fresh statistics would let every image's logits vanish
+        model.train()(torch.from_numpy(images))
+    card = ModelCard(
+        architecture={"name": name},
+        classes=tuple("0123456789"),
+        preprocess=SMALL,
+        training={"dataset": str(digits)},
+    )
+    save_checkpoint(tmp_path / "best.pth", model, card)
+    certificate = export(ExportOptions(ckpt=tmp_path / "best.pth", limit=64))
+    assert certificate.holds
+    expected = open_checkpoint(tmp_path / "best.pth", "cpu").logits(images)
+    assert np.ptp(expected, axis=0).max() > 1e-4  # the images do differ to it
+    found = OnnxModel(tmp_path / "best.onnx").logits(images)
+    np.testing.assert_allclose(found, expected, atol=1e-3)

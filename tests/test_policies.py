@@ -1,0 +1,129 @@
+"""RandAugment and TrivialAugment against torchvision's own, told the same operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from distcls.data.augment import DRAWS, Augment
+from distcls.data.config import AugmentConfig
+from distcls.data.order import uniforms
+from distcls.data.policies import NAMES, Policy
+from distcls.errors import BadValue
+from tests.test_operations import photographs
+
+BILINEAR = v2.InterpolationMode.BILINEAR
+THEIRS = (
+    *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
+    *("Brightness", "Color", "Contrast", "Sharpness"),
+    *("Posterize", "Solarize", "AutoContrast", "Equalize"),
+)
+
+
+def layer(op: int, sign: float, level: float = 0.0) -> list[float]:
+    """Draws that choose an operation, its sign and (for TrivialAugment) its strength's bin."""
+    return [(op + 0.5) / len(NAMES), 0.9 if sign > 0 else 0.1, level]
+
+
+def by_torchvision(kind: Any, name: str, level: int, sign: float) -> Tensor:
+    """The first photograph, changed as torchvision would with these draws."""
+    space, signed = kind._AUGMENTATION_SPACE[name]
+    image = photographs()[0].permute(2, 0, 1)
+    magnitudes = space(31, *image.shape[1:])
+    magnitude = 0.0 if magnitudes is None else float(magnitudes[level])
+    magnitude *= sign if signed else 1
+    done = kind._apply_image_or_video_transform(image, name, magnitude, BILINEAR, kind._fill)
+    return done.permute(1, 2, 0)
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == torch.uint8
+    assert (found.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("level", [3, 9, 30])
+def test_randaugment_of_one_operation(name: str, level: int, sign: float) -> None:
+    config = AugmentConfig(policy="randaugment", randaugment_ops=1, randaugment_magnitude=level)
+    draws = torch.tensor([layer(THEIRS.index(name), sign)])
+    found = Policy(config)(photographs()[:1], draws)[0]
+    assert_same(found, by_torchvision(v2.RandAugment(), name, level, sign))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("level", [0, 7, 17, 30])
+def test_trivialaugment(name: str, level: int, sign: float) -> None:
+    draws = torch.tensor([layer(THEIRS.index(name), sign, (level + 0.5) / 31)])
+    policy = Policy(AugmentConfig(policy="trivialaugment"))
+    assert policy.layers == 1
+    found = policy(photographs()[:1], draws)[0]
+    assert_same(found, by_torchvision(v2.TrivialAugmentWide(), name, level, sign))
+
+
+def test_layers_come_one_after_the_other() -> None:
+    two = Policy(AugmentConfig(policy="randaugment"))
+    assert (two.layers, two.draws) == (2, 6)
+    one = Policy(AugmentConfig(policy="randaugment", randaugment_ops=1))
+    first, second = torch.tensor([layer(5, 1)]), torch.tensor([layer(11, 1)])
+    image = photographs()[:1]
+    assert torch.equal(two(image, torch.cat([first, second], 1)), one(one(image, first), second))
+
+
+@pytest.mark.parametrize("policy", ["randaugment", "trivialaugment"])
+def test_each_image_has_its_own_and_depends_on_no_other(policy: Any) -> None:
+    chosen = Policy(AugmentConfig(policy=policy))
+    images = photographs().repeat(5, 1, 1, 1)
+    before = images.clone()
+    draws = torch.from_numpy(uniforms(0, 0, np.arange(40), chosen.draws))
+    whole = chosen(images, draws)
+    assert torch.equal(images, before)
+    order = torch.tensor([17, 3, 39, 20])
+    assert torch.equal(chosen(images[order], draws[order]), whole[order])
+    alone = torch.cat([chosen(images[i : i + 1], draws[i : i + 1]) for i in range(40)])
+    assert torch.equal(alone, whole)
+    changed = (whole != images).flatten(1).any(1)
+    assert changed.float().mean() > 0.5
+    ops = (draws[:, 0] * len(NAMES)).long()
+    assert len(set(ops.tolist())) > 9
+
+
+def test_every_operation_is_as_likely() -> None:
+    draws = uniforms(0, 0, np.arange(14_000), 1)[:, 0]
+    counts = np.bincount((draws * len(NAMES)).astype(int), minlength=14)
+    assert len(counts) == len(NAMES) == len(THEIRS) == 14
+    assert np.abs(counts - 1000).max() < 5 * 30.5
+
+
+def test_within_the_augmentation() -> None:
+    plain = Augment(AugmentConfig(flip=0.5), (90, 120))
+    whole = Augment(AugmentConfig(flip=0.5, policy="randaugment"), (90, 120))
+    assert (plain.draws, whole.draws) == (DRAWS, DRAWS + 6)
+    draws = torch.from_numpy(uniforms(0, 0, np.arange(8), whole.draws))
+    flipped = plain(photographs(), draws[:, :DRAWS])
+    expected = Policy(whole.config)(flipped, draws[:, DRAWS:])
+    assert torch.equal(whole(photographs(), draws), expected)
+    # after a warp, which leaves fractions
+    turned = Augment(AugmentConfig(rotate=10, policy="trivialaugment", erase=1.0), (90, 120))
+    result = turned(photographs(), draws)
+    assert (result.dtype, result.shape) == (torch.uint8, photographs().shape)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"randaugment_ops": 2}, "randaugment_ops"),
+        ({"policy": "trivialaugment", "randaugment_magnitude": 9}, "randaugment_magnitude"),
+        ({"policy": "randaugment", "randaugment_magnitude": 31}, "randaugment_magnitude"),
+        ({"policy": "randaugment", "randaugment_ops": 0}, "randaugment_ops"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], key: str) -> None:
+    with pytest.raises(BadValue, match=f"^{key}: "):
+        AugmentConfig(**options)

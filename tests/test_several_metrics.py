@@ -1,0 +1,172 @@
+"""Metrics of heads and of labels against scikit-learn, and tallies that add up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    multilabel_confusion_matrix,
+    precision_recall_fscore_support,
+    top_k_accuracy_score,
+)
+
+from distcls.evaluation.metrics import HIGHER_IS_BETTER, MONITORED, Metrics, default_mode
+from distcls.evaluation.several import AnyTally, new_tally, tally_of
+from distcls.targets import Targets
+from tests import several
+
+SIZES = (3, 8, 2)
+HEADS = several.heads(*SIZES)
+LABELS = several.labels(4, (0.3, 0.5, 0.7, 0.5))
+COUNT = 101
+
+
+def of_heads() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Logits, right in most heads, and the class in each."""
+    rng = np.random.default_rng(1)
+    labels = np.stack([rng.integers(0, size, COUNT) for size in SIZES], axis=1)
+    logits = rng.normal(size=(COUNT, sum(SIZES)))
+    for head, part in enumerate(HEADS.slices):
+        logits[np.arange(COUNT), part.start + labels[:, head]] += 2
+    return logits.astype(np.float32), labels
+
+
+def of_labels() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Logits that know something of the labels; the last label never occurs."""
+    rng = np.random.default_rng(2)
+    labels = (rng.random((COUNT, 4)) < (0.5, 0.2, 0.6, 0.0)).astype(np.int64)
+    logits = rng.normal(size=labels.shape) + 1.5 * labels - (0.7, 0.7, 0.7, 9.0)
+    return logits.astype(np.float32), labels
+
+
+def tallied(
+    targets: Targets, logits: NDArray[np.float32], labels: NDArray[np.int64], step: int = 7
+) -> AnyTally:
+    tally = new_tally(targets)
+    for start in range(0, len(labels), step):
+        tally.update(logits[start : start + step], labels[start : start + step])
+    return tally
+
+
+def test_heads_equal_scikit_learn() -> None:
+    logits, labels = of_heads()
+    metrics = tallied(HEADS, logits, labels).metrics()
+    answers = HEADS.decide(logits)
+    assert metrics.count == COUNT
+    words = [[str(row) for row in rows.tolist()] for rows in (labels, answers)]
+    assert metrics.exact == accuracy_score(*words)
+    accuracies, top5, losses = [], [], []
+    for head, (size, part) in enumerate(zip(SIZES, HEADS.slices, strict=True)):
+        truth, own = labels[:, head], logits[:, part]
+        per_class = precision_recall_fscore_support(
+            truth, answers[:, head], labels=range(size), zero_division=0
+        )
+        found = (metrics.precision, metrics.recall, metrics.f1, metrics.support)
+        for mine, theirs in zip(found, per_class, strict=True):
+            np.testing.assert_allclose(mine[part], theirs, rtol=1e-12)
+        matrix = confusion_matrix(truth, answers[:, head], labels=range(size))
+        np.testing.assert_array_equal(metrics.confusion[part, part], matrix)
+        accuracies.append(accuracy_score(truth, answers[:, head]))
+        top5.append(top_k_accuracy_score(truth, own, k=5, labels=range(size)) if size > 5 else 1)
+        losses.append(float(F.cross_entropy(torch.from_numpy(own), torch.from_numpy(truth))))
+    assert metrics.confusion.sum() == COUNT * len(SIZES)  # nothing off the blocks
+    assert metrics.top1 == pytest.approx(np.mean(accuracies), rel=1e-12)
+    assert metrics.top5 == pytest.approx(np.mean(top5), rel=1e-12)
+    assert metrics.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert metrics.macro_f1 == pytest.approx(metrics.f1.mean(), rel=1e-12)
+    assert metrics.weighted_recall == pytest.approx(metrics.top1, rel=1e-12)
+    assert list(metrics.scalars()) == list(MONITORED)
+
+
+def test_labels_equal_scikit_learn() -> None:
+    logits, labels = of_labels()
+    metrics = tallied(LABELS, logits, labels).metrics()
+    answers = LABELS.decide(logits)
+    np.testing.assert_array_equal(metrics.confusion, multilabel_confusion_matrix(labels, answers))
+    per_label = precision_recall_fscore_support(labels, answers, zero_division=0)
+    found = (metrics.precision, metrics.recall, metrics.f1, metrics.support)
+    for mine, theirs in zip(found, per_label, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-12)
+    assert metrics.exact == pytest.approx(accuracy_score(labels, answers), rel=1e-12)
+    assert metrics.top1 == pytest.approx((labels == answers).mean(), rel=1e-12)
+    weighted = f1_score(labels, answers, average="weighted", zero_division=0)
+    assert metrics.weighted_f1 == pytest.approx(weighted, rel=1e-12)
+    # the label that neither occurs nor is given says nothing
+    macro = f1_score(labels, answers, average="macro", labels=[0, 1, 2])
+    assert metrics.macro_f1 == pytest.approx(macro, rel=1e-12)
+    truth = torch.from_numpy(labels).double()
+    loss = F.binary_cross_entropy_with_logits(torch.from_numpy(logits).double(), truth)
+    assert metrics.loss == pytest.approx(float(loss), rel=1e-9)
+    assert list(metrics.scalars()) == [name for name in MONITORED if name != "top5"]
+
+
+def best_f1(probabilities: NDArray[np.float64], truth: NDArray[np.int64]) -> list[float]:
+    """F1 at every multiple of 0.001, by trying them."""
+    limits = [k / 1000 for k in range(1, 1000)]
+    return [f1_score(truth, probabilities >= limit, zero_division=0) for limit in limits]
+
+
+def test_thresholds_are_those_of_trying_them_all() -> None:
+    logits, labels = of_labels()
+    metrics = tallied(LABELS, logits, labels).metrics()
+    assert metrics.thresholds is not None
+    probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    for place, found in enumerate(metrics.thresholds[:3]):
+        every = best_f1(probabilities[:, place], labels[:, place])
+        own = f1_score(labels[:, place], probabilities[:, place] >= found)
+        assert own == max(every)
+        nearest = min(abs((k + 1) / 1000 - 0.5) for k, f1 in enumerate(every) if f1 == max(every))
+        assert abs(found - 0.5) == pytest.approx(nearest, abs=1e-12)
+        assert own > f1_score(labels[:, place], probabilities[:, place] >= 0.97)
+    assert metrics.thresholds[3] == 0.5  # never occurs: nothing is known of it
+
+
+@pytest.mark.parametrize("kind", ["heads", "labels"])
+def test_vectors_of_several_processes_add_up(kind: str) -> None:
+    targets, (logits, labels) = (HEADS, of_heads()) if kind == "heads" else (LABELS, of_labels())
+    whole = tallied(targets, logits, labels).metrics()
+    parts = [tallied(targets, logits[r::3], labels[r::3]).vector() for r in range(3)]
+    assert parts[0].dtype == np.float64
+    added = tally_of(np.sum(parts, axis=0), targets).metrics()
+    assert_equal(added, whole)
+    empty = tally_of(new_tally(targets).vector() + parts[0] * 0, targets).metrics()
+    assert set(empty.scalars().values()) == {0.0}
+
+
+def assert_equal(one: Metrics, other: Metrics) -> None:
+    assert one.scalars() == pytest.approx(other.scalars(), rel=1e-12)
+    assert (one.count, one.thresholds) == (other.count, other.thresholds)
+    np.testing.assert_array_equal(one.confusion, other.confusion)
+    np.testing.assert_array_equal(one.support, other.support)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    logits, labels = of_heads()
+    with pytest.raises(ValueError, match="heads"):
+        new_tally(HEADS).update(logits, labels[:, 0])
+    with pytest.raises(ValueError, match="classes"):
+        new_tally(HEADS).update(logits[:, 1:], labels)
+    with pytest.raises(ValueError, match="classes"):
+        new_tally(HEADS).update(logits, labels + 1)
+    logits, labels = of_labels()
+    with pytest.raises(ValueError, match="labels"):
+        new_tally(LABELS).update(logits, labels[:, :3])
+    with pytest.raises(ValueError, match="other than 0 and 1"):
+        new_tally(LABELS).update(logits, labels * 2)
+
+
+def test_a_nan_is_seen_in_the_loss() -> None:
+    for targets, (logits, labels) in ((HEADS, of_heads()), (LABELS, of_labels())):
+        logits[3, 1] = np.nan
+        assert np.isnan(tallied(targets, logits, labels).metrics().loss)
+
+
+def test_exact_may_be_watched() -> None:
+    assert default_mode("exact") == "max"
+    assert "exact" not in HIGHER_IS_BETTER
