@@ -51,7 +51,7 @@ def draw(rates: dict[str, list[float]], limits: dict[str, float], path: Path) ->
 
 
 def compare(
-    folder: Path, model: Path, rounds: int, only: list[str] | None, profile: Path | None
+    folder: Path, model: Path, rounds: int, only: list[str] | None
 ) -> dict[str, list[float]]:
     """Images per second of everyone, in turns."""
     providers = ["auto", *reversed(installed())]
@@ -62,8 +62,7 @@ def compare(
         "timm": (ways.timm_way, folder),
     }
     for name in providers:
-        picture = profile if name == "auto" else None
-        entered[f"distcls, {name}"] = (ways.ours, folder, model, name, picture)
+        entered[f"distcls, {name}"] = (ways.ours, folder, model, name)
     entered["decode alone"] = (ways.decode_only, folder)
     for name in providers:
         entered[f"infer alone, {name}"] = (ways.infer_only, folder, model, name)
@@ -97,7 +96,7 @@ def main() -> None:
     given = parser.parse_args()
     folder = photographs(given.pictures, given.count)
     model = model_for(folder)
-    rates = compare(folder, model, given.rounds, given.only, given.profile)
+    rates = compare(folder, model, given.rounds, given.only)
     baseline = next(iter(rates))
     print(f"{given.count} JPEGs to CSV, MobileNetV3-Large at 224")
     print(table(rates, baseline))
@@ -108,6 +107,8 @@ def main() -> None:
             share = statistics.median(rates[f"distcls, {name}"]) / limit
             told[name] = round(share, 3)
             print(f"{name}: {share:.0%} of the {limit:.0f} images/s that its stages allow")
+    if given.profile is not None:
+        ways.draw_stages(folder, model, given.profile)
     draw({name: rate for name, rate in rates.items() if "alone" not in name}, limits, given.out)
     finish(
         "predict",

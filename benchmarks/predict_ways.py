@@ -88,7 +88,7 @@ def timm_way(folder: Path) -> Contestant:
     return _round(folder, classify, 2 * BATCH)
 
 
-def ours(folder: Path, model: Path, provider: str, profile: Path | None) -> Contestant:
+def ours(folder: Path, model: Path, provider: str) -> Contestant:
     """`distcls predict`, from its arguments to the finished file."""
     from distcls.predict import main
 
@@ -101,13 +101,20 @@ def ours(folder: Path, model: Path, provider: str, profile: Path | None) -> Cont
         with tempfile.TemporaryDirectory() as scratch:
             arguments = [str(folder), "--model", str(model), "--out", f"{scratch}/pre.csv"]
             arguments += ["--provider", provider, "--limit", str(count), "--overwrite"]
-            if profile is not None:
-                arguments += ["--profile", str(profile)]
             began = time.perf_counter()
             main(arguments)
             return count / (time.perf_counter() - began)
 
     return run
+
+
+def draw_stages(folder: Path, model: Path, picture: Path) -> None:
+    """One more run of ours, not timed, that draws where its time goes."""
+    from distcls.predict import main
+
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = [str(folder), "--model", str(model), "--out", f"{scratch}/pre.csv"]
+        main([*arguments, "--profile", str(picture)])
 
 
 def decode_only(folder: Path) -> Contestant:

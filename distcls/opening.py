@@ -14,6 +14,7 @@ from distcls.inference.merge import Flipped, Merged
 from distcls.inference.model import Model
 from distcls.inference.options import PredictOptions
 from distcls.inference.providers.plan import Asked, Plan
+from distcls.inference.shrinking import shrunk
 
 
 def open_model(
@@ -83,7 +84,8 @@ def open_predictor(
 def reopen(options: PredictOptions, plans: Sequence[Plan]) -> tuple[Model, Source]:
     """Model and input of a batch prediction once more, in another process, run by `plans`."""
     source = open_source(options.input, options.split, options.fetch_timeout)
-    return open_predictor(options, source, plans), source
+    model = open_predictor(options, source, plans)
+    return model, shrunk(source, model) if options.scaled_decode else source
 
 
 def _reopened(path: Path, plan: Plan | None) -> Model | None:

@@ -9,6 +9,7 @@ from distcls import log
 from distcls.config import parse
 from distcls.door import run
 from distcls.inference.predict import PredictOptions, check_output, predict
+from distcls.inference.shrinking import shrunk
 from distcls.opening import open_predictor, open_source, reopen
 
 ABOUT = "Predict the class of many images; one row each, in input order, bad images included."
@@ -21,6 +22,8 @@ def main(arguments: Sequence[str]) -> None:
     source = open_source(options.input, options.split, options.fetch_timeout)
     check_output(options)
     model = open_predictor(options, source)
+    if options.scaled_decode:
+        source = shrunk(source, model)
     result = predict(model, source, options, reopen)
     unsure = f"{result.abstained:,} abstained, " if options.threshold is not None else ""
     log.say(

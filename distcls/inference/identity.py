@@ -57,6 +57,7 @@ def identity_of(model: Model, source: Source, options: PredictOptions) -> Identi
         "threshold": options.threshold,
         "tta": options.tta,
         "features": options.features is not None,
+        "scaled_decode": options.scaled_decode,
         "show": options.show,
         "seed": options.seed,
         "input size": _plain(options.size),

@@ -62,6 +62,9 @@ class PredictOptions:
     engine: Engine = "local"
     """What computes: this machine, or with ray the nodes of a Ray cluster (that of RAY_ADDRESS),
     where input and model have to be seen by all."""
+    scaled_decode: bool = False
+    """Decode large JPEGs at a half, a quarter or an eighth of their size, as far as they are scaled
+    down anyway: faster, with slightly other pixels; refused if it changes answers."""
     profile: Path | None = None
     """PNG to write: where the time went, decoding, waiting, computing and writing."""
     fetch_timeout: float = TIMEOUT

@@ -32,13 +32,13 @@ from distcls.door import run
 from distcls.inference.inputs import files
 from distcls.predict import main
 
-slow, most, decode = float(os.environ["SLOW"]), int(os.environ["MOST_BYTES"]), files.decode_file
+slow, most, decode = float(os.environ["SLOW"]), int(os.environ["MOST_BYTES"]), files.read_file
 
 def slower(path):
     time.sleep(slow)
     return decode(path)
 
-files.decode_file = slower
+files.read_file = slower
 if most:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))

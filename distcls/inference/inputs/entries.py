@@ -10,10 +10,10 @@ from typing import overload
 from urllib.parse import quote, urlsplit
 
 from distcls.errors import BadImage
-from distcls.imaging import decode, decode_file
+from distcls.imaging.decode import read_file
 from distcls.inference.inputs.files import state_of
 from distcls.inference.inputs.remote import SCHEMES, Fetcher, filesystem, is_url
-from distcls.inference.inputs.source import Images, Names
+from distcls.inference.inputs.source import Names
 
 
 class Entries:
@@ -30,14 +30,14 @@ class Entries:
         for scheme in sorted(schemes & SCHEMES.keys()):  # others are errors of their own rows
             filesystem(scheme)
 
-    def load(self, index: int) -> Images:
-        """Decode one, uint8 RGB [h, w, 3]. Raises BadImage."""
+    def read(self, index: int) -> bytes:
+        """The file of one. Raises BadImage."""
         url = self._url(index)
         if url is None:
-            return decode_file(self._path(index))
+            return read_file(self._path(index))
         if urlsplit(url).scheme not in SCHEMES:
             raise BadImage(f"cannot be fetched: expected a path, or {', '.join(SCHEMES)}")
-        return decode(self._fetcher.get(index))
+        return self._fetcher.get(index)
 
     def state(self) -> str:
         """Digest of the sizes and times of those that are files."""

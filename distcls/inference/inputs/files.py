@@ -10,9 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from distcls.errors import UsageError
-from distcls.imaging import decode_file
-from distcls.imaging.decode import SUFFIXES
-from distcls.inference.inputs.source import Images, Names, Source
+from distcls.imaging.decode import SUFFIXES, read_file
+from distcls.inference.inputs.source import Names, Source, from_encoded
 
 _UNKNOWN = (-1, -1)
 """Size and time of a file that cannot be looked up."""
@@ -33,12 +32,12 @@ def from_files(folder: Path, files: Iterable[str]) -> Source:
     names = Names.of(files)
     place = str(folder)
 
-    def load(index: int) -> Images:
-        return decode_file(Path(place, names[index]))
+    def read(index: int) -> bytes:
+        return read_file(Path(place, names[index]))
 
-    return Source(
-        image_ids=names.printable(),
-        load=load,
+    return from_encoded(
+        names.printable(),
+        read,
         state=lambda: state_of(f"{place}/{name}" for name in names),
     )
 

@@ -15,7 +15,7 @@ from distcls.inference.inputs.listing import from_url
 from distcls.inference.inputs.manifest import ENDINGS, from_manifest
 from distcls.inference.inputs.remote import is_url
 from distcls.inference.inputs.shards import expand_braces, from_shards
-from distcls.inference.inputs.source import Names, Source
+from distcls.inference.inputs.source import Names, Source, from_encoded
 
 TIMEOUT = 30.0
 """Seconds that one attempt to fetch an object may take."""
@@ -70,7 +70,7 @@ def _from_standard_input(timeout: float) -> Source:
     if not len(names):
         raise UsageError("-: standard input lists no images, expected a path or URL a line")
     entries = Entries("", names, timeout)
-    return Source(image_ids=names.printable(), load=entries.load, state=entries.state)
+    return from_encoded(names.printable(), entries.read, state=entries.state)
 
 
 def _lines() -> Iterator[str]:

@@ -9,11 +9,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from distcls.errors import BadImage, DistclsError, UsageError
-from distcls.imaging import decode
 from distcls.imaging.decode import SUFFIXES
 from distcls.inference.inputs.manifest import ENDINGS, from_manifest
 from distcls.inference.inputs.remote import Fetcher, filesystem_of, read
-from distcls.inference.inputs.source import Images, Names, Source
+from distcls.inference.inputs.source import Names, Source, from_encoded
 
 DEEPEST = 64
 """Folders below each other; a web server may make up any number of them."""
@@ -77,13 +76,10 @@ def _from_listing(
     below = (name[len(root) + 1 :].partition("?" if web else "\0")[0] for name, _ in objects)
     fetcher = Fetcher(lambda index: urls[index], len(urls), timeout)
 
-    def load(index: int) -> Images:
-        return decode(fetcher.get(index))
-
     tags = hashlib.sha256("\n".join(tag for _, tag in objects).encode()).hexdigest()
-    return Source(
-        image_ids=Names.of(unquote(name) if web else name for name in below).printable(),
-        load=load,
+    return from_encoded(
+        Names.of(unquote(name) if web else name for name in below).printable(),
+        fetcher.get,
         state=lambda: tags,
     )
 

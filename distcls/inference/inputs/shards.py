@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import NamedTuple, overload
 
 from distcls.errors import BadImage, UsageError
-from distcls.imaging import decode
 from distcls.imaging.decode import SUFFIXES
 from distcls.inference.inputs.files import state_of
-from distcls.inference.inputs.source import Images, Names, NamesBuilder, Source
+from distcls.inference.inputs.source import Names, NamesBuilder, Source, from_encoded
 
 SECTOR = 512
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -55,9 +54,9 @@ class Shards:
             endings = ", ".join(sorted(SUFFIXES))
             raise UsageError(f"{paths[0]}: no images in {_count(paths)} (searched for {endings})")
 
-    def load(self, index: int) -> Images:
-        """Decode one, uint8 RGB [h, w, 3]. Raises BadImage."""
-        return decode(self._read(self._shard[index], self._offset[index], self._size[index]))
+    def read(self, index: int) -> bytes:
+        """The file of one. Raises BadImage."""
+        return self._read(self._shard[index], self._offset[index], self._size[index])
 
     def truth(self, index: int) -> str | None:
         """What the class file says: a number or a name."""
@@ -120,9 +119,9 @@ class _Truths(Sequence[str | None]):
 def from_shards(paths: Sequence[Path]) -> Source:
     """The images of tar shards, one after the other. Raises UsageError as `Shards` does."""
     shards = Shards(paths)
-    return Source(
-        image_ids=shards.names.printable(),
-        load=shards.load,
+    return from_encoded(
+        shards.names.printable(),
+        shards.read,
         truths=_Truths(shards),
         state=lambda: state_of(map(str, paths)),
     )

@@ -12,11 +12,12 @@ from typing import Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from distcls.imaging import decode
 from distcls.targets import Targets
 
 Images = NDArray[np.uint8]
 
-BLOCK = 1 << 16
+BLOCK = 1 << 13
 """Names that are handled at a time where there may be millions."""
 
 
@@ -99,10 +100,15 @@ class NamesBuilder:
 
     def extend(self, names: list[str]) -> None:
         """Add the next ones."""
-        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-        ends = itertools.accumulate(map(len, encoded), initial=len(self._letters))
+        together = "".join(names)
+        if together.isascii():  # as most are: half the time
+            lengths, letters = map(len, names), together.encode()
+        else:
+            encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+            lengths, letters = map(len, encoded), b"".join(encoded)
+        ends = itertools.accumulate(lengths, initial=len(self._letters))
         self._ends.extend(itertools.islice(ends, 1, None))
-        self._letters += b"".join(encoded)
+        self._letters += letters
 
     def names(self) -> Names:
         """All of them."""
@@ -117,6 +123,8 @@ class Source:
     """Their names in the output."""
     load: Callable[[int], Images]
     """Decodes one: index to uint8 RGB [h, w, 3]. Raises BadImage; called from many threads."""
+    read: Callable[[int], bytes] | None = None
+    """The file of one as it is, not decoded, where there is one. Raises BadImage."""
     truths: Sequence[str | None] | None = None
     """Their true classes, where known."""
     uniform: Images | None = None
@@ -133,6 +141,21 @@ class Source:
         names = self.image_ids if isinstance(self.image_ids, Names) else Names.of(self.image_ids)
         state = self.state() if self.state is not None else ""
         return hashlib.sha256((names.digest() + state).encode()).hexdigest()
+
+
+def from_encoded(
+    image_ids: Sequence[str],
+    read: Callable[[int], bytes],
+    *,
+    truths: Sequence[str | None] | None = None,
+    state: Callable[[], str] | None = None,
+) -> Source:
+    """Images of which the files can be read."""
+
+    def load(index: int) -> Images:
+        return decode(read(index))
+
+    return Source(image_ids=image_ids, load=load, read=read, truths=truths, state=state)
 
 
 class LabelledSplit(Protocol):

@@ -27,7 +27,7 @@ IMAGES = 32
 """Images that are compared."""
 SECONDS_TO_TAKE = 0.3
 """Time for loading them; what has come by then has to do."""
-SECONDS_OF_A_TRIAL = 0.15
+SECONDS_OF_A_TRIAL = 0.1
 """Time that a trial measures, at least; two batches a thread that computes, if that is more."""
 TOLERANCE = 1e-3
 """Largest difference of a logit where the model's certificate states none."""
