@@ -35,6 +35,7 @@ def test_workers_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (found.epochs, found.model) == (config.epochs, config.model)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 def test_two_workers_train_together(digits: Path, tmp_path: Path) -> None:
     options = ["--data", digits, "--out", tmp_path / "run", "--processes", 2, *SMALL]

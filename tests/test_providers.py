@@ -183,7 +183,7 @@ def test_without_measuring(side: tuple[int, int], batch: int) -> None:
 def test_a_trial_is_of_whole_batches() -> None:
     plan = Plan(layout="workers", threads=1, callers=2, batch_size=16)
     assert images_needed(plan, 32, 0.0) == 64
-    assert images_needed(plan, 32, 1000.0) == 160
+    assert images_needed(plan, 32, 1000.0) == 128
     assert images_needed(Plan(batch_size=7), 32, 0.0) == 35
 
 

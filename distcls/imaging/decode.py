@@ -58,9 +58,11 @@ def decode(
     height, width, is_jpeg = _check_header(data, max_pixels)
     flags = cv2.IMREAD_COLOR_RGB
     if shrinks is not None and is_jpeg:
-        flags |= _reduction(min(shrinks(height, width), shrinks(width, height)))
+        flags = _reduction(min(shrinks(height, width), shrinks(width, height)))
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        if image is not None and flags != cv2.IMREAD_COLOR_RGB:  # OpenCV has no flag for both
+            image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     except cv2.error as error:
         raise BadImage(
             "corrupt: " + (getattr(error, "err", "") or "OpenCV cannot decode it")
@@ -84,8 +86,8 @@ def read_file(path: Path) -> bytes:
 
 
 def _reduction(factor: float) -> int:
-    """OpenCV's flag for the most that stays within `factor`; 0 for none."""
-    return next((flag for reduced, flag in REDUCED if reduced <= factor), 0)
+    """OpenCV's flag for the most that stays within `factor`."""
+    return next((flag for reduced, flag in REDUCED if reduced <= factor), cv2.IMREAD_COLOR_RGB)
 
 
 def _check_header(data: bytes, max_pixels: int) -> tuple[int, int, bool]:
