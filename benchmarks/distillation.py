@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import finish
-from benchmarks.scores import differences, score, spread, table
+from benchmarks.scores import gain, score, table
 from distcls import log
 from distcls.data.config import AugmentConfig
 from distcls.data.prepare import PrepareOptions, prepare
@@ -101,7 +101,7 @@ def main() -> None:
             share=given.share,
         )
         scores = compare(data, scratch, distill, given)
-    gains = differences(scores, TAUGHT, ALONE)
+    gained, gain_spread = gain(scores, TAUGHT, ALONE)
     print(f"digits, students of {given.images} images, {given.seeds} seeds; teacher {best:.4f}")
     print(table(scores, ALONE))
     figures: dict[str, Any] = {
@@ -113,8 +113,8 @@ def main() -> None:
         **figures,
         teacher=best,
         scores=scores,
-        gain=sum(gains) / len(gains),
-        gain_spread=spread(gains),
+        gain=gained,
+        gain_spread=gain_spread,
         seconds=round(time.monotonic() - began),
     )
 

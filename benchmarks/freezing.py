@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import finish
-from benchmarks.scores import differences, score, spread, table
+from benchmarks.scores import gain, score, table
 from distcls import log
 from distcls.data.config import AugmentConfig
 from distcls.data.prepare import PrepareOptions, prepare
@@ -121,7 +121,7 @@ def main() -> None:
     print(f"{given.images} images of 10 classes, {given.epochs} epochs, {given.seeds} seeds")
     print(f"checkpoint: {KNOWN} classes, {given.first_epochs} epochs, test top-1 {known:.4f}")
     print(table(scores, SCRATCH))
-    gains = {name: differences(scores, name, SCRATCH) for name in (TUNED, FROZEN)}
+    gains = {name: gain(scores, name, SCRATCH) for name in (TUNED, FROZEN)}
     finish(
         "freezing",
         out=given.out,
@@ -131,8 +131,8 @@ def main() -> None:
         first_epochs=given.first_epochs,
         checkpoint_top1=known,
         scores=scores,
-        gain={name: sum(values) / len(values) for name, values in gains.items()},
-        gain_spread={name: spread(values) for name, values in gains.items()},
+        gain={name: mean for name, (mean, _) in gains.items()},
+        gain_spread={name: spread for name, (_, spread) in gains.items()},
         seconds=round(time.monotonic() - began),
     )
 

@@ -42,13 +42,18 @@ def table(scores: dict[str, list[float]], baseline: str) -> str:
     heads = ("mean", "spread", "min", "max", "gain", "spread")
     lines = [f"{'test top-1':<28}" + "".join(f"{head:>9}" for head in heads)]
     for name, values in scores.items():
-        gains = differences(scores, name, baseline)
         figures = (
             *(statistics.mean(values), spread(values), min(values), max(values)),
-            *(statistics.mean(gains), spread(gains)),
+            *gain(scores, name, baseline),
         )
         lines.append(f"{name:<28}" + "".join(f"{figure:>9.4f}" for figure in figures))
     return "\n".join(lines)
+
+
+def gain(scores: dict[str, list[float]], name: str, baseline: str) -> tuple[float, float]:
+    """Mean of what a contestant has more than the baseline, seed by seed, and its spread."""
+    found = differences(scores, name, baseline)
+    return statistics.mean(found), spread(found)
 
 
 def differences(scores: dict[str, list[float]], name: str, baseline: str) -> list[float]:

@@ -85,7 +85,10 @@ class ModelCard:
         """The inverse of `to_metadata`; keys of others are passed over."""
         own = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
         if not own:
-            raise UsageError(f"{where}: carries no distcls metadata; export it with export.onnx")
+            raise UsageError(
+                f"{where}: carries no distcls metadata; export it with export.onnx, or tell "
+                "distcls predict of it with --classes, --size, --mean and --std"
+            )
         try:
             values = {key: json.loads(value) for key, value in own.items()}
         except json.JSONDecodeError as error:

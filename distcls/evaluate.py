@@ -30,6 +30,7 @@ from distcls.evaluation.evaluate import (
 )
 from distcls.evaluation.several import AnyTally, tally_of
 from distcls.files import require_writable
+from distcls.inference.inputs import from_split
 from distcls.opening import open_model
 from distcls.targets import Targets
 
@@ -49,7 +50,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.out is not None and log.rank() == 0:
         require_writable(options.out)
     with _processes(options.model) as (device, total):
-        model = open_model(options.model, device)
+        source = from_split(split, dataset.classes)
+        model = open_model(options.model, device, options.asked(len(split)), source)
         targets = model.card.resolved_targets
         check_targets(targets, dataset.targets, str(options.data))
         began = time.monotonic()

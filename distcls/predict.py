@@ -9,7 +9,8 @@ from distcls import log
 from distcls.config import parse
 from distcls.door import run
 from distcls.inference.predict import PredictOptions, check_output, predict
-from distcls.opening import open_model, open_source
+from distcls.inference.shrinking import shrunk
+from distcls.opening import open_predictor, open_source, reopen
 
 ABOUT = "Predict the class of many images; one row each, in input order, bad images included."
 
@@ -18,14 +19,19 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, predict, tell."""
     options = parse(PredictOptions, arguments, prog="distcls predict", about=ABOUT)
     log.set_quiet(options.quiet)
-    source = open_source(options.input, options.split)
-    model = open_model(options.model)
+    source = open_source(options.input, options.split, options.fetch_timeout)
     check_output(options)
-    result = predict(model, source, options)
+    model = open_predictor(options, source)
+    if options.scaled_decode:
+        source = shrunk(source, model)
+    result = predict(model, source, options, reopen)
+    unsure = f"{result.abstained:,} abstained, " if options.threshold is not None else ""
     log.say(
-        f"{result.images:,} images, {result.errors:,} errors, {result.images_per_second:,.0f} "
-        f"images/s on {result.provider}: {result.out}"
+        f"{result.images:,} images, {result.errors:,} errors, {unsure}"
+        f"{result.images_per_second:,.0f} images/s on {result.provider}: {result.out}"
     )
+    if result.features is not None:
+        log.say(f"features: {result.features}")
     if result.shown is not None:
         log.say(f"drawn: {result.shown}")
     if options.json:

@@ -1,20 +1,17 @@
 """`python -m export.onnx --ckpt best.pth`: a checkpoint to ONNX, proven on images, or no file.
 
 The graph takes pixels: input `images`, uint8 [N, H, W, 3] RGB; normalisation and change of layout
-are inside. Outputs `logits` and `probabilities`, float32 [N, classes]. N is free.
+are inside. Outputs `logits` and `probabilities`, float32 [N, classes], and `features`, float32
+[N, D], which the last layer is given. N is free. `--precision` makes variants of the graph.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from distcls import log
 from distcls.config import parse
@@ -23,7 +20,9 @@ from distcls.errors import DistclsError, UsageError, require
 
 if TYPE_CHECKING:
     from distcls.bundle import ModelCard
+    from distcls.models.checkpoint import TorchModel
     from distcls.models.classifier import Classifier
+    from export.accuracy import VariantCertificate
     from export.parity import Certificate
 
 OPSETS = range(18, 24)
@@ -36,15 +35,23 @@ class ExportOptions:
     ckpt: Path
     """Checkpoint to export, such as runs/digits/best.pth."""
     out: Path | None = None
-    """File to write; unset, the checkpoint's name with .onnx."""
+    """File to write; unset, the checkpoint's name with .onnx, .fp16.onnx or .int8.onnx."""
     data: Path | None = None
     """Dataset directory whose images prove parity; unset, the one it was trained on."""
     split: str = "val"
     """Split the images are taken from."""
     limit: int = 512
-    """Images compared, at most."""
+    """Images compared, at most; with int8 the images that calibrate it."""
     tolerance: float = 1e-3
-    """Largest difference of any logit that is allowed."""
+    """Largest difference of any logit that is allowed in fp32."""
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """fp16 halves the file, for GPUs; int8 quarters it, calibrated on images of the split. Both
+    are compared on the whole split."""
+    max_accuracy_drop: float = 0.2
+    """Points of top-1 that fp16 or int8 may lose, of whole answers and in each head; beyond it
+    there is no file."""
+    min_agreement: float = 99.8
+    """Percent of images to which fp16 or int8 has to give the checkpoint's answer."""
     opset: int = 18
     """ONNX operator set, 18 to 23."""
     overwrite: bool = False
@@ -57,57 +64,95 @@ class ExportOptions:
     def __post_init__(self) -> None:
         require(self.limit >= 1, "limit", self.limit, "at least 1")
         require(self.tolerance > 0, "tolerance", self.tolerance, "a number above 0")
+        drop = self.max_accuracy_drop
+        require(0 <= drop <= 100, "max_accuracy_drop", drop, "points from 0 to 100")
+        same = self.min_agreement
+        require(0 <= same <= 100, "min_agreement", same, "percent from 0 to 100")
         allowed = f"{OPSETS.start} to {OPSETS.stop - 1}"
         require(self.opset in OPSETS, "opset", self.opset, allowed)
 
     @property
     def target(self) -> Path:
         """The file to write."""
-        return self.out or self.ckpt.with_suffix(".onnx")
+        ending = ".onnx" if self.precision == "fp32" else f".{self.precision}.onnx"
+        return self.out or self.ckpt.with_suffix(ending)
 
 
-def export(options: ExportOptions) -> Certificate:
-    """Export, prove parity and write the file with its certificate.
+def export(options: ExportOptions) -> Certificate | VariantCertificate:
+    """Export, prove that it is good and write the file with its certificate.
 
-    Raises UsageError for wrong input; DistclsError if the two models disagree, and writes nothing.
+    Raises UsageError for wrong input; DistclsError if the two models disagree, or a variant loses
+    too much accuracy, and writes nothing.
     """
     if options.target.exists() and not options.overwrite:
         raise UsageError(f"{options.target} exists already; --overwrite replaces it")
     from distcls.data.dataset import Dataset
+    from distcls.evaluation.evaluate import check_targets
     from distcls.files import atomic_path
-    from distcls.inference.session import OnnxModel
     from distcls.models.checkpoint import open_checkpoint
-    from export.parity import certify, load_images
+    from export.parity import load_images
+    from export.variants import Recipe, make_variant
 
     reference = open_checkpoint(options.ckpt, device="cpu")
     folder = options.data or Path(reference.card.training["dataset"])
-    split = Dataset.open(folder).split(options.split)
+    dataset = Dataset.open(folder)
+    check_targets(reference.card.resolved_targets, dataset.targets, str(folder))
+    split = dataset.split(options.split)
     images = load_images(split, reference.card.preprocess, options.limit)
     graph = to_onnx(reference.model, reference.card, options.opset)
     with atomic_path(options.target) as part:
-        _write(part, graph, reference.card)
-        certificate = certify(
-            reference,
-            OnnxModel(part),
-            images,
-            split=options.split,
-            tolerance=options.tolerance,
+        if options.precision == "fp32":
+            return _prove(options, reference, graph, images, part)
+        recipe = Recipe(
+            precision=options.precision,
+            reference=reference,
+            graph=graph,
+            split=split,
+            images=images,
+            max_accuracy_drop=options.max_accuracy_drop,
+            min_agreement=options.min_agreement,
         )
-        for line in certificate.lines():
-            log.say(line)
-        if not certificate.holds:
-            raise DistclsError(
-                f"{options.ckpt}: the exported graph disagrees with the checkpoint beyond the "
-                f"tolerance; {options.target} was not written"
-            )
-        card = dataclasses.replace(reference.card, certificate=certificate.to_json())
-        _write(part, graph, card)
+        variant = make_variant(recipe, part)
+        _say(variant)
+        return variant
+
+
+def _prove(
+    options: ExportOptions, reference: TorchModel, graph: Any, images: Any, part: Path
+) -> Certificate:
+    """Write the graph in fp32, compare it with the checkpoint, add the certificate."""
+    from distcls.inference.session import OnnxModel
+    from export.graph import write
+    from export.parity import certify
+
+    write(part, graph, reference.card)
+    certificate = certify(
+        reference,
+        OnnxModel(part),
+        images,
+        split=options.split,
+        tolerance=options.tolerance,
+    )
+    _say(certificate)
+    if not certificate.holds:
+        raise DistclsError(
+            f"{options.ckpt}: the exported graph disagrees with the checkpoint beyond the "
+            f"tolerance; {options.target} was not written"
+        )
+    write(part, graph, dataclasses.replace(reference.card, certificate=certificate.to_json()))
     return certificate
 
 
+def _say(certificate: Certificate | VariantCertificate) -> None:
+    for line in certificate.lines():
+        log.say(line)
+
+
 def to_onnx(model: Classifier, card: ModelCard, opset: int) -> Any:
-    """The network with its probabilities as an ONNX ModelProto."""
+    """The network with its probabilities, and its features, as an ONNX ModelProto."""
     import torch
+
+    from export.graph import add_features, hushed
 
     targets = card.resolved_targets
 
@@ -126,7 +171,7 @@ def to_onnx(model: Classifier, card: ModelCard, opset: int) -> Any:
             return logits, torch.cat(parts, dim=1)
 
     example = torch.zeros(2, *card.preprocess.size, 3, dtype=torch.uint8)
-    with _hushed():
+    with hushed():
         program = torch.onnx.export(
             WithProbabilities().eval(),
             (example,),
@@ -138,28 +183,9 @@ def to_onnx(model: Classifier, card: ModelCard, opset: int) -> Any:
             verbose=False,
         )
     assert program is not None
-    return program.model_proto
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """The exporter talks of its own internals on standard output, by warnings and by logging."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _write(path: Path, graph: Any, card: ModelCard) -> None:
-    """Check the graph, give it its metadata and write it."""
-    import onnx
-
-    onnx.checker.check_model(graph, full_check=True)
-    onnx.helper.set_model_props(graph, card.to_metadata())
-    path.write_bytes(graph.SerializeToString())
+    proto = program.model_proto
+    add_features(proto)
+    return proto
 
 
 def main(arguments: Sequence[str]) -> None:

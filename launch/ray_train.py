@@ -50,7 +50,7 @@ def train_on_ray(config: TrainConfig) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "ray":
             raise
-        raise UsageError('Ray is not installed; pip install "distcls[ray]"') from error
+        raise UsageError('Ray is not installed; pip install "distcls[ray,train]"') from error
     from distcls.training.records import require_free
 
     config = absolute(config)

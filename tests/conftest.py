@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from distcls.data.prepare import PrepareOptions, prepare
+from distcls.inference.providers.remembered import FOLDER
+
+# how long an example takes says how busy the machine is
+settings.register_profile("distcls", deadline=None)
+settings.load_profile("distcls")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the tests' own, in this process and in those that it starts."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER, str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,51 @@
-"""Sources for tests, made of real handwritten digits: class-per-folder trees and IDX folders."""
+"""Sources for tests: class-per-folder trees and IDX folders of real digits, manifests, records."""
 
 from __future__ import annotations
 
+import csv
 import gzip
 import struct
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
+from distcls.data.sources.source import Record
+
 Images = NDArray[np.uint8]
+
+labels = st.lists(st.integers(0, 5), min_size=1, max_size=80)
+"""Labels of some images, for `records`."""
+
+
+def records(found: list[int], groups: list[int | None] | None = None) -> list[Record]:
+    """A record for each label, in the group of that number if there is one."""
+    return [
+        Record(
+            image_id=str(index),
+            label=label,
+            group=None if groups is None or groups[index] is None else f"g{groups[index]}",
+        )
+        for index, label in enumerate(found)
+    ]
+
+
+def write_manifest(path: Path, rows: Sequence[Sequence[Any]]) -> Path:
+    """Write a manifest, CSV or Parquet by the ending; the first row holds the columns' names."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as handle:
+            csv.writer(handle).writerows(rows)
+    else:
+        columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(rows[0])}
+        pq.write_table(pa.table(columns), path)
+    return path
 
 
 def digits(count: int) -> tuple[Images, NDArray[np.int64]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from distcls.data.dataset import CLASSES, INFO, MANIFEST, Dataset
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.errors import UsageError
 from tests import several
-from tests.sources import digits, put
+from tests.sources import digits, put, write_manifest
 
 
 def listed(folder: Path, header: str, *rows: str, suffix: str = ".csv") -> Path:
@@ -25,15 +24,8 @@ def listed(folder: Path, header: str, *rows: str, suffix: str = ".csv") -> Path:
     names = [f"{number:02d}.png" for number in range(len(rows))]
     for name, image in zip(names, digits(len(rows))[0], strict=True):
         put(folder / name, image)
-    path = folder / f"list{suffix}"
-    table = [["path", *header.split(";")], *([n, *c] for n, c in zip(names, cells, strict=True))]
-    if suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as handle:
-            csv.writer(handle).writerows(table)
-    else:
-        columns = {name: [row[i] for row in table[1:]] for i, name in enumerate(table[0])}
-        pq.write_table(pa.table(columns), path)
-    return path
+    found = ([name, *row] for name, row in zip(names, cells, strict=True))
+    return write_manifest(folder / f"list{suffix}", [["path", *header.split(";")], *found])
 
 
 def opened(path: Path, **options: Any) -> Dataset:

@@ -17,6 +17,7 @@ from tests.sources import idx_folder
 def test_gains_are_taken_seed_by_seed() -> None:
     found = {"alone": [0.80, 0.90, 0.85], "taught": [0.82, 0.91, 0.88]}
     assert scores.differences(found, "taught", "alone") == pytest.approx([0.02, 0.01, 0.03])
+    assert scores.gain(found, "taught", "alone") == pytest.approx((0.02, 0.01))
     heads, alone, taught = scores.table(found, "alone").splitlines()
     assert heads.split() == ["test", "top-1", "mean", "spread", "min", "max", "gain", "spread"]
     assert [float(x) for x in alone.split()[1:]] == [0.85, 0.05, 0.80, 0.90, 0, 0]

@@ -45,6 +45,7 @@ WITHOUT_TORCH = [
     "distcls.imaging",
     "distcls.bundle",
     "distcls.data.prepare",
+    "distcls.inference.foreign",
     "distcls.inference.predict",
     "distcls.evaluation.evaluate",
     "distcls.prepare",

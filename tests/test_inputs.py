@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -13,7 +16,9 @@ import pytest
 
 from distcls.data.dataset import Dataset
 from distcls.errors import BadImage, UsageError
-from distcls.inference.inputs import open_input
+from distcls.inference.inputs import Names, open_input
+from distcls.inference.inputs.entries import Truths
+from distcls.inference.inputs.source import NamesBuilder
 from distcls.opening import open_source
 from tests import tiny_dataset
 
@@ -155,3 +160,101 @@ def test_dataset_directory(tmp_path: Path) -> None:
 def test_split_of_a_plain_folder_is_refused(tree: Path) -> None:
     with pytest.raises(UsageError, match="not a dataset directory"):
         open_source(str(tree), "test")
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> io.BytesIO:
+    """What is on standard input."""
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content))
+    return content
+
+
+def test_a_list_on_standard_input(
+    tree: Path, typed: io.BytesIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tree / os.fsdecode(b"caf\xe9.png")).write_bytes((tree / "b" / "2.png").read_bytes())
+    lines = [b"z.webp", b"", f"{tree}/b/10.PNG".encode(), b"missing.png\r", b"caf\xe9.png"]
+    typed.write(b"\n".join(lines))
+    typed.seek(0)
+    monkeypatch.chdir(tree)
+    source = open_input("-")
+    assert source.image_ids == ["z.webp", f"{tree}/b/10.PNG", "missing.png", "caf\\xe9.png"]
+    assert [int(source.load(index)[0, 0, 0]) for index in (0, 1, 3)] == [3, 1, 0]
+    with pytest.raises(BadImage, match="cannot be read"):
+        source.load(2)
+
+
+def test_nothing_on_standard_input(typed: io.BytesIO) -> None:
+    typed.write(b"\n\n")
+    typed.seek(0)
+    with pytest.raises(UsageError, match="lists no images"):
+        open_input("-")
+
+
+def test_the_digest_follows_names_sizes_and_times(tree: Path) -> None:
+    def digest() -> str:
+        return open_input(str(tree)).digest()
+
+    first = digest()
+    assert digest() == first
+    seen = {first}
+    path = tree / "b" / "2.png"
+    data, status = path.read_bytes(), path.stat()
+    os.utime(path, ns=(0, status.st_mtime_ns + 1))
+    seen.add(digest())
+    path.write_bytes(data + b"0")
+    os.utime(path, ns=(0, status.st_mtime_ns))
+    seen.add(digest())
+    path.write_bytes(data)
+    os.utime(path, ns=(0, status.st_mtime_ns))
+    assert digest() == first
+    path.rename(path.with_name("3.png"))
+    seen.add(digest())
+    assert len(seen) == 4
+
+
+def test_names_are_a_sequence() -> None:
+    given = ["", "a", "ü/漢.png", os.fsdecode(b"\xff.png"), "z"]
+    names = Names.of(given)
+    assert names == given
+    assert names[-2] == given[-2]
+    assert names[1:4] == given[1:4]
+    assert names.printable()[3] == "\\xff.png"
+    assert names != given[:-1]
+    assert names != [*given[:-1], "y"]
+    assert "a" in names
+    assert names.mentions("漢")
+    assert not names.mentions("://")
+    assert names.digest() != Names.of(["", "a", "ü/漢.png", given[3] + "z"]).digest()
+    assert Names.of(["ab", "c"]).digest() != Names.of(["a", "bc"]).digest()
+    with pytest.raises(IndexError):
+        names[5]
+    builder = NamesBuilder()
+    for name in given:
+        builder.extend([name])
+    assert builder.names() == given
+
+
+def test_truths_are_a_sequence() -> None:
+    truths = Truths()
+    truths.extend(["a", None, "b", "a"])
+    assert list(truths) == ["a", None, "b", "a"]
+    assert truths[1:3] == [None, "b"]
+    assert truths[-1] == "a"
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_a_long_manifest_is_open_soon(tmp_path: Path, ending: str) -> None:
+    count = 200_000
+    names = [f"folder/{index % 1000:06d}.png" for index in range(count)]
+    path = tmp_path / f"list{ending}"
+    if ending == ".parquet":
+        pq.write_table(pa.table({"path": names}), path)
+    else:
+        path.write_text("path\n" + "\n".join(names) + "\n")
+    began = time.process_time()
+    source = open_input(str(path))
+    assert time.process_time() - began < 2
+    assert len(source) == count
+    assert source.image_ids[count - 1] == names[-1]

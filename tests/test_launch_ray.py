@@ -18,7 +18,7 @@ from tests.e2e.commands import ROOT, SMALL
 
 def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r'Ray is not installed; pip install "distcls\[ray\]"'):
+    with pytest.raises(UsageError, match=r'not installed; pip install "distcls\[ray,train\]"'):
         main(["--data", "data", "--out", "out", "--processes", "2"])
 
 
@@ -35,6 +35,7 @@ def test_workers_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (found.epochs, found.model) == (config.epochs, config.model)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 def test_two_workers_train_together(digits: Path, tmp_path: Path) -> None:
     options = ["--data", digits, "--out", tmp_path / "run", "--processes", 2, *SMALL]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -16,13 +17,18 @@ from distcls.data.dataset import Dataset
 from distcls.errors import BadImage
 from distcls.inference.inputs import Source, from_split
 from distcls.inference.pipeline import stream
+from distcls.inference.providers.plan import Plan
 from distcls.inference.session import OnnxModel
+from distcls.inference.stages import Stages, draw
 from tests import tiny_dataset, tiny_onnx
 
+WORKERS = Plan(layout="workers", threads=1, callers=3, batch_size=8)
+STAGES = Plan(layout="stages", threads=1, callers=2, batch_size=8)
 
-@pytest.fixture
-def model(tmp_path: Path) -> OnnxModel:
-    return OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"))
+
+@pytest.fixture(params=[WORKERS, STAGES], ids=["workers", "stages"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> OnnxModel:
+    return OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"), request.param)
 
 
 def source_of(images: NDArray[np.uint8], bad: frozenset[int] = frozenset()) -> Source:
@@ -109,7 +115,79 @@ def test_a_bug_in_loading_is_raised_and_leaves_no_thread(model: OnnxModel) -> No
 
     with pytest.raises(ZeroDivisionError):
         list(stream(Source(image_ids=["a"] * 9, load=load), model, batch_size=2))
-    assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
+    assert not working()
+
+
+def working() -> list[str]:
+    """Names of the pipeline's threads that live."""
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith(("decode", "infer"))]
+
+
+def test_a_reader_that_leaves_early_leaves_no_thread(model: OnnxModel) -> None:
+    images, _ = tiny_dataset.coloured(200)
+    with contextlib.closing(stream(source_of(images), model)) as chunks:
+        next(chunks)
+        assert working()
+    assert not working()
+
+
+def test_the_batch_size_is_the_plan_s_unless_given(model: OnnxModel) -> None:
+    images, _ = tiny_dataset.coloured(20)
+    given = [len(chunk.indices) for chunk in stream(source_of(images), model, batch_size=6)]
+    assert given == [6, 6, 6, 2]
+    assert [len(chunk.indices) for chunk in stream(source_of(images), model)] == [8, 8, 4]
+
+
+def test_where_the_time_goes(model: OnnxModel, tmp_path: Path) -> None:
+    images, _ = tiny_dataset.coloured(64)
+    stages = Stages()
+
+    def load(index: int) -> NDArray[np.uint8]:
+        time.sleep(0.004)
+        return images[index]
+
+    source = Source(image_ids=[""] * 64, load=load)
+    for _ in stream(source, model, workers=2, stages=stages):
+        time.sleep(0.01)
+    told = stages.to_json()
+    assert told["images"] == 64
+    assert told["threads"] == (2 if model.plan.layout == "workers" else 4)
+    assert 0.256 <= stages.spent("decode") <= 2 * stages.seconds
+    assert 0 < stages.spent("infer") < stages.spent("decode")
+    assert 0.08 <= stages.spent("write") <= stages.seconds
+    whole = stages.spent("decode") + stages.spent("infer") + stages.spent("wait")
+    assert whole == pytest.approx(stages.threads * stages.seconds)
+    draw(stages, tmp_path / "profile.png", "8x8")
+    assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Names:
+    """A million names that take no memory."""
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __getitem__(self, index: int) -> str:
+        return f"{index}.png"
+
+
+@pytest.mark.slow
+def test_a_million_inputs_in_little_memory(model: OnnxModel) -> None:
+    image = tiny_dataset.coloured(1)[0][0]
+    source = Source(image_ids=Names(), load=lambda index: image)  # type: ignore[arg-type]
+    resident, done = [], 0
+    began = time.monotonic()
+    for chunk in stream(source, model, batch_size=64):
+        if not done:
+            assert time.monotonic() - began < 2
+        done += len(chunk.indices)
+        if done % 100_032 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident.append(pages * 4096 / 1e6)
+    assert done == 1_000_000
+    assert resident[-1] - resident[0] < 30, resident
+    assert resident[-1] < 600, resident
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -19,26 +19,14 @@ from distcls.data.resample import Resampling, deal_folds, draw_bootstrap, resamp
 from distcls.data.sources.source import Record
 from distcls.errors import UsageError
 from distcls.prepare import main
-from tests.sources import digits, idx_folder, tree
+from tests.sources import digits, idx_folder, labels, records, tree
 
-labels = st.lists(st.integers(0, 5), min_size=1, max_size=80)
 grouped = labels.flatmap(
     lambda found: st.tuples(
         st.just(found),
         st.lists(st.none() | st.integers(0, 8), min_size=len(found), max_size=len(found)),
     )
 )
-
-
-def records(found: list[int], groups: list[int | None] | None = None) -> list[Record]:
-    return [
-        Record(
-            image_id=str(index),
-            label=label,
-            group=None if groups is None or groups[index] is None else f"g{groups[index]}",
-        )
-        for index, label in enumerate(found)
-    ]
 
 
 def run(source: Path | str, out: Path, **options: Any) -> Dataset:

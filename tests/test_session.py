@@ -13,6 +13,7 @@ from onnx import TensorProto
 
 from distcls.errors import UsageError
 from distcls.inference.external_data import check_external_data
+from distcls.inference.providers.plan import Plan
 from distcls.inference.session import OnnxModel
 from distcls.targets import softmax
 from tests import tiny_onnx
@@ -38,7 +39,7 @@ def save(path: Path, model: onnx.ModelProto) -> Path:
 
 @pytest.mark.parametrize("count", [0, 1, 7, 32])
 def test_logits_equal_numpy_at_any_batch(tmp_path: Path, count: int) -> None:
-    model = OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"), threads=1)
+    model = OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"), Plan(threads=1))
     batch = images(count)
     logits = model.logits(batch)
     assert logits.dtype == np.float32

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, f1_score
 
 from distcls.bundle import ModelCard
+from distcls.data.dataset import Dataset
 from distcls.errors import UsageError
 from distcls.evaluate import main as evaluate_main
 from distcls.evaluation.evaluate import check_targets
@@ -22,6 +23,7 @@ from distcls.inference.session import OnnxModel
 from distcls.opening import open_source
 from distcls.predict import main as predict_main
 from distcls.targets import Head, Targets
+from export.accuracy import certify_variant, expect
 from export.parity import certify
 from tests import several, tiny_dataset, tiny_onnx
 from tests.test_writers import read
@@ -241,6 +243,46 @@ class Altered:
         logits = self._model.logits(images)
         logits[:, self._place] += 100
         return logits
+
+
+@pytest.mark.parametrize("kind", ["heads", "tagged"])
+def test_a_variant_s_certificate_counts_whole_answers_and_their_parts(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    data, model = request.getfixturevalue(kind)
+    targets = HEADS if kind == "heads" else LABELS
+    split = Dataset.open(data).split("test")
+    found = certify_variant(
+        Altered(model, place=4),
+        split,
+        expect(OnnxModel(model), split),
+        precision="int8",
+        max_accuracy_drop=100,
+        min_agreement=0,
+        speeds=(2.0, 1.0),
+    )
+    wanted, truths = targets.decide(logits(targets)), split.labels
+    given = wanted.copy()
+    given[:, 1 if kind == "heads" else 4] = 1
+    assert found.top1 == pytest.approx((given == truths).all(axis=1).mean())
+    assert found.top1_reference == pytest.approx((wanted == truths).all(axis=1).mean())
+    assert found.top1_agreement == pytest.approx((given == wanted).all(axis=1).mean())
+    columns = [slice(0, 1), slice(1, 2)] if kind == "heads" else [slice(None)]
+    assert [part.name for part in found.parts] == (["a", "b"] if kind == "heads" else ["labels"])
+    for part, column in zip(found.parts, columns, strict=True):
+        assert part.top1 == pytest.approx((given == truths)[:, column].mean())
+        assert part.top1_reference == pytest.approx((wanted == truths)[:, column].mean())
+        assert part.top1_agreement == pytest.approx((given == wanted)[:, column].mean())
+    worst = found.worst
+    assert worst is not None
+    assert worst.name == ("b" if kind == "heads" else "labels")
+    assert worst.drop > 0
+    assert any(repr(worst.name) in line for line in found.lines())
+    assert found.holds
+    unhurt = dataclasses.replace(found, top1=found.top1_reference)
+    assert unhurt.holds
+    assert not dataclasses.replace(unhurt, max_accuracy_drop=worst.drop - 0.01).holds
+    assert json.loads(json.dumps(found.to_json())) == found.to_json()
 
 
 @pytest.mark.parametrize("kind", ["heads", "tagged"])

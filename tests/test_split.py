@@ -11,20 +11,9 @@ from hypothesis import strategies as st
 from distcls.data.sources.source import Record
 from distcls.data.split import assign_splits, draw, wanted
 from distcls.errors import UsageError
+from tests.sources import labels, records
 
-labels = st.lists(st.integers(0, 5), min_size=1, max_size=80)
 fractions = st.floats(0, 0.49)
-
-
-def records(found: list[int], groups: list[int | None] | None = None) -> list[Record]:
-    return [
-        Record(
-            image_id=str(index),
-            label=label,
-            group=None if groups is None or groups[index] is None else f"g{groups[index]}",
-        )
-        for index, label in enumerate(found)
-    ]
 
 
 @given(labels, fractions, fractions, st.integers(0, 9))

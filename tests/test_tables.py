@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,18 +12,12 @@ from hypothesis import strategies as st
 from distcls.data.sources.source import Source
 from distcls.data.sources.tables import read_manifest
 from distcls.errors import UsageError
+from tests.sources import write_manifest
 
 
 def manifest(folder: Path, rows: list[tuple[Any, ...]], suffix: str = ".csv") -> Path:
     """The first row is the header."""
-    path = folder / f"list{suffix}"
-    if suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as handle:
-            csv.writer(handle).writerows(rows)
-    else:
-        columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(rows[0])}
-        pq.write_table(pa.table(columns), path)
-    return path
+    return write_manifest(folder / f"list{suffix}", rows)
 
 
 def brief(source: Source) -> list[tuple[Any, ...]]:

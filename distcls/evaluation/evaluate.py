@@ -21,6 +21,7 @@ from distcls.files import write_json, write_text
 from distcls.inference.inputs import from_split
 from distcls.inference.model import Model
 from distcls.inference.pipeline import stream
+from distcls.inference.providers.plan import Asked, ProviderChoice
 from distcls.inference.writers import csv_line
 from distcls.targets import BLANK, BLANK_SHOWN, Targets
 
@@ -37,8 +38,11 @@ class EvaluateOptions:
     """Split of the dataset: train, val or test."""
     out: Path | None = None
     """Folder for metrics.json, per_class.csv, confusion.csv and confusion.png."""
-    batch_size: int = 64
-    """Images the model takes at a time."""
+    batch_size: int | None = None
+    """Images the model takes at a time; unset, chosen with the provider (64 for a .pth)."""
+    provider: ProviderChoice = "auto"
+    """What runs an ONNX model: auto takes the fastest that is installed and agrees with the CPU;
+    or cpu, openvino, cuda, tensorrt."""
     limit: int | None = None
     """Take the first images only."""
     workers: int | None = None
@@ -49,10 +53,18 @@ class EvaluateOptions:
     """Say nothing but warnings and errors."""
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        for name in ("limit", "workers"):
+        for name in ("batch_size", "limit", "workers"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
+
+    def asked(self, images: int) -> Asked:
+        """How the model is to be run, on a split of so many images."""
+        return Asked(
+            provider=self.provider,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            images=min(images, self.limit or images),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +102,7 @@ def evaluate_share(
     model: Model,
     split: Split,
     *,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     limit: int | None = None,
     workers: int | None = None,
     rank: int = 0,

@@ -46,17 +46,17 @@ def check_external_data(path: Path) -> None:
 
 
 def _locations(message: memoryview, kind: str) -> Iterator[str]:
-    for field, value in _fields(message):
+    for field, value in fields(message):
         child = _CHILDREN[kind].get(field)
         if child == "entry":
-            entry = dict(_fields(value))
+            entry = dict(fields(value))
             if bytes(entry.get(1, b"")) == b"location":
                 yield bytes(entry.get(2, b"")).decode("utf-8")
         elif child is not None:
             yield from _locations(value, child)
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+def fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     """Number and content of each length-delimited field. Raises ValueError if it is no message."""
     at = 0
     while at < len(message):

@@ -23,3 +23,9 @@ class Model(Protocol):
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Preprocessed images, uint8 RGB [N, H, W, 3], to logits, float32 [N, K]."""
+
+
+def answer_width(model: Model) -> int:
+    """Numbers of an answer: a logit a class, unless the model says that it gives more."""
+    width = getattr(model, "answer_width", None)
+    return width if isinstance(width, int) else len(model.card.classes)

@@ -1,180 +1,171 @@
-"""Batch prediction: one row for each input, in input order, an error included."""
+"""Batch prediction: one row for each input, in input order, an error included.
+
+The rows are written in parts (see `distcls.inference.parts`), so that a run that is killed can go
+on; the finished parts become the output in one step.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from distcls import log
-from distcls.config import positional
-from distcls.errors import UsageError, require
+from distcls.errors import DistclsError, UsageError
 from distcls.figures import new_figure
 from distcls.files import atomic_path, require_writable
+from distcls.inference import parts as unfinished
+from distcls.inference.identity import identity_of
 from distcls.inference.inputs import Source
+from distcls.inference.making import FEATURES, Making
 from distcls.inference.model import Model
-from distcls.inference.pipeline import stream
-from distcls.inference.rows import Rows
-from distcls.inference.show import Gallery
-from distcls.inference.writers import check_ending, open_writer
+from distcls.inference.options import PredictOptions, PredictResult
+from distcls.inference.parts import Identity, Parts, Record
+from distcls.inference.ray_engine import Reopen, check_ray, made_on_ray
+from distcls.inference.stages import draw
+from distcls.inference.writers import check_ending
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PredictOptions:
-    """What `distcls predict` is asked."""
-
-    input: str = positional()
-    """Folder (searched with all below it), glob, image, manifest (.csv or .parquet with a column
-    path, file, filename, image or image_id) or dataset directory."""
-    model: Path
-    """Model file: best.onnx, or a checkpoint best.pth."""
-    out: Path = Path("pre.csv")
-    """File to write; .csv, .jsonl or .parquet by its ending."""
-    split: str | None = None
-    """Split of a dataset directory; test unless given."""
-    batch_size: int = 64
-    """Images the model takes at a time."""
-    top_k: int = 1
-    """Classes to name for each image, the likeliest first; 1 of a model of heads or labels."""
-    probabilities: bool = False
-    """Add a column p:CLASS with the probability of each class."""
-    show: int = 0
-    """Draw that many random images with their predictions as a PNG."""
-    show_out: Path | None = None
-    """The PNG that --show writes; the name of --out with .png unless given."""
-    seed: int = 0
-    """Chooses the images of --show."""
-    limit: int | None = None
-    """Take the first images only."""
-    workers: int | None = None
-    """Threads that decode; one a core unless given."""
-    overwrite: bool = False
-    """Replace --out if it exists."""
-    json: bool = False
-    """Print one JSON object on standard output, for machines."""
-    quiet: bool = False
-    """Say nothing but warnings and errors."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "top_k"):
-            value = getattr(self, name)
-            require(value >= 1, name, value, "at least 1")
-        require(self.show >= 0, "show", self.show, "at least 0")
-        for name in ("limit", "workers"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "at least 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PredictResult:
-    """What was done."""
-
-    images: int
-    errors: int
-    seconds: float
-    provider: str
-    out: Path
-    shown: Path | None
-
-    @property
-    def images_per_second(self) -> float:
-        """Images over seconds, decoding and writing included."""
-        return self.images / max(self.seconds, 1e-9)
-
-    def to_json(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {
-            "images": self.images,
-            "errors": self.errors,
-            "seconds": round(self.seconds, 3),
-            "images_per_second": round(self.images_per_second, 1),
-            "provider": self.provider,
-            "out": str(self.out),
-            "shown": None if self.shown is None else str(self.shown),
-        }
+__all__ = ["PredictOptions", "PredictResult", "check_output", "predict"]
 
 
 def check_output(options: PredictOptions) -> None:
     """Raise UsageError, before any work, if the results could not be written."""
     check_ending(options.out)
-    targets = [options.out] + [_show_path(options)] * (options.show > 0)
-    for target in targets:
+    going_on = options.resume and unfinished.folder_of(options.out).is_dir()
+    for target in _targets(options):
         if target.is_dir():
             raise UsageError(f"out: {target} is a folder, expected the name of a file")
-        if target.exists() and not options.overwrite:
-            raise UsageError(f"{target} exists already; choose another --out or add --overwrite")
-    if options.show:
+        if target.exists() and not options.overwrite and not going_on:
+            what = "is whole, there is nothing to resume" if options.resume else "exists already"
+            raise UsageError(f"{target} {what}; choose another --out or add --overwrite")
+    if options.engine == "ray":
+        check_ray(options)
+    if options.show or options.profile is not None:
         new_figure(1, 1)  # tells now if matplotlib is missing
-    for target in targets:
+    for target in _targets(options):
         require_writable(target.parent)
 
 
-def predict(model: Model, source: Source, options: PredictOptions) -> PredictResult:
-    """Predict all images of `source` and write `options.out`.
+def _targets(options: PredictOptions) -> list[Path]:
+    chosen = [options.out]
+    if options.features is not None:
+        chosen.append(options.features)
+    if options.show:
+        chosen.append(options.picture)
+    if options.profile is not None:
+        chosen.append(options.profile)
+    return chosen
+
+
+def predict(
+    model: Model, source: Source, options: PredictOptions, reopen: Reopen | None = None
+) -> PredictResult:
+    """Predict all images of `source` and write `options.out`, and `options.features` if given.
 
     A bad image is a row with its reason in the column `error`. Raises UsageError, and writes
-    nothing, if there is no readable image at all.
+    nothing, if there is no readable image at all, or if what `--resume` is to continue was begun
+    with something else. With features the model has to be a `WithFeatures`. Workers of
+    `--engine ray` open model and source by `reopen`.
     """
-    targets = model.card.resolved_targets
-    rows = Rows(targets, top_k=options.top_k, probabilities=options.probabilities)
-    count = min(len(source), options.limit or len(source))
-    gallery = Gallery(options.show, count, options.seed)
+    making = Making(model, source, options)
     began = time.monotonic()
-    with atomic_path(options.out) as part:
-        errors, first = _write(
-            part, model, source, options, indices=range(count), rows=rows, gallery=gallery
-        )
-        if errors == count:
-            raise UsageError(f"{options.input}: none of {count} images is readable; {first}")
+    with unfinished.opened(
+        options.out, resume=options.resume, overwrite=options.overwrite
+    ) as parts:
+        resumed = parts.rows
+        with _kept(parts):
+            _finish(parts, making, reopen)
+            _deliver(parts, making)
+        records = list(parts.records)
+        parts.remove()
     seconds = time.monotonic() - began
-    shown = _show_path(options) if options.show else None
-    if shown is not None:
+    if options.show:
+        targets = model.card.resolved_targets
         # a truth in figures may be a class's number, but of several answers it is their text
-        gallery.draw(source, targets.classes if targets.single else (), shown)
+        making.gallery.draw(source, targets.classes if targets.single else (), options.picture)
+    if options.profile is not None:
+        draw(making.stages, options.profile, model.provider)
     return PredictResult(
-        images=count,
-        errors=errors,
+        images=making.count,
+        errors=sum(record.errors for record in records),
+        abstained=sum(record.abstained for record in records),
+        resumed=resumed,
         seconds=seconds,
         provider=model.provider,
+        stages=making.stages.to_json(),
         out=options.out,
-        shown=shown,
+        features=options.features,
+        shown=options.picture if options.show else None,
     )
 
 
-def _write(
-    path: Path,
-    model: Model,
-    source: Source,
-    options: PredictOptions,
-    *,
-    indices: range,
-    rows: Rows,
-    gallery: Gallery,
-) -> tuple[int, str]:
-    """Write the rows of all `indices`; the number of errors and the first one."""
-    size, workers = options.batch_size, options.workers
-    chunks = stream(source, model, indices=indices, batch_size=size, workers=workers)
-    errors, first = 0, ""
-    with (
-        contextlib.closing(chunks),
-        open_writer(path, rows.names, options.out.suffix, rows.numbers) as write,
-        tqdm(total=len(indices), unit="img", disable=not log.show_progress()) as bar,
-    ):
-        for chunk in chunks:
-            table = rows(chunk, source.image_ids)
-            write(table)
-            gallery.offer(chunk, table)
-            for index, error in zip(chunk.indices, chunk.errors, strict=True):
-                if error is not None:
-                    first = first or f"{source.image_ids[index]}: {error}"
-                    errors += 1
-            bar.update(len(chunk.indices))
-    return errors, first
+@contextlib.contextmanager
+def _kept(parts: Parts) -> Iterator[None]:
+    """Add to an error of the run that what is finished can be continued."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except DistclsError as error:
+        if not parts.records:
+            raise
+        hint = f"{parts.rows:,} rows are kept in {parts.folder}, --resume continues them"
+        raise DistclsError(f"{error}; {hint}") from error
 
 
-def _show_path(options: PredictOptions) -> Path:
-    return options.show_out or options.out.with_suffix(".png")
+def _finish(parts: Parts, making: Making, reopen: Reopen | None) -> None:
+    """Make the parts that are not finished yet."""
+    model, source, options = making.model, making.source, making.options
+    with ThreadPoolExecutor(1, thread_name_prefix="digest") as pool:
+        # a million files take seconds to look up, the first part takes longer
+        identity = pool.submit(identity_of, model, source, options)
+        if parts.records:
+            parts.check(identity.result())
+            for record in parts.records:
+                making.gallery.restore(record.picked)
+            log.say(f"{parts.rows:,} of {making.count:,} images are done already")
+        with tqdm(
+            total=making.count, initial=parts.rows, unit="img", disable=not log.show_progress()
+        ) as bar:
+            for record in _made(parts, making, identity, bar.update, reopen):
+                if not parts.records:
+                    parts.begin(identity.result())
+                parts.finish(record)
+
+
+def _made(
+    parts: Parts,
+    making: Making,
+    identity: Future[Identity],
+    advance: Callable[[int], object],
+    reopen: Reopen | None,
+) -> Iterator[Record]:
+    """The records of the remaining parts in order, each as soon as its files are written."""
+    numbers = range(len(parts.records), making.parts)
+    if making.options.engine == "local":
+        yield from making.in_order(numbers, parts.folder, advance)
+    elif numbers:
+        assert reopen is not None
+        for record, files in made_on_ray(making, identity.result(), numbers, reopen):
+            for name, content in files.items():
+                with atomic_path(parts.folder / name) as part:
+                    part.write_bytes(content)
+            making.gallery.restore(record.picked)
+            advance(record.rows)
+            yield record
+
+
+def _deliver(parts: Parts, making: Making) -> None:
+    """Put the finished parts together and in their place."""
+    options = making.options
+    if sum(record.errors for record in parts.records) == making.count:
+        first = next(record.first_error for record in parts.records)
+        parts.records.clear()  # nothing to go on with
+        raise UsageError(f"{options.input}: none of {making.count} images is readable; {first}")
+    if options.features is not None:
+        parts.deliver(FEATURES, options.features)
+    parts.deliver(options.out.suffix, options.out, making.rows.names)

@@ -26,7 +26,8 @@ class Picked:
     """An image that was chosen, with its prediction."""
 
     index: int
-    label: str
+    label: str | None
+    """None where no class was likely enough."""
     probability: float
 
 
@@ -57,6 +58,16 @@ class Gallery:
         ]
         self._picked = heapq.nsmallest(self._size, self._picked + offered, key=lambda pair: pair[0])
 
+    def within(self, indices: range) -> list[list[Any]]:
+        """The choice so far among `indices`, as plain values."""
+        chosen = [item for item in self.picked if item.index in indices]
+        return [[item.index, item.label, item.probability] for item in chosen]
+
+    def restore(self, chosen: list[list[Any]]) -> None:
+        """Take what `within` gave in an earlier run with the same size, count and seed."""
+        taken = [(float(self._lots[item[0]]), Picked(*item)) for item in chosen]
+        self._picked = heapq.nsmallest(self._size, self._picked + taken, key=lambda pair: pair[0])
+
     def draw(self, source: Source, classes: Sequence[str], path: Path) -> None:
         """Write the PNG. Raises UsageError without matplotlib."""
         picked = self.picked
@@ -69,7 +80,7 @@ class Gallery:
         known = [
             item.label == truth
             for item, truth in zip(picked, truths, strict=True)
-            if truth is not None
+            if truth is not None and item.label is not None
         ]
         if known:
             text = f"{len(known) - sum(known)} of {len(known)} wrong"
@@ -85,14 +96,16 @@ class Gallery:
 def _draw_one(
     axes: Axes, image: NDArray[np.uint8], item: Picked, truth: str | None, image_id: str
 ) -> None:
-    color = GREY if truth is None else GREEN if item.label == truth else RED
+    unknown = truth is None or item.label is None
+    color = GREY if unknown else GREEN if item.label == truth else RED
     smooth = "nearest" if max(image.shape[:2]) < 100 else "antialiased"
     axes.imshow(image, interpolation=smooth)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set(color=color, linewidth=3 if color == RED else 1.5)
-    title = f"{shorten(item.label, 20)} {item.probability:.1%}"
+    label = "(unsure)" if item.label is None else shorten(item.label, 20)
+    title = f"{label} {item.probability:.1%}"
     if color == RED:
         title += f"\nnot {shorten(truth or '', 20)}"
     style: dict[str, Any] = {"fontfamily": fonts(), "parse_math": False}

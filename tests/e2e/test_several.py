@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ import distcls.train
 import export.onnx
 from distcls.data.dataset import Dataset
 from distcls.errors import UsageError
-from distcls.models.checkpoint import read_checkpoint
+from distcls.inference.session import OnnxModel
+from distcls.models.checkpoint import open_checkpoint, read_checkpoint
+from export.parity import load_images
+from export.variants import Recipe, make_variant
 from tests import several
 from tests.e2e.commands import run
 from tests.e2e.test_training import history
@@ -107,8 +111,35 @@ def test_probabilities_in_the_file_are_those_of_each_head(source: Path, tmp_path
         assert json.loads(metadata["distcls.targets"])["kind"] == targets.kind
         shape = session.get_inputs()[0].shape[1:]
         images = np.random.default_rng(0).integers(0, 256, (3, *shape), dtype=np.uint8)
-        logits, probabilities = session.run(None, {"images": images})
+        logits, probabilities = session.run(["logits", "probabilities"], {"images": images})
         np.testing.assert_allclose(probabilities, targets.probabilities(logits), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["texts", "tags"])
+def test_variants_are_certified_part_by_part(kind: str, source: Path, tmp_path: Path) -> None:
+    data, out = trained(source, kind)
+    reference = open_checkpoint(out / "best.pth", device="cpu")
+    split = Dataset.open(data).split("val")
+    recipe = Recipe(
+        precision="fp16",
+        reference=reference,
+        graph=export.onnx.to_onnx(reference.model, reference.card, 18),
+        split=split,
+        images=load_images(split, reference.card.preprocess, 64),
+        max_accuracy_drop=10,
+        min_agreement=80,
+    )
+    for precision in ("fp16", "int8"):
+        path = tmp_path / f"{precision}.onnx"
+        certificate = make_variant(dataclasses.replace(recipe, precision=precision), path)
+        names = ["1", "2"] if kind == "texts" else ["labels"]
+        assert [part.name for part in certificate.parts] == names
+        assert certificate.images == 75
+        model = OnnxModel(path)
+        assert model.card.targets == reference.card.targets
+        logits, probabilities = model.run(["logits", "probabilities"], recipe.images)
+        expected = reference.card.resolved_targets.probabilities(logits)
+        np.testing.assert_allclose(probabilities, expected, atol=1e-6)
 
 
 def test_thresholds_are_chosen_on_validation_and_used(source: Path) -> None:

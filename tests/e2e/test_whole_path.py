@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
+import subprocess
 import sys
 import typing
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ import distcls.predict
 import distcls.prepare
 import distcls.train
 import export.onnx
+import export.triton
 from distcls.config import leaves
 from distcls.data.prepare import PrepareOptions
 from distcls.evaluation.evaluate import EvaluateOptions
@@ -37,14 +40,11 @@ from distcls.training.schedule import USUAL as SCHEDULES
 from distcls.training.schedule import make_schedule
 from distcls.training.teacher import Teacher
 from export.onnx import ExportOptions
+from export.triton import TritonOptions
 
 OPTIONS = (
-    PrepareOptions,
-    ModelsOptions,
-    TrainConfig,
-    ExportOptions,
-    EvaluateOptions,
-    PredictOptions,
+    *(PrepareOptions, ModelsOptions, TrainConfig, ExportOptions, TritonOptions),
+    *(EvaluateOptions, PredictOptions),
 )
 BOOKKEEPING = ("dataclasses.py", "load.py", "schema.py", "training/choice.py")
 """Files that read every field, whatever it is for: writing the config down is no use of a key."""
@@ -102,6 +102,9 @@ def whole_path(folder: Path) -> None:
     Teacher(teacher, tuple("0123456789"), torch.device("cpu"))
     (out / "best.onnx").write_text("of an earlier export")
     export.onnx.main(["--ckpt", str(out / "best.pth"), "--quiet", "--overwrite"])
+    half = ["--precision", "fp16", "--max-accuracy-drop", "10", "--min-agreement", "90"]
+    export.onnx.main(["--ckpt", str(out / "best.pth"), *half])
+    export.triton.main(["--model", str(out / "best.onnx"), "--out", str(folder / "models")])
     for ending in ("pth", "onnx"):
         model = str(out / f"best.{ending}")
         evaluation = str(folder / f"evaluation_{ending}")
@@ -152,6 +155,33 @@ def test_accuracy_of_the_predictions_is_that_of_the_evaluation(
     correct = sum(row["label"] == truth[row["image_id"]] for row in rows)
     metrics = json.loads((folder / f"evaluation_{ending}/metrics.json").read_text())
     assert metrics["top1"] == correct / len(rows)
+
+
+def test_the_lines_of_the_readme_run_without_distcls_and_torch(
+    used: tuple[Path, set[tuple[type, str]]], tmp_path: Path
+) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (lines,) = [part for part in text.split("```python\n")[1:] if "onnxruntime" in part]
+    folder = used[0]
+    name = next(path for path in sorted((folder / "digits/images/test").rglob("*.png")))
+    shutil.copy(name, tmp_path / "photo.jpg")
+    shutil.copy(folder / "run/best.onnx", tmp_path)
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'torchvision', 'distcls', 'onnx'):\n"
+        "    sys.modules[name] = None\n"
+        f"{lines.partition('```')[0]}\n"
+        "print(float(probabilities.max()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "pre.csv"
+    distcls.predict.main([str(name), "--model", str(folder / "run/best.onnx"), "--out", str(out)])
+    with out.open(newline="") as handle:
+        (row,) = csv.DictReader(handle)
+    assert float(done.stdout) == pytest.approx(float(row["probability"]), rel=1e-4)
 
 
 def test_the_model_file_runs_without_distcls(used: tuple[Path, set[tuple[type, str]]]) -> None:

@@ -31,6 +31,8 @@ ROWS = {
     19: "malicious pickle",
     20: "ONNX data outside its folder",
     21: "clock jumps by an hour",
+    32: "batch prediction killed",
+    33: "input changed before the rerun",
     34: "labels and classes that cannot be",
     35: "strange file names",
 }

@@ -177,7 +177,7 @@ def test_disk_full(tmp_path: Path, folder: Path, model: Path) -> None:
         "run(main)\n"
     )
     out = tmp_path / "pre.csv"
-    arguments = [str(tmp_path / "list.csv"), "--model", str(model), "--out", str(out)]
+    arguments = [str(tmp_path / "list.csv"), "--model", str(model), "--out", str(out), "--quiet"]
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     refused(done, "free there", code=1)

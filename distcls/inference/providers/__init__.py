@@ -1,0 +1,1 @@
+"""What computes a model on this machine, and how its threads share the work."""

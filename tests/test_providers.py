@@ -1,0 +1,233 @@
+"""Plans, what is installed, and choices that are remembered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distcls.errors import BadValue, UsageError
+from distcls.inference.providers import installed as rooms
+from distcls.inference.providers import remembered
+from distcls.inference.providers.candidates import families, unmeasured
+from distcls.inference.providers.installed import PLUGIN, missing, require_installed
+from distcls.inference.providers.plan import BATCH_SIZE, Plan, plan_of
+from distcls.inference.providers.rehearsal import disagreement, images_needed
+from distcls.inference.session import OnnxModel
+from distcls.targets import Targets
+from tests import several, tiny_onnx
+
+
+def test_a_plan_survives_json() -> None:
+    plan = Plan(provider="openvino", precision="reduced", layout="workers", threads=1, callers=3)
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert str(plan) == "OpenVINO in reduced precision, 3 workers of 1 thread, batches of 64"
+    assert str(Plan()) == "CPU, a thread a core, batches of 64"
+    assert str(Plan(threads=2, batch_size=1)) == "CPU, 2 threads a batch, batches of 1"
+    assert str(Plan(provider="cuda", callers=2)) == "CUDA, batches of 64"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"provider": "gpu"},
+        {"precision": "bf16"},
+        {"layout": "pipeline"},
+        {"threads": -1},
+        {"callers": 0},
+        {"batch_size": 2.5},
+        {"batch_size": True},
+        {"speed": 3},
+        ["cpu"],
+        None,
+    ],
+)
+def test_what_is_no_plan_is_refused(wrong: object) -> None:
+    values = {**Plan().to_json(), **wrong} if isinstance(wrong, dict) else wrong
+    with pytest.raises((BadValue, TypeError)):
+        Plan.from_json(values)
+
+
+def test_the_plan_of_a_model(tmp_path: Path) -> None:
+    plan = Plan(layout="workers", threads=1, callers=2, batch_size=3)
+    model = OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"), plan)
+    assert plan_of(model) == plan
+    assert plan_of(object()) == Plan(batch_size=BATCH_SIZE)
+    wider = Plan(layout="workers", threads=1, callers=2, batch_size=30)
+    assert plan_of(model.replanned(wider)) == wider
+    assert plan_of(model) == plan
+    assert model.replanned(Plan(threads=2)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("openvino", "pip install 'distcls[openvino]'"),
+        ("cuda", "pip install 'distcls[gpu]'"),
+        ("tensorrt", "pip install 'distcls[gpu]' tensorrt"),
+    ],
+)
+def test_what_to_install(name: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "PLUGIN", "onnxruntime_ep_of_nobody")
+    monkeypatch.setattr(rooms, "_runtime_s_own", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(UsageError) as caught:
+        require_installed(name)  # type: ignore[arg-type]
+    assert str(caught.value).startswith(f"provider: {name} is not installed; {advice}")
+    assert "(installed: cpu)" in str(caught.value)
+
+
+def test_cuda_hidden_by_the_plain_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "_runtime_s_own", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(rooms, "_version", lambda package: "1.31.1")
+    assert "pip uninstall onnxruntime" in str(missing("cuda"))
+    monkeypatch.setattr(rooms, "_runtime_s_own", lambda: ["CUDAExecutionProvider"])
+    assert missing("cuda") is None
+
+
+def test_the_cpu_is_always_there_and_last() -> None:
+    assert rooms.installed()[-1] == "cpu"
+    assert missing("cpu") is None
+    require_installed("cpu")
+
+
+def test_a_plug_in_that_does_not_load_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_plugin.py").write_text("def get_library_path(): return '/nowhere/x.so'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(rooms, "PLUGIN", "broken_plugin")
+    rooms._openvino_cpu.cache_clear()
+    assert "openvino" in rooms.installed()
+    with pytest.raises(UsageError, match="openvino is installed but does not load beside"):
+        OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"), Plan(provider="openvino"))
+
+
+def test_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(remembered.FOLDER, str(tmp_path / "cache"))
+    assert remembered.recall("k") is None
+    assert remembered.keep("k", {"plan": {"provider": "cpu"}})
+    assert remembered.recall("k") == {"format": remembered.FORMAT, "plan": {"provider": "cpu"}}
+    (file,) = (tmp_path / "cache" / "providers").iterdir()
+    for damaged in (b"", b"{", b"[]", b'{"format": 999}', b"\xff\xfe"):
+        file.write_bytes(damaged)
+        assert remembered.recall("k") is None
+    monkeypatch.setenv(remembered.FOLDER, str(file))  # a file where the folder should be
+    assert not remembered.keep("k", {})
+    assert remembered.recall("k") is None
+
+
+def test_where_it_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(remembered.FOLDER)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert remembered.cache_folder() == tmp_path / "distcls"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert remembered.cache_folder() == tmp_path / ".cache" / "distcls"
+
+
+def test_a_choice_holds_for_model_versions_and_what_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_onnx.write(tmp_path / "m.onnx")
+    keys = [remembered.key_of(model, provider="auto"), remembered.key_of(model, provider="cpu")]
+    assert keys[0] == remembered.key_of(model, provider="auto")
+    keys.append(
+        remembered.key_of(
+            tiny_onnx.write(tmp_path / "n.onnx", tiny_onnx.card(("a", "b"))), provider="auto"
+        )
+    )
+    monkeypatch.setattr(remembered, "versions", lambda: {"onnxruntime": "9.9"})
+    keys.append(remembered.key_of(model, provider="auto"))
+    monkeypatch.setattr(remembered, "cpu_name", lambda: "another")
+    keys.append(remembered.key_of(model, provider="auto"))
+    assert len(set(keys)) == len(keys)
+
+
+def sizes(**given: object) -> list[list[int]]:
+    found = families("cpu", **{"cores": 2, "side": (224, 224), **given})  # type: ignore[arg-type]
+    return [[plan.batch_size for plan in family.plans] for family in found]
+
+
+def test_batches_fit_the_image_and_the_model() -> None:
+    assert sizes() == [[4, 16], [4, 16]]
+    assert sizes(side=(28, 28)) == [[16, 64], [16, 64]]
+    assert sizes(side=(2000, 2000)) == [[1], [1]]
+    assert sizes(seconds=0.05) == [[1, 4], [1, 4]]
+    assert sizes(seconds=5.0) == [[1], [1]]
+    assert sizes(batch_size=7) == [[7], [7]]
+    assert sizes(cores=1) == [[4, 16]]
+
+
+def test_openvino_is_tried_in_reduced_precision_first() -> None:
+    plans = [family.plans[0] for family in families("openvino", cores=2, side=(224, 224))]
+    assert [plan.precision for plan in plans] == ["reduced", "reduced", "fp32"]
+    assert [(plan.layout, plan.threads, plan.callers) for plan in plans] == [
+        ("workers", 1, 2),
+        ("stages", 2, 1),
+        ("workers", 1, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("side", "batch"), [((224, 224), 8), ((28, 28), 64), ((384, 384), 2), ((3000, 3000), 1)]
+)
+def test_without_measuring(side: tuple[int, int], batch: int) -> None:
+    plan = unmeasured("cpu", cores=3, side=side)
+    assert plan == Plan(layout="workers", threads=1, callers=3, batch_size=batch)
+    assert unmeasured("cpu", cores=3, side=side, batch_size=5).batch_size == 5
+    assert unmeasured("openvino", cores=3, side=side).precision == "fp32"
+
+
+def test_a_trial_is_of_whole_batches() -> None:
+    plan = Plan(layout="workers", threads=1, callers=2, batch_size=16)
+    assert images_needed(plan, 32, 0.0) == 64
+    assert images_needed(plan, 32, 1000.0) == 128
+    assert images_needed(Plan(batch_size=7), 32, 0.0) == 35
+
+
+def problem(
+    expected: np.ndarray, found: np.ndarray, plan: Plan, tolerance: float = 1e-3
+) -> str | None:
+    targets = Targets(classes=("a", "b"))
+    return disagreement(expected, found, plan, targets=targets, tolerance=tolerance)
+
+
+def test_who_agrees() -> None:
+    expected = np.array([[0.0, 1.0], [2.0, 1.0]] * 500, np.float32)
+    exact, reduced = Plan(), Plan(provider="openvino", precision="reduced")
+    assert problem(expected, expected + 5e-4, exact) is None
+    assert "1.0e-02 apart" in str(problem(expected, expected + 0.01, exact))
+    assert problem(expected, expected + 0.01, reduced) is None
+    flipped = expected.copy()
+    flipped[:2] = flipped[:2, ::-1]
+    assert problem(expected, flipped, reduced) is None  # 99.8 % of 1,000
+    assert "998 of 1000" in str(problem(expected, flipped, exact, 10.0))
+    flipped[2] = flipped[2, ::-1]
+    assert "997 of 1000" in str(problem(expected, flipped, reduced))
+    broken = expected.copy()
+    broken[3, 0] = np.nan
+    for plan in (exact, reduced):
+        assert problem(expected, broken, plan) == "its answers are not finite"
+        assert problem(broken, expected, plan) is None
+        assert "nothing can be compared" in str(problem(expected * np.nan, expected, plan))
+
+
+def test_heads_and_labels_agree_in_all_their_parts() -> None:
+    expected = np.array([[3.0, 0, 0, 1], [0, 3.0, 0, 1]] * 500, np.float32)
+    moved = expected.copy()
+    moved[:3, 3] = -1  # the greatest of all four stays where it is
+    reduced = Plan(provider="openvino", precision="reduced")
+    for targets, told in [
+        (several.heads(2, 2), "997 of 1000"),
+        (several.labels(4), "997 of 1000"),
+        (several.labels(4, (0.5, 0.5, 0.5, 0.1)), None),
+        (Targets(classes=tuple("abcd")), None),
+    ]:
+        found = disagreement(expected, moved, reduced, targets=targets, tolerance=1e-3)
+        assert (told in str(found)) if told else found is None
+
+
+def test_the_plug_in_s_module_has_its_name() -> None:
+    assert PLUGIN.replace("_", "-") in rooms.PACKAGES
