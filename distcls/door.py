@@ -10,9 +10,17 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from distcls import log
-from distcls.errors import DistclsError, Stopped
+from distcls.errors import DistclsError, Stopped, UsageError
 
 Main = Callable[[Sequence[str]], None]
+
+EXTRAS = {
+    "pyarrow": "parquet",
+    "matplotlib": "plot",
+    **dict.fromkeys(("accelerate", "onnx", "onnxscript", "sklearn", "timm"), "train"),
+    **dict.fromkeys(("psutil", "safetensors", "scipy", "torch", "torchvision"), "train"),
+}
+"""Packages that not every install has, and the extra that brings each."""
 
 INTERRUPTED = 130
 """What shells expect of a program that Ctrl-C ended."""
@@ -39,6 +47,14 @@ def _outcome(main: Main, arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         # the reader of our output left (`| head`); keep the interpreter from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in EXTRAS:
+            advice = f'pip install "distcls[{EXTRAS[package]}]"'
+            log.fail(f"this needs {package}, which is not installed; {advice}")
+            return UsageError.exit_code
+        traceback.print_exc()
         return 1
     except Exception:
         traceback.print_exc()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from distcls.data.dataset import CLASSES, INFO, MANIFEST, PACK, Dataset, Split
+from distcls.data.layout import CLASSES, INFO, MANIFEST, PACK
 from distcls.errors import DistclsError, UsageError
 from distcls.inference.features import WithFeatures
 from distcls.inference.identity import begun_plans
@@ -15,6 +16,9 @@ from distcls.inference.model import Model
 from distcls.inference.options import PredictOptions
 from distcls.inference.providers.plan import Asked, Plan
 from distcls.inference.shrinking import shrunk
+
+if TYPE_CHECKING:
+    from distcls.data.dataset import Split
 
 
 def open_model(
@@ -117,6 +121,8 @@ def open_source(text: str, split: str | None = None, timeout: float = TIMEOUT) -
     none.
     """
     if (Path(text) / INFO).is_file():
+        from distcls.data.dataset import Dataset
+
         dataset = Dataset.open(Path(text))
         chosen = dataset.split(split or "test")
         return from_split(chosen, dataset.classes, lambda: _state(chosen))

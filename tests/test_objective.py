@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distcls.data.config import AugmentConfig
-from distcls.data.dataset import MANIFEST
+from distcls.data.layout import MANIFEST
 from distcls.data.loader import Batch
 from distcls.data.order import share
 from distcls.errors import UsageError

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from distcls.data import prepare as module
-from distcls.data.dataset import CLASSES, MANIFEST, PACK, Dataset
+from distcls.data.dataset import Dataset
+from distcls.data.layout import CLASSES, MANIFEST, PACK
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.errors import UsageError
 from distcls.imaging import decode_file

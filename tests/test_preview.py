@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distcls.data.config import AugmentConfig
-from distcls.data.dataset import MANIFEST
+from distcls.data.layout import MANIFEST
 from distcls.data.loader import Batch
 from distcls.targets import Head, Targets
 from distcls.training.config import TrainConfig

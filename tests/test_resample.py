@@ -13,7 +13,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from distcls.data.dataset import MANIFEST, Dataset
+from distcls.data.dataset import Dataset
+from distcls.data.layout import MANIFEST
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.data.resample import Resampling, deal_folds, draw_bootstrap, resample
 from distcls.data.sources.source import Record

@@ -20,12 +20,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from distcls.data.labels import LABELS, read_labels
+from distcls.data.layout import CLASSES, FORMAT, INFO, MANIFEST, PACK
 from distcls.errors import BadImage, BadValue, UsageError, did_you_mean
 from distcls.imaging import decode_file
 from distcls.targets import Targets
 
-FORMAT = 1
-MANIFEST, CLASSES, INFO, PACK = "manifest.parquet", "classes.json", "dataset.json", "pack.bin"
 SPLITS = ("train", "val", "test")
 
 SCHEMA = pa.schema(

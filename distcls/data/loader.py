@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distcls.data.dataset import PACK, Split, to_rgb
+from distcls.data.dataset import Split, to_rgb
+from distcls.data.layout import PACK
 from distcls.data.order import Indices
 from distcls.errors import DistclsError
 from distcls.imaging import Preprocess

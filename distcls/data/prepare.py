@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from distcls import log
 from distcls.data import write
-from distcls.data.dataset import PACK
+from distcls.data.layout import PACK
 from distcls.data.load import load_all
 from distcls.data.pack import PackWriter
 from distcls.data.plan import Plan, check_training_images, plan_splits, repair, unlearnt

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distcls import __version__
-from distcls.data.dataset import CLASSES, FORMAT, INFO, MANIFEST, PACK, SCHEMA
+from distcls.data.dataset import SCHEMA
 from distcls.data.labels import FIELD, LABELS
+from distcls.data.layout import CLASSES, FORMAT, INFO, MANIFEST, PACK
 from distcls.data.names import safe_names
 from distcls.data.pack import PackWriter
 from distcls.data.plan import Plan

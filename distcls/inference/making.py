@@ -19,7 +19,7 @@ from distcls.inference.providers.plan import plan_of
 from distcls.inference.rows import ABSTAINED, Rows
 from distcls.inference.show import Gallery
 from distcls.inference.stages import Stages
-from distcls.inference.writers import open_features, open_writer
+from distcls.inference.writers import open_writer
 
 FEATURES = ".features.parquet"
 """Ending of the parts of --features."""
@@ -93,6 +93,8 @@ class Making:
                 open_writer(part, rows.names, kind, rows.numbers, rows.booleans)
             )
             if width:
+                from distcls.inference.parquet import open_features
+
                 part = stack.enter_context(atomic_path(paths[1]))
                 write_features = stack.enter_context(open_features(part, width))
             for whole in chunks:

@@ -35,6 +35,8 @@ __all__ = ["PredictOptions", "PredictResult", "check_output", "predict"]
 def check_output(options: PredictOptions) -> None:
     """Raise UsageError, before any work, if the results could not be written."""
     check_ending(options.out)
+    if options.features is not None:
+        check_ending(options.features)
     going_on = options.resume and unfinished.folder_of(options.out).is_dir()
     for target in _targets(options):
         if target.is_dir():

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from distcls.errors import UsageError
@@ -21,17 +19,14 @@ Columns = dict[str, Sequence[Any]]
 
 Write = Callable[[Columns], None]
 
-Floats = NDArray[np.float32]
-
-ROW_GROUP = 8192
-"""Rows that a Parquet file gathers before it writes them."""
-
 
 def check_ending(path: Path) -> None:
     """Raise UsageError unless the ending of `path` is one that can be written."""
     if path.suffix.lower() not in _OPENERS:
         choices = ", ".join(_OPENERS)
         raise UsageError(f"out: {str(path)!r} has no known ending, expected one of {choices}")
+    if path.suffix.lower() == ".parquet":
+        import distcls.inference.parquet  # noqa: F401 - tells now if pyarrow is missing
 
 
 @contextlib.contextmanager
@@ -48,27 +43,7 @@ def open_writer(
     the ending that decides the format: .csv, .jsonl or .parquet. Yields a function that appends
     rows; each call gives all columns in the order of `names`.
     """
-    with _OPENERS[kind.lower()](path, _schema(names, numbers, booleans)) as write:
-        yield write
-
-
-@contextlib.contextmanager
-def open_features(path: Path, width: int) -> Iterator[Callable[[Sequence[str], Floats], None]]:
-    """Open a Parquet file of `image_id` and `features`, a list of `width` float32 each.
-
-    Yields a function that appends names and their features, float32 [N, width]; a row that holds
-    a NaN becomes null.
-    """
-    kind = pa.list_(pa.float32(), width)
-    schema = pa.schema([("image_id", pa.string()), ("features", kind)])
-    with _parquet_writer(path, schema) as writer:
-
-        def write(names: Sequence[str], features: Floats) -> None:
-            flat = pa.array(np.ascontiguousarray(features, np.float32).ravel())
-            missing = pa.array(np.isnan(features).any(axis=1))
-            lists = pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=missing)
-            writer.write_table(pa.table([pa.array(names, pa.string()), lists], schema=schema))
-
+    with _OPENERS[kind.lower()](path, names, numbers, booleans) as write:
         yield write
 
 
@@ -78,7 +53,9 @@ def join(parts: Sequence[Path], path: Path, kind: str, names: Sequence[str] = ()
     `kind` is the ending that says their format. The result depends on the parts' rows alone.
     """
     if kind.lower() == ".parquet":
-        _join_parquet(parts, path)
+        from distcls.inference.parquet import join_tables
+
+        join_tables(parts, path)
         return
     header = csv_line(names).encode() if kind.lower() == ".csv" else b""
     with path.open("wb") as whole:
@@ -113,19 +90,12 @@ def _csv_cell(cell: object) -> str:
     return text
 
 
-def _schema(names: Sequence[str], numbers: set[str], booleans: Collection[str]) -> Any:
-    def kind(name: str) -> Any:
-        if name in numbers:
-            return pa.float32()
-        return pa.bool_() if name in booleans else pa.string()
-
-    return pa.schema([(name, kind(name)) for name in names])
-
-
 @contextlib.contextmanager
-def _open_csv(path: Path, schema: Any) -> Iterator[Write]:
+def _open_csv(
+    path: Path, names: Sequence[str], _numbers: set[str], _booleans: Collection[str]
+) -> Iterator[Write]:
     with path.open("w", encoding="utf-8", newline="") as handle:
-        handle.write(csv_line(schema.names))
+        handle.write(csv_line(names))
 
         def write(columns: Columns) -> None:
             rows = zip(*columns.values(), strict=True)
@@ -135,8 +105,9 @@ def _open_csv(path: Path, schema: Any) -> Iterator[Write]:
 
 
 @contextlib.contextmanager
-def _open_jsonl(path: Path, schema: Any) -> Iterator[Write]:
-    names = list(schema.names)
+def _open_jsonl(
+    path: Path, names: Sequence[str], _numbers: set[str], _booleans: Collection[str]
+) -> Iterator[Write]:
     with path.open("w", encoding="utf-8", newline="") as handle:
 
         def write(columns: Columns) -> None:
@@ -147,52 +118,12 @@ def _open_jsonl(path: Path, schema: Any) -> Iterator[Write]:
         yield write
 
 
-@contextlib.contextmanager
-def _open_parquet(path: Path, schema: Any) -> Iterator[Write]:
-    with _gathered(path, schema) as append:
+def _open_parquet(
+    path: Path, names: Sequence[str], numbers: set[str], booleans: Collection[str]
+) -> contextlib.AbstractContextManager[Write]:
+    from distcls.inference.parquet import open_table
 
-        def write(columns: Columns) -> None:
-            arrays = [pa.array(columns[field.name], field.type) for field in schema]
-            append(pa.RecordBatch.from_arrays(arrays, schema=schema))
-
-        yield write
-
-
-@contextlib.contextmanager
-def _gathered(path: Path, schema: Any) -> Iterator[Callable[[Any], None]]:
-    """Open a Parquet file; yields a function that takes record batches and gathers row groups."""
-    waiting: list[Any] = []
-
-    def flush() -> None:
-        if waiting:
-            writer.write_table(pa.Table.from_batches(waiting, schema).combine_chunks())
-            waiting.clear()
-
-    def append(batch: Any) -> None:
-        waiting.append(batch)
-        if sum(batch.num_rows for batch in waiting) >= ROW_GROUP:
-            flush()
-
-    with _parquet_writer(path, schema) as writer:
-        yield append
-        flush()
-
-
-def _parquet_writer(path: Path, schema: Any) -> Any:
-    # a dictionary of features would hold each of them once more
-    plain = any(pa.types.is_fixed_size_list(field.type) for field in schema)
-    return pq.ParquetWriter(path, schema, use_dictionary=not plain)
-
-
-def _join_parquet(parts: Sequence[Path], path: Path) -> None:
-    with contextlib.ExitStack() as stack:
-        append: Callable[[Any], None] | None = None
-        for part in parts:
-            with pq.ParquetFile(part) as file:
-                if append is None:
-                    append = stack.enter_context(_gathered(path, file.schema_arrow))
-                for batch in file.iter_batches(ROW_GROUP):
-                    append(batch)
+    return open_table(path, names, numbers, booleans)
 
 
 _OPENERS: dict[str, Callable[..., contextlib.AbstractContextManager[Write]]] = {

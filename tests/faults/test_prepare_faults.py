@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from distcls.data.dataset import MANIFEST, PACK, Dataset
+from distcls.data.dataset import Dataset
+from distcls.data.layout import MANIFEST, PACK
 from tests.faults.preparing import command, parts, refused, run
 
 

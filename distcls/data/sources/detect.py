@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
-from distcls.data.dataset import INFO, MANIFEST
+from distcls.data.layout import INFO, MANIFEST
 from distcls.data.sources import tables
 from distcls.data.sources.answers import AnswerColumns
 from distcls.data.sources.digits import read_digits

@@ -11,9 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from distcls.errors import UsageError
 from distcls.inference.inputs.entries import Entries, Truths
 from distcls.inference.inputs.source import BLOCK, Names, NamesBuilder, Source, from_encoded
@@ -139,6 +136,9 @@ def _csv_blocks(name: str, reader: Iterator[list[str]], columns: list[str]) -> I
 
 @contextlib.contextmanager
 def _open_parquet(name: str, content: bytes | None) -> Iterator[Table]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         with pq.ParquetFile(name if content is None else io.BytesIO(content)) as file:
             columns = list(file.schema_arrow.names)
