@@ -125,7 +125,7 @@ def table(rates: dict[str, dict[int, list[float]]]) -> str:
 
 def draw(all_rates: dict[int, dict[str, dict[int, list[float]]]], path: Path) -> None:
     """A panel for each number of threads, a line for each contestant."""
-    figure = figures.new_figure(5 * len(all_rates), 4)
+    figure = figures.new_figure(5 * len(all_rates) + 1.5, 4)
     panels = figure.subplots(1, len(all_rates), squeeze=False, sharey=True)[0]
     for panel, (threads, rates) in zip(panels, all_rates.items(), strict=True):
         for name, by_size in rates.items():
@@ -139,7 +139,7 @@ def draw(all_rates: dict[int, dict[str, dict[int, list[float]]]], path: Path) ->
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("images/s")
-    panels[-1].legend(fontsize=7)
+    panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figures.save(figure, path)
 
 
