@@ -14,6 +14,7 @@ from benchmarks.common import Contestant
 from benchmarks.photographs import CROP, pixels
 from distcls.cores import available_cores
 from distcls.imaging import decode_file
+from distcls.inference.providers.plan import ProviderChoice
 
 BATCH, WORKERS = 64, 2
 """Of the DataLoaders."""
@@ -88,7 +89,7 @@ def timm_way(folder: Path) -> Contestant:
     return _round(folder, classify, 2 * BATCH)
 
 
-def ours(folder: Path, model: Path, provider: str) -> Contestant:
+def ours(folder: Path, model: Path, provider: ProviderChoice) -> Contestant:
     """`distcls predict`, from its arguments to the finished file."""
     from distcls.predict import main
 
@@ -135,7 +136,7 @@ def decode_only(folder: Path) -> Contestant:
     return run
 
 
-def infer_only(folder: Path, model: Path, provider: str) -> Contestant:
+def infer_only(folder: Path, model: Path, provider: ProviderChoice) -> Contestant:
     """The model alone, with the plan that `distcls predict` takes; the second limit."""
     from distcls.inference.inputs import Source
     from distcls.inference.pipeline import stream
@@ -148,7 +149,7 @@ def infer_only(folder: Path, model: Path, provider: str) -> Contestant:
 
     def run() -> float:
         if not opened:  # after the contestants of the same provider have measured and remembered
-            asked = Asked(provider=provider, images=len(images))  # type: ignore[arg-type]
+            asked = Asked(provider=provider, images=len(images))
             opened.append(open_fastest(model, asked, source))
         began = time.perf_counter()
         for _ in stream(source, opened[0]):

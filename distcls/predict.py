@@ -9,7 +9,7 @@ from distcls import log
 from distcls.config import parse
 from distcls.door import run
 from distcls.inference.predict import PredictOptions, check_output, predict
-from distcls.inference.shrinking import shrunk
+from distcls.inference.shrinking import check_shrunk, shrunk
 from distcls.opening import open_predictor, open_source, reopen
 
 ABOUT = "Predict the class of many images; one row each, in input order, bad images included."
@@ -23,7 +23,8 @@ def main(arguments: Sequence[str]) -> None:
     check_output(options)
     model = open_predictor(options, source)
     if options.scaled_decode:
-        source = shrunk(source, model)
+        usual, source = source, shrunk(source, model)
+        check_shrunk(usual, source, model)
     result = predict(model, source, options, reopen)
     unsure = f"{result.abstained:,} abstained, " if options.threshold is not None else ""
     log.say(

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distcls.bundle import ModelCard
 from distcls.imaging import Preprocess
+from distcls.models.checkpoint import save_checkpoint
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
 from distcls.models.pretrained import Report, apply_weights, find_weights
@@ -36,3 +38,17 @@ def assert_taken(model: Classifier, tensors: dict[str, Tensor], report: Report) 
     assert report.loaded
     for name in report.loaded:
         assert torch.equal(own[name], tensors[name]), name
+
+
+def untrained(path: Path, digits: Path, size: tuple[int, int]) -> Path:
+    """A checkpoint with fresh weights, as if trained on the digits at this size."""
+    preprocess = Preprocess(size=size, resize="squash")
+    torch.manual_seed(0)
+    card = ModelCard(
+        architecture={"name": "mobilenet_v3_small"},
+        classes=tuple("0123456789"),
+        preprocess=preprocess,
+        training={"dataset": str(digits)},
+    )
+    save_checkpoint(path, build(ModelConfig(), 10, preprocess), card)
+    return path

@@ -14,28 +14,17 @@ from distcls.errors import DistclsError, UsageError
 from distcls.imaging import Preprocess
 from distcls.inference.session import OnnxModel
 from distcls.models import zoo
-from distcls.models.checkpoint import TorchModel, save_checkpoint
-from distcls.models.config import ModelConfig
+from distcls.models.checkpoint import TorchModel
 from export import onnx as onnx_export
 from export.onnx import ExportOptions
 from export.parity import certify
+from tests.small_networks import untrained
 
 
 @pytest.fixture(scope="module")
 def checkpoint(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with fresh weights of a non-square model, as if trained on the digits."""
-    path = tmp_path_factory.mktemp("run") / "best.pth"
-    preprocess = Preprocess(size=(28, 36), resize="squash")
-    torch.manual_seed(0)
-    model = zoo.build(ModelConfig(), 10, preprocess)
-    card = ModelCard(
-        architecture={"name": "mobilenet_v3_small"},
-        classes=tuple("0123456789"),
-        preprocess=preprocess,
-        training={"dataset": str(digits)},
-    )
-    save_checkpoint(path, model, card)
-    return path
+    return untrained(tmp_path_factory.mktemp("run") / "best.pth", digits, (28, 36))
 
 
 def test_exported_file_agrees_and_says_so(checkpoint: Path, tmp_path: Path) -> None:

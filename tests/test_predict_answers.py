@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import onnx
 import pyarrow.parquet as pq
@@ -27,10 +26,7 @@ IMAGES = tiny_dataset.coloured(COUNT)[0]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "in").mkdir()
-    for index, image in enumerate(IMAGES):
-        assert cv2.imwrite(str(tmp_path / "in" / f"{index:03d}.png"), image[..., ::-1])
-    return tmp_path / "in"
+    return tiny_dataset.write_images(tmp_path / "in", IMAGES)
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import pytest
 
 from distcls.errors import UsageError
@@ -118,11 +117,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    place = tmp_path / "in"
-    place.mkdir()
-    for index, image in enumerate(tiny_dataset.coloured(PARTS * ROWS)[0]):
-        assert cv2.imwrite(str(place / f"{index:04d}.png"), image[..., ::-1])
-    (place / "0005.png").write_bytes(b"no image")
+    place = tiny_dataset.write_images(tmp_path / "in", tiny_dataset.coloured(PARTS * ROWS)[0])
+    (place / "005.png").write_bytes(b"no image")
     return place
 
 
@@ -202,7 +198,7 @@ def test_another_input_on_the_workers_is_one_line(
         assert time.monotonic() < deadline
         time.sleep(0.001)
     extra = folder / "9999.png"
-    extra.write_bytes((folder / "0000.png").read_bytes())
+    extra.write_bytes((folder / "000.png").read_bytes())
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 1, errors
     assert "input, models and distcls have to be the same on all nodes" in errors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -15,20 +14,15 @@ from distcls.inference.merge import Flipped, Merged
 from distcls.inference.session import OnnxModel
 from distcls.targets import Head, Targets
 from tests import several, tiny_dataset, tiny_onnx
-from tests.test_predict_answers import run, uneven, with_features
+from tests.test_predict_answers import COUNT, IMAGES, run, uneven, with_features
 from tests.test_several_evaluate import HEADS, LABELS, card
 
-COUNT = 30
-IMAGES = tiny_dataset.coloured(COUNT)[0]
 BOTH = pytest.mark.parametrize("targets", [HEADS, LABELS], ids=["heads", "labels"])
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "in").mkdir()
-    for index, image in enumerate(IMAGES):
-        assert cv2.imwrite(str(tmp_path / "in" / f"{index:03d}.png"), image[..., ::-1])
-    return tmp_path / "in"
+    return tiny_dataset.write_images(tmp_path / "in", IMAGES)
 
 
 def probabilities(targets: Targets, images: NDArray[np.uint8] = IMAGES) -> NDArray[np.float32]:

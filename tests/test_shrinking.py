@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import cv2
@@ -13,8 +14,9 @@ from distcls.bundle import ModelCard
 from distcls.errors import UsageError
 from distcls.imaging import Preprocess, decode
 from distcls.inference.inputs import Source, open_input
+from distcls.inference.inputs.source import from_encoded
 from distcls.inference.predict import PredictOptions, predict
-from distcls.inference.shrinking import shrunk
+from distcls.inference.shrinking import CHECKED, check_shrunk, shrunk
 from tests.test_writers import read
 
 CLASSES = ("red", "green", "blue")
@@ -102,6 +104,7 @@ def test_a_photo_on_its_side_keeps_enough_of_both_sides() -> None:
 def test_the_answers_stay(folder: Path, tmp_path: Path) -> None:
     model, source = Brightest(), open_input(str(folder))
     fast = shrunk(source, model)
+    check_shrunk(source, fast, model)
     assert fast.load(0).shape == (75, 100, 3)
     path, tables = tmp_path / "m.onnx", []
     path.write_bytes(b"")  # only its digest is asked for
@@ -114,8 +117,23 @@ def test_the_answers_stay(folder: Path, tmp_path: Path) -> None:
 
 
 def test_changed_answers_are_refused(folder: Path) -> None:
+    source, model = open_input(str(folder)), Precise()
     with pytest.raises(UsageError, match=r"scaled_decode: the answer of \d+ of 12 images changes"):
-        shrunk(open_input(str(folder)), Precise())
+        check_shrunk(source, shrunk(source, model), model)
+
+
+def test_the_images_that_are_checked_are_of_the_whole_input() -> None:
+    data = jpeg(photo(0))
+    source = from_encoded([""] * (CHECKED + 60), lambda index: data)
+    seen: list[int] = []
+
+    def load(index: int) -> NDArray[np.uint8]:
+        seen.append(index)
+        return decode(data)
+
+    check_shrunk(source, dataclasses.replace(source, load=load), Brightest())
+    assert len(seen) <= CHECKED
+    assert max(seen) >= CHECKED + 50
 
 
 def test_without_files_there_is_nothing_to_scale() -> None:

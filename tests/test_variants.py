@@ -11,18 +11,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from distcls.bundle import ModelCard
 from distcls.data.dataset import Dataset
 from distcls.errors import BadValue, DistclsError, UsageError
-from distcls.imaging import Preprocess
 from distcls.inference.checksum import check_checksum
 from distcls.inference.session import OnnxModel
-from distcls.models import zoo
-from distcls.models.checkpoint import open_checkpoint, save_checkpoint
-from distcls.models.config import ModelConfig
+from distcls.models.checkpoint import open_checkpoint
 from export import onnx as onnx_export
 from export.accuracy import Expected, certify_variant
 from export.graph import add_features, after_logits, before_first
@@ -32,6 +27,7 @@ from export.parity import load_images
 from export.quantize import KINDS, Quantizer, quantize
 from export.variants import Recipe, make_variant
 from tests import tiny_dataset, tiny_onnx
+from tests.small_networks import untrained
 
 LAYERS = ("one", "two", "three", "four", "last")
 
@@ -237,18 +233,7 @@ def test_the_certificate_counts(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("run") / "best.pth"
-    preprocess = Preprocess(size=(16, 16), resize="squash")
-    torch.manual_seed(0)
-    model = zoo.build(ModelConfig(), 10, preprocess)
-    card = ModelCard(
-        architecture={"name": "mobilenet_v3_small"},
-        classes=tuple("0123456789"),
-        preprocess=preprocess,
-        training={"dataset": str(digits)},
-    )
-    save_checkpoint(path, model, card)
-    return path
+    return untrained(tmp_path_factory.mktemp("run") / "best.pth", digits, (16, 16))
 
 
 @pytest.fixture(scope="module")

@@ -69,3 +69,11 @@ def coloured(count: int, size: int = 8, seed: int = 0) -> tuple[NDArray[np.uint8
     labels = rng.integers(0, 3, count)
     images[np.arange(count), :, :, labels] += rng.integers(0, 160, (count, 1, 1), dtype=np.uint8)
     return images, labels.tolist()
+
+
+def write_images(folder: Path, images: NDArray[np.uint8]) -> Path:
+    """A new folder of RGB images [N, h, w, 3] as PNG files: 000.png, 001.png, ..."""
+    folder.mkdir()
+    for index, image in enumerate(images):
+        assert cv2.imwrite(str(folder / f"{index:03d}.png"), image[..., ::-1])
+    return folder

@@ -59,12 +59,7 @@ class EvaluateOptions:
 
     def asked(self, images: int) -> Asked:
         """How the model is to be run, on a split of so many images."""
-        return Asked(
-            provider=self.provider,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            images=min(images, self.limit or images),
-        )
+        return Asked.of(self, images)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,12 +123,7 @@ class PredictOptions:
 
     def asked(self, images: int) -> Asked:
         """How the model is to be run, on a source of so many images."""
-        return Asked(
-            provider=self.provider,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            images=min(images, self.limit or images),
-        )
+        return Asked.of(self, images)
 
     @property
     def picture(self) -> Path:

@@ -29,7 +29,7 @@ SAME = 0.998
 def shrunk(source: Source, model: Model) -> Source:
     """The same images, JPEGs decoded no larger than the model's preprocessing needs them.
 
-    Raises UsageError if there are no files to decode, or if the model's answers change.
+    Raises UsageError if there are no files to decode.
     """
     if source.read is None:
         raise UsageError("scaled_decode: this input is decoded already; leave it out")
@@ -38,8 +38,12 @@ def shrunk(source: Source, model: Model) -> Source:
     def load(index: int) -> NDArray[np.uint8]:
         return decode(read(index), shrinks=preprocess.shrinks)
 
-    fast = dataclasses.replace(source, load=load)
-    every = range(0, len(source), max(1, len(source) // CHECKED))[:CHECKED]
+    return dataclasses.replace(source, load=load)
+
+
+def check_shrunk(source: Source, fast: Source, model: Model) -> None:
+    """Raise UsageError if the model answers otherwise to `fast`, made of `source` by `shrunk`."""
+    every = range(0, len(source), -(-len(source) // CHECKED))
     usual, other = _answers(source, model, every), _answers(fast, model, every)
     known = (usual >= 0).all(axis=1) & (other >= 0).all(axis=1)
     changed = int((usual[known] != other[known]).any(axis=1).sum())
@@ -47,7 +51,6 @@ def shrunk(source: Source, model: Model) -> Source:
     if changed > (1 - SAME) * known.sum():
         raise UsageError(f"scaled_decode: {said} ({1 - SAME:.1%} may); leave it out")
     log.say(f"scaled decoding: {said}")
-    return fast
 
 
 def _answers(source: Source, model: Model, indices: range) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from distcls.cores import available_cores
 from distcls.errors import require
@@ -86,6 +86,26 @@ class Plan:
         return cls(**values)
 
 
+class Options(Protocol):
+    """What of a command's options is about running the model."""
+
+    @property
+    def provider(self) -> ProviderChoice:
+        """One provider, or auto."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Images at a time."""
+
+    @property
+    def workers(self) -> int | None:
+        """Threads."""
+
+    @property
+    def limit(self) -> int | None:
+        """The first images only."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
     """What the user says about how a model is run."""
@@ -98,6 +118,16 @@ class Asked:
     """Threads, if not one a core."""
     images: int | None = None
     """How many there are; unset, nobody knows, which counts as many."""
+
+    @classmethod
+    def of(cls, options: Options, images: int) -> Asked:
+        """What a command's options say, for an input of so many images."""
+        return cls(
+            provider=options.provider,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            images=min(images, options.limit or images),
+        )
 
     @property
     def cores(self) -> int:
