@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from distcls.cores import available_cores
@@ -37,6 +38,8 @@ def start(config: TrainConfig) -> Accelerator:
     parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     handlers = [parallel, time_limit(config.collective_timeout)]
     mixed = "no" if precision == "fp32" else precision
+    # accelerate keeps the precision of an earlier run of this process, and refuses any other
+    AcceleratorState._reset_state()
     # without cpu=True, accelerate ignores the other processes on a machine that has no GPU
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(
