@@ -148,7 +148,7 @@ def safe(config: TrainConfig, steps: int) -> Contestant:
 
     def epoch() -> float:
         began = time.perf_counter()
-        row, _ = train_and_evaluate(run)
+        row = train_and_evaluate(run).row
         progress.history.append(row)
         records.line("epoch", **row)
         records.epochs(progress.history)

@@ -141,7 +141,7 @@ def train(engine: Engine, epochs: range) -> dict[str, Any]:
         for report in engine.train_epoch(epoch):
             seen["losses"].append(engine.total(report.loss))
             seen["skipped"] += report.skipped
-        seen["scores"].append(engine.evaluate().scalars())
+        seen["scores"] += [metrics.scalars() for metrics in engine.evaluate().values()]
     return seen
 
 
@@ -175,7 +175,8 @@ def compare(digits: Path, name: str, changes: dict[str, Any], folder: Path) -> N
         seen[how]["held"] = held(engine)  # before the state is asked for, which cuts again
         if not named:
             tensors = engine.tensors()
-            seen[how] |= {"tensors": tensors, "best": engine.best_weights(tensors)}
+            best = {name: engine.weights_of(name, tensors) for name in engine.candidates}
+            seen[how] |= {"tensors": tensors, "best": best}
     save_tensors(folder / f"{name}.{dist.get_rank()}.pth", seen)
 
 

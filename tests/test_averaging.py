@@ -29,17 +29,17 @@ def test_the_mean_of_the_last_epochs_is_evaluated(digits: Path) -> None:
     for epoch in range(4):
         list(engine.train_epoch(epoch))
         ends.append(weights(engine))
-        assert (engine.best_model is engine.model) == (epoch == 0)
-    found = engine.best_model.state_dict()
+        assert list(engine.candidates) == (["average"] if epoch else ["weights"])
+    found = engine.candidates["average"].state_dict()
     for name, value in found.items():
         mean = torch.stack([end[name].double() for end in ends[1:]]).mean(0)
         torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-7)
         assert not torch.equal(value, ends[-1][name])
-    before = engine.evaluate().scalars()
+    before = engine.evaluate()["average"].scalars()
     with torch.no_grad():
         for parameter in engine.model.parameters():
             parameter.fill_(float("nan"))
-    assert engine.evaluate().scalars() == before
+    assert engine.evaluate()["average"].scalars() == before
 
 
 def test_a_resumed_run_comes_to_the_same_mean(digits: Path) -> None:
@@ -50,8 +50,8 @@ def test_a_resumed_run_comes_to_the_same_mean(digits: Path) -> None:
         list(first.train_epoch(epoch))
     second.load_tensors(copy.deepcopy(first.tensors()))
     list(second.train_epoch(3))
-    expected = whole.best_model.state_dict()
-    for name, value in second.best_model.state_dict().items():
+    expected = whole.candidates["average"].state_dict()
+    for name, value in second.candidates["average"].state_dict().items():
         assert torch.equal(value, expected[name])
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+from typing import Any, Literal
+
 import pytest
 import torch
 from torch import nn
 
 from distcls.imaging import Preprocess
+from distcls.models.checkpoint import read_checkpoint
 from distcls.models.classifier import Classifier
+from distcls.training.checkpoints import newest_whole
+from distcls.training.config import EmaConfig, MonitorConfig, TrainConfig
 from distcls.training.ema import Ema
+from distcls.training.run import train
 
 
 def network(value: float = 0.0) -> Classifier:
@@ -77,3 +85,35 @@ def test_the_average_is_a_model_of_its_own() -> None:
     assert all((parameter == 100).all() for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
     torch.testing.assert_close(ema.model.mean, model.mean)
+
+
+@pytest.mark.parametrize(("mode", "choose"), [("min", min), ("max", max)])
+def test_the_better_of_average_and_weights_is_saved(
+    mode: Literal["min", "max"], choose: Any, digits: Path, tmp_path: Path
+) -> None:
+    """Whichever it is: one of both modes wants the one, the other mode the other."""
+    config = TrainConfig(
+        data=digits,
+        out=tmp_path / "run",
+        epochs=1,
+        batch_size=32,
+        limit=96,
+        quiet=True,
+        threads=1,
+        ema=EmaConfig(decay=0.9),
+        monitor=MonitorConfig(metric="loss", mode=mode),
+    )
+    train(config)
+    with (config.out / "history.csv").open(newline="") as handle:
+        (row,) = csv.DictReader(handle)
+    losses = {name: float(row[f"val_loss_{name}"]) for name in ("ema", "weights")}
+    assert losses["ema"] != losses["weights"]
+    better = choose(losses, key=losses.__getitem__)
+    assert float(row["val_loss"]) == losses[better]
+    card, saved = read_checkpoint(config.out / "best.pth")
+    assert card.training["weights"] == better
+    found = newest_whole(config.out / "last")
+    assert found is not None
+    expected = found[1]["tensors"]["ema" if better == "ema" else "model"]
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], value) for name, value in expected.items())

@@ -111,7 +111,7 @@ def test_reported_loss_is_the_mean_over_the_batch(digits: Path) -> None:
 
 def test_evaluation_counts_every_sample_once(digits: Path) -> None:
     engine = make_engine(digits, limit=None)
-    metrics = engine.evaluate()
+    metrics = engine.evaluate()["weights"]
     split, preprocess = engine.data.val, engine.preprocess
     images = torch.from_numpy(np.stack([preprocess(split.image(i)) for i in range(len(split))]))
     with torch.no_grad():
@@ -128,7 +128,10 @@ def test_the_average_is_evaluated_where_there_is_one(digits: Path) -> None:
     with torch.no_grad():
         for parameter in engine.model.parameters():
             parameter.fill_(float("nan"))
-    assert np.isfinite(engine.evaluate().loss)
+    found = engine.evaluate()
+    assert list(found) == ["ema", "weights"]
+    assert np.isfinite(found["ema"].loss)
+    assert np.isnan(found["weights"].loss)
 
 
 def test_augmentation_reaches_the_network(digits: Path) -> None:

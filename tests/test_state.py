@@ -52,6 +52,25 @@ def test_which_epochs_are_the_best_so_far(
     assert progress.epochs_since_best == len(scores) - 1 - best
 
 
+@pytest.mark.parametrize(
+    ("metric", "scores", "best"),
+    [
+        ("top1", {"ema": 0.9, "weights": 0.8}, "ema"),
+        ("top1", {"ema": 0.8, "weights": 0.9}, "weights"),
+        ("loss", {"ema": 0.8, "weights": 0.9}, "ema"),
+        ("loss", {"ema": 0.9, "weights": 0.8}, "weights"),
+        ("top1", {"ema": 0.9, "weights": 0.9}, "ema"),
+        ("top1", {"ema": NAN, "weights": 0.0}, "weights"),
+        ("loss", {"ema": 5.0, "weights": NAN}, "ema"),
+        ("top1", {"ema": NAN, "weights": NAN}, "ema"),
+    ],
+)
+def test_which_of_several_models_is_the_best(
+    metric: str, scores: dict[str, float], best: str
+) -> None:
+    assert MonitorConfig(metric=metric).best_of(scores) == best
+
+
 @pytest.mark.parametrize(("metric", "sign"), [("top1", 1), ("loss", -1)])
 def test_small_changes_are_no_improvement(metric: str, sign: int) -> None:
     monitor = MonitorConfig(metric=metric, min_delta=0.1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +20,8 @@ from distcls.training.schedule import ScheduleConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    """Exponential moving average of the weights; where on, it is what is evaluated and saved."""
+    """Exponential moving average of the weights; where on, it is evaluated beside the weights
+    themselves, and the better of both is saved."""
 
     decay: float | None = None
     """Share of the average that a step keeps, such as 0.999; null is off."""
@@ -81,6 +84,11 @@ class MonitorConfig:
     def resolved_mode(self) -> str:
         """`min` or `max`."""
         return default_mode(self.metric) if self.mode == "auto" else self.mode
+
+    def best_of(self, scores: Mapping[str, float]) -> str:
+        """The name of the best score, the first of equals; what is not a number comes last."""
+        sign = 1 if self.resolved_mode == "max" else -1
+        return max(scores, key=lambda name: (not math.isnan(scores[name]), sign * scores[name]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -75,15 +75,15 @@ def _device(accelerator: Accelerator) -> str:
     return f"{accelerator.device.type} ({machine}, {torch.get_num_threads()} threads)"
 
 
-def epoch_line(row: dict[str, float], epochs: int, best: bool) -> str:
-    """One finished epoch."""
+def epoch_line(row: dict[str, float], epochs: int, called: str) -> str:
+    """One finished epoch, and what it is called (`best`, or nothing)."""
     exact = f"  val exact {row['val_exact']:.4f}" if "val_exact" in row else ""
     return (
         f"epoch {row['epoch']:>3.0f}/{epochs}  train loss {row['train_loss']:.4f}  "
         f"val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:.4f}{exact}  "
         f"{row['images_per_s']:,.0f} img/s  data wait {row['data_wait']:.0%}  "
-        f"{row['seconds']:.0f} s{'  best' if best else ''}"
-    )
+        f"{row['seconds']:.0f} s  {called}"
+    ).rstrip()
 
 
 class Bar:

@@ -19,7 +19,7 @@ from distcls.data.loader import Batch
 from distcls.data.order import DataOrder
 from distcls.errors import UsageError
 from distcls.evaluation.metrics import Metrics
-from distcls.evaluation.several import new_tally, tally_of
+from distcls.evaluation.several import AnyTally, new_tally, tally_of
 from distcls.imaging import Preprocess
 from distcls.models.classifier import Classifier
 from distcls.training.averaging import LastEpochs
@@ -131,23 +131,24 @@ class Engine:
         if self.average is not None:
             self.average.take(epoch, self.model)
 
-    def evaluate(self) -> Metrics:
-        """Metrics of the model to be saved (the average, where there is one) on validation.
+    def evaluate(self) -> dict[str, Metrics]:
+        """Metrics of each of the `candidates` on validation.
 
         Every process takes its share of the samples, none is padded, and the tallies are added.
         """
-        share_buffers(self.model, self.best_model)
-        tally = new_tally(self.data.targets)
+        candidates = self.candidates
+        share_buffers(self.model, *candidates.values())
+        tallies = {name: new_tally(self.data.targets) for name in candidates}
         plan = self.shares.evaluation(self.data.val_samples, self.evaluation_batch)
         passes = self.shares.passes(self.data.val_samples, self.evaluation_batch)
+        models = list(candidates.values())
         # without autocast: the figures shall be those of `distcls evaluate`
-        with self.sharding.evaluating(self.best_model, passes, self.preprocess.size) as forward:
+        with self.sharding.evaluating(models, passes, self.preprocess.size) as forward:
             for batch in self.val_loader.batches(plan):
-                logits = forward(batch.images.to(self.accelerator.device))
-                tally.update(logits.float().cpu().numpy(), batch.labels.numpy())
-        vector = torch.from_numpy(tally.vector()).to(self.accelerator.device)
-        total = reduce(vector, reduction="sum")
-        return tally_of(total.cpu().numpy(), self.data.targets).metrics()
+                outputs = forward(batch.images.to(self.accelerator.device))
+                for tally, logits in zip(tallies.values(), outputs, strict=True):
+                    tally.update(logits.float().cpu().numpy(), batch.labels.numpy())
+        return {name: self._of_all(tally).metrics() for name, tally in tallies.items()}
 
     def any_of(self, *flags: bool) -> list[bool]:
         """For each flag, whether any process has raised it. All processes have to call this."""
@@ -157,11 +158,12 @@ class Engine:
         return [bool(count) for count in reduce(raised, reduction="sum").tolist()]
 
     @property
-    def best_model(self) -> Classifier:
-        """The model that is evaluated and saved."""
+    def candidates(self) -> dict[str, Classifier]:
+        """The models of which the better is saved, under their names in `weights_of`."""
         if self.average is not None and self.average.taken:
-            return self.average.model
-        return self.model if self.ema is None else self.ema.model
+            return {"average": self.average.model}
+        averages = {} if self.ema is None else {"ema": self.ema.model}
+        return {**averages, "weights": self.model}
 
     def total(self, part: Tensor) -> float:
         """The sum of each process's part."""
@@ -186,11 +188,11 @@ class Engine:
         keep = self.accelerator.is_main_process
         return gathered(content, keep=keep) if self.sharding.on else content
 
-    def best_weights(self, tensors: dict[str, Any]) -> dict[str, Tensor]:
-        """The state dict of `best_model` within what `tensors` gave."""
-        weights: dict[str, Tensor] = tensors["model" if self.ema is None else "ema"]
-        if self.average is not None and self.average.taken:
-            weights = tensors["average"]["model"]
+    def weights_of(self, candidate: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
+        """The state dict of one of the `candidates` within what `tensors` gave."""
+        average = tensors["average"] or {}
+        places = {"weights": tensors["model"], "ema": tensors["ema"]}
+        weights: dict[str, Tensor] = {**places, "average": average.get("model")}[candidate]
         return weights
 
     def load_tensors(self, saved: dict[str, Any]) -> None:
@@ -229,6 +231,12 @@ class Engine:
     @property
     def _world(self) -> int:
         return int(self.accelerator.num_processes)
+
+    def _of_all(self, tally: AnyTally) -> AnyTally:
+        """The sum of all processes' tallies."""
+        vector = torch.from_numpy(tally.vector()).to(self.accelerator.device)
+        total = reduce(vector, reduction="sum")
+        return tally_of(total.cpu().numpy(), self.data.targets)
 
     def _step(
         self, epoch: int, step: int, lr: float, images: int, batches: Iterator[Batch]

@@ -58,24 +58,35 @@ class Run:
         )
 
 
-def train_and_evaluate(run: Run) -> tuple[dict[str, float], Metrics]:
-    """Finish the epoch that `run.progress` is in; returns its row of history.csv and metrics."""
-    progress = run.progress
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What an epoch came to."""
+
+    row: dict[str, float]
+    """Its row of history.csv."""
+    candidate: str
+    """Which of the engine's candidates is the one to be saved."""
+    metrics: Metrics
+    """That one's, on validation."""
+
+
+def train_and_evaluate(run: Run) -> Outcome:
+    """Finish the epoch that `run.progress` is in."""
+    progress, monitor = run.progress, run.config.monitor
     began = time.perf_counter()
     row = _train(run)
-    metrics = run.engine.evaluate()
+    found = run.engine.evaluate()
+    monitored = {name: metrics.scalars()[monitor.metric] for name, metrics in found.items()}
+    candidate = monitor.best_of(monitored)
     progress.epoch += 1
     progress.epoch_step, progress.loss_sum = 0, 0.0
     seconds = time.perf_counter() - began
     progress.seconds += seconds
-    scores = {f"val_{name}": value for name, value in metrics.scalars().items()}
-    return {
-        "epoch": progress.epoch,
-        "step": progress.step,
-        **row,
-        **scores,
-        "seconds": seconds,
-    }, metrics
+    scores = {f"val_{name}": value for name, value in found[candidate].scalars().items()}
+    if len(found) > 1:
+        scores |= {f"val_{monitor.metric}_{name}": value for name, value in monitored.items()}
+    row = {"epoch": progress.epoch, "step": progress.step, **row, **scores, "seconds": seconds}
+    return Outcome(row=row, candidate=candidate, metrics=found[candidate])
 
 
 def _train(run: Run) -> dict[str, float]:

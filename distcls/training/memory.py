@@ -159,7 +159,8 @@ def _try_evaluation(engine: Engine) -> None:
     kept = _reserve(engine)
     with torch.inference_mode():
         images = _pixels(engine, engine.evaluation_batch, engine.preprocess.size)
-        Classifier.forward(engine.best_model.eval(), images)
+        for model in engine.candidates.values():
+            Classifier.forward(model.eval(), images)
     del kept
 
 

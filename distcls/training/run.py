@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from distcls.bundle import ModelCard
-from distcls.evaluation.metrics import Metrics
 from distcls.files import second_name
 from distcls.log import say
 from distcls.models import zoo
@@ -24,7 +23,7 @@ from distcls.training.config import TrainConfig
 from distcls.training.display import banner, epoch_line
 from distcls.training.engine import Engine
 from distcls.training.environment import lost_processes_explained, start
-from distcls.training.epoch import Run, train_and_evaluate
+from distcls.training.epoch import Outcome, Run, train_and_evaluate
 from distcls.training.input import choose_preprocess, open_input
 from distcls.training.kept import Epoch, keep
 from distcls.training.memory import explained, fit_into_memory
@@ -80,16 +79,17 @@ def train(config: TrainConfig) -> TrainResult:
         for line in banner(config, engine):
             say(line)
         while progress.epoch < config.epochs and not progress.out_of_patience(config.monitor):
-            row, metrics = train_and_evaluate(run)
-            progress.history.append(row)
+            outcome = train_and_evaluate(run)
+            progress.history.append(outcome.row)
             # the main process's score, so that all processes draw the same conclusions from it
-            [score] = broadcast_object_list([metrics.scalars()[config.monitor.metric]])
+            score = outcome.metrics.scalars()[config.monitor.metric]
+            [score] = broadcast_object_list([score])
             best = progress.judge(score, config.monitor)
-            say(epoch_line(row, config.epochs, best))
+            say(epoch_line(outcome.row, config.epochs, _called(best, outcome, engine)))
             if engine.schedule.judged(progress.step, best):
                 rate = engine.schedule.rate(progress.step)
                 say(f"no better {config.monitor.metric}: the learning rate falls to {rate:.3g}")
-            _save(run, metrics, best=best)
+            _save(run, outcome, best=best)
             [asked] = engine.any_of(run.signals.received is not None)
             if asked and progress.epoch < config.epochs:
                 run.stop()
@@ -171,16 +171,22 @@ def _note_parts(engine: Engine, progress: Progress, records: Records | None) -> 
     progress.accumulate, progress.evaluation_batch = parts.values()
 
 
-def _save(run: Run, metrics: Metrics, *, best: bool) -> None:
+def _called(best: bool, outcome: Outcome, engine: Engine) -> str:
+    """The word at the end of an epoch's line."""
+    several = len(engine.candidates) > 1
+    return "" if not best else f"best ({outcome.candidate})" if several else "best"
+
+
+def _save(run: Run, outcome: Outcome, *, best: bool) -> None:
     """Write what the epoch just finished left; the state comes last: a resume starts there."""
     config, engine, progress = run.config, run.engine, run.progress
     tensors = engine.tensors()
     if run.records is not None:
         run.records.line("epoch", **progress.history[-1])
-        card, weights = _card(run, metrics), engine.best_weights(tensors)
+        card, weights = _card(run, outcome), engine.weights_of(outcome.candidate, tensors)
         if best:
             save_checkpoint(config.out / BEST, weights, card)
-        score = metrics.scalars()[config.monitor.metric]
+        score = outcome.metrics.scalars()[config.monitor.metric]
         epoch = Epoch(number=progress.epoch, step=progress.step, score=score, best=best)
 
         def write(path: Path) -> None:
@@ -196,10 +202,10 @@ def _save(run: Run, metrics: Metrics, *, best: bool) -> None:
     run.save(tensors)
 
 
-def _card(run: Run, metrics: Metrics) -> ModelCard:
+def _card(run: Run, outcome: Outcome) -> ModelCard:
     """What the model as it is now says of itself."""
     config, engine, progress = run.config, run.engine, run.progress
-    targets = dataclasses.replace(engine.data.targets, thresholds=metrics.thresholds)
+    targets = dataclasses.replace(engine.data.targets, thresholds=outcome.metrics.thresholds)
     return ModelCard(
         architecture=dataclasses.asdict(config.model) | {"pretrained": None},
         classes=targets.classes,
@@ -209,6 +215,7 @@ def _card(run: Run, metrics: Metrics) -> ModelCard:
             "epoch": progress.epoch,
             "step": progress.step,
             "dataset": str(config.data.resolve()),
-            "validation": metrics.scalars(),
+            "weights": outcome.candidate,
+            "validation": outcome.metrics.scalars(),
         },
     )

@@ -11,7 +11,6 @@ them as they are.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -123,32 +122,34 @@ class Sharding:
 
     @contextlib.contextmanager
     def evaluating(
-        self, model: Classifier, passes: int, size: tuple[int, int]
-    ) -> Iterator[Callable[[Tensor], Any]]:
-        """The forward pass of evaluation, without gradients and without autocast.
+        self, models: Sequence[Classifier], passes: int, size: tuple[int, int]
+    ) -> Iterator[Callable[[Tensor], list[Tensor]]]:
+        """The forward pass of evaluation, of each model, without gradients and without autocast.
 
         Sharded weights are gathered by all processes together, so each has to make `passes` passes
         in all; those that are missing at the end are made here, on a black image of `size`.
         """
-        model.eval()
+        for model in models:
+            model.eval()
         if not self.on:
             with torch.inference_mode():
                 # the class's own forward: prepare() put autocast around the instance's
-                yield functools.partial(Classifier.forward, model)
+                yield lambda images: [Classifier.forward(model, images) for model in models]
             return
         made = 0
 
-        def forward(images: Tensor) -> Any:
+        def forward(images: Tensor) -> list[Tensor]:
             nonlocal made
             made += 1
-            return model(images)
+            return [model(images) for model in models]
 
         with torch.no_grad():  # what is gathered in inference mode could not be trained any more
             yield forward
             black = torch.zeros(1, *size, 3, dtype=torch.uint8, device=self._accelerator.device)
-            for _ in range(passes - made):
-                model(black)
-        _release(model)
+            while made < passes:
+                forward(black)
+        for model in models:
+            _release(model)
 
     def _shard(self, model: Classifier) -> None:
         from torch.distributed.device_mesh import init_device_mesh
