@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from benchmarks.common import finish
 from distcls import log
+from distcls.cli import run
 from distcls.config import parse
-from distcls.door import run
 from distcls.errors import UsageError, require
 from distcls.files import atomic_folder
 

@@ -18,11 +18,9 @@ from typing import Any
 from benchmarks.common import finish
 from benchmarks.scores import gain, score, table
 from distcls import log
-from distcls.data.config import AugmentConfig
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.models.config import ModelConfig
-from distcls.training.config import MonitorConfig, TrainConfig
-from distcls.training.losses.config import DistillConfig
+from distcls.training.config import AugmentConfig, DistillConfig, MonitorConfig, TrainConfig
 
 ALONE, TAUGHT = "alone", "taught"
 AUGMENT = AugmentConfig(crop_padding=2, rotate=10)

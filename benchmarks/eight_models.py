@@ -18,7 +18,7 @@ from benchmarks.common import finish
 from benchmarks.launching import call, train
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.imaging import Preprocess
-from distcls.models import zoo
+from distcls.models import factory
 from distcls.models.classifier import count_macs, count_parameters
 from distcls.models.config import ModelConfig
 
@@ -58,7 +58,7 @@ def measure(name: str, data: Path, out: Path, images: int) -> dict[str, Any]:
 def sizes(name: str) -> dict[str, Any]:
     """Parameters, and multiply-accumulates of an image, as it is trained."""
     size = (SIDE, SIDE)
-    model = zoo.build(ModelConfig(name=name), 10, Preprocess(size=size))
+    model = factory.build(ModelConfig(name=name), 10, Preprocess(size=size))
     return {"parameters": count_parameters(model), "macs": count_macs(model, size)}
 
 

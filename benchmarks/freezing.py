@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 from benchmarks.common import finish
 from benchmarks.scores import gain, score, table
 from distcls import log
-from distcls.data.config import AugmentConfig
+from distcls.data.formats.idx import find_idx, read_idx
 from distcls.data.prepare import PrepareOptions, prepare
-from distcls.data.sources.idx import find_idx, read_idx
 from distcls.models.config import ModelConfig
-from distcls.training.config import FreezeConfig, TrainConfig
+from distcls.training.config import AugmentConfig, FreezeConfig, TrainConfig
 
 KNOWN = 8
 """Classes of the checkpoint: labels 0 to 7, T-shirt to sneaker."""

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from benchmarks.common import finish
 from benchmarks.launching import train
-from distcls.bundle import ModelCard
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.imaging import Preprocess
-from distcls.models import zoo
+from distcls.model_card import ModelCard
+from distcls.models import factory
 from distcls.models.checkpoint import load_tensors, save_checkpoint
 from distcls.models.config import ModelConfig
-from distcls.training.checkpoints import states
+from distcls.training.checkpointing import states
 
 CONTESTANTS = {"1": (1, 1), "2": (2, 1), "4": (4, 1), "1x2 threads": (1, 2)}
 """Processes and the threads of each."""
@@ -59,7 +59,7 @@ def teacher(data: Path) -> Path:
     if not path.exists():
         preprocess, name = Preprocess(size=(28, 28)), "simple_nn"
         torch.manual_seed(0)
-        model = zoo.build(ModelConfig(name=name), 10, preprocess)
+        model = factory.build(ModelConfig(name=name), 10, preprocess)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(2)  # fresh answers hardly differ from class to class

@@ -20,9 +20,9 @@ import cv2
 import numpy as np
 
 from benchmarks.common import finish
-from distcls import figures
-from distcls.bundle import ModelCard
+from distcls import plotting
 from distcls.imaging import Preprocess
+from distcls.model_card import ModelCard
 
 SIDE = 28
 INTERVAL = 0.25
@@ -46,14 +46,14 @@ def write_model(path: Path) -> None:
     import onnx
     import torch
 
-    from distcls.models import zoo
+    from distcls.export.onnx import to_onnx
+    from distcls.models import factory
     from distcls.models.config import ModelConfig
-    from export.onnx import to_onnx
 
     torch.manual_seed(0)
     classes = tuple("0123456789")
     preprocess = Preprocess(size=(SIDE, SIDE))
-    model = zoo.build(ModelConfig(name="mobilenet_v3_small"), len(classes), preprocess).eval()
+    model = factory.build(ModelConfig(name="mobilenet_v3_small"), len(classes), preprocess).eval()
     card = ModelCard(
         architecture={"name": "mobilenet_v3_small"}, classes=classes, preprocess=preprocess
     )
@@ -93,13 +93,13 @@ def _has_row(out: Path) -> bool:
 
 def draw(resident: list[float], seconds: float, path: Path) -> None:
     """Resident memory over time."""
-    figure = figures.new_figure(7, 3)
+    figure = plotting.new_figure(7, 3)
     axes = figure.subplots()
-    axes.plot(np.linspace(0, seconds, len(resident)), resident, color=figures.BLUE)
+    axes.plot(np.linspace(0, seconds, len(resident)), resident, color=plotting.BLUE)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("seconds")
     axes.set_ylabel("resident memory, MB")
-    figures.save(figure, path)
+    plotting.save(figure, path)
 
 
 def main() -> None:
@@ -116,7 +116,7 @@ def main() -> None:
         with (folder / "list.csv").open("w") as handle:
             handle.write("path\n")
             handle.writelines(f"{names[row % len(names)]}\n" for row in range(given.count))
-        command = [sys.executable, "-m", "distcls.predict", str(folder / "list.csv")]
+        command = [sys.executable, "-m", "distcls.commands.predict", str(folder / "list.csv")]
         command += ["--model", str(folder / "m.onnx"), "--out", str(folder / "pre.csv")]
         command += ["--provider", given.provider]
         began = time.monotonic()

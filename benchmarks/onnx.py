@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 
 from benchmarks.common import Apart, Contestant, alternate, finish
 from benchmarks.photographs import model_for, photographs, pixels
-from distcls import figures
-from distcls.cores import available_cores
-from distcls.inference.providers.installed import installed, versions
-from distcls.inference.providers.plan import Plan, Precision, ProviderName
+from distcls import plotting
+from distcls.runtime.providers import Plan, Precision, ProviderName, installed, versions
+from distcls.system import available_cores
 
 BATCHES = (1, 4, 16, 64)
 SECONDS = 0.5
@@ -61,7 +60,7 @@ def provider_way(
     model: Path, images: Images, provider: ProviderName, precision: Precision, threads: int
 ) -> Contestant:
     """ONNX Runtime with a provider, one batch at a time."""
-    from distcls.inference.session import OnnxModel
+    from distcls.runtime.model import OnnxModel
 
     plan = Plan(provider=provider, precision=precision, threads=threads)
     opened = OnnxModel(model, plan)
@@ -125,7 +124,7 @@ def table(rates: dict[str, dict[int, list[float]]]) -> str:
 
 def draw(all_rates: dict[int, dict[str, dict[int, list[float]]]], path: Path) -> None:
     """A panel for each number of threads, a line for each contestant."""
-    figure = figures.new_figure(5 * len(all_rates) + 1.5, 4)
+    figure = plotting.new_figure(5 * len(all_rates) + 1.5, 4)
     panels = figure.subplots(1, len(all_rates), squeeze=False, sharey=True)[0]
     for panel, (threads, rates) in zip(panels, all_rates.items(), strict=True):
         for name, by_size in rates.items():
@@ -140,7 +139,7 @@ def draw(all_rates: dict[int, dict[str, dict[int, list[float]]]], path: Path) ->
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("images/s")
     panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    figures.save(figure, path)
+    plotting.save(figure, path)
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from distcls.bundle import ModelCard
 from distcls.errors import UsageError
 from distcls.files import atomic_folder, atomic_path
 from distcls.imaging import Preprocess, decode_file
-from distcls.inference.providers.remembered import cache_folder
+from distcls.model_card import ModelCard
+from distcls.system import cache_folder
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 SMALLEST = 1000
@@ -65,16 +65,16 @@ def model_for(folder: Path, name: str = "mobilenet_v3_large") -> Path:
     import onnx
     import torch
 
-    from distcls.models import zoo
+    from distcls.export.onnx import to_onnx
+    from distcls.models import factory
     from distcls.models.checkpoint import save_checkpoint
     from distcls.models.config import ModelConfig
-    from export.onnx import to_onnx
 
     torch.manual_seed(0)
     files = sorted(folder.glob("*.jpg"))
     classes = tuple(sorted({path.name.partition("_")[0] for path in files}))
     config = ModelConfig(name=name, stem_stride=2)
-    model = zoo.build(config, len(classes), CROP)
+    model = factory.build(config, len(classes), CROP)
     _teach(model, files[:: -(-len(files) // TAUGHT)], classes)
     architecture = {"name": name, "stem_stride": 2}
     card = ModelCard(architecture=architecture, classes=classes, preprocess=CROP)

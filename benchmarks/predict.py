@@ -25,24 +25,24 @@ from typing import Any
 from benchmarks import predict_ways as ways
 from benchmarks.common import Apart, alternate, finish, ratio, table
 from benchmarks.photographs import model_for, photographs
-from distcls import figures
-from distcls.inference.providers.installed import installed, versions
+from distcls import plotting
+from distcls.runtime.providers import installed, versions
 
 
 def draw(rates: dict[str, list[float]], limits: dict[str, float], path: Path) -> None:
     """A bar for each contestant, with its extremes, and a line for what the stages allow."""
-    figure = figures.new_figure(9, 0.45 * len(rates) + 1.6)
+    figure = plotting.new_figure(9, 0.45 * len(rates) + 1.6)
     axes = figure.subplots()
     names = list(rates)
     middles = [statistics.median(rates[name]) for name in names]
-    colours = [figures.BLUE if name.startswith("distcls") else figures.GREY for name in names]
+    colours = [plotting.BLUE if name.startswith("distcls") else plotting.GREY for name in names]
     axes.barh(names, middles, color=colours)
     for place, name in enumerate(names):
         axes.plot([min(rates[name]), max(rates[name])], [place, place], color="black", lw=1)
         axes.text(max(rates[name]), place, f" {middles[place]:.0f}", va="center", size=8)
         limit = limits.get(name.removeprefix("distcls, "))
         if limit is not None:
-            axes.plot([limit, limit], [place - 0.4, place + 0.4], color=figures.ORANGE, lw=2)
+            axes.plot([limit, limit], [place - 0.4, place + 0.4], color=plotting.ORANGE, lw=2)
     axes.invert_yaxis()
     axes.set_xlabel(
         "images/s, JPEG files of 500x375 to CSV\n"
@@ -50,7 +50,7 @@ def draw(rates: dict[str, list[float]], limits: dict[str, float], path: Path) ->
     )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figures.save(figure, path)
+    plotting.save(figure, path)
 
 
 def compare(

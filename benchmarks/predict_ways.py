@@ -12,9 +12,9 @@ from typing import Any
 
 from benchmarks.common import Contestant
 from benchmarks.photographs import CROP, pixels
-from distcls.cores import available_cores
 from distcls.imaging import decode_file
-from distcls.inference.providers.plan import ProviderChoice
+from distcls.runtime.providers import ProviderChoice
+from distcls.system import available_cores
 
 BATCH, WORKERS = 64, 2
 """Of the DataLoaders."""
@@ -91,7 +91,7 @@ def timm_way(folder: Path) -> Contestant:
 
 def ours(folder: Path, model: Path, provider: ProviderChoice) -> Contestant:
     """`distcls predict`, from its arguments to the finished file."""
-    from distcls.predict import main
+    from distcls.commands.predict import main
 
     rounds = 0
 
@@ -111,7 +111,7 @@ def ours(folder: Path, model: Path, provider: ProviderChoice) -> Contestant:
 
 def draw_stages(folder: Path, model: Path, picture: Path) -> None:
     """One more run of ours, not timed, that draws where its time goes."""
-    from distcls.predict import main
+    from distcls.commands.predict import main
 
     with tempfile.TemporaryDirectory() as scratch:
         arguments = [str(folder), "--model", str(model), "--out", f"{scratch}/pre.csv"]
@@ -138,13 +138,15 @@ def decode_only(folder: Path) -> Contestant:
 
 def infer_only(folder: Path, model: Path, provider: ProviderChoice) -> Contestant:
     """The model alone, with the plan that `distcls predict` takes; the second limit."""
-    from distcls.inference.inputs import Source
-    from distcls.inference.pipeline import stream
-    from distcls.inference.providers.choosing import open_fastest
-    from distcls.inference.providers.plan import Asked
+    from distcls.data.source import ImageSource
+    from distcls.runtime.autotune import open_fastest
+    from distcls.runtime.pipeline import stream
+    from distcls.runtime.providers import Asked
 
     images = pixels(folder, 512)
-    source = Source(image_ids=[""] * len(images), load=lambda index: images[index], uniform=images)
+    source = ImageSource(
+        image_ids=[""] * len(images), load=lambda index: images[index], uniform=images
+    )
     opened: list[Any] = []
 
     def run() -> float:

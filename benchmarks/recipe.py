@@ -17,8 +17,8 @@ from pathlib import Path
 from benchmarks.common import finish
 from benchmarks.launching import ROOT, call, train
 from benchmarks.scores import differences, spread, table
-from distcls.cores import available_cores
 from distcls.data.prepare import PrepareOptions, prepare
+from distcls.system import available_cores
 
 WHOLE = "the recipe"
 CHANGES: dict[str, tuple[object, ...]] = {

@@ -35,23 +35,21 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import Apart, Contestant, alternate, finish, ratio, table
-from distcls.cores import available_cores
-from distcls.data.augment import DRAWS
-from distcls.data.config import AugmentConfig
-from distcls.data.loader import Batch, Loader
-from distcls.data.order import Indices, uniforms
 from distcls.data.prepare import PrepareOptions, prepare
-from distcls.models import zoo
+from distcls.models import factory
 from distcls.models.config import ModelConfig
-from distcls.training.checkpoints import Checkpoints
-from distcls.training.config import CheckpointConfig, TrainConfig
+from distcls.system import available_cores
+from distcls.training.augment import DRAWS
+from distcls.training.checkpointing import Checkpoints, Progress
+from distcls.training.config import AugmentConfig, CheckpointConfig, TrainConfig
+from distcls.training.distributed import start
 from distcls.training.engine import Engine
-from distcls.training.environment import start
-from distcls.training.epoch import Run, train_and_evaluate
-from distcls.training.input import TrainingInput, choose_preprocess, open_input
-from distcls.training.records import LAST, Records
+from distcls.training.inputs import TrainingInput, choose_preprocess, open_input
+from distcls.training.loader import Batch, Loader
+from distcls.training.logging import LAST, Records
+from distcls.training.run import Run, train_and_evaluate
+from distcls.training.sampler import Indices, uniforms
 from distcls.training.signals import StopSignals
-from distcls.training.state import Progress
 
 PLAIN, DEFAULT = "plain", "default cadence"
 EVALUATED = 16
@@ -83,7 +81,7 @@ def make_engine(config: TrainConfig, steps: int) -> Engine:
     )
     preprocess = choose_preprocess(config.input, data.train, None)
     torch.manual_seed(config.seed)
-    model = zoo.build(config.model, len(data.classes), preprocess)
+    model = factory.build(config.model, len(data.classes), preprocess)
     return Engine(config, accelerator, data, model, preprocess)
 
 

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from distcls import evaluate
+from distcls.commands import evaluate
 from distcls.training.config import TrainConfig
 from distcls.training.run import train
 

@@ -6,22 +6,22 @@ the loss; in float64 what is left after some dozen steps still tells noise from 
 
 from __future__ import annotations
 
-from distcls.door import run
+from distcls.cli import run
+from distcls.commands.train import main
 from distcls.imaging import Preprocess
-from distcls.models import zoo
+from distcls.models import factory
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
-from distcls.train import main
 
 
 def in_double_precision() -> None:
     """Have every network built from now on compute in float64."""
-    build = zoo.build
+    build = factory.build
 
     def double(config: ModelConfig, classes: int, preprocess: Preprocess) -> Classifier:
         return build(config, classes, preprocess).double()
 
-    zoo.build = double
+    factory.build = double
 
 
 if __name__ == "__main__":

@@ -25,15 +25,14 @@ from torch import Tensor, nn
 from torchvision import datasets, models, transforms
 
 from benchmarks.common import Apart, Contestant, alternate, finish, ratio, table
-from distcls.cores import available_cores
-from distcls.data.config import AugmentConfig
 from distcls.data.prepare import PrepareOptions, prepare
-from distcls.models import zoo
+from distcls.models import factory
 from distcls.models.config import ModelConfig
-from distcls.training.config import TrainConfig
+from distcls.system import available_cores
+from distcls.training.config import AugmentConfig, TrainConfig
+from distcls.training.distributed import start
 from distcls.training.engine import Engine
-from distcls.training.environment import start
-from distcls.training.input import choose_preprocess, open_input
+from distcls.training.inputs import choose_preprocess, open_input
 
 MODEL = "mobilenet_v3_large"
 CLASSES = 4
@@ -105,7 +104,7 @@ def ours(folder: Path, side: int, batch: int, steps: int) -> Contestant:
     accelerator = start(config)
     data = open_input(config)
     preprocess = choose_preprocess(config.input, data.train, None)
-    model = zoo.build(config.model, len(data.classes), preprocess)
+    model = factory.build(config.model, len(data.classes), preprocess)
     engine = Engine(config, accelerator, data, model, preprocess)
     reports = itertools.chain.from_iterable(engine.train_epoch(e) for e in itertools.count())
 

@@ -1,14 +1,16 @@
-"""Writing that no reader ever sees half of: beside its place, flushed, renamed."""
+"""Atomic writes, locks on unfinished outputs, and file names made from arbitrary text."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -140,3 +142,88 @@ def _free_space(folder: Path) -> str:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"
+
+
+@contextlib.contextmanager
+def claimed(part: Path) -> Iterator[None]:
+    """Hold a lock on an unfinished folder; the system drops it when the process dies."""
+    descriptor = os.open(part, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_stale_parts(out: Path) -> None:
+    """Remove the unfinished `.NAME.*.part` folders beside `out` that no process claims any more."""
+    with contextlib.suppress(OSError):
+        for part in out.parent.iterdir():
+            if part.name.startswith(f".{out.name}.") and part.name.endswith(".part"):
+                _remove_unclaimed(part)
+
+
+def _remove_unclaimed(part: Path) -> None:
+    try:
+        descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(part, ignore_errors=True)
+    except OSError:
+        pass  # claimed, or no way to know
+    finally:
+        os.close(descriptor)
+
+
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]')
+_LONGEST = 150  # characters; file systems take 255 bytes
+
+
+def safe_names(names: Iterable[str]) -> list[str]:
+    """A file name for each name, in order, distinct also where upper and lower case are one.
+
+    >>> safe_names(["T-shirt/top", "T-shirt_top", ".."])
+    ['T-shirt_top', 'T-shirt_top~2', '_.']
+    """
+    used: dict[str, int] = {}
+    safe = []
+    for name in names:
+        plain = _shorten(_UNSAFE.sub("_", name).rstrip(". "))
+        plain = "_" + plain[1:] if plain[:1] in ("", ".") else plain
+        candidate = plain
+        while candidate.casefold() in used:
+            used[plain.casefold()] += 1
+            candidate = f"{plain}~{used[plain.casefold()]}"
+        used[candidate.casefold()] = 1
+        safe.append(candidate)
+    return safe
+
+
+def _shorten(name: str) -> str:
+    """The end of a long name, which is what tells files apart."""
+    short = name[-_LONGEST:]
+    while len(short.encode()) > 200:
+        short = short[1:]
+    return short
+
+
+def csv_line(cells: Iterable[object]) -> str:
+    """A line of CSV (RFC 4180, but ended by a line feed); None is an empty cell.
+
+    Written out, because the csv module leaves a lone carriage return unquoted before Python 3.13.
+    """
+    return ",".join(_csv_cell(cell) for cell in cells) + "\n"
+
+
+def _csv_cell(cell: object) -> str:
+    if cell is None:
+        return ""
+    if isinstance(cell, bool):
+        return str(cell).lower()
+    text = str(cell)
+    if any(mark in text for mark in ',"\r\n'):
+        return '"' + text.replace('"', '""') + '"'
+    return text

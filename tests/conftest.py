@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 from distcls.data.prepare import PrepareOptions, prepare
-from distcls.inference.providers.remembered import FOLDER
+from distcls.system import FOLDER
 
 # how long an example takes says how busy the machine is
 settings.register_profile("distcls", deadline=None)

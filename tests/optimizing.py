@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distcls.training.config import OptimizerConfig
-from distcls.training.optimizer import make_optimizer
+from distcls.training.optim import make_optimizer
 
 LR = 0.05
 OURS = [

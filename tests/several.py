@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from distcls.data.prepare import PrepareOptions, prepare
-from distcls.targets import Head, Targets
+from distcls.task import Head, Targets
 from tests.sources import digits, put
 
 DIGITS = 5

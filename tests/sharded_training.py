@@ -14,23 +14,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distcls.data.config import InputConfig
-from distcls.models import zoo
+from distcls.models import factory
 from distcls.models.checkpoint import load_tensors, save_tensors
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
 from distcls.training.config import (
+    USUAL,
     AverageConfig,
     EmaConfig,
     FreezeConfig,
+    InputConfig,
     OptimizerConfig,
     TrainConfig,
 )
+from distcls.training.distributed import start
 from distcls.training.engine import Engine
-from distcls.training.environment import start
-from distcls.training.input import choose_preprocess, open_input
-from distcls.training.optimizer_config import USUAL
-from distcls.training.shards import local
+from distcls.training.fsdp import local
+from distcls.training.inputs import choose_preprocess, open_input
 
 WORLD = 2
 EPOCHS = 2
@@ -111,7 +111,7 @@ def make_engine(digits: Path, changes: dict[str, Any], *, sharded: bool) -> Engi
         torch.manual_seed(0)
         named = "model" in changes
         small = Classifier(backbone(), preprocess)
-        model = zoo.build(config.model, 10, preprocess) if named else small
+        model = factory.build(config.model, 10, preprocess) if named else small
         engine = Engine(config, accelerator, data, model, preprocess)
     engine.evaluation_batch = 89  # of 90 and 89 images: two batches and one
     return engine

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distcls.bundle import ModelCard
 from distcls.imaging import Preprocess
+from distcls.model_card import ModelCard
 from distcls.models.checkpoint import save_checkpoint
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
+from distcls.models.factory import build
 from distcls.models.pretrained import Report, apply_weights, find_weights
-from distcls.models.zoo import build
 
 PROCESS = Preprocess(size=(32, 32), mean=(0.5, 0.4, 0.3))
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
-from distcls.data.sources.source import Record
+from distcls.data.source import ImageRecord
 
 Images = NDArray[np.uint8]
 
@@ -25,10 +25,10 @@ labels = st.lists(st.integers(0, 5), min_size=1, max_size=80)
 """Labels of some images, for `records`."""
 
 
-def records(found: list[int], groups: list[int | None] | None = None) -> list[Record]:
+def records(found: list[int], groups: list[int | None] | None = None) -> list[ImageRecord]:
     """A record for each label, in the group of that number if there is one."""
     return [
-        Record(
+        ImageRecord(
             image_id=str(index),
             label=label,
             group=None if groups is None or groups[index] is None else f"g{groups[index]}",

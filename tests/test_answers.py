@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distcls.data.dataset import Dataset
-from distcls.data.layout import CLASSES, INFO, MANIFEST
+from distcls.data.dataset import CLASSES, INFO, MANIFEST, Dataset
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.errors import UsageError
 from tests import several

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distcls.data.augment import CANVAS, DRAWS, ERASE_AREA, Augment
-from distcls.data.config import AugmentConfig
-from distcls.data.order import uniforms
+from distcls.training.augment import CANVAS, DRAWS, ERASE_AREA, Augment
+from distcls.training.config import AugmentConfig
+from distcls.training.sampler import uniforms
 from tests.pictures import smooth
 
 SIZE = (24, 36)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import common, freezing, scores
+from distcls.data.formats.idx import read_idx
 from distcls.data.prepare import PrepareOptions, prepare
-from distcls.data.sources.idx import read_idx
 from tests.sources import idx_folder
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from distcls.bundle import ModelCard
 from distcls.errors import UsageError
 from distcls.imaging import Preprocess
+from distcls.model_card import ModelCard
 
 CARD = ModelCard(
     architecture={"name": "mobilenet_v3_small", "stem_stride": 1, "dropout": 0.2},

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from distcls.bundle import ModelCard
 from distcls.errors import UsageError
 from distcls.imaging import Preprocess
+from distcls.model_card import ModelCard
 from distcls.models.checkpoint import (
     load_tensors,
     open_checkpoint,
@@ -26,7 +26,7 @@ from distcls.models.checkpoint import (
 )
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
-from distcls.models.zoo import build
+from distcls.models.factory import build
 from tests.pictures import smooth
 
 PROCESS = Preprocess(size=(32, 40), mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1))

@@ -9,9 +9,9 @@ import onnx
 import pytest
 
 from distcls.errors import UsageError
-from distcls.inference.checksum import KEY, check_checksum, checksum, outputs
-from distcls.opening import open_model
-from export.graph import write
+from distcls.export.graph import write
+from distcls.predictor import open_model
+from distcls.runtime.onnx_file import KEY, check_checksum, checksum, outputs
 from tests import tiny_onnx
 
 

@@ -10,16 +10,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from distcls.data.source import ImageSource
 from distcls.errors import BadImage, DistclsError, UsageError
-from distcls.inference.inputs import Source
-from distcls.inference.providers import choosing, remembered, trials
-from distcls.inference.providers.choosing import WORTH_MEASURING, explain, open_fastest, pick
-from distcls.inference.providers.installed import PLUGIN
-from distcls.inference.providers.plan import Asked, Plan
-from distcls.inference.providers.rehearsal import Rehearsal
-from distcls.inference.providers.trials import Trial, measure
-from distcls.inference.session import OnnxModel
-from distcls.opening import open_model
+from distcls.predictor import open_model
+from distcls.runtime import autotune
+from distcls.runtime.autotune import (
+    WORTH_MEASURING,
+    Measurement,
+    explain,
+    measure,
+    open_fastest,
+    pick,
+)
+from distcls.runtime.benchmark import Rehearsal
+from distcls.runtime.model import OnnxModel
+from distcls.runtime.providers import PLUGIN, Asked, Plan
 from tests import pictures, tiny_dataset, tiny_onnx
 
 HERE = Plan(layout="workers", threads=1, callers=2, batch_size=4)
@@ -33,12 +38,12 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(remembered.FOLDER, str(tmp_path / "cache"))
+    monkeypatch.setenv(autotune.FOLDER, str(tmp_path / "cache"))
 
 
-def source(count: int = 40) -> Source:
+def source(count: int = 40) -> ImageSource:
     images, _ = tiny_dataset.coloured(count)
-    return Source(image_ids=[""] * count, load=lambda index: images[index])
+    return ImageSource(image_ids=[""] * count, load=lambda index: images[index])
 
 
 class Elsewhere(OnnxModel):
@@ -54,9 +59,11 @@ class Elsewhere(OnnxModel):
         return logits + np.float32(self.noise) * np.arange(logits.shape[1], dtype=np.float32)
 
 
-def tried(path: Path, noise: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
+def tried(
+    path: Path, noise: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> list[Measurement]:
     """What comes of a machine with an OpenVINO of this noise in each precision."""
-    monkeypatch.setattr(trials, "installed", lambda: ["openvino", "cpu"])
+    monkeypatch.setattr(autotune, "installed", lambda: ["openvino", "cpu"])
 
     def open_plan(plan: Plan) -> OnnxModel:
         if plan.provider == "cpu":
@@ -116,7 +123,7 @@ class Broken(OnnxModel):
 def test_a_model_that_is_broken_everywhere_runs_on_the_cpu(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "installed", lambda: ["openvino", "cpu"])
+    monkeypatch.setattr(autotune, "installed", lambda: ["openvino", "cpu"])
     asked = Asked(workers=2, images=10_000)
 
     found = measure(
@@ -126,9 +133,9 @@ def test_a_model_that_is_broken_everywhere_runs_on_the_cpu(
 
 
 def test_the_fastest_is_picked_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    slow, fast = Trial(plan=HERE, rate=100.0), Trial(plan=THERE, rate=250.4)
-    wider = Trial(plan=dataclasses.replace(HERE, batch_size=16), rate=120.0)
-    failed = Trial(plan=Plan(provider="cuda"), problem="no driver")
+    slow, fast = Measurement(plan=HERE, rate=100.0), Measurement(plan=THERE, rate=250.4)
+    wider = Measurement(plan=dataclasses.replace(HERE, batch_size=16), rate=120.0)
+    failed = Measurement(plan=Plan(provider="cuda"), problem="no driver")
     assert pick([slow, failed, fast, wider]) is fast
     assert capsys.readouterr().err == "warning: cuda is not used: no driver\n"
     told = explain(fast, [slow, failed, fast, wider])
@@ -161,7 +168,7 @@ def test_measured_once_and_remembered(
 def test_what_was_remembered_and_does_not_open_is_chosen_anew(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(choosing.remembered, "recall", lambda key: {"plan": gone, "why": "fast"})
+    monkeypatch.setattr(autotune, "recall", lambda key: {"plan": gone, "why": "fast"})
     gone = Plan(provider="tensorrt").to_json()
     assert open_fastest(path, Asked(images=WORTH_MEASURING), source()).plan.provider != "tensorrt"
     assert "remembered" not in capsys.readouterr().err
@@ -189,9 +196,9 @@ def test_bad_images_and_none_at_all_to_measure_with(path: Path) -> None:
             raise BadImage("broken")
         return images[index]
 
-    half = Rehearsal.of(Source(image_ids=[""] * 20, load=load))
+    half = Rehearsal.of(ImageSource(image_ids=[""] * 20, load=load))
     assert len(half.images) == 10
-    for nothing in (None, Source(image_ids=[], load=load)):
+    for nothing in (None, ImageSource(image_ids=[], load=load)):
         made_up = Rehearsal.of(nothing)
         assert {image.shape for image in made_up.images} == {(375, 500, 3)}
         assert made_up.encoded is not None
@@ -202,7 +209,7 @@ def test_bad_images_and_none_at_all_to_measure_with(path: Path) -> None:
 
 def test_a_pack_is_rehearsed_without_decoding(path: Path) -> None:
     images, _ = tiny_dataset.coloured(20)
-    pack = Source(image_ids=[""] * 20, load=lambda index: images[index], uniform=images)
+    pack = ImageSource(image_ids=[""] * 20, load=lambda index: images[index], uniform=images)
     rehearsal = Rehearsal.of(pack)
     assert rehearsal.encoded is None
     _, logits = rehearsal.run(OnnxModel(path, HERE), HERE, 48, None)
@@ -217,7 +224,7 @@ def test_slow_reading_does_not_hold_up_the_choice() -> None:
         return pictures.smooth(seed=index)
 
     began = time.monotonic()
-    rehearsal = Rehearsal.of(Source(image_ids=[""] * 100, load=load))
+    rehearsal = Rehearsal.of(ImageSource(image_ids=[""] * 100, load=load))
     assert time.monotonic() - began < 1.5
     assert 1 <= len(rehearsal.images) <= 4
 

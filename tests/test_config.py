@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from distcls.config import build, dump_yaml, flatten, leaves, parse, positional, read_yaml
 from distcls.config.load import Given
+from distcls.config.schema import Usual
 from distcls.errors import UsageError, require
-from distcls.training import optimizer_config, schedule
-from distcls.training.choice import Usual
+from distcls.training import config, schedule
 from distcls.training.config import TrainConfig
 
 
@@ -341,7 +341,7 @@ SPECIAL = {
     "optimizer.name": st.just("adamw"),
     "schedule.name": st.just("cosine"),
     "freeze.backbone": st.sampled_from([None, "2 epochs", "10%"]),
-    **{f"optimizer.{key}": st.none() for key in unread(optimizer_config.USUAL, "adamw")},
+    **{f"optimizer.{key}": st.none() for key in unread(config.USUAL, "adamw")},
     **{f"schedule.{key}": st.none() for key in unread(schedule.USUAL, "cosine")},
 }
 

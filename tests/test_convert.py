@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from distcls.config.convert import Mismatch, convert
+from distcls.config.schema import Mismatch, convert
 
 CONVERTS: list[tuple[Any, Any, Any]] = [
     ("3", int, 3),

@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from distcls.data.dataset import SCHEMA, Dataset, to_rgb
-from distcls.data.layout import CLASSES, INFO, MANIFEST, PACK
+from distcls.data.dataset import CLASSES, INFO, MANIFEST, PACK, SCHEMA, Dataset, to_rgb
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.errors import BadImage, UsageError
 from distcls.imaging import decode_file

@@ -12,7 +12,7 @@ import pytest
 
 HEAD = """
 import sys, time
-from distcls.door import run
+from distcls.cli import run
 from distcls.errors import BadImage, BadValue, DistclsError, Stopped, UsageError
 
 def main(arguments):

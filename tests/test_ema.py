@@ -13,10 +13,10 @@ from torch import nn
 from distcls.imaging import Preprocess
 from distcls.models.checkpoint import read_checkpoint
 from distcls.models.classifier import Classifier
-from distcls.training.checkpoints import newest_whole
+from distcls.training.checkpointing import newest_whole
 from distcls.training.config import EmaConfig, MonitorConfig, TrainConfig
-from distcls.training.ema import Ema
 from distcls.training.run import train
+from distcls.training.weight_averaging import Ema
 
 
 def network(value: float = 0.0) -> Classifier:

@@ -11,13 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distcls.data.config import AugmentConfig
 from distcls.errors import UsageError
 from distcls.models.classifier import Classifier
-from distcls.training.config import EmaConfig, LossConfig, OptimizerConfig, TrainConfig
+from distcls.training.config import (
+    AugmentConfig,
+    EmaConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from distcls.training.distributed import start
 from distcls.training.engine import Engine
-from distcls.training.environment import start
-from distcls.training.input import choose_preprocess, open_input
+from distcls.training.inputs import choose_preprocess, open_input
 
 
 def make_engine(digits: Path, **changes: object) -> Engine:

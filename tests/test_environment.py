@@ -8,12 +8,7 @@ import pytest
 import torch
 
 from distcls.errors import BadValue, UsageError
-from distcls.training.environment import (
-    check_processes,
-    choose_precision,
-    set_threads,
-    time_limit,
-)
+from distcls.training.distributed import check_processes, choose_precision, set_threads, time_limit
 
 VARIABLES = (
     "WORLD_SIZE",

@@ -16,10 +16,10 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
+from distcls.commands.evaluate import main
+from distcls.commands.predict import main as predict_main
 from distcls.errors import DistclsError, UsageError
-from distcls.evaluate import main
 from distcls.evaluation.evaluate import check_classes
-from distcls.predict import main as predict_main
 from tests import tiny_dataset, tiny_onnx
 from tests.e2e.commands import run
 
@@ -123,7 +123,7 @@ def test_table_for_people(
 def test_without_matplotlib_the_rest_is_written(tmp_path: Path, model: Path, data: Path) -> None:
     program = (
         "import sys; sys.modules['matplotlib'] = None\n"
-        "from distcls.door import run\nfrom distcls.evaluate import main\nrun(main)"
+        "from distcls.cli import run\nfrom distcls.evaluate import main\nrun(main)"
     )
     flags = ["--model", str(model), "--data", str(data), "--out", str(tmp_path / "o")]
     command = [sys.executable, "-c", program, *flags]
@@ -180,7 +180,7 @@ def checkpoint(tmp_path: Path) -> Path:
     """A real network with random weights, as training writes it."""
     import torch
 
-    from distcls.models import zoo
+    from distcls.models import factory
     from distcls.models.checkpoint import save_checkpoint
     from distcls.models.config import ModelConfig
 
@@ -189,7 +189,7 @@ def checkpoint(tmp_path: Path) -> Path:
     card = dataclasses.replace(
         tiny_onnx.card(size=(32, 32)), architecture=dataclasses.asdict(config)
     )
-    network = zoo.build(config, 3, card.preprocess)
+    network = factory.build(config, 3, card.preprocess)
     save_checkpoint(tmp_path / "best.pth", network, card)
     return tmp_path / "best.pth"
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from distcls.bundle import ModelCard
 from distcls.errors import DistclsError, UsageError
+from distcls.export import onnx
+from distcls.export.certificate import certify
+from distcls.export.onnx import ExportOptions
 from distcls.imaging import Preprocess
-from distcls.inference.session import OnnxModel
-from distcls.models import zoo
+from distcls.model_card import ModelCard
 from distcls.models.checkpoint import TorchModel
-from export import onnx as onnx_export
-from export.onnx import ExportOptions
-from export.parity import certify
+from distcls.models.classifier import Classifier
+from distcls.runtime.model import OnnxModel
 from tests.small_networks import untrained
 
 
@@ -29,7 +29,7 @@ def checkpoint(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_exported_file_agrees_and_says_so(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.onnx"
-    certificate = onnx_export.export(ExportOptions(ckpt=checkpoint, out=out, limit=70))
+    certificate = onnx.export(ExportOptions(ckpt=checkpoint, out=out, limit=70))
     assert certificate.holds
     assert certificate.images == 70
     card = OnnxModel(out).card
@@ -41,19 +41,19 @@ def test_exported_file_agrees_and_says_so(checkpoint: Path, tmp_path: Path) -> N
 def test_a_graph_that_disagrees_is_not_written(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = onnx_export.to_onnx
+    right = onnx.to_onnx
 
-    def wrong(model: zoo.Classifier, card: ModelCard, opset: int) -> object:
+    def wrong(model: Classifier, card: ModelCard, opset: int) -> object:
         with torch.no_grad():
             next(iter(model.backbone.parameters()))[0] += 1.0  # what a faulty exporter might do
             graph = right(model, card, opset)
             next(iter(model.backbone.parameters()))[0] -= 1.0
         return graph
 
-    monkeypatch.setattr(onnx_export, "to_onnx", wrong)
+    monkeypatch.setattr(onnx, "to_onnx", wrong)
     out = tmp_path / "model.onnx"
     with pytest.raises(DistclsError, match="beyond the tolerance") as caught:
-        onnx_export.export(ExportOptions(ckpt=checkpoint, out=out, limit=40))
+        onnx.export(ExportOptions(ckpt=checkpoint, out=out, limit=40))
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -62,7 +62,7 @@ def test_an_existing_file_is_kept(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.onnx"
     out.write_text("precious")
     with pytest.raises(UsageError, match="--overwrite"):
-        onnx_export.export(ExportOptions(ckpt=checkpoint, out=out))
+        onnx.export(ExportOptions(ckpt=checkpoint, out=out))
     assert out.read_text() == "precious"
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from distcls.data.plan import plan_splits
-from distcls.data.sources.detect import read_source
-from distcls.data.sources.source import Source
+from distcls.data.formats.detect import read_source
+from distcls.data.source import LabelledSource
+from distcls.data.split import plan_splits
 from distcls.errors import UsageError
 from tests.sources import digits, put, tree
 
 
-def splits_of(source: Source) -> set[str | None]:
+def splits_of(source: LabelledSource) -> set[str | None]:
     return {record.split for record in source.records}
 
 

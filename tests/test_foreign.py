@@ -12,9 +12,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from distcls.commands.predict import main
 from distcls.errors import UsageError
-from distcls.inference.foreign import read_classes
-from distcls.predict import main
+from distcls.runtime.generic_onnx import read_classes
 from tests import tiny_dataset, tiny_onnx
 from tests.test_writers import read
 

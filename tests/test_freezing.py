@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from distcls.errors import BadValue, UsageError
 from distcls.models.classifier import Classifier
-from distcls.training.checkpoints import states
+from distcls.training.checkpointing import states
 from distcls.training.config import FreezeConfig, OptimizerConfig, TrainConfig
+from distcls.training.distributed import start
 from distcls.training.engine import Engine
-from distcls.training.environment import start
-from distcls.training.input import choose_preprocess, open_input
+from distcls.training.inputs import choose_preprocess, open_input
 from tests.e2e.commands import train
 
 OPTIMISERS = ("adamw", "sgd", "ranger", "adabelief")

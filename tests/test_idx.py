@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distcls.data.sources import idx, known
-from distcls.data.sources.detect import read_source
+from distcls.data.formats import idx
+from distcls.data.formats.detect import read_source
 from distcls.errors import UsageError
 from tests.sources import digits, idx_bytes, idx_folder
 
@@ -41,7 +41,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         role: hashlib.md5(gzip.decompress(path.read_bytes())).hexdigest()
         for role, path in idx.find_idx(folder).items()
     }
-    monkeypatch.setitem(known.CONTENT_MD5, "fashion-mnist", table)
+    monkeypatch.setitem(idx.CONTENT_MD5, "fashion-mnist", table)
 
 
 def test_known_data_is_recognised_by_its_content(
@@ -69,7 +69,7 @@ def test_one_flipped_bit_is_found(
     content[500] ^= 1
     path.write_bytes(gzip.compress(bytes(content)))
     found = hashlib.md5(content).hexdigest()
-    expected = known.CONTENT_MD5["fashion-mnist"]["t10k-images"]
+    expected = idx.CONTENT_MD5["fashion-mnist"]["t10k-images"]
     message = f"{path}.*{found}.*{expected}.*--format idx accepts"
     with pytest.raises(UsageError, match=message):
         read_source(str(folder), form)  # type: ignore[arg-type]

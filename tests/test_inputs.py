@@ -15,11 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from distcls.data.dataset import Dataset
+from distcls.data.formats.detect import open_input, open_source
+from distcls.data.formats.remote import Truths
+from distcls.data.source import Names, NamesBuilder
 from distcls.errors import BadImage, UsageError
-from distcls.inference.inputs import Names, open_input
-from distcls.inference.inputs.entries import Truths
-from distcls.inference.inputs.source import NamesBuilder
-from distcls.opening import open_source
 from tests import tiny_dataset
 
 

@@ -11,10 +11,9 @@ import torch
 
 from distcls.errors import BadValue, UsageError
 from distcls.models.checkpoint import load_tensors, open_checkpoint
+from distcls.training.checkpointing import Epoch, Progress, keep
 from distcls.training.config import CheckpointConfig, MonitorConfig, TrainConfig
-from distcls.training.kept import Epoch, keep
 from distcls.training.run import train
-from distcls.training.state import Progress
 
 SCORES = [0.5, 0.7, 0.6, 0.7, 0.9, math.nan]
 

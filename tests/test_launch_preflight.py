@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from distcls.errors import UsageError
-from launch.preflight import PreflightOptions, main
-from launch.verdict import Row, failures, table, warnings
+from distcls.launch.preflight import PreflightOptions, Row, failures, main, table, warnings
 from tests.e2e.commands import ROOT, run
 
 ROW = Row(

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from distcls.errors import UsageError
+from distcls.launch.ray_train import absolute, main
 from distcls.training.config import TrainConfig
-from launch.ray_train import absolute, main
 from tests.e2e.commands import ROOT, SMALL
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distcls.training.checkpoints import states
+from distcls.training.checkpointing import states
 from tests.e2e.commands import ROOT
 from tests.faults.survival import (
     OPTIONS,

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from distcls.imaging import Preprocess
-from distcls.models.classifier import Classifier
-from distcls.models.layers import depths, head_parameters
+from distcls.models.classifier import Classifier, depths, head_parameters
 from distcls.training.config import OptimizerConfig
-from distcls.training.groups import learning_rate_scales, parameter_groups
+from distcls.training.optim import learning_rate_scales, parameter_groups
 
 
 def classifier(backbone: nn.Module) -> Classifier:

@@ -9,13 +9,13 @@ import timm
 import torch
 from torchvision.models import get_model_weights
 
-import distcls.list_models
+import distcls.commands.models
+from distcls.commands import models
 from distcls.imaging import Preprocess
-from distcls.models import listing
 from distcls.models.classifier import count_macs, count_parameters
 from distcls.models.config import ModelConfig
-from distcls.models.names import NAMED
-from distcls.models.zoo import build
+from distcls.models.factory import build
+from distcls.models.registry import NAMED
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from distcls.models.zoo import build
 )
 def test_figures_are_the_published_ones(name: str) -> None:
     weights = get_model_weights(name).DEFAULT
-    entry = listing.describe(name)
+    entry = models.describe(name)
     assert entry.parameters == weights.meta["num_params"]
     assert entry.size == (weights.transforms().crop_size[0],) * 2
     assert entry.macs is not None
@@ -37,14 +37,14 @@ def test_figures_are_the_published_ones(name: str) -> None:
 
 
 def test_the_size_is_that_of_the_weights() -> None:
-    entry = listing.describe("adv-efficientnet-b2")
+    entry = models.describe("adv-efficientnet-b2")
     assert entry.size == (260, 260)
     assert entry.library == "timm"
     assert entry.parameters == 9_109_994  # of the paper's 9.2 M
 
 
 def test_meta_counts_as_the_cpu_does() -> None:
-    entry = listing.describe("shufflenet_v2_x0_5")
+    entry = models.describe("shufflenet_v2_x0_5")
     model = build(ModelConfig(name="shufflenet_v2_x0_5"), 1000, Preprocess(size=entry.size))
     assert entry.parameters == count_parameters(model)
     assert entry.macs == count_macs(model, entry.size)
@@ -52,22 +52,22 @@ def test_meta_counts_as_the_cpu_does() -> None:
 
 def test_nothing_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = []
-    count = listing.count_parameters
+    count = count_parameters
 
     def noted(model: torch.nn.Module) -> int:
         devices.append({parameter.device.type for parameter in model.parameters()})
         return count(model)
 
-    monkeypatch.setattr(listing, "count_parameters", noted)
+    monkeypatch.setattr(models, "count_parameters", noted)
     for name in ("resnet50", "timm:resnet50"):
-        listing.describe(name)
+        models.describe(name)
     assert devices == [{"meta"}, {"meta"}]
 
 
 def test_a_network_that_meta_cannot_build_is_built_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    figures = listing._figures
+    figures = models._figures
     tried = []
 
     def fails_on_meta(origin: object, size: object, device: str) -> tuple[int, int]:
@@ -76,8 +76,8 @@ def test_a_network_that_meta_cannot_build_is_built_on_the_cpu(
             raise NotImplementedError("no data")
         return figures(origin, size, device)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(listing, "_figures", fails_on_meta)
-    assert listing.describe("simple_nn").parameters is not None
+    monkeypatch.setattr(models, "_figures", fails_on_meta)
+    assert models.describe("simple_nn").parameters is not None
     assert tried == ["meta", "cpu"]
 
 
@@ -85,8 +85,8 @@ def test_what_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> tuple[int, int]:
         raise RuntimeError("needs a GPU")
 
-    monkeypatch.setattr(listing, "_figures", fails)
-    entry = listing.describe("simple_nn")
+    monkeypatch.setattr(models, "_figures", fails)
+    entry = models.describe("simple_nn")
     assert (entry.parameters, entry.macs, entry.note) == (None, None, "needs a GPU")
     assert "needs a GPU" in entry.line()
 
@@ -95,28 +95,28 @@ def test_the_command_lists_what_matches_and_computes_no_more(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    describe = listing.describe
+    describe = models.describe
 
-    def noted(name: str) -> listing.Entry:
+    def noted(name: str) -> models.Entry:
         asked.append(name)
         return describe(name)
 
-    monkeypatch.setattr(listing, "describe", noted)
-    distcls.list_models.main(["simple_*"])
+    monkeypatch.setattr(models, "describe", noted)
+    distcls.commands.models.main(["simple_*"])
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["name", "library", "parameters", "MACs", "input"]
     assert [row.split()[0] for row in rows] == ["simple_cnn", "simple_nn"] == asked
-    distcls.list_models.main(["simple_*", "--json"])
-    models = json.loads(capsys.readouterr().out)["models"]
-    assert [model["name"] for model in models] == ["simple_cnn", "simple_nn"]
-    assert models[0]["size"] == [32, 32]
+    distcls.commands.models.main(["simple_*", "--json"])
+    listed = json.loads(capsys.readouterr().out)["models"]
+    assert [model["name"] for model in listed] == ["simple_cnn", "simple_nn"]
+    assert listed[0]["size"] == [32, 32]
 
 
 def test_without_a_pattern_the_named_ones(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "_figures", lambda *_: (1_000_000, 2_000_000))
-    distcls.list_models.main([])
+    monkeypatch.setattr(models, "_figures", lambda *_: (1_000_000, 2_000_000))
+    distcls.commands.models.main([])
     rows = capsys.readouterr().out.splitlines()[1:]
     assert [row.split()[0] for row in rows] == list(NAMED)
     assert not set(timm.list_models()) <= {row.split()[0] for row in rows}

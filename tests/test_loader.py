@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from distcls.data.dataset import Dataset, Split
-from distcls.data.loader import Batch, Loader
-from distcls.data.order import Indices
 from distcls.errors import BadImage
 from distcls.imaging import Preprocess
+from distcls.training.loader import Batch, Loader
+from distcls.training.sampler import Indices
 from tests import tiny_dataset
 from tests.pictures import Pixels, smooth
 

@@ -11,11 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
-from distcls.data.dataset import Dataset, Split
-from distcls.data.layout import MANIFEST
+from distcls.data.dataset import MANIFEST, Dataset, Split
 from distcls.errors import UsageError
-from distcls.training.losses.config import LossConfig
-from distcls.training.losses.weights import Weights, balanced, find_weights
+from distcls.training.config import LossConfig
+from distcls.training.losses import Weights, balanced, find_weights
 from tests import tiny_dataset
 
 CLASSES = ("ape", "bee", "cow")

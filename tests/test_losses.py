@@ -13,8 +13,8 @@ from timm.loss import BinaryCrossEntropy
 from torch import Tensor
 
 from distcls.errors import BadValue
-from distcls.training.losses.config import LossConfig
-from distcls.training.losses.loss import LOSSES, Loss
+from distcls.training.config import LossConfig
+from distcls.training.losses import LOSSES, Loss
 
 CPU = torch.device("cpu")
 WEIGHTS = np.array([0.5, 2.0, 1.0, 0.0, 1.5])

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from distcls.errors import DistclsError
-from distcls.models import zoo
+from distcls.models import factory
 from distcls.models.config import ModelConfig
 from distcls.training import memory
 from distcls.training.config import TrainConfig
+from distcls.training.distributed import start
 from distcls.training.engine import Engine
-from distcls.training.environment import start
-from distcls.training.input import choose_preprocess, open_input
+from distcls.training.inputs import choose_preprocess, open_input
 from distcls.training.memory import explained, fit_into_memory, is_out_of_memory
 
 HUGE = 1 << 60
@@ -28,7 +28,7 @@ def make_engine(digits: Path, batch_size: int = 20) -> Engine:
     accelerator = start(config)
     data = open_input(config)
     preprocess = choose_preprocess(config.input, data.train, None)
-    model = zoo.build(ModelConfig(), len(data.classes), preprocess)
+    model = factory.build(ModelConfig(), len(data.classes), preprocess)
     return Engine(config, accelerator, data, model, preprocess)
 
 

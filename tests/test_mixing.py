@@ -11,10 +11,10 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from distcls.data.config import AugmentConfig
-from distcls.data.mixing import MIX_DRAWS, Mixed, Mixing
-from distcls.data.order import share, uniforms
 from distcls.errors import BadValue
+from distcls.training.config import AugmentConfig
+from distcls.training.mixup import MIX_DRAWS, Mixed, Mixing
+from distcls.training.sampler import share, uniforms
 from tests.pictures import smooth
 
 SIZE = (24, 36)

@@ -12,7 +12,7 @@ from distcls.errors import BadValue, UsageError
 from distcls.imaging import Preprocess
 from distcls.models.classifier import Classifier, count_macs, count_parameters
 from distcls.models.config import ModelConfig
-from distcls.models.zoo import build
+from distcls.models.factory import build
 
 IMAGENET = Preprocess(size=(224, 224))
 

@@ -7,7 +7,7 @@ import timm
 import torchvision
 
 from distcls.errors import UsageError
-from distcls.models.names import ALIASES, NAMED, Origin, known, matching, resolve
+from distcls.models.registry import ALIASES, NAMED, Origin, known, matching, resolve
 
 
 @pytest.mark.parametrize(

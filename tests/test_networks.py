@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from distcls.bundle import ModelCard
 from distcls.data.dataset import Dataset
+from distcls.export.certificate import load_images
+from distcls.export.onnx import ExportOptions, export
 from distcls.imaging import Preprocess
-from distcls.inference.session import OnnxModel
+from distcls.model_card import ModelCard
 from distcls.models.checkpoint import open_checkpoint, save_checkpoint
 from distcls.models.classifier import count_parameters
 from distcls.models.config import ModelConfig
-from distcls.models.names import NAMED
-from distcls.models.zoo import build
-from export.onnx import ExportOptions, export
-from export.parity import load_images
+from distcls.models.factory import build
+from distcls.models.registry import NAMED
+from distcls.runtime.model import OnnxModel
 from tests.pictures import smooth
 
 SMALL = Preprocess(size=(64, 64), resize="squash")

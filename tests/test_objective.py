@@ -14,15 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distcls.data.config import AugmentConfig
-from distcls.data.layout import MANIFEST
-from distcls.data.loader import Batch
-from distcls.data.order import share
+from distcls.data.dataset import MANIFEST
 from distcls.errors import UsageError
+from distcls.training.config import AugmentConfig, LossConfig, OptimizerConfig
 from distcls.training.engine import Engine
-from distcls.training.losses.config import LossConfig
-from distcls.training.losses.weights import balanced
-from distcls.training.optimizer_config import OptimizerConfig
+from distcls.training.loader import Batch
+from distcls.training.losses import balanced
+from distcls.training.sampler import share
 from tests.test_engine import gradients_of, make_engine
 
 MIXED = AugmentConfig(crop_padding=2, mixup=0.4, cutmix=1.0, policy="randaugment")

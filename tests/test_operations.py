@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
-from distcls.data import operations
+from distcls.training import augment
 
 Kernel = Callable[[Tensor, float], Tensor]
 
@@ -45,10 +45,10 @@ FACTORS = [0.1, 0.37, 0.7, 1.0, 1.3, 1.6, 1.99, 0.01]
 @pytest.mark.parametrize(
     ("function", "kernel", "amounts"),
     [
-        (operations.brightness, reference.adjust_brightness, FACTORS),
-        (operations.saturation, reference.adjust_saturation, FACTORS),
-        (operations.contrast, reference.adjust_contrast, FACTORS),
-        (operations.sharpness, reference.adjust_sharpness, FACTORS),
+        (augment.brightness, reference.adjust_brightness, FACTORS),
+        (augment.saturation, reference.adjust_saturation, FACTORS),
+        (augment.contrast, reference.adjust_contrast, FACTORS),
+        (augment.sharpness, reference.adjust_sharpness, FACTORS),
     ],
 )
 def test_enhancements(
@@ -62,22 +62,22 @@ def test_enhancements(
 
 def test_posterize() -> None:
     bits = [1, 2, 3, 4, 5, 6, 7, 8]
-    found = operations.posterize(photographs(), torch.tensor(bits, dtype=torch.float32))
+    found = augment.posterize(photographs(), torch.tensor(bits, dtype=torch.float32))
     expected = one_by_one(lambda image, bit: reference.posterize(image, int(bit)), list(bits))
     assert torch.equal(found, expected)
 
 
 def test_solarize() -> None:
     thresholds = [0.0, 25.5, 77.0, 128.0, 178.5, 200.25, 255.0, 76.9]
-    found = operations.solarize(photographs(), torch.tensor(thresholds))
+    found = augment.solarize(photographs(), torch.tensor(thresholds))
     assert torch.equal(found, one_by_one(reference.solarize, thresholds))
 
 
 @pytest.mark.parametrize(
     ("function", "kernel"),
     [
-        (operations.autocontrast, reference.autocontrast),
-        (operations.equalize, reference.equalize),
+        (augment.autocontrast, reference.autocontrast),
+        (augment.equalize, reference.equalize),
     ],
 )
 def test_histograms(
@@ -91,9 +91,9 @@ def test_histograms(
 
 def test_identity_of_the_warp() -> None:
     theta = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand(8, 2, 3)
-    assert torch.equal(operations.warp(photographs(), theta), photographs())
+    assert torch.equal(augment.warp(photographs(), theta), photographs())
 
 
 def test_images_too_small_to_sharpen_stay() -> None:
     tiny = photographs()[:, :2]
-    assert torch.equal(operations.sharpness(tiny, torch.full((8,), 1.9)), tiny)
+    assert torch.equal(augment.sharpness(tiny, torch.full((8,), 1.9)), tiny)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distcls.errors import BadValue, UsageError
 from distcls.training.config import OptimizerConfig
-from distcls.training.optimizer import require_usable
+from distcls.training.optim import require_usable
 from tests.optimizing import LR, OURS, gradients, made, network, train
 
 DECAY = 0.02

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from distcls.errors import UsageError
-from distcls.training.checkpoints import _copied
-from distcls.training.config import OptimizerConfig
-from distcls.training.guard import Guard
-from distcls.training.optimizer import require_usable
-from distcls.training.optimizer_config import USUAL
+from distcls.training.checkpointing import _copied
+from distcls.training.config import USUAL, OptimizerConfig
+from distcls.training.optim import require_usable
+from distcls.training.stability import Guard
 from tests.optimizing import OURS, equal, gradients, made, network, train
 
 ours = pytest.mark.parametrize("config", OURS, ids=lambda config: config.name)

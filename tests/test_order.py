@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distcls.data.order import DataOrder, Indices, share, uniforms
+from distcls.training.sampler import DataOrder, Indices, share, uniforms
 
 WEYL = 0x9E3779B97F4A7C15
 MASK = 2**64 - 1

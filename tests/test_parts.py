@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from distcls.batch.job import check_output, predict
+from distcls.batch.options import PredictOptions
+from distcls.batch.parts import folder_of, opened
+from distcls.batch.setup import open_predictor
+from distcls.commands.predict import main
+from distcls.data.formats.detect import open_input
+from distcls.data.source import ImageSource
 from distcls.errors import BadImage, UsageError
-from distcls.inference.inputs import Source, open_input
-from distcls.inference.options import PredictOptions
-from distcls.inference.parts import folder_of, opened
-from distcls.inference.predict import check_output, predict
-from distcls.inference.providers.plan import Plan, plan_of
-from distcls.inference.session import OnnxModel
-from distcls.opening import open_predictor
-from distcls.predict import main
+from distcls.runtime.model import OnnxModel
+from distcls.runtime.providers import Plan, plan_of
 from tests import tiny_dataset, tiny_onnx
 from tests.test_predict_answers import with_features
 
@@ -64,7 +65,7 @@ def run(given: PredictOptions, breaks_at: int | None = None) -> Any:
             raise PowerCut
         return source.load(index)
 
-    broken = Source(image_ids=source.image_ids, load=load, state=source.state)
+    broken = ImageSource(image_ids=source.image_ids, load=load, state=source.state)
     check_output(given)
     return predict(OnnxModel(Path(given.model)), broken, given)
 
@@ -119,7 +120,7 @@ def test_what_is_finished_is_not_predicted_again(folder: Path, model: Path, tmp_
         return source.load(index)
 
     state = source.state
-    watched = Source(image_ids=source.image_ids, load=load, state=state)
+    watched = ImageSource(image_ids=source.image_ids, load=load, state=state)
     predict(OnnxModel(model), watched, given)
     assert sorted(asked) == list(range(32, COUNT))
 
@@ -244,7 +245,7 @@ def test_killed_between_delivering_and_clearing_away(
         raise PowerCut
 
     with monkeypatch.context() as patch:
-        patch.setattr("distcls.inference.parts.Parts.remove", cut)
+        patch.setattr("distcls.batch.parts.Parts.remove", cut)
         with pytest.raises(PowerCut):
             run(given)
     before = given.out.read_bytes()
@@ -325,7 +326,7 @@ def test_resumed_it_runs_as_before_whatever_auto_would_choose(
             raise PowerCut
         return source.load(index)
 
-    broken = Source(image_ids=source.image_ids, load=load, state=source.state)
+    broken = ImageSource(image_ids=source.image_ids, load=load, state=source.state)
     with pytest.raises(PowerCut):
         predict(OnnxModel(model, plan), broken, given)
     again = dataclasses.replace(given, provider="auto", resume=True)
@@ -369,6 +370,6 @@ def test_an_error_of_the_run_says_what_is_kept(folder: Path, model: Path, tmp_pa
             raise BadImage("never reached")
         return source.load(index)
 
-    broken = Source(image_ids=source.image_ids, load=load, state=source.state)
+    broken = ImageSource(image_ids=source.image_ids, load=load, state=source.state)
     with pytest.raises(DistclsError, match=r"the disk is gone; 32 rows are kept in .*--resume"):
         predict(OnnxModel(model), broken, given)

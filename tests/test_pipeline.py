@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from distcls.bundle import ModelCard
 from distcls.data.dataset import Dataset
+from distcls.data.source import ImageSource, from_split
 from distcls.errors import BadImage
-from distcls.inference.inputs import Source, from_split
-from distcls.inference.pipeline import stream
-from distcls.inference.providers.plan import Plan
-from distcls.inference.session import OnnxModel
-from distcls.inference.stages import Stages, draw
+from distcls.model_card import ModelCard
+from distcls.runtime.model import OnnxModel
+from distcls.runtime.pipeline import Stages, stream
+from distcls.runtime.providers import Plan
 from tests import tiny_dataset, tiny_onnx
 
 WORKERS = Plan(layout="workers", threads=1, callers=3, batch_size=8)
@@ -31,14 +30,14 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> OnnxModel:
     return OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"), request.param)
 
 
-def source_of(images: NDArray[np.uint8], bad: frozenset[int] = frozenset()) -> Source:
+def source_of(images: NDArray[np.uint8], bad: frozenset[int] = frozenset()) -> ImageSource:
     def load(index: int) -> NDArray[np.uint8]:
         if index in bad:
             raise BadImage(f"number {index}")
         time.sleep((index * 7919 % 5) / 5000)  # so that images are ready out of order
         return images[index]
 
-    return Source(image_ids=[str(index) for index in range(len(images))], load=load)
+    return ImageSource(image_ids=[str(index) for index in range(len(images))], load=load)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
@@ -99,7 +98,7 @@ def test_only_a_few_batches_are_ahead_of_the_model() -> None:
             loaded += 1
         return images[index]
 
-    source = Source(image_ids=[""] * 400, load=load)
+    source = ImageSource(image_ids=[""] * 400, load=load)
     for chunk in stream(source, Broken(tiny_onnx.card()), batch_size=8, workers=2):
         time.sleep(0.002)
         with lock:
@@ -114,7 +113,7 @@ def test_a_bug_in_loading_is_raised_and_leaves_no_thread(model: OnnxModel) -> No
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        list(stream(Source(image_ids=["a"] * 9, load=load), model, batch_size=2))
+        list(stream(ImageSource(image_ids=["a"] * 9, load=load), model, batch_size=2))
     assert not working()
 
 
@@ -147,7 +146,7 @@ def test_where_the_time_goes(model: OnnxModel, tmp_path: Path) -> None:
         time.sleep(0.004)
         return images[index]
 
-    source = Source(image_ids=[""] * 64, load=load)
+    source = ImageSource(image_ids=[""] * 64, load=load)
     for _ in stream(source, model, workers=2, stages=stages):
         time.sleep(0.01)
     told = stages.to_json()
@@ -158,7 +157,7 @@ def test_where_the_time_goes(model: OnnxModel, tmp_path: Path) -> None:
     assert 0.08 <= stages.spent("write") <= stages.seconds
     whole = stages.spent("decode") + stages.spent("infer") + stages.spent("wait")
     assert whole == pytest.approx(stages.threads * stages.seconds)
-    draw(stages, tmp_path / "profile.png", "8x8")
+    stages.draw(tmp_path / "profile.png", "8x8")
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -175,7 +174,7 @@ class Names:
 @pytest.mark.slow
 def test_a_million_inputs_in_little_memory(model: OnnxModel) -> None:
     image = tiny_dataset.coloured(1)[0][0]
-    source = Source(image_ids=Names(), load=lambda index: image)  # type: ignore[arg-type]
+    source = ImageSource(image_ids=Names(), load=lambda index: image)  # type: ignore[arg-type]
     resident, done = [], 0
     began = time.monotonic()
     for chunk in stream(source, model, batch_size=64):

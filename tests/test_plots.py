@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from distcls.evaluation import plots
+from distcls import plotting
 
 ROWS = [
     {
@@ -42,7 +42,7 @@ def test_confusion_matrix_of_any_size(tmp_path: Path, number: int) -> None:
     rng = np.random.default_rng(0)
     matrix = np.diag(rng.integers(10, 90, number)) + rng.integers(0, 3, (number, number))
     names = [f"$class {index}$ й" for index in range(number)]
-    plots.confusion(matrix, names, tmp_path / "confusion.png")
+    plotting.confusion(matrix, names, tmp_path / "confusion.png")
     image = pixels(tmp_path / "confusion.png")
     assert 400 < image.shape[0] < 2500
     assert image.std() > 5
@@ -51,27 +51,27 @@ def test_confusion_matrix_of_any_size(tmp_path: Path, number: int) -> None:
 
 def test_confusion_shows_a_class_without_samples_and_names_without_glyphs(tmp_path: Path) -> None:
     matrix = np.array([[5, 0], [0, 0]])
-    plots.confusion(matrix, ["猫", "𓀀"], tmp_path / "c.png")
+    plotting.confusion(matrix, ["猫", "𓀀"], tmp_path / "c.png")
     assert pixels(tmp_path / "c.png").std() > 5
 
 
 def test_curves_show_both_losses_and_the_best_epoch(tmp_path: Path) -> None:
-    plots.curves(ROWS, tmp_path / "curves.png", "top1")
+    plotting.curves(ROWS, tmp_path / "curves.png", "top1")
     image = pixels(tmp_path / "curves.png")
-    assert near(image, plots.ORANGE) > 100
-    assert near(image, plots.BLUE) > 200
+    assert near(image, plotting.ORANGE) > 100
+    assert near(image, plotting.BLUE) > 200
     without = [{k: v for k, v in row.items() if k != "train_loss"} for row in ROWS]
-    plots.curves(without, tmp_path / "less.png", "val_top1")
-    assert near(pixels(tmp_path / "less.png"), plots.ORANGE) == 0
+    plotting.curves(without, tmp_path / "less.png", "val_top1")
+    assert near(pixels(tmp_path / "less.png"), plotting.ORANGE) == 0
 
 
 @pytest.mark.parametrize("monitor", ["loss", "top1", "macro_f1"])
 def test_curves_take_one_epoch_gaps_and_unknown_monitors(tmp_path: Path, monitor: str) -> None:
-    plots.curves([ROWS[0]], tmp_path / "one.png", monitor)
+    plotting.curves([ROWS[0]], tmp_path / "one.png", monitor)
     gaps = [dict(row) for row in ROWS]
     gaps[3]["val_loss"] = float("nan")
     del gaps[5]["val_top1"]
-    plots.curves(gaps, tmp_path / "gaps.png", monitor)
+    plotting.curves(gaps, tmp_path / "gaps.png", monitor)
     assert (tmp_path / "one.png").exists()
     assert (tmp_path / "gaps.png").exists()
 
@@ -83,7 +83,7 @@ def test_best_epoch_follows_the_direction_of_the_metric(monitor: str, epoch: int
         {"epoch": 2.0, "val_loss": 0.3, "val_top1": 0.7},
         {"epoch": 3.0, "val_loss": 0.4, "val_top1": 0.8},
     ]
-    best = plots._best_row(rows, monitor)
+    best = plotting._best_row(rows, monitor)
     assert best is not None
     assert best["epoch"] == epoch
 
@@ -94,8 +94,8 @@ def test_missing_matplotlib_names_the_extra() -> None:
         "from distcls.errors import UsageError\n"
         "from distcls.evaluation import plots\n"
         "import numpy as np, pathlib\n"
-        "for draw in (lambda p: plots.curves([{'epoch': 1.0}], p),\n"
-        "             lambda p: plots.confusion(np.eye(2, dtype=int), ['a', 'b'], p)):\n"
+        "for draw in (lambda p: plotting.curves([{'epoch': 1.0}], p),\n"
+        "             lambda p: plotting.confusion(np.eye(2, dtype=int), ['a', 'b'], p)):\n"
         "    try: draw(pathlib.Path('never.png'))\n"
         "    except UsageError as error: print(error)\n"
     )
@@ -107,9 +107,9 @@ def test_torch_free_rooms_load_neither_torch_nor_matplotlib() -> None:
     modules = [
         *(f"distcls.inference.{p.stem}" for p in Path("distcls/inference").glob("*.py")),
         *(f"distcls.evaluation.{p.stem}" for p in Path("distcls/evaluation").glob("*.py")),
-        "distcls.predict",
+        "distcls.commands.predict",
         "distcls.evaluate",
-        "distcls.opening",
+        "distcls.predictor",
     ]
     names = [name.removesuffix(".__init__") for name in modules]
     code = (

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from distcls.data.augment import DRAWS, Augment
-from distcls.data.config import AugmentConfig
-from distcls.data.order import uniforms
-from distcls.data.policies import NAMES, Policy
 from distcls.errors import BadValue
+from distcls.training.augment import DRAWS, NAMES, Augment, Policy
+from distcls.training.config import AugmentConfig
+from distcls.training.sampler import uniforms
 from tests.test_operations import photographs
 
 BILINEAR = v2.InterpolationMode.BILINEAR

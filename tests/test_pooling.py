@@ -9,18 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distcls.bundle import ModelCard
 from distcls.data.dataset import Dataset
 from distcls.errors import UsageError
+from distcls.export.certificate import load_images
+from distcls.export.onnx import ExportOptions, export
 from distcls.imaging import Preprocess
-from distcls.inference.session import OnnxModel
+from distcls.model_card import ModelCard
 from distcls.models.checkpoint import open_checkpoint, save_checkpoint
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
-from distcls.models.fresh import DroppedLinear
-from distcls.models.zoo import build
-from export.onnx import ExportOptions, export
-from export.parity import load_images
+from distcls.models.factory import DroppedLinear, build
+from distcls.runtime.model import OnnxModel
 from tests.pictures import smooth
 
 WIDE = Preprocess(size=(32, 96))

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from distcls.commands.predict import main
 from distcls.errors import UsageError
-from distcls.predict import main
 from tests import tiny_dataset, tiny_onnx
 from tests.test_writers import read
 

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from onnx import TensorProto, helper
 
-from distcls.bundle import ModelCard
+from distcls.commands.predict import main
 from distcls.errors import UsageError
-from distcls.inference.merge import Flipped, Merged
-from distcls.inference.session import OnnxModel
-from distcls.predict import main
-from distcls.targets import softmax
+from distcls.model_card import ModelCard
+from distcls.runtime.ensemble import Flipped, Merged
+from distcls.runtime.model import OnnxModel
+from distcls.task import softmax
 from tests import tiny_dataset, tiny_onnx
 from tests.test_writers import read
 

@@ -14,13 +14,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from distcls.commands.prepare import main
 from distcls.data import prepare as module
-from distcls.data.dataset import Dataset
-from distcls.data.layout import CLASSES, MANIFEST, PACK
+from distcls.data.dataset import CLASSES, MANIFEST, PACK, Dataset
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.errors import UsageError
 from distcls.imaging import decode_file
-from distcls.prepare import main
 from tests.sources import digits, idx_folder, put, tree
 
 
@@ -256,7 +255,7 @@ def test_the_weight_column_belongs_to_manifests(tmp_path: Path) -> None:
 
 def test_prepare_needs_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from distcls.prepare import main; main(sys.argv[1:]);"
+        "import sys; from distcls.commands.prepare import main; main(sys.argv[1:]);"
         "print([m for m in ('torch', 'torchvision', 'accelerate', 'sklearn') if m in sys.modules])"
     )
     command = [sys.executable, "-c", code, str(tree(tmp_path / "s", 40)), "--out", "out", "--quiet"]

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import get_model
 
-from distcls.bundle import ModelCard
 from distcls.errors import UsageError
+from distcls.model_card import ModelCard
 from distcls.models.checkpoint import save_checkpoint
 from distcls.models.config import ModelConfig
 from distcls.models.pretrained import apply_weights, find_weights

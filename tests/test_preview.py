@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from distcls.data.config import AugmentConfig
-from distcls.data.layout import MANIFEST
-from distcls.data.loader import Batch
-from distcls.targets import Head, Targets
-from distcls.training.config import TrainConfig
-from distcls.training.objective import Examples
+from distcls.data.dataset import MANIFEST
+from distcls.task import Head, Targets
+from distcls.training.config import AugmentConfig, TrainConfig
+from distcls.training.loader import Batch
+from distcls.training.losses import Examples
 from distcls.training.preview import label_text, preview
 from tests.test_engine import make_engine
 

@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distcls import system
 from distcls.errors import BadValue, UsageError
-from distcls.inference.providers import installed as rooms
-from distcls.inference.providers import remembered
-from distcls.inference.providers.candidates import families, unmeasured
-from distcls.inference.providers.installed import PLUGIN, missing, require_installed
-from distcls.inference.providers.plan import BATCH_SIZE, Plan, plan_of
-from distcls.inference.providers.rehearsal import disagreement, images_needed
-from distcls.inference.session import OnnxModel
-from distcls.targets import Targets
+from distcls.runtime import autotune, providers
+from distcls.runtime.autotune import families, unmeasured
+from distcls.runtime.benchmark import disagreement, images_needed
+from distcls.runtime.model import OnnxModel
+from distcls.runtime.providers import BATCH_SIZE, PLUGIN, Plan, missing, plan_of, require_installed
+from distcls.task import Targets
 from tests import several, tiny_onnx
 
 
@@ -70,8 +69,8 @@ def test_the_plan_of_a_model(tmp_path: Path) -> None:
     ],
 )
 def test_what_to_install(name: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooms, "PLUGIN", "onnxruntime_ep_of_nobody")
-    monkeypatch.setattr(rooms, "_runtime_s_own", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(providers, "PLUGIN", "onnxruntime_ep_of_nobody")
+    monkeypatch.setattr(providers, "_runtime_s_own", lambda: ["CPUExecutionProvider"])
     with pytest.raises(UsageError) as caught:
         require_installed(name)  # type: ignore[arg-type]
     assert str(caught.value).startswith(f"provider: {name} is not installed; {advice}")
@@ -79,15 +78,15 @@ def test_what_to_install(name: str, advice: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_cuda_hidden_by_the_plain_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooms, "_runtime_s_own", lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr(rooms, "_version", lambda package: "1.31.1")
+    monkeypatch.setattr(providers, "_runtime_s_own", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(providers, "_version", lambda package: "1.31.1")
     assert "pip uninstall onnxruntime" in str(missing("cuda"))
-    monkeypatch.setattr(rooms, "_runtime_s_own", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(providers, "_runtime_s_own", lambda: ["CUDAExecutionProvider"])
     assert missing("cuda") is None
 
 
 def test_the_cpu_is_always_there_and_last() -> None:
-    assert rooms.installed()[-1] == "cpu"
+    assert providers.installed()[-1] == "cpu"
     assert missing("cpu") is None
     require_installed("cpu")
 
@@ -97,51 +96,51 @@ def test_a_plug_in_that_does_not_load_is_told(
 ) -> None:
     (tmp_path / "broken_plugin.py").write_text("def get_library_path(): return '/nowhere/x.so'\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(rooms, "PLUGIN", "broken_plugin")
-    rooms._openvino_cpu.cache_clear()
-    assert "openvino" in rooms.installed()
+    monkeypatch.setattr(providers, "PLUGIN", "broken_plugin")
+    providers._openvino_cpu.cache_clear()
+    assert "openvino" in providers.installed()
     with pytest.raises(UsageError, match="openvino is installed but does not load beside"):
         OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"), Plan(provider="openvino"))
 
 
 def test_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(remembered.FOLDER, str(tmp_path / "cache"))
-    assert remembered.recall("k") is None
-    assert remembered.keep("k", {"plan": {"provider": "cpu"}})
-    assert remembered.recall("k") == {"format": remembered.FORMAT, "plan": {"provider": "cpu"}}
+    monkeypatch.setenv(autotune.FOLDER, str(tmp_path / "cache"))
+    assert autotune.recall("k") is None
+    assert autotune.keep("k", {"plan": {"provider": "cpu"}})
+    assert autotune.recall("k") == {"format": autotune.FORMAT, "plan": {"provider": "cpu"}}
     (file,) = (tmp_path / "cache" / "providers").iterdir()
     for damaged in (b"", b"{", b"[]", b'{"format": 999}', b"\xff\xfe"):
         file.write_bytes(damaged)
-        assert remembered.recall("k") is None
-    monkeypatch.setenv(remembered.FOLDER, str(file))  # a file where the folder should be
-    assert not remembered.keep("k", {})
-    assert remembered.recall("k") is None
+        assert autotune.recall("k") is None
+    monkeypatch.setenv(autotune.FOLDER, str(file))  # a file where the folder should be
+    assert not autotune.keep("k", {})
+    assert autotune.recall("k") is None
 
 
 def test_where_it_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(remembered.FOLDER)
+    monkeypatch.delenv(autotune.FOLDER)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert remembered.cache_folder() == tmp_path / "distcls"
+    assert system.cache_folder() == tmp_path / "distcls"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert remembered.cache_folder() == tmp_path / ".cache" / "distcls"
+    assert system.cache_folder() == tmp_path / ".cache" / "distcls"
 
 
 def test_a_choice_holds_for_model_versions_and_what_was_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_onnx.write(tmp_path / "m.onnx")
-    keys = [remembered.key_of(model, provider="auto"), remembered.key_of(model, provider="cpu")]
-    assert keys[0] == remembered.key_of(model, provider="auto")
+    keys = [autotune.key_of(model, provider="auto"), autotune.key_of(model, provider="cpu")]
+    assert keys[0] == autotune.key_of(model, provider="auto")
     keys.append(
-        remembered.key_of(
+        autotune.key_of(
             tiny_onnx.write(tmp_path / "n.onnx", tiny_onnx.card(("a", "b"))), provider="auto"
         )
     )
-    monkeypatch.setattr(remembered, "versions", lambda: {"onnxruntime": "9.9"})
-    keys.append(remembered.key_of(model, provider="auto"))
-    monkeypatch.setattr(remembered, "cpu_name", lambda: "another")
-    keys.append(remembered.key_of(model, provider="auto"))
+    monkeypatch.setattr(autotune, "versions", lambda: {"onnxruntime": "9.9"})
+    keys.append(autotune.key_of(model, provider="auto"))
+    monkeypatch.setattr(autotune, "cpu_name", lambda: "another")
+    keys.append(autotune.key_of(model, provider="auto"))
     assert len(set(keys)) == len(keys)
 
 
@@ -230,4 +229,4 @@ def test_heads_and_labels_agree_in_all_their_parts() -> None:
 
 
 def test_the_plug_in_s_module_has_its_name() -> None:
-    assert PLUGIN.replace("_", "-") in rooms.PACKAGES
+    assert PLUGIN.replace("_", "-") in providers.PACKAGES

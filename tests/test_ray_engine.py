@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
+from distcls.batch.job import check_output
+from distcls.batch.options import PredictOptions
+from distcls.batch.parts import folder_of
+from distcls.batch.ray import Fleet
 from distcls.errors import UsageError
-from distcls.inference.options import PredictOptions
-from distcls.inference.parts import folder_of
-from distcls.inference.predict import check_output
-from distcls.inference.ray_engine import Fleet
 from tests import tiny_dataset
 from tests.e2e.commands import ROOT
 from tests.test_predict_answers import with_features

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distcls.training.config import TrainConfig
-from distcls.training.records import METRICS, Records
+from distcls.training.logging import METRICS, Records
 from distcls.training.run import train
 
 

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from distcls.commands.predict import main
+from distcls.data.formats import remote
+from distcls.data.formats.detect import open_input
 from distcls.errors import BadImage, DistclsError, UsageError
-from distcls.inference.inputs import open_input, remote
-from distcls.predict import main
 from tests import tiny_onnx
 from tests.pictures import encode
 from tests.test_writers import read

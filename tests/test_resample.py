@@ -13,13 +13,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from distcls.data.dataset import Dataset
-from distcls.data.layout import MANIFEST
+from distcls.commands.prepare import main
+from distcls.data.dataset import MANIFEST, Dataset
 from distcls.data.prepare import PrepareOptions, prepare
-from distcls.data.resample import Resampling, deal_folds, draw_bootstrap, resample
-from distcls.data.sources.source import Record
+from distcls.data.source import ImageRecord
+from distcls.data.split import Resampling, deal_folds, draw_bootstrap, resample
 from distcls.errors import UsageError
-from distcls.prepare import main
 from tests.sources import digits, idx_folder, labels, records, tree
 
 grouped = labels.flatmap(
@@ -113,7 +112,7 @@ def test_the_times_drawn_are_those_of_a_bootstrap() -> None:
 
 
 def test_weights_of_the_source_are_kept_and_multiplied() -> None:
-    own = [Record(image_id=str(index), label=0, weight=0.5) for index in range(50)]
+    own = [ImageRecord(image_id=str(index), label=0, weight=0.5) for index in range(50)]
     how, splits = Resampling(bootstrap=1), ["train"] * 40 + ["test"] * 10
     sample, divided = resample(own, splits, how, seed=0, classes=("a",))
     counts = draw_bootstrap(own, range(40), 1, 0)
@@ -137,7 +136,7 @@ def test_a_class_that_one_fold_would_take_is_refused_in_all(fold: int) -> None:
 
 def test_images_of_several_answers_are_dealt_by_the_first() -> None:
     own = [
-        Record(image_id=str(index), label=labels[0] if labels else -1, labels=labels)
+        ImageRecord(image_id=str(index), label=labels[0] if labels else -1, labels=labels)
         for index, labels in enumerate([(0, 1), (1,), ()] * 6 + [(2,)])
     ]
     how = Resampling(folds=3, fold=1)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from distcls.training import run
-from distcls.training.checkpoints import newest_whole
-from distcls.training.config import MonitorConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from distcls.training.checkpointing import newest_whole
+from distcls.training.config import MonitorConfig, OptimizerConfig, TrainConfig
+from distcls.training.schedule import ScheduleConfig
 
 
 class Interrupted(Exception):

@@ -19,11 +19,11 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from distcls.config.schema import duration_in_steps
 from distcls.errors import BadValue
-from distcls.training.config import MonitorConfig, ScheduleConfig
-from distcls.training.duration import duration_in_steps
-from distcls.training.schedule import KINDS, USUAL, Schedule, make_schedule
-from distcls.training.state import Progress
+from distcls.training.checkpointing import Progress
+from distcls.training.config import MonitorConfig
+from distcls.training.schedule import KINDS, USUAL, Schedule, ScheduleConfig, make_schedule
 
 PEAK = 0.3
 

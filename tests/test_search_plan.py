@@ -10,11 +10,18 @@ import numpy as np
 import pytest
 
 from distcls.errors import UsageError
-from distcls.training.config import MonitorConfig, TrainConfig
-from distcls.training.losses.config import LossConfig
-from launch.search import OWN, SearchConfig, main, ranking, table
-from launch.trial_runs import command
-from launch.trials import Trial, plan, read_grid
+from distcls.launch.search import (
+    OWN,
+    SearchConfig,
+    Trial,
+    command,
+    main,
+    plan,
+    ranking,
+    read_grid,
+    table,
+)
+from distcls.training.config import LossConfig, MonitorConfig, TrainConfig
 
 BASE = TrainConfig(data=Path("digits"), out=Path("found"), epochs=3, quiet=True)
 

@@ -12,10 +12,10 @@ import pytest
 from onnx import TensorProto
 
 from distcls.errors import UsageError
-from distcls.inference.external_data import check_external_data
-from distcls.inference.providers.plan import Plan
-from distcls.inference.session import OnnxModel
-from distcls.targets import softmax
+from distcls.runtime.model import OnnxModel
+from distcls.runtime.onnx_file import check_external_data
+from distcls.runtime.providers import Plan
+from distcls.task import softmax
 from tests import tiny_onnx
 
 

@@ -14,17 +14,16 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, f1_score
 
-from distcls.bundle import ModelCard
+from distcls.commands.evaluate import main as evaluate_main
+from distcls.commands.predict import main as predict_main
 from distcls.data.dataset import Dataset
+from distcls.data.formats.detect import open_source
 from distcls.errors import UsageError
-from distcls.evaluate import main as evaluate_main
 from distcls.evaluation.evaluate import check_targets
-from distcls.inference.session import OnnxModel
-from distcls.opening import open_source
-from distcls.predict import main as predict_main
-from distcls.targets import Head, Targets
-from export.accuracy import certify_variant, expect
-from export.parity import certify
+from distcls.export.certificate import certify, certify_variant, expect
+from distcls.model_card import ModelCard
+from distcls.runtime.model import OnnxModel
+from distcls.task import Head, Targets
 from tests import several, tiny_dataset, tiny_onnx
 from tests.test_writers import read
 

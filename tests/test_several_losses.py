@@ -13,16 +13,20 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
-from distcls.data.config import AugmentConfig
-from distcls.data.loader import Batch
 from distcls.errors import UsageError
 from distcls.models.classifier import Classifier
-from distcls.training.config import MonitorConfig, TrainConfig
+from distcls.training.config import (
+    AugmentConfig,
+    DistillConfig,
+    LossConfig,
+    MonitorConfig,
+    TrainConfig,
+)
+from distcls.training.distributed import start
 from distcls.training.engine import Engine
-from distcls.training.environment import start
-from distcls.training.input import choose_preprocess, open_input
-from distcls.training.losses.config import DistillConfig, LossConfig
-from distcls.training.losses.several import given, make_loss
+from distcls.training.inputs import choose_preprocess, open_input
+from distcls.training.loader import Batch
+from distcls.training.losses import given, make_loss
 from distcls.training.memory import try_pass
 from tests import several
 

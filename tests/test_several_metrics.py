@@ -16,9 +16,16 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from distcls.evaluation.metrics import HIGHER_IS_BETTER, MONITORED, Metrics, default_mode
-from distcls.evaluation.several import AnyTally, new_tally, tally_of
-from distcls.targets import Targets
+from distcls.evaluation.metrics import (
+    HIGHER_IS_BETTER,
+    MONITORED,
+    AnyTally,
+    Metrics,
+    default_mode,
+    new_tally,
+    tally_of,
+)
+from distcls.task import Targets
 from tests import several
 
 SIZES = (3, 8, 2)

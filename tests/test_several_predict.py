@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from distcls.errors import UsageError
-from distcls.inference.merge import Flipped, Merged
-from distcls.inference.session import OnnxModel
-from distcls.targets import Head, Targets
+from distcls.runtime.ensemble import Flipped, Merged
+from distcls.runtime.model import OnnxModel
+from distcls.task import Head, Targets
 from tests import several, tiny_dataset, tiny_onnx
 from tests.test_predict_answers import COUNT, IMAGES, run, uneven, with_features
 from tests.test_several_evaluate import HEADS, LABELS, card

@@ -16,9 +16,8 @@ from torch.multiprocessing.spawn import spawn
 from distcls.errors import UsageError
 from distcls.models.checkpoint import load_tensors
 from distcls.training.config import OptimizerConfig, TrainConfig
-from distcls.training.feed import Shares
-from distcls.training.sharding import _units, _units_by_size, require_shardable
-from distcls.training.shards import fill_optimizer
+from distcls.training.fsdp import _units, _units_by_size, fill_optimizer, require_shardable
+from distcls.training.sampler import Shares
 from tests.sharded_training import (
     FSDP,
     IN_BF16,

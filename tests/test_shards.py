@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distcls.data.formats.detect import open_input
+from distcls.data.formats.tar import expand_braces, members_of
 from distcls.errors import BadImage, UsageError
-from distcls.inference.inputs import open_input
-from distcls.inference.inputs.shards import expand_braces, members_of
 from tests.pictures import encode
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from distcls.cli import dispatch
+from distcls.commands.show import main
 from distcls.errors import UsageError
-from distcls.evaluation.grid import LINE, TITLE, draw_grid
-from distcls.show import main
+from distcls.plotting import LINE, TITLE, draw_grid
 from tests.e2e.commands import run
 
 RECIPE = """

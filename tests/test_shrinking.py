@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from distcls.bundle import ModelCard
+from distcls.batch.job import predict
+from distcls.batch.options import PredictOptions
+from distcls.batch.setup import CHECKED, check_shrunk, shrunk
+from distcls.data.formats.detect import open_input
+from distcls.data.source import ImageSource, from_encoded
 from distcls.errors import UsageError
 from distcls.imaging import Preprocess, decode
-from distcls.inference.inputs import Source, open_input
-from distcls.inference.inputs.source import from_encoded
-from distcls.inference.predict import PredictOptions, predict
-from distcls.inference.shrinking import CHECKED, check_shrunk, shrunk
+from distcls.model_card import ModelCard
 from tests.test_writers import read
 
 CLASSES = ("red", "green", "blue")
@@ -137,6 +138,6 @@ def test_the_images_that_are_checked_are_of_the_whole_input() -> None:
 
 
 def test_without_files_there_is_nothing_to_scale() -> None:
-    source = Source(image_ids=["a"], load=photo)
+    source = ImageSource(image_ids=["a"], load=photo)
     with pytest.raises(UsageError, match="scaled_decode: this input is decoded already"):
         shrunk(source, Brightest())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from distcls.training.spikes import FEWEST, LOOK_EVERY, WINDOW, Spike, Spikes
+from distcls.training.stability import FEWEST, LOOK_EVERY, WINDOW, Spike, Spikes
 from tests.faults.survival import finish, start
 
 FALLING = [2.3 * 0.99**step for step in range(200)]

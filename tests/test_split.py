@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distcls.data.sources.source import Record
+from distcls.data.source import ImageRecord
 from distcls.data.split import assign_splits, draw, wanted
 from distcls.errors import UsageError
 from tests.sources import labels, records
@@ -84,7 +84,7 @@ def test_a_group_with_the_last_images_of_a_class_is_trained_on() -> None:
 
 def test_a_group_torn_by_the_source_is_an_error() -> None:
     torn = [
-        Record(image_id=name, label=0, split=split, group="patient 7")
+        ImageRecord(image_id=name, label=0, split=split, group="patient 7")
         for name, split in (("a", "train"), ("b", "test"))
     ]
     with pytest.raises(UsageError, match="group 'patient 7' lies in train and in test"):

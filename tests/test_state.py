@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from distcls.data.config import AugmentConfig, LoaderConfig
 from distcls.errors import DistclsError, UsageError
 from distcls.models.config import ModelConfig
-from distcls.training.checkpoints import Checkpoints, states
-from distcls.training.config import CheckpointConfig, MonitorConfig, TrainConfig
-from distcls.training.losses.config import LossConfig
-from distcls.training.state import Progress, load_state, to_content
+from distcls.training.checkpointing import Checkpoints, Progress, load_state, states, to_content
+from distcls.training.config import (
+    AugmentConfig,
+    CheckpointConfig,
+    LoaderConfig,
+    LossConfig,
+    MonitorConfig,
+    TrainConfig,
+)
 
 NAN = math.nan
 

@@ -15,8 +15,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from distcls.data.order import share
-from distcls.training.sync_norm import SyncNorm, synchronise_norms
+from distcls.training.distributed import SyncNorm, synchronise_norms
+from distcls.training.sampler import share
 
 IMAGES, CHANNELS = 7, 5
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

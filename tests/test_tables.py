@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distcls.data.sources.source import Source
-from distcls.data.sources.tables import read_manifest
+from distcls.data.formats.manifest import read_manifest
+from distcls.data.source import LabelledSource
 from distcls.errors import UsageError
 from tests.sources import write_manifest
 
@@ -20,7 +20,7 @@ def manifest(folder: Path, rows: list[tuple[Any, ...]], suffix: str = ".csv") ->
     return write_manifest(folder / f"list{suffix}", rows)
 
 
-def brief(source: Source) -> list[tuple[Any, ...]]:
+def brief(source: LabelledSource) -> list[tuple[Any, ...]]:
     return [(r.image_id, r.path, source.classes[r.label], r.split) for r in source.records]
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distcls.bundle import ModelCard
 from distcls.errors import BadValue, UsageError
 from distcls.imaging import Preprocess
-from distcls.targets import Head, Targets, sigmoid
+from distcls.model_card import ModelCard
+from distcls.task import Head, Targets, sigmoid
 from tests import several
 
 SINGLE = Targets(classes=("cat", "dog", "owl"))

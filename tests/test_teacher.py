@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distcls.bundle import ModelCard
 from distcls.errors import UsageError
 from distcls.imaging import Preprocess
-from distcls.models import zoo
+from distcls.model_card import ModelCard
+from distcls.models import factory
 from distcls.models.checkpoint import save_checkpoint
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
-from distcls.training.losses.config import DistillConfig
-from distcls.training.teacher import Teacher
+from distcls.training.config import DistillConfig
+from distcls.training.distillation import Teacher
 from tests import tiny_onnx
 from tests.pictures import smooth
 from tests.test_engine import make_engine
@@ -34,7 +34,7 @@ def checkpoint(
     """A teacher with fresh weights."""
     torch.manual_seed(1)
     preprocess = Preprocess(size=size)
-    model = zoo.build(ModelConfig(), len(classes), preprocess)
+    model = factory.build(ModelConfig(), len(classes), preprocess)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)  # fresh answers hardly differ from class to class

@@ -10,8 +10,8 @@ import pytest
 
 from distcls.errors import UsageError
 from distcls.training.config import TrainConfig
+from distcls.training.logging import require_tracker
 from distcls.training.run import train
-from distcls.training.trackers import require_tracker
 
 
 def test_tensorboard_shows_what_metrics_jsonl_holds(digits: Path, tmp_path: Path) -> None:

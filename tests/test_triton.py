@@ -12,10 +12,10 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from distcls.errors import UsageError
-from distcls.inference.checksum import check_checksum
-from distcls.inference.session import OnnxModel
-from distcls.targets import Head, Targets
-from export import triton
+from distcls.export import triton
+from distcls.runtime.model import OnnxModel
+from distcls.runtime.onnx_file import check_checksum
+from distcls.task import Head, Targets
 from tests import tiny_onnx
 from tests.test_predict_answers import with_features
 
@@ -127,7 +127,7 @@ def test_an_output_more_for_each_head(tmp_path: Path) -> None:
         ("probabilities:left side", [2], "labels_1.txt"),
         ("features", [3], ""),
     ]
-    told = json.loads(config.parameters["distcls.targets"].string_value)
+    told = json.loads(config.parameters["distcls.task"].string_value)
     assert Targets.from_json(told) == targets
     check_checksum(folder / "1/model.onnx")
     copy = OnnxModel(folder / "1/model.onnx")

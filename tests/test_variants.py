@@ -15,17 +15,21 @@ from onnx import TensorProto, helper, numpy_helper
 
 from distcls.data.dataset import Dataset
 from distcls.errors import BadValue, DistclsError, UsageError
-from distcls.inference.checksum import check_checksum
-from distcls.inference.session import OnnxModel
+from distcls.export import onnx as exporting
+from distcls.export.certificate import Expected, certify_variant, load_images
+from distcls.export.graph import add_features, after_logits, before_first
+from distcls.export.onnx import ExportOptions
+from distcls.export.reduced_precision import (
+    KINDS,
+    Quantizer,
+    Recipe,
+    make_variant,
+    quantize,
+    to_half,
+)
 from distcls.models.checkpoint import open_checkpoint
-from export import onnx as onnx_export
-from export.accuracy import Expected, certify_variant
-from export.graph import add_features, after_logits, before_first
-from export.half import to_half
-from export.onnx import ExportOptions
-from export.parity import load_images
-from export.quantize import KINDS, Quantizer, quantize
-from export.variants import Recipe, make_variant
+from distcls.runtime.model import OnnxModel
+from distcls.runtime.onnx_file import check_checksum
 from tests import tiny_dataset, tiny_onnx
 from tests.small_networks import untrained
 
@@ -244,7 +248,7 @@ def recipe(checkpoint: Path, digits: Path) -> Recipe:
     return Recipe(
         precision="fp16",
         reference=reference,
-        graph=onnx_export.to_onnx(reference.model, reference.card, 18),
+        graph=exporting.to_onnx(reference.model, reference.card, 18),
         split=split,
         images=load_images(split, reference.card.preprocess, 64),
         max_accuracy_drop=100,
@@ -276,7 +280,7 @@ def test_a_real_network(recipe: Recipe, tmp_path: Path, precision: Any) -> None:
 def test_too_much_loss_is_no_file(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.accuracy.Expected.top1", property(lambda self: 0.99))
+    monkeypatch.setattr("distcls.export.certificate.Expected.top1", property(lambda self: 0.99))
     strict = dataclasses.replace(recipe, max_accuracy_drop=0.2)
     told = r"fp16 loses too much: .* points of top-1, .* on 179 images of val; --max-acc.* 0\.2"
     with pytest.raises(DistclsError, match=told):
@@ -292,4 +296,4 @@ def test_options(checkpoint: Path, tmp_path: Path) -> None:
         tmp_path / "d", list(images(3)), [0, 1, 2], tiny_onnx.COLOURS, splits=["val"] * 3
     )
     with pytest.raises(UsageError, match="the model has 10 classes"):
-        onnx_export.export(ExportOptions(ckpt=checkpoint, out=tmp_path / "m.onnx", data=other))
+        exporting.export(ExportOptions(ckpt=checkpoint, out=tmp_path / "m.onnx", data=other))

@@ -18,12 +18,11 @@ from torchvision.models import get_model, get_model_weights
 from distcls.errors import DistclsError, UsageError
 from distcls.imaging import Preprocess
 from distcls.imaging.preprocess import INTERPOLATIONS
-from distcls.models import weights as weights_module
+from distcls.models import pretrained
 from distcls.models.config import ModelConfig
-from distcls.models.names import resolve
-from distcls.models.pretrained import apply_weights, find_weights
-from distcls.models.weights import library_preprocess
-from distcls.models.zoo import build
+from distcls.models.factory import build
+from distcls.models.pretrained import apply_weights, find_weights, library_preprocess
+from distcls.models.registry import resolve
 
 ADV = "tf_efficientnet_b0.ap_in1k"
 
@@ -162,7 +161,7 @@ def test_interpolation_is_the_nearest_to_the_librarys(
         ours = Preprocess(size=(256, 256), resize="squash", interpolation=name)(photo)
         errors[name] = float(np.abs(ours - expected).mean())
     best = min(errors, key=lambda name: errors[name])
-    assert best == weights_module.INTERPOLATIONS[filter_], errors
+    assert best == pretrained.INTERPOLATIONS[filter_], errors
 
 
 def test_every_published_preprocess_can_be_told() -> None:

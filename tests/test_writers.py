@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distcls.batch.table import Columns, check_ending, open_writer, shortest
 from distcls.errors import UsageError
-from distcls.inference.writers import Columns, check_ending, csv_line, open_writer, shortest
+from distcls.files import csv_line
 
 NAMES = [
     "plain.jpg",

@@ -10,10 +10,8 @@ from torchvision.models import get_model
 from distcls.errors import UsageError
 from distcls.imaging import Preprocess
 from distcls.models.config import ModelConfig
-from distcls.models.fresh import DroppedLinear, drop_before_last
+from distcls.models.factory import DroppedLinear, build, drop_before_last, stem_stride
 from distcls.models.simple import SimpleCnn, SimpleNn
-from distcls.models.stem import stem_stride
-from distcls.models.zoo import build
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from distcls.data.dataset import SCHEMA
-from distcls.data.layout import CLASSES, FORMAT, INFO, MANIFEST, PACK
+from distcls.data.dataset import CLASSES, FORMAT, INFO, MANIFEST, PACK, SCHEMA
 
 
 def write(

@@ -9,8 +9,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from distcls.bundle import ModelCard
 from distcls.imaging import Preprocess
+from distcls.model_card import ModelCard
 
 COLOURS = ("red", "green", "blue")
 

@@ -13,9 +13,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from distcls.config.convert import Mismatch, convert
 from distcls.config.load import Given, build, read_yaml
-from distcls.config.schema import MISSING, Leaf, describe, leaves
+from distcls.config.schema import MISSING, Leaf, Mismatch, convert, describe, leaves
 from distcls.errors import UsageError, did_you_mean
 
 C = TypeVar("C")

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from distcls.config.convert import Mismatch, convert
-from distcls.config.schema import describe, leaves, members
+from distcls.config.schema import Mismatch, convert, describe, leaves, members
 from distcls.errors import BadValue, UsageError, did_you_mean
 
 C = TypeVar("C")

@@ -7,22 +7,127 @@ import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from distcls import log
-from distcls.data import write
-from distcls.data.layout import PACK
-from distcls.data.load import load_all
-from distcls.data.pack import PackWriter
-from distcls.data.plan import Plan, check_training_images, plan_splits, repair, unlearnt
-from distcls.data.prepare_options import PrepareOptions
-from distcls.data.sources.detect import read_source
-from distcls.data.sources.source import Record, Source
-from distcls.data.stale import claimed, remove_stale_parts
-from distcls.errors import BadImage, UsageError
-from distcls.files import atomic_folder
+from distcls.config import bare, positional
+from distcls.data import writer
+from distcls.data.dataset import PACK
+from distcls.data.formats.detect import Format, read_source
+from distcls.data.formats.label_columns import AnswerColumns
+from distcls.data.source import ImageRecord, LabelledSource
+from distcls.data.split import (
+    Resampling,
+    SplitPlan,
+    check_training_images,
+    plan_splits,
+    repair,
+    require_one_rule,
+    unlearnt,
+)
+from distcls.data.writer import PackWriter, load_all
+from distcls.errors import BadImage, BadValue, UsageError, require
+from distcls.files import atomic_folder, claimed, remove_stale_parts
+
+VAL_FRACTION = 0.1
+"""Where nothing else is asked for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """What `distcls prepare` is asked to do."""
+
+    source: str = positional()
+    """`digits` (bundled with scikit-learn), a folder of IDX files (MNIST, FashionMNIST), a folder
+    with one folder a class, or a CSV or Parquet manifest."""
+    out: Path
+    """Dataset directory to write; must not exist."""
+    format: Format = "auto"
+    """Kind of the source; auto detects it. mnist and fashion-mnist insist on the published MD5s,
+    idx on none."""
+    classes: Path | None = None
+    """File of class names in label order (JSON list, or one a line); other labels are errors."""
+    weight_column: str | None = None
+    """Column of the manifest that says how much each image counts in training; unset, `weight`
+    where there is one."""
+    label_columns: tuple[str, ...] = ()
+    """Columns of the manifest, such as colour,shape: an image has a class in each, a head each."""
+    text_column: str | None = None
+    """Column of the manifest with a text, such as a captcha's: a head a character; shorter texts
+    end in blanks."""
+    labels_column: str | None = None
+    """Column of the manifest with any number of labels an image, none included."""
+    separator: str | None = None
+    """With labels_column: what stands between the labels; unset, |."""
+    val_fraction: float | None = None
+    """Part of each class for validation, where the source has no validation split; unset, 0.1."""
+    test_fraction: float = 0.2
+    """Part of each class for testing, where the source has no test split."""
+    folds: int | None = None
+    """Cross-validation: cut the training images into so many folds, alike in their classes; `fold`
+    is for validation, the others are for training."""
+    fold: int | None = None
+    """With folds: which of them, counted from 1."""
+    bootstrap: int | None = bare("1")
+    """A bootstrap sample: training images drawn with replacement, the times that each is drawn as
+    its weight; those never drawn (37 %) are for validation. Its number, 1 where none is given: with
+    other numbers other samples of the same images."""
+    seed: int = 0
+    """Seed of the splits (also of folds and bootstrap samples) and of `limit`."""
+    limit: int | None = None
+    """Take at most so many images, drawn evenly over splits and classes."""
+    write_images: bool = False
+    """Also write OUT/images/SPLIT/CLASS/ID.png."""
+    pack: Literal["auto", "on", "off"] = "auto"
+    """Keep the decoded images in one file; auto does up to 4 GiB and 256x256 pixels on average."""
+    json: bool = False
+    """Print one JSON object with the counts."""
+    quiet: bool = False
+    """Print warnings and errors only."""
+
+    def __post_init__(self) -> None:
+        require_one_rule(self.folds, self.fold, self.bootstrap, self.val_fraction)
+        for name in ("val_fraction", "test_fraction"):
+            fraction = getattr(self, name)
+            valid = fraction is None or 0 <= fraction < 1
+            require(valid, name, fraction, "at least 0 and below 1")
+        total = self.resolved_val_fraction + self.test_fraction
+        rest = "together with test_fraction below 1, training gets the rest"
+        require(total < 1, "val_fraction", self.resolved_val_fraction, rest)
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        if self.answers is not None and self.write_images:
+            expected = f"false with {self.answers.options[0]}: it makes one folder a class"
+            raise BadValue("write_images", self.write_images, expected)
+
+    @property
+    def answers(self) -> AnswerColumns | None:
+        """Where the manifest holds several answers an image, if it was said."""
+        columns = AnswerColumns(
+            label_columns=self.label_columns,
+            text_column=self.text_column,
+            labels_column=self.labels_column,
+            separator=self.separator,
+        )
+        return columns if columns.names else None
+
+    @property
+    def resolved_val_fraction(self) -> float:
+        """The fraction that is cut off for validation, as given or usual."""
+        if self.resampling is not None:
+            return 0.0
+        return VAL_FRACTION if self.val_fraction is None else self.val_fraction
+
+    @property
+    def resampling(self) -> Resampling | None:
+        """How the training images are divided instead."""
+        folds, fold, bootstrap = self.folds, self.fold, self.bootstrap
+        if folds is None and bootstrap is None:
+            return None
+        return Resampling(folds=folds or 1, fold=fold or 1, bootstrap=bootstrap)
+
 
 PACK_MOST_BYTES = 4 << 30
 """`--pack auto` packs at most this much."""
@@ -84,7 +189,7 @@ def require_absent(out: Path) -> None:
         raise UsageError(f"{out} exists already; choose another folder or remove it")
 
 
-def _check_sense(source: Source, options: PrepareOptions) -> None:
+def _check_sense(source: LabelledSource, options: PrepareOptions) -> None:
     try:
         "".join((source.location, *source.classes)).encode()
     except UnicodeEncodeError as error:
@@ -101,9 +206,11 @@ def _check_sense(source: Source, options: PrepareOptions) -> None:
         raise UsageError(f"out {options.out} lies inside the source {source.location}")
 
 
-def _fill(part: Path, source: Source, plan: Plan, options: PrepareOptions) -> dict[str, Any]:
+def _fill(
+    part: Path, source: LabelledSource, plan: SplitPlan, options: PrepareOptions
+) -> dict[str, Any]:
     """Decode every image into the folder `part`, and describe the result there."""
-    copies = write.copy_paths(source, plan) if options.write_images else None
+    copies = writer.copy_paths(source, plan) if options.write_images else None
     for folder in {(part / path).parent for path in copies or ()}:
         folder.mkdir(parents=True)
     with ExitStack() as stack:
@@ -119,30 +226,34 @@ def _fill(part: Path, source: Source, plan: Plan, options: PrepareOptions) -> di
     paths: list[str | None] = [record.path for record in whole.records]
     root = None if source.root is None else str(source.root)
     if copies is not None:
-        moved = write.move_copies(part, [copies[i] for i in kept], survivors, whole)
+        moved = writer.move_copies(part, [copies[i] for i in kept], survivors, whole)
         if source.root is None:  # the copies are the only files there are
             paths, root = [*moved], "."
-    write.write_manifest(part, whole, pack, paths)
-    write.write_rejected(part, rejected, source.root)
+    writer.write_manifest(part, whole, pack, paths)
+    writer.write_rejected(part, rejected, source.root)
     recorded = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(options).items()
         if name not in ("source", "out", "json", "quiet")
     }
-    return write.write_info(
+    return writer.write_info(
         part, source, whole, pack, root=root, rejected=len(rejected), options=recorded
     )
 
 
 def _decode(
-    part: Path, source: Source, plan: Plan, pack: PackWriter | None, copies: list[str] | None
-) -> tuple[list[int], list[tuple[Record, str]]]:
+    part: Path,
+    source: LabelledSource,
+    plan: SplitPlan,
+    pack: PackWriter | None,
+    copies: list[str] | None,
+) -> tuple[list[int], list[tuple[ImageRecord, str]]]:
     """Positions of the readable images, which are then in the pack, and the others with reasons."""
     targets = None if copies is None else [part / path for path in copies]
     images = load_all(plan.records, source.root, targets)
     bar = tqdm(images, total=len(plan), unit="img", disable=not log.show_progress(), leave=False)
     kept: list[int] = []
-    rejected: list[tuple[Record, str]] = []
+    rejected: list[tuple[ImageRecord, str]] = []
     for index, image in enumerate(bar):
         if isinstance(image, BadImage):
             rejected.append((plan.records[index], str(image)))
@@ -160,7 +271,7 @@ def _decode(
 
 
 def _open_pack(
-    stack: ExitStack, part: Path, source: Source, images: int, options: PrepareOptions
+    stack: ExitStack, part: Path, source: LabelledSource, images: int, options: PrepareOptions
 ) -> PackWriter | None:
     if options.pack == "off":
         return None
@@ -174,7 +285,7 @@ def _open_pack(
 
 
 def _settle(
-    pack: PackWriter | None, images: int, source: Source, options: PrepareOptions
+    pack: PackWriter | None, images: int, source: LabelledSource, options: PrepareOptions
 ) -> PackWriter | None:
     """The pack if it is kept."""
     if pack is None or pack.abandoned:
@@ -186,7 +297,7 @@ def _settle(
     return pack
 
 
-def _summarise(prepared: Prepared, source: Source, options: PrepareOptions) -> None:
+def _summarise(prepared: Prepared, source: LabelledSource, options: PrepareOptions) -> None:
     counts = ", ".join(f"{count:,} {split}" for split, count in prepared.counts.items())
     total = sum(prepared.counts.values())
     classes = source.resolved_targets.summary()
@@ -198,7 +309,7 @@ def _summarise(prepared: Prepared, source: Source, options: PrepareOptions) -> N
     if prepared.rejected:
         log.warn(
             f"{prepared.rejected} of {total + prepared.rejected} images cannot be read; "
-            f"see {options.out / write.REJECTED}"
+            f"see {options.out / writer.REJECTED}"
         )
     for split in ("val", "test"):
         if split not in prepared.counts:

@@ -11,19 +11,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from distcls import log
+from distcls import log, plotting
 from distcls.data.dataset import Split
+from distcls.data.source import from_split
 from distcls.errors import UsageError, require
-from distcls.evaluation import plots
-from distcls.evaluation.metrics import Integers, Metrics
-from distcls.evaluation.several import AnyTally, new_tally
-from distcls.files import write_json, write_text
-from distcls.inference.inputs import from_split
-from distcls.inference.model import Model
-from distcls.inference.pipeline import stream
-from distcls.inference.providers.plan import Asked, ProviderChoice
-from distcls.inference.writers import csv_line
-from distcls.targets import BLANK, BLANK_SHOWN, Targets
+from distcls.evaluation.metrics import AnyTally, Integers, Metrics, new_tally
+from distcls.files import csv_line, write_json, write_text
+from distcls.runtime.model import Model
+from distcls.runtime.pipeline import stream
+from distcls.runtime.providers import Asked, ProviderChoice
+from distcls.task import BLANK, BLANK_SHOWN, Targets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +145,7 @@ def write_results(folder: Path, metrics: Metrics, targets: Targets, about: dict[
         log.say("confusion.png is left out: there is no one table of classes to draw")
         return
     try:
-        plots.confusion(*drawn, folder / "confusion.png")
+        plotting.confusion(*drawn, folder / "confusion.png")
     except UsageError as error:
         log.warn(f"confusion.png is left out: {error}")
 

@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distcls.bundle import ModelCard
 from distcls.config import build as build_config
 from distcls.config.load import Given, flatten
 from distcls.errors import UsageError
 from distcls.files import atomic_path
-from distcls.models import zoo
+from distcls.model_card import ModelCard
+from distcls.models import factory
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
 
@@ -69,7 +69,7 @@ def open_checkpoint(path: Path, device: str = "auto") -> TorchModel:
     """Rebuild the network of a checkpoint and fill it. Raises UsageError if they do not fit."""
     card, tensors = read_checkpoint(path)
     given = {k: Given(v, str(path)) for k, v in flatten(card.architecture).items()}
-    model = zoo.build(build_config(ModelConfig, given), len(card.classes), card.preprocess)
+    model = factory.build(build_config(ModelConfig, given), len(card.classes), card.preprocess)
     try:
         model.load_state_dict(tensors)
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -6,16 +6,295 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from distcls.data.config import AugmentConfig, InputConfig, LoaderConfig
+from distcls.config.schema import refuse_unread, require_duration
 from distcls.errors import require
 from distcls.evaluation.metrics import MONITORED, default_mode
+from distcls.imaging.preprocess import Interpolation, Resize
 from distcls.models.config import ModelConfig
-from distcls.training.duration import require_duration
-from distcls.training.losses.config import DistillConfig, LossConfig
-from distcls.training.optimizer_config import OptimizerConfig
 from distcls.training.schedule import ScheduleConfig
+
+SMALL_IMAGE = 64
+"""Images of up to this many pixels a side are trained on at their own size by default."""
+SMALLEST_INPUT = 28
+LARGE_INPUT = 224
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """How an image becomes the network's input; travels inside the model file."""
+
+    size: tuple[int, int] | None = None
+    """Height and width in pixels; unset, the weights' own, else the images' own up to 64, else
+    224."""
+    resize: Resize | None = None
+    """squash ignores the aspect ratio; crop fills the frame and cuts the centre; pad shows all of
+    the image on black; unset, the weights' own, else crop."""
+    interpolation: Interpolation | None = None
+    """Resampling; area averages when shrinking and is linear when enlarging; unset, the weights'
+    own, else area."""
+    crop_fraction: float | None = None
+    """With crop: the part of the resized image that is kept; unset, the weights' own, else 1."""
+
+    def __post_init__(self) -> None:
+        size, fraction = self.size, self.crop_fraction
+        require(size is None or min(size) >= 1, "size", size, "height and width of at least 1")
+        valid = fraction is None or 0 < fraction <= 1
+        require(valid, "crop_fraction", fraction, "a number above 0 and at most 1, or null")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How images are read."""
+
+    pack: Literal["auto", "on", "off"] = "auto"
+    """Read decoded images from the dataset's pack: where there is one, always, or never."""
+    workers: int | None = None
+    """Threads that decode; unset, the cores of this process."""
+    ahead: int = 3
+    """Batches read ahead of the step that needs them."""
+    timeout: float = 300.0
+    """Seconds without a batch after which the run stops and names the files it waits for."""
+
+    def __post_init__(self) -> None:
+        workers = self.workers
+        require(workers is None or workers >= 1, "workers", workers, "at least 1, or null")
+        require(self.ahead >= 1, "ahead", self.ahead, "at least 1")
+        require(self.timeout > 0, "timeout", self.timeout, "a number of seconds above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes to training images, drawn per image from (seed, epoch, image)."""
+
+    flip: float = 0.0
+    """Probability of a horizontal mirror image."""
+    crop_padding: int = 0
+    """Random crop: shift by up to this many pixels either way; black moves in."""
+    resized_crop: tuple[float, float] | None = None
+    """Random resized crop: smallest and largest share of the area that is kept, such as
+    0.35,1."""
+    rotate: float = 0.0
+    """Random rotation by up to this many degrees either way."""
+    erase: float = 0.0
+    """Probability of erasing a rectangle of 2 to 33 % of the area with one random colour
+    (Zhong et al.: Random Erasing Data Augmentation, 2017)."""
+    policy: Literal["randaugment", "trivialaugment"] | None = None
+    """Random operations out of torchvision's fourteen: randaugment (Cubuk et al., 2019) several of
+    one strength, trivialaugment (Mueller, Hutter, 2021) one of any strength; null is off."""
+    randaugment_ops: int | None = None
+    """With randaugment: operations one after the other; null is 2."""
+    randaugment_magnitude: int | None = None
+    """With randaugment: their strength, 0 to 30; null is 9."""
+    mixup: float = 0.0
+    """Alpha of mixup (Zhang et al., 2017): each image becomes a mean of two, weighted by
+    Beta(alpha, alpha), and its label too; 0 is off, 0.2 usual."""
+    cutmix: float = 0.0
+    """Alpha of CutMix (Yun et al., 2019): a box of another image is pasted over each, 1 minus
+    Beta(alpha, alpha) of its area, and the label's share is that of the pixels; 0 is off, 1
+    usual."""
+    mix_probability: float = 1.0
+    """With mixup or cutmix: share of the images that are mixed."""
+    cutmix_share: float | None = None
+    """With both: share of the mixed images that take CutMix; null is 0.5."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "erase"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, name, value, "a probability from 0 to 1")
+        require(self.crop_padding >= 0, "crop_padding", self.crop_padding, "0 or more pixels")
+        require(0 <= self.rotate <= 180, "rotate", self.rotate, "0 to 180 degrees")
+        if self.resized_crop is not None:
+            low, high = self.resized_crop
+            valid = 0 < low <= high <= 1
+            require(valid, "resized_crop", self.resized_crop, "two shares, 0 < low <= high <= 1")
+            clash = self.crop_padding == 0
+            require(clash, "crop_padding", self.crop_padding, "0 where resized_crop is on")
+        self._check_policy()
+        self._check_mixing()
+
+    def _check_policy(self) -> None:
+        for name, low, high in (("ops", 1, 14), ("magnitude", 0, 30)):
+            key = f"randaugment_{name}"
+            value = getattr(self, key)
+            if value is not None:
+                require(low <= value <= high, key, value, f"{low} to {high}, or null")
+                used = self.policy == "randaugment"
+                require(used, key, value, "null; it belongs to policy: randaugment")
+
+    def _check_mixing(self) -> None:
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, name, value, "0 (off) or a number above it")
+        rate, share = self.mix_probability, self.cutmix_share
+        require(0 < rate <= 1, "mix_probability", rate, "above 0 and at most 1")
+        used = rate == 1 or self.mixup > 0 or self.cutmix > 0
+        require(used, "mix_probability", rate, "1 where mixup and cutmix are off")
+        if share is not None:
+            require(0 <= share <= 1, "cutmix_share", share, "a share from 0 to 1, or null")
+            both = self.mixup > 0 and self.cutmix > 0
+            require(both, "cutmix_share", share, "null unless mixup and cutmix are both on")
+
+    @property
+    def resolved_cutmix_share(self) -> float:
+        """Share of the mixed images that take CutMix rather than mixup."""
+        if self.mixup > 0 and self.cutmix > 0:
+            return 0.5 if self.cutmix_share is None else self.cutmix_share
+        return 1.0 if self.cutmix > 0 else 0.0
+
+
+DEFAULT_TEMPERATURE, DEFAULT_SHARE = 4.0, 0.5
+DEFAULT_GAMMA = 2.0
+"""Focusing that Lin et al. found best."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The loss of an image, and how much each class and each image counts.
+
+    The evaluation's `val_loss` is plain cross-entropy (of labels, BCE) whatever is said here.
+    """
+
+    name: Literal["cross_entropy", "focal", "bce"] = "cross_entropy"
+    """cross_entropy; focal, which turns to the images still wrong (Lin et al.: Focal Loss for Dense
+    Object Detection, 2017); bce, yes or no for each class on its own, the mean over the classes
+    (Wightman et al.: ResNet strikes back, 2021). Of heads the mean of theirs, without bce; labels
+    take bce, or focal of each one's sigmoid."""
+    label_smoothing: float = 0.0
+    """Share of each label's weight that is spread over all classes."""
+    focal_gamma: float | None = None
+    """With focal: how strongly images that are right already are passed over; 0 is cross-entropy,
+    null is 2."""
+    class_weights: Literal["balanced"] | tuple[float, ...] | dict[str, float] | None = None
+    """How much images of each class count: `balanced` (inversely to the class's training images, as
+    scikit-learn has it), a list in label order, or some classes by name, such as cat=2,dog=0.5,
+    where the others are 1. Scaled so that the training images weigh 1 on average."""
+    sample_weights: Literal["auto", "on", "off"] = "auto"
+    """Whether each image counts by its weight in the dataset: where it has weights, always, or
+    never. Scaled so that the training images weigh 1 on average."""
+
+    def __post_init__(self) -> None:
+        smoothing, gamma = self.label_smoothing, self.focal_gamma
+        require(0 <= smoothing < 1, "label_smoothing", smoothing, "a number from 0 to below 1")
+        valid = gamma is None or (math.isfinite(gamma) and gamma >= 0)
+        require(valid, "focal_gamma", gamma, "a number of 0 or more, or null")
+        used = gamma is None or self.name == "focal"
+        require(used, "focal_gamma", gamma, f"null with {self.name}; it belongs to name: focal")
+        weights = self.class_weights
+        numbers = weights.values() if isinstance(weights, dict) else weights
+        if numbers is not None and not isinstance(numbers, str):
+            valid = all(math.isfinite(number) and number >= 0 for number in numbers)
+            require(valid, "class_weights", weights, "numbers of 0 or more")
+            # classes that a mapping leaves out weigh 1
+            some = isinstance(weights, dict) or any(numbers)
+            require(some, "class_weights", weights, "at least one number above 0")
+
+    @property
+    def gamma(self) -> float:
+        """The focusing of the focal loss."""
+        return DEFAULT_GAMMA if self.focal_gamma is None else self.focal_gamma
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Distillation (Hinton et al., 2015): learning a trained model's answers beside the labels."""
+
+    teacher: Path | None = None
+    """Trained model to learn from, best.pth or best.onnx, of the same classes; null is off."""
+    temperature: float | None = None
+    """With a teacher: both models' logits are divided by it, so that the small probabilities tell
+    more; null is 4."""
+    share: float | None = None
+    """With a teacher: its share of the loss, the labels have the rest; null is 0.5."""
+
+    def __post_init__(self) -> None:
+        temperature, share = self.temperature, self.share
+        valid = temperature is None or 0 < temperature < math.inf
+        require(valid, "temperature", temperature, "a number above 0, or null")
+        require(share is None or 0 < share <= 1, "share", share, "above 0 and at most 1, or null")
+        for name in ("temperature", "share"):
+            used = getattr(self, name) is None or self.teacher is not None
+            require(used, name, getattr(self, name), "null without a teacher")
+
+    @property
+    def resolved_temperature(self) -> float:
+        """The temperature, as given or usual."""
+        return DEFAULT_TEMPERATURE if self.temperature is None else self.temperature
+
+    @property
+    def resolved_share(self) -> float:
+        """The teacher's share, as given or usual."""
+        return DEFAULT_SHARE if self.share is None else self.share
+
+
+USUAL: dict[str, dict[str, Any]] = {
+    "adamw": {"weight_decay": 0.05, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
+    "adam": {"weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
+    "sgd": {"weight_decay": 1e-4, "momentum": 0.9, "nesterov": False},
+    "rmsprop": {"weight_decay": 1e-5, "beta2": 0.99, "eps": 1e-8, "momentum": 0.0},
+    "adabelief": {"weight_decay": 0.05, "beta1": 0.9, "beta2": 0.999, "eps": 1e-16},
+    "ranger": {"weight_decay": 0.05, "beta1": 0.95, "beta2": 0.999, "eps": 1e-5},
+}
+"""Our optimisers: the keys that each reads, and their values where the config says null."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimiser, and the learning rates of the layers.
+
+    Null stands for what is usual with the optimiser; a key that it does not read is refused.
+    """
+
+    name: str = "adamw"
+    """adamw, adam, sgd, rmsprop, adabelief, ranger, or any that timm knows, such as `lamb` or
+    `timm:adamw` (timm's own where both know the name)."""
+    weight_decay: float | None = None
+    """Weight decay; norms and biases are spared. Decoupled, usually 0.05, with adamw, adabelief and
+    ranger; added to the gradient with sgd (1e-4), rmsprop (1e-5) and adam (0); timm's: 0."""
+    beta1: float | None = None
+    """Decay of the mean of gradients; usually 0.9, of ranger 0.95."""
+    beta2: float | None = None
+    """Decay of the mean of squared gradients; usually 0.999, of rmsprop (its alpha) 0.99."""
+    eps: float | None = None
+    """Added to the divisor; usually 1e-8, of adabelief 1e-16, of ranger 1e-5."""
+    momentum: float | None = None
+    """Momentum of sgd (usually 0.9) and rmsprop (0)."""
+    nesterov: bool | None = None
+    """Nesterov's momentum with sgd; usually false."""
+    layer_decay: float | None = None
+    """Each layer's learning rate is this times that of the layer above it, the head's being `lr`;
+    null: all learn alike."""
+    head_lr_scale: float = 1.0
+    """Learning rate of the head (the last layer), as a multiple of `lr`."""
+    clip_norm: float | None = 1.0
+    """Gradients are scaled down to this norm, after unscaling; null leaves them."""
+
+    def __post_init__(self) -> None:
+        if self.name in USUAL:  # timm's are checked when timm is loaded
+            refuse_unread(self, USUAL)
+        decay = self.weight_decay
+        require(decay is None or decay >= 0, "weight_decay", decay, "0 or more, or null")
+        for name in ("beta1", "beta2", "momentum"):
+            value = getattr(self, name)
+            known = value is None or 0 <= value < 1
+            require(known, name, value, "a number from 0 to below 1, or null")
+        if self.nesterov:
+            require(self.momentum != 0, "nesterov", True, "false, as momentum is 0")
+        require(self.eps is None or self.eps > 0, "eps", self.eps, "a number above 0, or null")
+        layer = self.layer_decay
+        require(
+            layer is None or 0 < layer <= 1, "layer_decay", layer, "above 0, at most 1, or null"
+        )
+        scale = self.head_lr_scale
+        require(scale > 0, "head_lr_scale", scale, "a number above 0")
+        clip = self.clip_norm
+        require(clip is None or clip > 0, "clip_norm", clip, "a number above 0, or null")
+
+    def value(self, key: str) -> Any:
+        """The value of a key: what is given, or else what is usual with the optimiser."""
+        value = getattr(self, key)
+        return USUAL.get(self.name, {}).get(key) if value is None else value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,28 +14,23 @@ from accelerate import Accelerator
 from accelerate.utils import reduce
 from torch import Tensor
 
-from distcls.data.augment import Augment
-from distcls.data.loader import Batch
-from distcls.data.order import DataOrder
 from distcls.errors import UsageError
-from distcls.evaluation.metrics import Metrics
-from distcls.evaluation.several import AnyTally, new_tally, tally_of
+from distcls.evaluation.metrics import AnyTally, Metrics, new_tally, tally_of
 from distcls.imaging import Preprocess
 from distcls.models.classifier import Classifier
-from distcls.training.averaging import LastEpochs
+from distcls.training.augment import Augment
 from distcls.training.config import TrainConfig
-from distcls.training.ema import Ema
-from distcls.training.feed import Shares, make_loader
+from distcls.training.distributed import share_buffers, synchronise_norms
 from distcls.training.freezing import Freezing, freeze_for_good
-from distcls.training.guard import Guard
-from distcls.training.input import TrainingInput
-from distcls.training.objective import Objective
-from distcls.training.optimizer import make_optimizer
+from distcls.training.fsdp import Sharding, fill, fill_optimizer, gathered, whole
+from distcls.training.inputs import TrainingInput
+from distcls.training.loader import Batch, make_loader
+from distcls.training.losses import Objective
+from distcls.training.optim import make_optimizer
+from distcls.training.sampler import DataOrder, Shares
 from distcls.training.schedule import make_schedule
-from distcls.training.sharding import Sharding
-from distcls.training.shards import fill, fill_optimizer, gathered, whole
-from distcls.training.spikes import Spikes
-from distcls.training.sync_norm import share_buffers, synchronise_norms
+from distcls.training.stability import Guard, Spikes
+from distcls.training.weight_averaging import Ema, LastEpochs
 
 EVALUATION_BATCH = 256
 

@@ -6,10 +6,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from distcls.config.schema import duration_in_steps
 from distcls.errors import UsageError, did_you_mean
-from distcls.models.layers import head_parameters
+from distcls.models.classifier import head_parameters
 from distcls.training.config import FreezeConfig
-from distcls.training.duration import duration_in_steps
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 

@@ -1,4 +1,4 @@
-"""How many images fit into memory at a time: tried before the first step, agreed by all processes.
+"""Passes tried before the first step: what fits into memory, and what torch.compile gains.
 
 Under DDP a process that runs out of memory within a step leaves the others waiting for its
 gradients. So the trial uses the bare model, which talks to nobody, and the processes compare their
@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from torch._inductor.exc import InductorError
 
-from distcls.data.loader import Batch
 from distcls.errors import DistclsError
-from distcls.log import warn
+from distcls.log import say, warn
 from distcls.models.classifier import Classifier
+from distcls.training.distributed import SyncNorm
 from distcls.training.engine import Engine
-from distcls.training.sync_norm import SyncNorm
+from distcls.training.loader import Batch
 
 HEADROOM = 1.25
 """Images of a trial for one of a step: memory in use breaks into pieces, others take some too."""
@@ -181,3 +184,50 @@ def _trainable(engine: Engine) -> list[nn.Parameter]:
 def _pixels(engine: Engine, count: int, size: tuple[int, int]) -> Tensor:
     device = engine.accelerator.device
     return torch.randint(256, (count, *size, 3), dtype=torch.uint8, device=device)
+
+
+PASSES = 5
+"""Passes timed before and after; their median counts."""
+
+
+def compile_step(engine: Engine) -> None:
+    """Compile the model in place, and say how long that took and how long a step takes now.
+
+    The passes that are timed see random pixels and leave no trace, so a run that is resumed
+    computes as one that never stopped. Raises DistclsError if there is no compiler.
+    """
+    with unchanged(engine):
+        before = _seconds(engine)
+        engine.model.compile()
+        began = time.perf_counter()
+        try:
+            _pass(engine)
+        except InductorError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DistclsError(f"compile: torch.compile failed: {reason}") from error
+        cost = time.perf_counter() - began
+        after = _seconds(engine)
+    say(f"compiled   {cost:.0f} s; {_verdict(before, after, cost)}")
+
+
+def _verdict(before: float, after: float, cost: float) -> str:
+    passes = f"forward and backward {1000 * before:.0f} ms before, {1000 * after:.0f} ms now"
+    if after >= before:
+        return f"{passes}: it does not pay here, leave --compile off"
+    return f"{passes}: it pays after {cost / (before - after):,.0f} steps"
+
+
+def _seconds(engine: Engine) -> float:
+    """Median time of a pass over the largest part of a step, after one that warms up."""
+    times = []
+    for _ in range(1 + PASSES):
+        began = time.perf_counter()
+        _pass(engine)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def _pass(engine: Engine) -> None:
+    try_pass(engine, engine.micro_batch)
+    if engine.accelerator.device.type == "cuda":
+        torch.cuda.synchronize(engine.accelerator.device)

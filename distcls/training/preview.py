@@ -10,19 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distcls.cores import available_cores
-from distcls.data.augment import Augment
-from distcls.data.loader import Loader
-from distcls.data.order import DataOrder
-from distcls.figures import shorten
-from distcls.models import zoo
+from distcls.models import factory
 from distcls.models.pretrained import find_weights
-from distcls.targets import Targets
-from distcls.training.config import TrainConfig
-from distcls.training.feed import Shares
-from distcls.training.input import choose_preprocess, open_input
-from distcls.training.losses.config import DistillConfig
-from distcls.training.objective import Examples, Objective
+from distcls.plotting import shorten
+from distcls.system import available_cores
+from distcls.task import Targets
+from distcls.training.augment import Augment
+from distcls.training.config import DistillConfig, TrainConfig
+from distcls.training.inputs import choose_preprocess, open_input
+from distcls.training.loader import Loader
+from distcls.training.losses import Examples, Objective
+from distcls.training.sampler import DataOrder, Shares
 
 LETTERS = 20
 """Of a class's name, where several share an image."""
@@ -52,7 +50,7 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
     same order with the same random changes, on the device that would train. Whole batches are
     computed, as mixing has to know its neighbours. Raises UsageError as `train` would.
     """
-    zoo.require_known(config.model.name)
+    factory.require_known(config.model.name)
     data = open_input(config)
     weights = find_weights(config.model)
     known = None if weights is None else weights.preprocess

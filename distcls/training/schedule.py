@@ -8,9 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from distcls.config.schema import duration_in_steps, refuse_unread, require_choice, require_duration
 from distcls.errors import require
-from distcls.training.choice import refuse_unread, require_choice
-from distcls.training.duration import duration_in_steps, require_duration
 
 USUAL: dict[str, dict[str, Any]] = {
     "cosine": {"warmup": "5%", "final": 0.01},

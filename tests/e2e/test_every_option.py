@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import distcls.train
+import distcls.commands.train
 from distcls.config import leaves
-from distcls.data.layout import MANIFEST
+from distcls.data.dataset import MANIFEST
 from distcls.errors import DistclsError
 from distcls.training.config import TrainConfig
-from distcls.training.records import BEST
+from distcls.training.logging import BEST
 from tests import tiny_dataset
 
 CLASSES = ("red", "green", "blue")
@@ -225,10 +225,10 @@ def observe(keys: dict[str, Any], out: Path, places: dict[str, Path]) -> Left:
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(said),
         # three quarters of the time of such a run, and no key is about it
-        mock.patch("distcls.training.records.curves"),
+        mock.patch("distcls.plotting.curves"),
     ):
         try:
-            distcls.train.main(arguments)
+            distcls.commands.train.main(arguments)
         except DistclsError as error:
             refused = str(error)
     words = timeless(f"{printed.getvalue()}\n{said.getvalue()}".replace(str(out), "OUT"))
@@ -273,7 +273,7 @@ def test_so_many_threads_decode(trained: Train, monkeypatch: pytest.MonkeyPatch)
             pools.append(workers)
             super().__init__(workers, **more)
 
-    monkeypatch.setattr("distcls.data.loader.ThreadPoolExecutor", Spy)
+    monkeypatch.setattr("concurrent.futures.ThreadPoolExecutor", Spy)
     trained({**USUAL, "loader.workers": 3})
     assert set(pools) == {3}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distcls.training.checkpoints import states
+from distcls.training.checkpointing import states
 from tests.e2e.commands import run, train
 
 pytestmark = [

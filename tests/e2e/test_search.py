@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from distcls.errors import UsageError
-from distcls.training.checkpoints import states
-from launch.search import main
-from launch.trial_runs import TABLE
+from distcls.launch.search import TABLE, main
+from distcls.training.checkpointing import states
 from tests.e2e.commands import ROOT, command, run
 
 TINY = [

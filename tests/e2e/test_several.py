@@ -12,16 +12,16 @@ import numpy as np
 import onnxruntime
 import pytest
 
-import distcls.evaluate
-import distcls.predict
-import distcls.train
-import export.onnx
+import distcls.commands.evaluate
+import distcls.commands.predict
+import distcls.commands.train
 from distcls.data.dataset import Dataset
 from distcls.errors import UsageError
-from distcls.inference.session import OnnxModel
+from distcls.export import onnx
+from distcls.export.certificate import load_images
+from distcls.export.reduced_precision import Recipe, make_variant
 from distcls.models.checkpoint import open_checkpoint, read_checkpoint
-from export.parity import load_images
-from export.variants import Recipe, make_variant
+from distcls.runtime.model import OnnxModel
 from tests import several
 from tests.e2e.commands import run
 from tests.e2e.test_training import history
@@ -51,14 +51,14 @@ def trained(source: Path, kind: str, processes: int = 1) -> tuple[Path, Path]:
     if not out.exists():
         flags = ["--data", str(data), "--out", str(out), *RECIPE, *more]
         if processes == 1:
-            distcls.train.main(flags)
+            distcls.commands.train.main(flags)
         else:
             run(*flags, module="distcls.train", processes=processes)
     return data, out
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], *flags: object) -> dict[str, Any]:
-    distcls.evaluate.main([*map(str, flags), "--json"])
+    distcls.commands.evaluate.main([*map(str, flags), "--json"])
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
@@ -83,13 +83,13 @@ def test_checkpoint_and_onnx_answer_as_evaluate_says(
     rows = history(out)
     assert all(0 <= row["val_exact"] <= row["val_top1"] <= 1 for row in rows)
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
-    export.onnx.main(["--ckpt", str(out / "best.pth"), "--out", str(tmp_path / "best.onnx")])
+    onnx.main(["--ckpt", str(out / "best.pth"), "--out", str(tmp_path / "best.onnx")])
     capsys.readouterr()
     figures = []
     for model in (out / "best.pth", tmp_path / "best.onnx"):
         folder, table = tmp_path / model.suffix[1:], tmp_path / f"{model.suffix[1:]}.csv"
         found = evaluated(capsys, "--model", model, "--data", data, "--out", folder)
-        distcls.predict.main([str(data), "--model", str(model), "--out", str(table)])
+        distcls.commands.predict.main([str(data), "--model", str(model), "--out", str(table)])
         right = np.mean([a == b for a, b in zip(labels(table), truths(source, kind), strict=True)])
         assert found["exact"] == pytest.approx(right, abs=1e-12)
         assert found["count"] == 75
@@ -104,11 +104,11 @@ def test_probabilities_in_the_file_are_those_of_each_head(source: Path, tmp_path
     for kind in ("texts", "tags"):
         data, out = trained(source, kind)
         path = tmp_path / f"{kind}.onnx"
-        export.onnx.main(["--ckpt", str(out / "best.pth"), "--out", str(path)])
+        onnx.main(["--ckpt", str(out / "best.pth"), "--out", str(path)])
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         targets = Dataset.open(data).targets
         metadata = session.get_modelmeta().custom_metadata_map
-        assert json.loads(metadata["distcls.targets"])["kind"] == targets.kind
+        assert json.loads(metadata["distcls.task"])["kind"] == targets.kind
         shape = session.get_inputs()[0].shape[1:]
         images = np.random.default_rng(0).integers(0, 256, (3, *shape), dtype=np.uint8)
         logits, probabilities = session.run(["logits", "probabilities"], {"images": images})
@@ -123,7 +123,7 @@ def test_variants_are_certified_part_by_part(kind: str, source: Path, tmp_path: 
     recipe = Recipe(
         precision="fp16",
         reference=reference,
-        graph=export.onnx.to_onnx(reference.model, reference.card, 18),
+        graph=onnx.to_onnx(reference.model, reference.card, 18),
         split=split,
         images=load_images(split, reference.card.preprocess, 64),
         max_accuracy_drop=10,
@@ -179,7 +179,7 @@ def test_early_stopping_on_the_whole_answer(source: Path, tmp_path: Path) -> Non
     data, _ = trained(source, "texts")
     flags = ["--monitor.metric", "exact", "--monitor.patience", "1", "--monitor.min-delta", "1"]
     call = ["--data", str(data), "--out", str(tmp_path / "run"), "--limit", "64"]
-    distcls.train.main([*call, *RECIPE, *flags])
+    distcls.commands.train.main([*call, *RECIPE, *flags])
     assert len(history(tmp_path / "run")) == 2
 
 
@@ -196,5 +196,5 @@ def test_contradictions_leave_no_run(
 ) -> None:
     data, _ = trained(source, kind)
     with pytest.raises(UsageError, match=told):
-        distcls.train.main(["--data", str(data), "--out", str(tmp_path / "run"), *flags])
+        distcls.commands.train.main(["--data", str(data), "--out", str(tmp_path / "run"), *flags])
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distcls.training.checkpoints import states
+from distcls.training.checkpointing import states
 from tests.e2e.commands import ROOT, SMALL, command, run, train
 
 FILES = ["best.pth", "config.yaml", "curves.png", "history.csv", "last", "metrics.jsonl", "named"]

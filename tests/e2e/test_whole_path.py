@@ -20,27 +20,26 @@ import pytest
 import torch
 from torchvision.models import get_model
 
-import distcls.evaluate
-import distcls.list_models
-import distcls.predict
-import distcls.prepare
-import distcls.train
-import export.onnx
-import export.triton
+import distcls.commands.evaluate
+import distcls.commands.models
+import distcls.commands.predict
+import distcls.commands.prepare
+import distcls.commands.train
+from distcls.batch.options import PredictOptions
+from distcls.commands.models import ModelsOptions
 from distcls.config import leaves
 from distcls.data.prepare import PrepareOptions
 from distcls.evaluation.evaluate import EvaluateOptions
-from distcls.inference.predict import PredictOptions
-from distcls.list_models import ModelsOptions
-from distcls.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from distcls.training.losses.config import DistillConfig
-from distcls.training.optimizer import make_optimizer
-from distcls.training.optimizer_config import USUAL as OPTIMIZERS
+from distcls.export import onnx as exporting
+from distcls.export import triton
+from distcls.export.onnx import ExportOptions
+from distcls.export.triton import TritonOptions
+from distcls.training.config import USUAL as OPTIMIZERS
+from distcls.training.config import DistillConfig, OptimizerConfig, TrainConfig
+from distcls.training.distillation import Teacher
+from distcls.training.optim import make_optimizer
 from distcls.training.schedule import USUAL as SCHEDULES
-from distcls.training.schedule import make_schedule
-from distcls.training.teacher import Teacher
-from export.onnx import ExportOptions
-from export.triton import TritonOptions
+from distcls.training.schedule import ScheduleConfig, make_schedule
 
 OPTIONS = (
     *(PrepareOptions, ModelsOptions, TrainConfig, ExportOptions, TritonOptions),
@@ -86,10 +85,12 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[tuple[type
 def whole_path(folder: Path) -> None:
     """What `make demo` does, smaller."""
     data, out = folder / "digits", folder / "run"
-    distcls.prepare.main(["digits", "--out", str(data), "--limit", "300", "--write-images"])
-    distcls.list_models.main(["simple_nn"])
+    distcls.commands.prepare.main(
+        ["digits", "--out", str(data), "--limit", "300", "--write-images"]
+    )
+    distcls.commands.models.main(["simple_nn"])
     torch.save(get_model("mobilenet_v3_small").state_dict(), folder / "weights.pth")
-    distcls.train.main(
+    distcls.commands.train.main(
         [
             *("--data", str(data), "--out", str(out), "--epochs", "2", "--batch-size", "32"),
             *("--model.pretrained", str(folder / "weights.pth")),
@@ -101,18 +102,20 @@ def whole_path(folder: Path) -> None:
     teacher = DistillConfig(teacher=out / "best.pth")
     Teacher(teacher, tuple("0123456789"), torch.device("cpu"))
     (out / "best.onnx").write_text("of an earlier export")
-    export.onnx.main(["--ckpt", str(out / "best.pth"), "--quiet", "--overwrite"])
+    exporting.main(["--ckpt", str(out / "best.pth"), "--quiet", "--overwrite"])
     half = ["--precision", "fp16", "--max-accuracy-drop", "10", "--min-agreement", "90"]
-    export.onnx.main(["--ckpt", str(out / "best.pth"), *half])
-    export.triton.main(["--model", str(out / "best.onnx"), "--out", str(folder / "models")])
+    exporting.main(["--ckpt", str(out / "best.pth"), *half])
+    triton.main(["--model", str(out / "best.onnx"), "--out", str(folder / "models")])
     for ending in ("pth", "onnx"):
         model = str(out / f"best.{ending}")
         evaluation = str(folder / f"evaluation_{ending}")
-        distcls.evaluate.main(["--model", model, "--data", str(data), "--out", evaluation])
+        distcls.commands.evaluate.main(["--model", model, "--data", str(data), "--out", evaluation])
         predictions = folder / f"{ending}.csv"
         predictions.write_text("of an earlier prediction")
         more = ["--overwrite", *(["--show", "4"] if ending == "onnx" else [])]
-        distcls.predict.main(["--model", model, str(data), "--out", str(predictions), *more])
+        distcls.commands.predict.main(
+            ["--model", model, str(data), "--out", str(predictions), *more]
+        )
 
 
 def every_choice() -> None:
@@ -178,7 +181,9 @@ def test_the_lines_of_the_readme_run_without_distcls_and_torch(
     )
     assert done.returncode == 0, done.stderr
     out = tmp_path / "pre.csv"
-    distcls.predict.main([str(name), "--model", str(folder / "run/best.onnx"), "--out", str(out)])
+    distcls.commands.predict.main(
+        [str(name), "--model", str(folder / "run/best.onnx"), "--out", str(out)]
+    )
     with out.open(newline="") as handle:
         (row,) = csv.DictReader(handle)
     assert float(done.stdout) == pytest.approx(float(row["probability"]), rel=1e-4)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from distcls import cli, door
+from distcls import cli
 
 
 def command(*arguments: object) -> list[str]:
@@ -24,7 +24,7 @@ def call(*arguments: object) -> subprocess.CompletedProcess[str]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            door.run(cli.dispatch, ["prepare", *map(str, arguments)])
+            cli.run(cli.dispatch, ["prepare", *map(str, arguments)])
         except SystemExit as left:
             code = int(left.code or 0)
     return subprocess.CompletedProcess([], code, out.getvalue(), err.getvalue())

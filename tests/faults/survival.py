@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.invariance import teacher
-from distcls.training.checkpoints import states
+from distcls.training.checkpointing import states
 from tests.e2e.commands import ROOT, command
 
 OPTIONS = [

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from distcls.bundle import ModelCard
 from distcls.imaging import Preprocess
-from distcls.models import zoo
+from distcls.model_card import ModelCard
+from distcls.models import factory
 from distcls.models.checkpoint import save_checkpoint
 from distcls.models.config import ModelConfig
 from tests.e2e.commands import run
@@ -130,7 +130,7 @@ def test_output_folder_that_cannot_be_written(tmp_path: Path, digits: Path) -> N
 def checkpoint(tmp_path: Path) -> Path:
     """A checkpoint of three classes."""
     preprocess = Preprocess(size=(32, 32))
-    model = zoo.build(ModelConfig(), 3, preprocess)
+    model = factory.build(ModelConfig(), 3, preprocess)
     architecture = {"name": "mobilenet_v3_small"}
     card = ModelCard(architecture=architecture, classes=("a", "b", "c"), preprocess=preprocess)
     save_checkpoint(tmp_path / "best.pth", model, card)

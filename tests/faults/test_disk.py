@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distcls.training.checkpoints import newest_whole, states
+from distcls.training.checkpointing import newest_whole, states
 from tests.e2e.commands import ROOT, command
 from tests.faults.survival import all_options, kill_all, start, wait_for
 

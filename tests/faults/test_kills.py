@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from distcls.training.checkpoints import newest_whole, states
+from distcls.training.checkpointing import newest_whole, states
 from tests.faults.conftest import Unbroken
 from tests.faults.survival import (
     PLATEAU,

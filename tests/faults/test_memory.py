@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from distcls.training.checkpoints import newest_whole
+from distcls.training.checkpointing import newest_whole
 from tests.faults.survival import (
     assert_bit_equal,
     finish,

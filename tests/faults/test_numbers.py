@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distcls.training.checkpoints import newest_whole
+from distcls.training.checkpointing import newest_whole
 from tests.faults.survival import ONE_AND_TWO, STEPS, finish, start
 
 

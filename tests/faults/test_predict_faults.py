@@ -60,7 +60,7 @@ BAD = {
 
 
 def predict(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "distcls.predict", *map(str, arguments)]
+    command = [sys.executable, "-m", "distcls.commands.predict", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -172,8 +172,8 @@ def test_disk_full(tmp_path: Path, folder: Path, model: Path) -> None:
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "from distcls.door import run\n"
-        "from distcls.predict import main\n"
+        "from distcls.cli import run\n"
+        "from distcls.commands.predict import main\n"
         "run(main)\n"
     )
     out = tmp_path / "pre.csv"

@@ -28,9 +28,9 @@ PARTS = -(-COUNT // 32)
 
 PROGRAM = """
 import os, resource, signal, sys, time
-from distcls.door import run
+from distcls.cli import run
 from distcls.inference.inputs import files
-from distcls.predict import main
+from distcls.commands.predict import main
 
 slow, most, decode = float(os.environ["SLOW"]), int(os.environ["MOST_BYTES"]), files.read_file
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distcls.data.dataset import Dataset
-from distcls.data.layout import MANIFEST, PACK
+from distcls.data.dataset import MANIFEST, PACK, Dataset
 from tests.faults.preparing import command, parts, refused, run
 
 

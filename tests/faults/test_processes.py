@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distcls.training.checkpoints import newest_whole
+from distcls.training.checkpointing import newest_whole
 from tests.faults.conftest import Unbroken
 from tests.faults.survival import (
     PLATEAU,

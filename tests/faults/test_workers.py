@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from distcls.data.layout import PACK
+from distcls.data.dataset import PACK
 from distcls.data.prepare import PrepareOptions, prepare
-from distcls.training.checkpoints import newest_whole
+from distcls.training.checkpointing import newest_whole
 from tests.faults.survival import ONE_AND_TWO, finish, start, steps_done, wait_for, workers
 
 

@@ -29,13 +29,13 @@ from typing import Any
 import psutil
 import torch
 
-from distcls.data.loader import Batch
-from distcls.door import run
+from distcls.cli import run
+from distcls.commands.train import main
 from distcls.evaluation.metrics import Metrics
 from distcls.files import atomic_path
-from distcls.train import main
-from distcls.training import checkpoints
+from distcls.training import checkpointing
 from distcls.training.engine import Engine
+from distcls.training.loader import Batch
 
 TRACE, POISON = os.environ.get("TRACE"), os.environ.get("POISON")
 BLIND, DIE, CLOCK_LOG = (os.environ.get(name) for name in ("BLIND", "DIE", "CLOCK_LOG"))
@@ -124,6 +124,6 @@ if ROOM or GPU_ROOM:
 if BLIND:
     Engine.evaluate = blinded_evaluate  # type: ignore[method-assign]
 if SLOW_SAVE:
-    checkpoints.atomic_path = slow_path  # type: ignore[attr-defined]
+    checkpointing.atomic_path = slow_path  # type: ignore[attr-defined]
 if __name__ == "__main__":
     run(main)

@@ -1,0 +1,1 @@
+"""Batch prediction: a resumable job from images to a table."""

@@ -1,0 +1,173 @@
+"""What batch prediction can be told, and what it tells when it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from distcls.config import positional
+from distcls.data.formats.detect import TIMEOUT
+from distcls.errors import require
+from distcls.runtime.providers import Asked, ProviderChoice
+
+Tta = Literal["none", "flip"]
+Engine = Literal["local", "ray"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """What `distcls predict` is asked."""
+
+    input: str = positional()
+    """Folder (searched with all below it), glob, image, manifest (.csv or .parquet with a column
+    path, file, filename, image or image_id), dataset directory, tar shards (photos-{000..003}.tar
+    or a glob), http://, https://, s3:// or gs:// (an image, folder, glob or manifest), or - for
+    a list on standard input, one path or URL a line."""
+    model: str
+    """Model file: best.onnx, or a checkpoint best.pth. Several, as in a.onnx,b.onnx, answer with
+    the mean of their probabilities."""
+    out: Path = Path("pre.csv")
+    """File to write; .csv, .jsonl or .parquet by its ending."""
+    features: Path | None = None
+    """Parquet file to write as well: the features of each image, which is what the last layer of
+    the network is given."""
+    split: str | None = None
+    """Split of a dataset directory; test unless given."""
+    batch_size: int | None = None
+    """Images the model takes at a time; unset, chosen with the provider (64 for a .pth)."""
+    provider: ProviderChoice = "auto"
+    """What runs an ONNX model: auto takes the fastest that is installed and agrees with the CPU;
+    or cpu, openvino, cuda, tensorrt."""
+    top_k: int = 1
+    """Classes to name for each image, the likeliest first; 1 of a model of heads or labels."""
+    probabilities: bool = False
+    """Add a column p:CLASS with the probability of each class."""
+    threshold: float | None = None
+    """Least probability of a class, in each head by itself; below it the label stays empty and the
+    column `abstained` says true. Not for labels, which have a threshold each."""
+    tta: Tta = "none"
+    """Test-time augmentation: flip answers with the mean of the probabilities of each image and of
+    its mirror image."""
+    show: int = 0
+    """Draw that many random images with their predictions as a PNG."""
+    show_out: Path | None = None
+    """The PNG that --show writes; the name of --out with .png unless given."""
+    seed: int = 0
+    """Chooses the images of --show."""
+    limit: int | None = None
+    """Take the first images only."""
+    workers: int | None = None
+    """Threads that decode; one a core unless given."""
+    engine: Engine = "local"
+    """What computes: this machine, or with ray the nodes of a Ray cluster (that of RAY_ADDRESS),
+    where input and model have to be seen by all."""
+    scaled_decode: bool = False
+    """Decode large JPEGs at a half, a quarter or an eighth of their size, as far as they are scaled
+    down anyway: faster, with slightly other pixels; refused if it changes answers."""
+    profile: Path | None = None
+    """PNG to write: where the time went, decoding, waiting, computing and writing."""
+    fetch_timeout: float = TIMEOUT
+    """Seconds that one attempt to download an image may take; there are four."""
+    classes: Path | None = None
+    """For an ONNX file that distcls has not exported: file with its class names, one a line or a
+    JSON list; --size, --mean and --std say the rest."""
+    size: tuple[int, int] | None = None
+    """With --classes: height and width of the model's input; unset, as the file says."""
+    mean: tuple[float, float, float] | None = None
+    """With --classes: mean of each RGB channel, of values scaled to 0..1; 0,0,0 unless given."""
+    std: tuple[float, float, float] | None = None
+    """With --classes: standard deviation of each RGB channel, likewise; 1,1,1 unless given."""
+    part_rows: int = 4096
+    """Rows after which the work done is safe from a kill; rounded up to whole batches."""
+    resume: bool = False
+    """Continue a run that was killed; its inputs, model and options have to be the same."""
+    overwrite: bool = False
+    """Replace --out if it exists, and forget an unfinished run."""
+    json: bool = False
+    """Print one JSON object on standard output, for machines."""
+    quiet: bool = False
+    """Say nothing but warnings and errors."""
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "part_rows"):
+            value = getattr(self, name)
+            require(value >= 1, name, value, "at least 1")
+        require(self.show >= 0, "show", self.show, "at least 0")
+        for name in ("batch_size", "limit", "workers"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
+        chance = self.threshold
+        require(chance is None or 0 < chance <= 1, "threshold", chance, "above 0 and at most 1")
+        require(self.fetch_timeout > 0, "fetch_timeout", self.fetch_timeout, "seconds above 0")
+        both = self.resume and self.overwrite
+        require(not both, "resume", True, "false with --overwrite, which starts anew")
+        table = self.features
+        parquet = table is None or table.suffix.lower() == ".parquet"
+        require(parquet, "features", str(table), "the name of a .parquet file")
+        require(table is None or table != self.out, "features", str(table), "another file than out")
+        alone = table is None or (self.tta == "none" and len(self.models) == 1)
+        require(alone, "features", str(table), "no --tta and one model, whose features they are")
+        require(bool(self.models), "model", self.model, "the name of a model file")
+        for name in ("size", "mean", "std"):
+            given = getattr(self, name) is not None
+            require(not given or self.classes is not None, name, getattr(self, name), _FOREIGN)
+
+    @property
+    def models(self) -> tuple[Path, ...]:
+        """The model files; a comma that is part of an existing file's name parts nothing."""
+        whole = Path(self.model)
+        if "," not in self.model or whole.exists():
+            return (whole,)
+        return tuple(Path(name.strip()) for name in self.model.split(",") if name.strip())
+
+    def asked(self, images: int) -> Asked:
+        """How the model is to be run, on a source of so many images."""
+        return Asked.of(self, images)
+
+    @property
+    def picture(self) -> Path:
+        """The PNG that --show writes."""
+        return self.show_out or self.out.with_suffix(".png")
+
+
+_FOREIGN = "nothing without --classes: a file exported by distcls says it itself"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictResult:
+    """What was done."""
+
+    images: int
+    errors: int
+    abstained: int
+    resumed: int
+    """Images that an earlier run, which was killed, had answered."""
+    seconds: float
+    provider: str
+    stages: dict[str, float | int]
+    """Where the time of this run went, in seconds (see `distcls.runtime.pipeline`)."""
+    out: Path
+    features: Path | None
+    shown: Path | None
+
+    @property
+    def images_per_second(self) -> float:
+        """Images of this run over its seconds, decoding and writing included."""
+        return (self.images - self.resumed) / max(self.seconds, 1e-9)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "images": self.images,
+            "errors": self.errors,
+            "abstained": self.abstained,
+            "resumed": self.resumed,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.images_per_second, 1),
+            "provider": self.provider,
+            "stages": self.stages,
+            "out": str(self.out),
+            "features": None if self.features is None else str(self.features),
+            "shown": None if self.shown is None else str(self.shown),
+        }

@@ -1,0 +1,1 @@
+"""The commands of `distcls`: parse, call, print."""

@@ -1,0 +1,116 @@
+"""What is known of a network before it is trained: parameters, multiply-accumulates, input size."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from distcls.cli import run
+from distcls.config import parse, positional
+from distcls.imaging import Preprocess
+from distcls.models.classifier import Classifier, count_macs, count_parameters
+from distcls.models.factory import construct
+from distcls.models.pretrained import library_preprocess
+from distcls.models.registry import Origin, resolve
+
+ABOUT = "List networks by name with their parameters, multiply-accumulates and input size."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelsOptions:
+    """What `distcls models` can be told."""
+
+    pattern: str | None = positional(None)
+    """Names to list: a glob such as 'timm:*vit*', or a part of the name; unset, the best known."""
+    json: bool = False
+    """Print one JSON object on standard output."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, look up, print."""
+    options = parse(ModelsOptions, arguments, prog="distcls models", about=ABOUT)
+    pass
+    from distcls.models.registry import matching
+
+    names = matching(options.pattern)
+    if options.json:
+        print(json.dumps({"models": [describe(name).to_json() for name in names]}))
+        return
+    print(HEADER)
+    for name in names:
+        print(describe(name).line(), flush=True)
+
+
+CLASSES = 1000
+"""ImageNet's, so that the figures are those of the papers."""
+ANY_SIZE = (32, 32)
+"""Input of the figures for networks without published weights."""
+HEADER = f"{'name':<40} {'library':<12} {'parameters':>11} {'MACs':>11}  input"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One network with 1,000 classes."""
+
+    name: str
+    library: str
+    size: tuple[int, int]
+    """Height and width that its published weights expect."""
+    parameters: int | None
+    macs: int | None
+    """Multiply-accumulates of one image of that size; None if it could not be built."""
+    note: str = ""
+    """Why it could not be built."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For --json."""
+        return dataclasses.asdict(self)
+
+    def line(self) -> str:
+        """A row under `HEADER`."""
+        if self.parameters is None or self.macs is None:
+            return f"{self.name:<40} {self.library:<12} {self.note}"
+        height, width = self.size
+        return (
+            f"{self.name:<40} {self.library:<12} {self.parameters / 1e6:>9.2f} M "
+            f"{self.macs / 1e6:>9,.1f} M  {height}x{width}"
+        )
+
+
+def describe(name: str) -> Entry:
+    """The figures of one network. Raises UsageError for an unknown name."""
+    origin = resolve(name)
+    published = library_preprocess(origin)
+    size = ANY_SIZE if published is None else published.size
+    parameters = macs = None
+    note = ""
+    for device in ("meta", "cpu"):  # some constructors compute with values, which meta has none of
+        try:
+            parameters, macs = _figures(origin, size, device)
+            break
+        except Exception as error:  # hundreds of networks of others, and as many ways to fail
+            note = textwrap.shorten(str(error) or type(error).__name__, 100)
+    return Entry(
+        name=name,
+        library=origin.library,
+        size=size,
+        parameters=parameters,
+        macs=macs,
+        note="" if macs is not None else note,
+    )
+
+
+def _figures(origin: Origin, size: tuple[int, int], device: str) -> tuple[int, int]:
+    """Parameters and multiply-accumulates; on the device `meta`, nothing is allocated."""
+    with torch.device(device):
+        model = Classifier(construct(origin, CLASSES, size).network, Preprocess(size=size))
+        return count_parameters(model), count_macs(model, size)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,80 @@
+"""`distcls show`: a picture of training images as the network is given them, labels below."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from distcls import log
+from distcls.cli import run
+from distcls.config import parse, positional
+from distcls.errors import UsageError, require
+from distcls.training.config import TrainConfig
+
+ABOUT = "Draw the first training images of an epoch as the network is given them."
+MOST = 400
+"""Images in a picture: more would take minutes to draw and be too small to see."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShowConfig(TrainConfig):
+    """A training run's keys, with a picture in the place of its directory."""
+
+    data: Path = positional()
+    """Dataset directory."""
+    out: Path = Path("show.png")
+    """Picture to write (PNG); the `out` of a config file is not meant."""
+    overwrite: bool = False
+    """Replace `out`."""
+    epoch: int = 1
+    """Epoch whose first images are drawn, counted from 1."""
+    count: int = 32
+    """Images to draw."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ending = self.out.suffix.lower() == ".png"
+        require(ending, "out", str(self.out), "a name that ends in .png")
+        epochs = f"1 to {self.epochs}, the epochs of the run"
+        require(1 <= self.epoch <= self.epochs, "epoch", self.epoch, epochs)
+        require(1 <= self.count <= MOST, "count", self.count, f"1 to {MOST}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, look, draw."""
+    config = parse(
+        ShowConfig, arguments, prog="distcls show", about=ABOUT, config=True, aside=("out",)
+    )
+    log.set_quiet(config.quiet)
+    check_output(config)
+    from distcls.plotting import draw_grid
+    from distcls.training.preview import preview  # torch loads for a right command only
+
+    found = preview(config, epoch=config.epoch - 1, count=config.count)
+    steps = "step 1" if found.steps == 1 else f"steps 1 to {found.steps}"
+    height, width = found.images.shape[1:3]
+    title = f"epoch {config.epoch}, {steps}: {len(found.labels)} images of {height}x{width}"
+    draw_grid(found.pixels(), found.labels, config.out, title=title)
+    log.say(f"{title}; wrote {config.out}")
+    if config.json:
+        result = {"out": str(config.out), "images": len(found.labels), "steps": found.steps}
+        print(json.dumps(result))
+
+
+def check_output(config: ShowConfig) -> None:
+    """Raise UsageError, before any work, if the picture could not be drawn or written."""
+    from distcls.files import require_writable
+    from distcls.plotting import new_figure
+
+    if config.out.is_dir():
+        raise UsageError(f"out: {config.out} is a folder, expected the name of a file")
+    if config.out.exists() and not config.overwrite:
+        raise UsageError(f"{config.out} exists already; choose another --out or add --overwrite")
+    new_figure(1, 1)  # tells now if matplotlib is missing
+    require_writable(config.out.parent)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,248 @@
+"""The 1,797 handwritten digits (8x8) that scikit-learn bundles: real data without a download.
+
+An IDX file is a big-endian header (two zero bytes, the type, the number of dimensions, then each
+dimension as a 32-bit integer) and the values. Only type 8, unsigned bytes, is read.
+
+Compared is the content, unpacked, because distributors pack it anew. The `.gz` files as first
+published have these MD5s (train images, train labels, t10k images, t10k labels):
+
+    mnist          f68b3c2dcbeaaa9fbdd348bbdeb94873  d53e105ee54ea40749a09fcbcd1e9432
+                   9fb629c4189551a2d022fa330f9573f3  ec29112dd5afa0611ce80d1b7f02629c
+    fashion-mnist  8d4fb7e6c68d591d4c3dfef9ec88bf0d  25c81989df183df01b3e8a0aad5dffbe
+                   bef4ecab320f06d8554ea6380940ec79  bb300cfdad3c16e7a12a480ee83cd310
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import re
+import zlib
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distcls.data.source import ImageRecord, LabelledSource
+from distcls.errors import UsageError
+
+NAME = re.compile(r"(.+-)?(train|t10k|test)-(images|labels)[-.]idx([13])-ubyte(\.gz)?")
+"""train-images-idx3-ubyte.gz, t10k-labels.idx1-ubyte, emnist-letters-test-images-idx3-ubyte."""
+
+_CHUNK = 1 << 22
+_DEFLATE_LIMIT = 1040
+"""No gzip file unpacks to more than 1,032 times its size."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IdxFile:
+    """One IDX file, read."""
+
+    path: Path
+    values: NDArray[np.uint8]
+    """[N, height, width] images or [N] labels."""
+    md5: str
+    """Of the content, unpacked: distributors pack it anew, so packed files differ."""
+
+
+def find_idx(folder: Path) -> dict[str, Path]:
+    """The IDX files of a folder: `train-images`, `train-labels`, `t10k-images`, `t10k-labels`.
+
+    Raises UsageError if there is more than one set. A plain file wins over its packed twin.
+    """
+    found: dict[str, Path] = {}
+    prefixes: dict[str, str] = {}
+    for path in sorted(folder.iterdir(), reverse=True):
+        match = NAME.fullmatch(path.name)
+        if match is None or not path.is_file():
+            continue
+        prefix = match[1] or ""
+        role = f"{'train' if match[2] == 'train' else 't10k'}-{match[3]}"
+        if prefixes.setdefault(role, prefix) != prefix:
+            raise UsageError(
+                f"{folder} holds more than one set of IDX files ({found[role].name}, {path.name}); "
+                "put each into a folder of its own"
+            )
+        found[role] = path
+    return found
+
+
+def read_idx_folder(folder: Path, form: str, names: tuple[str, ...] | None) -> LabelledSource:
+    """Read a folder of IDX files and check it against the published MD5s where they apply.
+
+    `form` is `idx` (any data), `mnist`, `fashion-mnist`, or `auto`: known data if any file is.
+    Raises UsageError for missing, damaged or contradictory files.
+    """
+    paths = find_idx(folder)
+    for role in ("train-images", "train-labels"):
+        if role not in paths:
+            raise UsageError(
+                f"{folder}: no IDX file {role}-idx{3 if 'images' in role else 1}-ubyte[.gz]"
+            )
+    if ("t10k-images" in paths) != ("t10k-labels" in paths):
+        raise UsageError(
+            f"{folder}: t10k images and labels belong together; one of them is missing"
+        )
+    files = {role: read_idx(path, 3 if "images" in role else 1) for role, path in paths.items()}
+    kind = _check_md5(folder, files, form)
+    found = sorted(
+        {int(v) for role, f in files.items() if "labels" in role for v in set(f.values.tolist())}
+    )
+    classes = names or CLASS_NAMES.get(kind) or tuple(str(label) for label in found)
+    # a label that no image has (EMNIST's letters start at 1) is no class
+    index = {label: i for i, label in enumerate(range(len(classes)) if names else found)}
+    records: list[ImageRecord] = []
+    for prefix, split in (("train", "train"), ("t10k", "test")):
+        if f"{prefix}-images" in files:
+            records += _records(files[f"{prefix}-images"], files[f"{prefix}-labels"], split, index)
+    return LabelledSource(
+        kind=kind, location=str(folder.resolve()), root=None, classes=classes, records=records
+    )
+
+
+def read_idx(path: Path, dimensions: int) -> IdxFile:
+    """Read one IDX file, packed or not. Raises UsageError if it is damaged or another format."""
+    try:
+        with _open(path) as handle:
+            return _read_stream(path, handle, dimensions)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UsageError(
+            f"{path}: truncated or damaged gzip file ({error}); fetch it again"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    with path.open("rb") as handle:
+        packed = handle.read(2) == b"\x1f\x8b"  # some unpack and keep the ending
+    return cast(BinaryIO, gzip.open(path, "rb")) if packed else path.open("rb")
+
+
+def _read_stream(path: Path, handle: BinaryIO, dimensions: int) -> IdxFile:
+    header = handle.read(4 + 4 * dimensions)
+    magic = bytes((0, 0, 8, dimensions))
+    if header[:4] != magic or len(header) < 4 + 4 * dimensions:
+        raise UsageError(
+            f"{path}: starts with {header[:4].hex() or 'nothing'}, an IDX file of "
+            f"{'images' if dimensions == 3 else 'labels'} starts with {magic.hex()}"
+        )
+    shape = tuple(int(size) for size in np.frombuffer(header, ">u4", offset=4))
+    size = int(np.prod(shape, dtype=object))
+    if size == 0:
+        raise UsageError(f"{path}: holds no values; its header says {'x'.join(map(str, shape))}")
+    if size > path.stat().st_size * _DEFLATE_LIMIT:  # before so much memory is asked for
+        raise UsageError(f"{path}: truncated; its header promises {size:,} values")
+    values = np.empty(size, np.uint8)
+    md5 = hashlib.md5(header, usedforsecurity=False)
+    filled = 0
+    while filled < size and (chunk := handle.read(min(_CHUNK, size - filled))):
+        values[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
+        md5.update(chunk)
+        filled += len(chunk)
+    if filled < size:
+        raise UsageError(f"{path}: truncated: {filled:,} of {size:,} values are there")
+    if handle.read(1):
+        raise UsageError(f"{path}: longer than the {size:,} values that its header promises")
+    return IdxFile(path=path, values=values.reshape(shape), md5=md5.hexdigest())
+
+
+def _check_md5(folder: Path, files: dict[str, IdxFile], form: str) -> str:
+    """The kind of data this is. Raises UsageError if it should be known data but is not."""
+    if form == "idx":
+        return "idx"
+    kind = form
+    if form == "auto":
+        known = [
+            name
+            for name, table in CONTENT_MD5.items()
+            if any(file.md5 == table[role] for role, file in files.items())
+        ]
+        if not known:
+            return "idx"
+        kind = known[0]
+    for role, expected in CONTENT_MD5[kind].items():
+        other = "--format idx accepts other data"
+        if role not in files:
+            raise UsageError(f"{folder}: {role} of {kind} is missing; {other}")
+        if files[role].md5 != expected:
+            raise UsageError(
+                f"{files[role].path}: MD5 of the content is {files[role].md5}, expected "
+                f"{expected} ({kind}); fetch it again, or {other}"
+            )
+    return kind
+
+
+def _records(
+    images: IdxFile, labels: IdxFile, split: str, index: dict[int, int]
+) -> list[ImageRecord]:
+    if len(images.values) != len(labels.values):
+        raise UsageError(
+            f"{images.path} holds {len(images.values)} images, but {labels.path.name} "
+            f"{len(labels.values)} labels"
+        )
+    records = []
+    for row, (image, label) in enumerate(zip(images.values, labels.values.tolist(), strict=True)):
+        if label not in index:
+            raise UsageError(
+                f"{labels.path}, row {row}: label {label} is outside the {len(index)} classes"
+            )
+        image_id = f"{split}/{row:05d}"
+        records.append(
+            ImageRecord(image_id=image_id, label=index[label], split=split, pixels=image)
+        )
+    return records
+
+
+CONTENT_MD5 = {
+    "mnist": {
+        "train-images": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels": "27ae3e4e09519cfbb04c329615203637",
+    },
+    "fashion-mnist": {
+        "train-images": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "train-labels": "9018921c3c673c538a1fc5bad174d6f9",
+        "t10k-images": "8181f5470baa50b63fa0f6fddb340f0a",
+        "t10k-labels": "15d484375f8d13e6eb1aabb0c3f46965",
+    },
+}
+
+CLASS_NAMES = {
+    "fashion-mnist": (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
+}
+
+
+def read_digits() -> LabelledSource:
+    """The digits, without splits. Raises UsageError if scikit-learn is not installed."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UsageError(
+            "digits come with scikit-learn, which is not installed; pip install 'distcls[train]'"
+        ) from error
+    bunch = load_digits()
+    # the values are counts from 0 to 16
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    records = [
+        ImageRecord(image_id=f"digits/{index:04d}", label=int(label), pixels=image)
+        for index, (image, label) in enumerate(zip(images, bunch.target, strict=True))
+    ]
+    classes = tuple(str(name) for name in bunch.target_names)
+    return LabelledSource(
+        kind="digits", location="digits", root=None, classes=classes, records=records
+    )

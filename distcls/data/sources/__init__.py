@@ -1,1 +1,0 @@
-"""Where pictures come from: one reader for each kind of source."""

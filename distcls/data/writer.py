@@ -1,0 +1,297 @@
+"""Writing a dataset directory: images decoded once, in order, the pack, and the files beside it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from distcls import __version__
+from distcls.data.dataset import CLASSES, FIELD, FORMAT, INFO, LABELS, MANIFEST, PACK, SCHEMA
+from distcls.data.source import ImageRecord, LabelledSource
+from distcls.data.split import SPLITS, SplitPlan
+from distcls.errors import BadImage
+from distcls.files import digest, safe_names
+from distcls.imaging import decode_file
+from distcls.system import available_cores
+
+Loaded = NDArray[np.uint8] | BadImage
+
+
+def load_all(
+    records: Sequence[ImageRecord], root: Path | None, copies: Sequence[Path] | None
+) -> Iterator[Loaded]:
+    """Yield each record's image, grey [height, width] or RGB [height, width, 3], or what is wrong.
+
+    With `copies` each image is also written there as PNG. Raises OSError if one cannot be.
+    """
+    if copies is None and all(record.pixels is not None for record in records):
+        yield from (load(record, root, None) for record in records)
+        return
+    workers = min(available_cores(), 16)
+    places: Sequence[Path | None] = copies or [None] * len(records)
+    tasks = iter(zip(records, places, strict=True))
+    with ThreadPoolExecutor(workers) as pool:  # OpenCV decodes without holding the GIL
+        waiting: deque[Future[Loaded]] = deque()
+        try:
+            for record, copy in islice(tasks, 2 * workers):
+                waiting.append(pool.submit(load, record, root, copy))
+            while waiting:
+                loaded = waiting.popleft().result()
+                for record, copy in islice(tasks, 1):
+                    waiting.append(pool.submit(load, record, root, copy))
+                yield loaded
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def load(record: ImageRecord, root: Path | None, copy: Path | None) -> Loaded:
+    """One image, and its copy as PNG; a bad one is returned, not raised."""
+    try:
+        record.image_id.encode()
+    except UnicodeEncodeError:
+        return BadImage("its name is not UTF-8")
+    pixels = record.pixels
+    if pixels is None:
+        try:
+            pixels = decode_file((root or Path()) / (record.path or ""))
+        except BadImage as error:
+            return error
+    if copy is not None:
+        write_png(copy, pixels)
+    return pixels
+
+
+def write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
+    """Write uint8 [height, width] or RGB [height, width, 3]. Raises OSError if it cannot be."""
+    ordered = pixels if pixels.ndim == 2 else pixels[..., ::-1]
+    _, data = cv2.imencode(".png", np.ascontiguousarray(ordered))
+    path.write_bytes(data.tobytes())
+
+
+_CHUNK = 1 << 24
+
+
+class PackWriter:
+    """Appends images to a file; grey while all are grey, RGB from the first coloured one on.
+
+    Gives up, and removes the file, once it would hold more than `most_bytes` or `most_pixels`.
+    """
+
+    def __init__(
+        self, path: Path, *, most_bytes: float = math.inf, most_pixels: float = math.inf
+    ) -> None:
+        self.channels = 1
+        self.shapes: list[tuple[int, int]] = []
+        """Height and width of each image, in the order they were added."""
+        self._path = path
+        self._most_bytes = most_bytes
+        self._most_pixels = most_pixels
+        self.pixels = 0
+        """Height times width, summed over the images."""
+        self._file = path.open("wb")
+        self._abandoned = False
+
+    def __enter__(self) -> PackWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the images turned out too many or too large to be packed."""
+        return self._abandoned
+
+    @property
+    def size(self) -> int:
+        """Bytes of the pack."""
+        return self.pixels * self.channels
+
+    def add(self, pixels: NDArray[np.uint8]) -> None:
+        """Append one image, [height, width] or RGB [height, width, 3]."""
+        if self._abandoned:
+            return
+        if self.channels == 1 and pixels.ndim == 3:
+            if is_grey(pixels):
+                pixels = pixels[..., 0]
+            else:
+                self._widen()
+        elif self.channels == 3 and pixels.ndim == 2:
+            pixels = np.repeat(pixels[..., None], 3, axis=-1)
+        self.shapes.append((pixels.shape[0], pixels.shape[1]))
+        self.pixels += pixels.shape[0] * pixels.shape[1]
+        if self.size > self._most_bytes or self.pixels > self._most_pixels:
+            self.abandon()
+        else:
+            self._file.write(np.ascontiguousarray(pixels).data)
+
+    def offsets(self) -> list[int]:
+        """Where each image starts, in bytes."""
+        sizes = [height * width * self.channels for height, width in self.shapes]
+        return [0, *np.cumsum(sizes, dtype=np.int64).tolist()][: len(sizes)]
+
+    def abandon(self) -> None:
+        """Remove the file; what is added later is passed over."""
+        self._abandoned = True
+        self._file.close()
+        self._path.unlink()
+
+    def _widen(self) -> None:
+        """Turn what is written from grey to RGB."""
+        self.channels = 3
+        self._file.close()
+        wide = self._path.with_name(self._path.name + ".rgb")
+        with self._path.open("rb") as grey, wide.open("wb") as out:
+            while chunk := grey.read(_CHUNK):
+                out.write(np.repeat(np.frombuffer(chunk, np.uint8), 3).data)
+        wide.replace(self._path)
+        self._file = self._path.open("ab")
+
+
+def is_grey(pixels: NDArray[np.uint8]) -> bool:
+    """Whether the three channels of [height, width, 3] are equal."""
+    red = pixels[..., 0]
+    return bool((red == pixels[..., 1]).all() and (red == pixels[..., 2]).all())
+
+
+REJECTED = "rejected.csv"
+
+
+def write_manifest(
+    part: Path, plan: SplitPlan, pack: PackWriter | None, paths: list[str | None]
+) -> None:
+    """Write the manifest. The pack's images are those of `plan`, in its order.
+
+    Rows stand split by split. Where an image had to change its split they are then in another order
+    than the pack, and `Split.uniform` is None; all else works.
+    """
+    order = sorted(range(len(plan)), key=lambda index: SPLITS.index(plan.splits[index]))
+    records = plan.records
+    nothing: list[Any] = [None] * len(plan)
+    columns: dict[str, list[Any]] = {
+        "image_id": [record.image_id for record in records],
+        "path": list(paths),
+        "label": [record.label for record in records],
+        "split": plan.splits,
+        "offset": pack.offsets() if pack else nothing,
+        "height": [height for height, _ in pack.shapes] if pack else nothing,
+        "width": [width for _, width in pack.shapes] if pack else nothing,
+        "channels": [pack.channels] * len(plan) if pack else nothing,
+    }
+    schema = SCHEMA
+    if any(record.weight is not None for record in records):
+        schema = schema.append(pa.field("weight", pa.float64()))
+        columns["weight"] = [record.weight for record in records]
+    if any(record.group is not None for record in records):
+        schema = schema.append(pa.field("group", pa.string()))
+        columns["group"] = [record.group for record in records]
+    if any(record.labels is not None for record in records):
+        schema = schema.append(FIELD)
+        columns[LABELS] = [list(record.labels or ()) for record in records]
+    ordered = {name: [values[index] for index in order] for name, values in columns.items()}
+    pq.write_table(pa.table(ordered, schema=schema), part / MANIFEST)
+
+
+def write_info(
+    part: Path,
+    source: LabelledSource,
+    plan: SplitPlan,
+    pack: PackWriter | None,
+    *,
+    root: str | None,
+    rejected: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Write classes.json and dataset.json; return the latter. Manifest and pack must be there."""
+    hashed = [MANIFEST, PACK] if pack else [MANIFEST]
+    info = {
+        "format": FORMAT,
+        "kind": source.kind,
+        "source": source.location,
+        "root": root,
+        "packed": pack is not None,
+        "pack_bytes": pack.size if pack else 0,
+        "counts": {name: plan.splits.count(name) for name in SPLITS if name in plan.splits},
+        "class_counts": _class_counts(source, plan),
+        "rejected": rejected,
+        "seed": options["seed"],
+        "options": options,
+        "sha256": {name: digest(part / name) for name in hashed},
+        "version": __version__,
+    }
+    # plain writes: the folder is renamed into place as a whole
+    _write_json(part / CLASSES, source.resolved_targets.to_json())
+    _write_json(part / INFO, info)
+    return info
+
+
+def write_rejected(
+    part: Path, rejected: Sequence[tuple[ImageRecord, str]], root: Path | None
+) -> None:
+    """Write rejected.csv, with its header alone if nothing was rejected."""
+    path = part / REJECTED
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as handle:
+        # all quoted: a bare carriage return in a file name would otherwise end the row
+        writer = csv.writer(handle, quoting=csv.QUOTE_ALL, lineterminator="\n")
+        writer.writerow(("image_id", "path", "reason"))
+        for record, reason in rejected:
+            writer.writerow((record.image_id, (root or Path()) / (record.path or ""), reason))
+
+
+def copy_paths(source: LabelledSource, plan: SplitPlan) -> list[str]:
+    """Where --write-images puts each image: images/SPLIT/CLASS/ID.png."""
+    folders = safe_names(source.classes)
+    by_class: dict[int, list[int]] = defaultdict(list)
+    for index, record in enumerate(plan.records):
+        by_class[record.label].append(index)
+    paths = [""] * len(plan)
+    for label, indices in by_class.items():
+        # distinct in the class, so that an image may still change its split
+        names = safe_names(plan.records[index].image_id for index in indices)
+        for index, name in zip(indices, names, strict=True):
+            paths[index] = f"images/{plan.splits[index]}/{folders[label]}/{name}.png"
+    return paths
+
+
+def move_copies(part: Path, paths: Sequence[str], before: SplitPlan, after: SplitPlan) -> list[str]:
+    """Follow images that changed their split; the paths as they are now."""
+    moved = []
+    for path, old, new in zip(paths, before.splits, after.splits, strict=True):
+        target = path.replace(f"images/{old}/", f"images/{new}/", 1)
+        if target != path:
+            (part / target).parent.mkdir(parents=True, exist_ok=True)
+            (part / path).rename(part / target)
+        moved.append(target)
+    return moved
+
+
+def _class_counts(source: LabelledSource, plan: SplitPlan) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {name: {} for name in source.classes}
+    for record, split in zip(plan.records, plan.splits, strict=True):
+        for place in source.positions(record):
+            row = counts[source.classes[place]]
+            row[split] = row.get(split, 0) + 1
+    return counts
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,207 @@
+"""`python -m export.onnx --ckpt best.pth`: a checkpoint to ONNX, proven on images, or no file.
+
+The graph takes pixels: input `images`, uint8 [N, H, W, 3] RGB; normalisation and change of layout
+are inside. Outputs `logits` and `probabilities`, float32 [N, classes], and `features`, float32
+[N, D], which the last layer is given. N is free. `--precision` makes variants of the graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from distcls import log
+from distcls.cli import run
+from distcls.config import parse
+from distcls.errors import DistclsError, UsageError, require
+
+if TYPE_CHECKING:
+    from distcls.export.certificate import Certificate, VariantCertificate
+    from distcls.model_card import ModelCard
+    from distcls.models.checkpoint import TorchModel
+    from distcls.models.classifier import Classifier
+
+OPSETS = range(18, 24)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What `export.onnx` can be told."""
+
+    ckpt: Path
+    """Checkpoint to export, such as runs/digits/best.pth."""
+    out: Path | None = None
+    """File to write; unset, the checkpoint's name with .onnx, .fp16.onnx or .int8.onnx."""
+    data: Path | None = None
+    """Dataset directory whose images prove parity; unset, the one it was trained on."""
+    split: str = "val"
+    """Split the images are taken from."""
+    limit: int = 512
+    """Images compared, at most; with int8 the images that calibrate it."""
+    tolerance: float = 1e-3
+    """Largest difference of any logit that is allowed in fp32."""
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """fp16 halves the file, for GPUs; int8 quarters it, calibrated on images of the split. Both
+    are compared on the whole split."""
+    max_accuracy_drop: float = 0.2
+    """Points of top-1 that fp16 or int8 may lose, of whole answers and in each head; beyond it
+    there is no file."""
+    min_agreement: float = 99.8
+    """Percent of images to which fp16 or int8 has to give the checkpoint's answer."""
+    opset: int = 18
+    """ONNX operator set, 18 to 23."""
+    overwrite: bool = False
+    """Replace the file if there is one."""
+    json: bool = False
+    """Print the certificate as one JSON object on standard output."""
+    quiet: bool = False
+    """Print warnings and errors only."""
+
+    def __post_init__(self) -> None:
+        require(self.limit >= 1, "limit", self.limit, "at least 1")
+        require(self.tolerance > 0, "tolerance", self.tolerance, "a number above 0")
+        drop = self.max_accuracy_drop
+        require(0 <= drop <= 100, "max_accuracy_drop", drop, "points from 0 to 100")
+        same = self.min_agreement
+        require(0 <= same <= 100, "min_agreement", same, "percent from 0 to 100")
+        allowed = f"{OPSETS.start} to {OPSETS.stop - 1}"
+        require(self.opset in OPSETS, "opset", self.opset, allowed)
+
+    @property
+    def target(self) -> Path:
+        """The file to write."""
+        ending = ".onnx" if self.precision == "fp32" else f".{self.precision}.onnx"
+        return self.out or self.ckpt.with_suffix(ending)
+
+
+def export(options: ExportOptions) -> Certificate | VariantCertificate:
+    """Export, prove that it is good and write the file with its certificate.
+
+    Raises UsageError for wrong input; DistclsError if the two models disagree, or a variant loses
+    too much accuracy, and writes nothing.
+    """
+    if options.target.exists() and not options.overwrite:
+        raise UsageError(f"{options.target} exists already; --overwrite replaces it")
+    from distcls.data.dataset import Dataset
+    from distcls.evaluation.evaluate import check_targets
+    from distcls.export.certificate import load_images
+    from distcls.export.reduced_precision import Recipe, make_variant
+    from distcls.files import atomic_path
+    from distcls.models.checkpoint import open_checkpoint
+
+    reference = open_checkpoint(options.ckpt, device="cpu")
+    folder = options.data or Path(reference.card.training["dataset"])
+    dataset = Dataset.open(folder)
+    check_targets(reference.card.resolved_targets, dataset.targets, str(folder))
+    split = dataset.split(options.split)
+    images = load_images(split, reference.card.preprocess, options.limit)
+    graph = to_onnx(reference.model, reference.card, options.opset)
+    with atomic_path(options.target) as part:
+        if options.precision == "fp32":
+            return _prove(options, reference, graph, images, part)
+        recipe = Recipe(
+            precision=options.precision,
+            reference=reference,
+            graph=graph,
+            split=split,
+            images=images,
+            max_accuracy_drop=options.max_accuracy_drop,
+            min_agreement=options.min_agreement,
+        )
+        variant = make_variant(recipe, part)
+        _say(variant)
+        return variant
+
+
+def _prove(
+    options: ExportOptions, reference: TorchModel, graph: Any, images: Any, part: Path
+) -> Certificate:
+    """Write the graph in fp32, compare it with the checkpoint, add the certificate."""
+    from distcls.export.certificate import certify
+    from distcls.export.graph import write
+    from distcls.runtime.model import OnnxModel
+
+    write(part, graph, reference.card)
+    certificate = certify(
+        reference,
+        OnnxModel(part),
+        images,
+        split=options.split,
+        tolerance=options.tolerance,
+    )
+    _say(certificate)
+    if not certificate.holds:
+        raise DistclsError(
+            f"{options.ckpt}: the exported graph disagrees with the checkpoint beyond the "
+            f"tolerance; {options.target} was not written"
+        )
+    write(part, graph, dataclasses.replace(reference.card, certificate=certificate.to_json()))
+    return certificate
+
+
+def _say(certificate: Certificate | VariantCertificate) -> None:
+    for line in certificate.lines():
+        log.say(line)
+
+
+def to_onnx(model: Classifier, card: ModelCard, opset: int) -> Any:
+    """The network with its probabilities, and its features, as an ONNX ModelProto."""
+    import torch
+
+    from distcls.export.graph import add_features, hushed
+
+    targets = card.resolved_targets
+
+    class WithProbabilities(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = model
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = self.classifier(images)
+            if targets.single:
+                return logits, torch.softmax(logits, dim=1)
+            if targets.kind == "multi_label":
+                return logits, torch.sigmoid(logits)
+            parts = [torch.softmax(logits[:, part], dim=1) for part in targets.slices]
+            return logits, torch.cat(parts, dim=1)
+
+    example = torch.zeros(2, *card.preprocess.size, 3, dtype=torch.uint8)
+    with hushed():
+        program = torch.onnx.export(
+            WithProbabilities().eval(),
+            (example,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits", "probabilities"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            opset_version=opset,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    add_features(proto)
+    return proto
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command."""
+    options = parse(
+        ExportOptions,
+        arguments,
+        prog="python -m export.onnx",
+        about="Export a checkpoint to ONNX and prove on real images that it answers the same.",
+    )
+    log.set_quiet(options.quiet)
+    certificate = export(options)
+    size = options.target.stat().st_size / 1e6
+    log.say(f"wrote {options.target} ({size:.1f} MB)")
+    if options.json:
+        print(json.dumps({"out": str(options.target), **certificate.to_json()}))
+
+
+if __name__ == "__main__":
+    run(main)

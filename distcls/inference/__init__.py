@@ -1,1 +1,0 @@
-"""From images to predictions, without torch: ONNX session, streaming, batch prediction."""

@@ -1,1 +1,0 @@
-"""What computes a model on this machine, and how its threads share the work."""

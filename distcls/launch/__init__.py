@@ -1,0 +1,1 @@
+"""Starting training elsewhere: searches, checks before a job, Ray."""

@@ -1,0 +1,328 @@
+"""Every figure: fonts and colours, image grids, training curves, confusion matrix, profile."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distcls.errors import UsageError
+from distcls.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, GREY = "#1f5fa8", "#e07b00", "#2e7d32", "#c62828", "#6b7280"
+
+_WIDE_FONTS = (
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Source Han Sans",
+    "WenQuanYi Zen Hei",
+    "Hiragino Sans",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+    "Arial Unicode MS",
+)
+"""Fonts with the scripts that matplotlib's own DejaVu Sans lacks, if one is installed."""
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of `width` by `height` inches. Raises UsageError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError(
+            'drawing needs matplotlib, which is not installed; pip install "distcls[plot]"'
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def save(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Write the figure as a PNG, atomically."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with atomic_path(path) as part, warnings.catch_warnings():
+        # a box in the picture tells that a letter has no font; a warning a letter says no more
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        FigureCanvasAgg(figure)
+        figure.savefig(part, format="png", dpi=dpi)
+
+
+@functools.cache
+def fonts() -> list[str]:
+    """Font families to draw names with: DejaVu Sans, then what is installed of wider ones."""
+    from matplotlib import font_manager
+
+    installed = set(font_manager.fontManager.get_font_names())
+    return ["DejaVu Sans", *(name for name in _WIDE_FONTS if name in installed)]
+
+
+def grid_columns(number: int) -> int:
+    """Columns of a grid a little wider than high, with few empty places in its last row."""
+    ideal = math.ceil(math.sqrt(1.6 * number))
+    choices = range(min(number, max(1, ideal - 1)), min(number, ideal + 2) + 1)
+    return min(choices, key=lambda columns: (-number % columns, abs(columns - ideal)))
+
+
+def shorten(text: str, most: int) -> str:
+    """At most `most` letters on one line, the end cut."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+WIDTH, GAP, LINE, TITLE = 1.7, 0.12, 0.15, 0.4
+"""Inches: an image's width, the gap between two, a line of text, the title."""
+TALLEST = 2.0
+"""Images of more than this height to width are drawn smaller."""
+NARROWEST = 4.5
+"""Inches that the title takes."""
+LETTERS = 28
+"""What fits on a line below an image."""
+SMALL = 100
+"""Images with fewer pixels a side are drawn pixel by pixel."""
+
+
+def draw_grid(
+    images: NDArray[np.uint8], texts: Sequence[str], path: Path, *, title: str = ""
+) -> None:
+    """Write RGB images [N, h, w, 3], one or more, and a text for each as a PNG, atomically.
+
+    Raises UsageError without matplotlib.
+    """
+    number, height, width = images.shape[:3]
+    columns = grid_columns(number)
+    rows = math.ceil(number / columns)
+    tall = WIDTH * min(height / width, TALLEST)
+    below = [_lines(text) for text in texts]
+    pitch = tall + LINE * max(map(len, below)) + 2 * GAP
+    wide = columns * (WIDTH + GAP) - GAP
+    whole = (max(NARROWEST, wide + 2 * GAP), rows * pitch + TITLE)
+    figure = new_figure(*whole)
+    # places are computed here: a layout engine would take a second for each dozen of images
+    figure.set_layout_engine("none")
+    figure.text(0.5, 1 - TITLE / 2 / whole[1], title, ha="center", va="center", fontsize=11)
+    style: dict[str, Any] = {"fontfamily": fonts(), "parse_math": False}
+    smooth = "nearest" if max(height, width) < SMALL else "antialiased"
+    for place, (image, lines) in enumerate(zip(images, below, strict=True)):
+        row, column = divmod(place, columns)
+        left = (whole[0] - wide) / 2 + column * (WIDTH + GAP)
+        bottom = whole[1] - TITLE - row * pitch - tall
+        axes = figure.add_axes(
+            (left / whole[0], bottom / whole[1], WIDTH / whole[0], tall / whole[1])
+        )
+        axes.imshow(image, interpolation=smooth)
+        axes.axis("off")
+        figure.text(
+            (left + WIDTH / 2) / whole[0],
+            (bottom - 0.05) / whole[1],
+            "\n".join(lines),
+            ha="center",
+            va="top",
+            fontsize=8,
+            color="#111827",
+            **style,
+        )
+    save(figure, path)
+
+
+def _lines(text: str) -> list[str]:
+    """A text in lines that fit; a sum that does not is broken after its plus signs."""
+    lines = []
+    for line in text.split("\n"):
+        parts = line.split(" + ") if len(line) > LETTERS else [line]
+        lines += [f"{part} +" for part in parts[:-1]] + parts[-1:]
+    return [shorten(line, LETTERS) for line in lines]
+
+
+COUNTS_UP_TO = 20
+"""With more classes than this a count no longer fits its cell."""
+
+Row = dict[str, float]
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+
+def confusion(matrix: Integers, classes: Sequence[str], path: Path) -> None:
+    """Draw a confusion matrix, int64 [K, K] with the true classes as rows, as a PNG.
+
+    The colour is the share of the true class, so that rare classes are seen as well, on a scale
+    of its square root, so that rare mistakes are.
+    """
+    number = len(classes)
+    inch = 0.55 if number <= COUNTS_UP_TO else max(0.12, 11 / number)
+    side = max(4.0, inch * number)
+    longest = max(len(shorten(name, 24)) for name in classes)
+    figure = new_figure(side + 1.6 + 0.08 * longest, side + 0.9 + 0.06 * longest)
+    from matplotlib.colors import PowerNorm  # after new_figure, which tells if it is missing
+
+    axes = figure.add_subplot()
+    support = matrix.sum(axis=1, keepdims=True)
+    parts = matrix / np.maximum(support, 1)
+    image = axes.imshow(parts, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    hits = int(np.trace(matrix))
+    total = int(matrix.sum())
+    axes.set_title(f"{hits:,} of {total:,} right: {hits / max(1, total):.2%}", fontsize=12)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    _name_ticks(axes, classes, size=10 if number <= COUNTS_UP_TO else max(4.0, inch * 55))
+    if number <= COUNTS_UP_TO:
+        _write_counts(axes, matrix, parts)
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02, shrink=0.85)
+    bar.set_label("share of the true class")
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    save(figure, path, dpi=130)
+
+
+def _name_ticks(axes: Axes, classes: Sequence[str], size: float) -> None:
+    names = [shorten(name, 24) for name in classes]
+    places = range(len(names))
+    turn = 90 if max(map(len, names)) > 2 else 0
+    style: dict[str, Any] = {"fontsize": size, "fontfamily": fonts(), "parse_math": False}
+    axes.set_xticks(places, names, rotation=turn, **style)
+    axes.set_yticks(places, names, **style)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_color("#d0d5dd")
+
+
+def _write_counts(axes: Axes, matrix: Integers, parts: Floats) -> None:
+    for row, column in np.ndindex(*matrix.shape):
+        count = int(matrix[row, column])
+        if not count:
+            continue  # empty cells stay empty, so that the mistakes stand out
+        color = "white" if parts[row, column] > 0.35 else "#1f2937"
+        text = f"{count:,}" if count < 100_000 else f"{count:.1e}"
+        size = 9 if len(text) < 5 else 7
+        axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
+
+
+def curves(
+    history: Sequence[Row], path: Path, monitor: str = "top1", mode: str | None = None
+) -> None:
+    """Draw loss, accuracy and learning rate against epochs as a PNG.
+
+    `history` has one row an epoch with `epoch`, and where known `train_loss`, `val_loss`,
+    `train_top1`, `val_top1`, `val_macro_f1`, `val_exact`, `lr`; the best epoch by `monitor`
+    and `mode` (min or max; min of a loss unless given) is marked.
+    """
+    if not history:
+        raise ValueError("no epochs to draw")
+    figure = new_figure(13, 4)
+    monitor = monitor.removeprefix("val_")
+    left, middle, right = figure.subplots(1, 3)
+    best = _best_row(history, monitor, mode)
+    _panel(left, history, "loss", {"train_loss": ("train", ORANGE), "val_loss": ("val", BLUE)})
+    accuracies = {
+        "train_top1": ("train top-1", ORANGE),
+        "val_top1": ("val top-1", BLUE),
+        "val_macro_f1": ("val macro F1", GREEN),
+        "val_exact": ("val exact", RED),
+    }
+    _panel(middle, history, "accuracy", accuracies)
+    middle.yaxis.set_major_formatter(lambda value, _: f"{value:.{_digits(middle)}%}")
+    _panel(right, history, "learning rate", {"lr": ("learning rate", GREY)}, legend=False)
+    right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    if best is not None:
+        _mark(figure.axes, history, best, monitor)
+    save(figure, path)
+
+
+def _panel(
+    axes: Axes,
+    history: Sequence[Row],
+    title: str,
+    series: dict[str, tuple[str, str]],
+    legend: bool = True,
+) -> None:
+    for key, (label, color) in series.items():
+        known = [(row["epoch"], row[key]) for row in history if _finite(row.get(key))]
+        if known:
+            marker = "o" if len(known) < 25 else ""
+            epochs, values = zip(*known, strict=True)
+            axes.plot(epochs, values, label=label, color=color, marker=marker, markersize=3.5)
+    axes.set_title(title, fontsize=12)
+    axes.set_xlabel("epoch")
+    epochs_seen = [row["epoch"] for row in history]
+    axes.set_xlim(min(epochs_seen) - 0.5, max(epochs_seen) + 0.5)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+    axes.grid(color="#e5e7eb")
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if legend and axes.lines:
+        axes.legend(frameon=False)
+
+
+def _mark(panels: Sequence[Axes], history: Sequence[Row], best: Row, monitor: str) -> None:
+    name = f"val_{monitor}"
+    for axes in panels:
+        axes.axvline(best["epoch"], color="#9ca3af", linestyle="--", linewidth=1, zorder=0)
+    first = panels[0].figure
+    value = best[name]
+    shown = f"{value:.4f}" if monitor == "loss" else f"{value:.2%}"
+    first.suptitle(
+        f"best (dashed): epoch {best['epoch']:.0f} of {len(history)}, {name} {shown}",
+        fontsize=11,
+        color="#374151",
+    )
+
+
+def _best_row(history: Sequence[Row], monitor: str, mode: str | None) -> Row | None:
+    key = f"val_{monitor}"
+    known = [row for row in history if _finite(row.get(key))]
+    if not known:
+        return None
+    sign = -1 if (mode or ("min" if monitor == "loss" else "max")) == "min" else 1
+    return max(known, key=lambda row: sign * row[key])
+
+
+def _digits(axes: Axes) -> int:
+    low, high = axes.get_ylim()
+    return 0 if high - low > 0.08 else 1 if high - low > 0.008 else 2
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+PHASES = {"decode": BLUE, "infer": ORANGE, "write": GREEN, "wait": GREY}
+"""Colours of where the time of a prediction goes."""
+
+
+def draw_profile(
+    rows: Mapping[str, tuple[float, Mapping[str, float]]], path: Path, *, title: str, below: str
+) -> None:
+    """Draw stacked bars of a prediction's phases as a PNG.
+
+    `rows` has for each bar its total and the seconds of its phases. Raises UsageError without
+    matplotlib.
+    """
+    figure = new_figure(8, 2.8)
+    axes = figure.subplots()
+    for place, (total, phases) in enumerate(rows.values()):
+        left = 0.0
+        for name, seconds in phases.items():
+            percent = 100 * seconds / total if total else 0.0
+            axes.barh(place, percent, left=left, color=PHASES[name], edgecolor="white")
+            if percent >= 6:
+                label = f"{name}\n{percent:.0f} %, {seconds:.2f} s"
+                at = left + percent / 2
+                axes.text(at, place, label, ha="center", va="center", color="white", size=8)
+            left += percent
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel(below)
+    axes.set_title(title, fontfamily=fonts(), size=10)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    save(figure, path)

@@ -1,0 +1,1 @@
+"""Model files run on this machine, without torch."""

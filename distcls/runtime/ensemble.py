@@ -1,0 +1,157 @@
+"""Several answers to one image made into one: several models, or an image and its mirror image.
+
+What is averaged is the probabilities; the answer is their logarithm, whose softmax gives them
+back, and of labels their log-odds, whose sigmoid does. Averages of logits would let one
+overconfident model outvote the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distcls.errors import UsageError
+from distcls.model_card import ModelCard
+from distcls.runtime.model import Model
+from distcls.runtime.providers import Plan, plan_of
+from distcls.task import THRESHOLD, Targets, sigmoid
+
+Floats = NDArray[np.float32]
+Images = NDArray[np.uint8]
+
+
+class Flipped:
+    """Test-time augmentation: the mean over an image and its mirror image, left to right."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    @property
+    def card(self) -> ModelCard:
+        """The model's own."""
+        return self._model.card
+
+    @property
+    def provider(self) -> str:
+        """The model's own, and that it is asked twice."""
+        return f"{self._model.provider}, with flips"
+
+    @property
+    def plan(self) -> Plan:
+        """The model's own."""
+        return plan_of(self._model)
+
+    def logits(self, images: Images) -> Floats:
+        """Logits of the mean probabilities, float32 [N, K], of images [N, H, W, 3]."""
+        mirrored = np.ascontiguousarray(images[:, :, ::-1])
+        answers = [self._model.logits(images), self._model.logits(mirrored)]
+        return _log_mean(answers, self.card.resolved_targets)
+
+
+class Merged:
+    """Several models with the same classes and the same preprocessing of images."""
+
+    def __init__(self, models: Sequence[Model], names: Sequence[str]) -> None:
+        """`names` say which is which in an error: UsageError if they do not go together."""
+        self.models = list(models)
+        first = self.models[0].card
+        for model, name in zip(self.models[1:], names[1:], strict=True):
+            _check_same(first, model.card, names[0], name)
+        self._card = _merged_card([model.card for model in self.models])
+
+    @property
+    def card(self) -> ModelCard:
+        """The first model's, without its certificate, which says nothing of the mean.
+
+        Labels are given from the mean of the models' thresholds on, as their probabilities are
+        means.
+        """
+        return self._card
+
+    @property
+    def provider(self) -> str:
+        """What computes, each once."""
+        return ", ".join(dict.fromkeys(model.provider for model in self.models))
+
+    @property
+    def plan(self) -> Plan:
+        """The first model's."""
+        return plan_of(self.models[0])
+
+    def logits(self, images: Images) -> Floats:
+        """Logits of the mean probabilities, float32 [N, K], of images [N, H, W, 3]."""
+        answers = [model.logits(images) for model in self.models]
+        return _log_mean(answers, self._card.resolved_targets)
+
+
+def plans_of(model: Model) -> list[Plan]:
+    """How each of the models in a model is run, in their order."""
+    if isinstance(model, Merged):
+        return [plan for each in model.models for plan in plans_of(each)]
+    return [plan_of(model)]
+
+
+def _log_mean(answers: Sequence[Floats], targets: Targets) -> Floats:
+    """The logits that give the mean of the probabilities of [N, K] each."""
+    if not len(answers[0]):
+        return answers[0]
+    with np.errstate(invalid="ignore"):  # infinite logits become NaN, which the stream reports
+        if targets.kind != "multi_label":
+            return _log([targets.probabilities(logits) for logits in answers])
+        # yes and no by themselves: one minus a probability near one would be nought
+        broken = np.any([~np.isfinite(logits) for logits in answers], axis=0)
+        odds = _log([sigmoid(logits) for logits in answers])
+        odds -= _log([sigmoid(-logits) for logits in answers])
+    odds[broken] = np.nan
+    return odds
+
+
+def _log(probabilities: Sequence[NDArray[Any]]) -> Floats:
+    """Logarithm of the mean, float32; of an impossible class finite: infinity is a broken model."""
+    mean = np.mean([values.astype(np.float64) for values in probabilities], axis=0)
+    return np.asarray(np.log(np.maximum(mean, np.finfo(np.float32).tiny)), np.float32)
+
+
+def _merged_card(cards: Sequence[ModelCard]) -> ModelCard:
+    targets = cards[0].targets
+    if targets is not None and targets.kind == "multi_label":
+        known = [_thresholds(card.resolved_targets) for card in cards]
+        thresholds = tuple(float(mean) for mean in np.mean(known, axis=0))
+        targets = dataclasses.replace(targets, thresholds=thresholds)
+    return dataclasses.replace(cards[0], targets=targets, certificate=None)
+
+
+def _thresholds(targets: Targets) -> tuple[float, ...]:
+    return targets.thresholds or (THRESHOLD,) * len(targets.classes)
+
+
+def _check_same(first: ModelCard, other: ModelCard, name: str, other_name: str) -> None:
+    own_kind, other_kind = first.resolved_targets, other.resolved_targets
+    same_heads = not own_kind.heads or own_kind.slices == other_kind.slices
+    if own_kind.kind != other_kind.kind or not same_heads:
+        raise UsageError(
+            f"model: {name} has {own_kind.summary()}, {other_name} {other_kind.summary()}; models "
+            "are merged if they answer the same question"
+        )
+    if len(first.classes) != len(other.classes):
+        raise UsageError(
+            f"model: {name} has {len(first.classes)} classes, {other_name} {len(other.classes)}; "
+            "models are merged if their classes are the same"
+        )
+    for place, (own, given) in enumerate(zip(first.classes, other.classes, strict=True)):
+        if own != given:
+            raise UsageError(
+                f"model: class {place} is {own!r} in {name} and {given!r} in {other_name}; models "
+                "are merged if their classes are the same in the same order"
+            )
+    ours, theirs = first.preprocess, other.preprocess
+    for key in ("size", "resize", "interpolation", "crop_fraction"):
+        if getattr(ours, key) != getattr(theirs, key):
+            raise UsageError(
+                f"model: {name} takes images by {key} {getattr(ours, key)}, {other_name} by "
+                f"{getattr(theirs, key)}; models are merged if they see the same pixels"
+            )

@@ -1,0 +1,80 @@
+"""Facts about this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+
+def available_cores() -> int:
+    """Cores this process may run on; a container's or `taskset`'s limit counts."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+FOLDER = "DISTCLS_CACHE"
+"""Environment variable that names another folder for the cache."""
+
+
+def cache_folder() -> Path:
+    """$DISTCLS_CACHE, or `distcls` in the user's cache folder (XDG base directories)."""
+    own = os.environ.get(FOLDER)
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "distcls"
+
+
+def cpu_name() -> str:
+    """The processor's model, as the system calls it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    import platform
+
+    return platform.processor() or platform.machine()
+
+
+def _gpu_names() -> list[str]:
+    """NVIDIA GPUs as the driver names them."""
+    names = []
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        with contextlib.suppress(OSError):
+            names += [
+                line.partition(":")[2].strip()
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if line.startswith("Model")
+            ]
+    return names
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what it freed: a step frees and takes the same gigabyte again and again.
+
+    Handed back to the system, it comes back page by page. Measured on 2 cores, MobileNetV3-Large at
+    224 px, batch 32: 33.4 to 39.1 img/s, page faults 2.4 to 0.7 million; at 32 px no difference.
+    """
+    _set_malloc(mmap_threshold=1 << 30, trim_threshold=(1 << 31) - 1)
+
+
+def hand_back_freed_memory() -> None:
+    """Have glibc hand large arrays back to the system when they are freed.
+
+    Where memory is scarce: kept in the heap, what a trial that failed had taken is lost to all that
+    does not come from there, such as the code that oneDNN generates.
+    """
+    _set_malloc(mmap_threshold=1 << 16, trim_threshold=1 << 20)
+
+
+def _set_malloc(*, mmap_threshold: int, trim_threshold: int) -> None:
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
+    if mallopt is not None:
+        mallopt(-3, mmap_threshold)  # M_MMAP_THRESHOLD of malloc.h
+        mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD

@@ -1,0 +1,319 @@
+"""Losses of each image, class and sample weights, and what a batch is trained on.
+
+So the loss of a step stays the mean over the images of its global batch: what a batch's images
+weigh together does not enter, and the result depends on neither processes nor accumulation.
+(PyTorch's weighted mean divides by the batch's sum of weights instead.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distcls.data.dataset import Split
+from distcls.errors import UsageError, did_you_mean
+from distcls.task import Targets
+from distcls.training.augment import Augment
+from distcls.training.config import LossConfig, TrainConfig
+from distcls.training.distillation import Teacher
+from distcls.training.inputs import TrainingInput
+from distcls.training.loader import Batch
+from distcls.training.mixup import MIX_DRAWS, Mixing
+from distcls.training.sampler import Indices, uniforms
+
+
+class Loss:
+    """The configured loss, with the weights of the classes on the training device."""
+
+    def __init__(
+        self, config: LossConfig, class_weights: Weights | None, device: torch.device
+    ) -> None:
+        self._config = config
+        self._function = LOSSES[config.name]
+        weights = None if class_weights is None else torch.from_numpy(class_weights)
+        self._weights = None if weights is None else weights.to(device, torch.float32)
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each image, [B].
+
+        Logits float [B, classes]; targets are labels int64 [B], or each class's share of the label
+        float [B, classes], which adds up to 1 unless an image may be of several classes (bce).
+        """
+        weights = None if self._weights is None else self._weights.to(logits.dtype)
+        return self._function(logits, targets, self._config, weights)
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, config: LossConfig, weights: Tensor | None
+) -> Tensor:
+    """PyTorch's own; a class's weight multiplies that class's part of the sum."""
+    if targets.is_floating_point():
+        targets = targets.to(logits.dtype)
+    return F.cross_entropy(
+        logits,
+        targets,
+        weight=weights,
+        label_smoothing=config.label_smoothing,
+        reduction="none",
+    )
+
+
+def focal(logits: Tensor, targets: Tensor, config: LossConfig, weights: Tensor | None) -> Tensor:
+    """Sum over the classes of share * (1 - p)^gamma * -log p (Lin et al., 2017, equation 4).
+
+    With gamma 0 it is `cross_entropy`; the weights are the paper's alpha.
+    """
+    log_p = F.log_softmax(logits, dim=1)
+    # 1 - p without cancellation; kept off 0, where a power below 1 has no slope
+    rest = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).eps)
+    shares = _smoothed(_shares(logits, targets), config.label_smoothing)
+    parts = shares * rest**config.gamma * -log_p
+    return (parts if weights is None else parts * weights).sum(1)
+
+
+def bce(logits: Tensor, targets: Tensor, config: LossConfig, weights: Tensor | None) -> Tensor:
+    """Binary cross-entropy of each class's sigmoid, the mean over the classes (as timm's).
+
+    The weights are those of the image's own classes: by class they would weigh yes and no alike,
+    which makes up for no rare class.
+    """
+    shares = _shares(logits, targets)
+    smooth = _smoothed(shares, config.label_smoothing)
+    losses = F.binary_cross_entropy_with_logits(logits, smooth, reduction="none").mean(1)
+    return losses if weights is None else losses * (shares * weights).sum(1)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, LossConfig, Tensor | None], Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "focal": focal,
+    "bce": bce,
+}
+"""By the name in the config: (logits, targets, config, class weights [classes]) to losses [B]."""
+
+
+def _shares(logits: Tensor, targets: Tensor) -> Tensor:
+    """Labels as shares, [B, classes] in the logits' type."""
+    if not targets.is_floating_point():
+        targets = F.one_hot(targets, logits.shape[1])
+    return targets.to(logits.dtype)
+
+
+def _smoothed(shares: Tensor, smoothing: float) -> Tensor:
+    """A part of each label spread over all classes (Szegedy et al.: Rethinking Inception, 2015)."""
+    return shares * (1 - smoothing) + smoothing / shares.shape[1]
+
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def make_loss(
+    config: LossConfig, targets: Targets, class_weights: Weights | None, device: torch.device
+) -> LossFunction:
+    """The configured loss for this kind of answers: logits [B, classes] and targets to losses [B].
+
+    Which targets, see `Loss`, `HeadsLoss` and `LabelsLoss`.
+    """
+    if targets.single:
+        return Loss(config, class_weights, device)
+    return HeadsLoss(config, targets) if targets.heads else LabelsLoss(config)
+
+
+class HeadsLoss:
+    """The mean of the configured loss over the heads, each with its own logits."""
+
+    def __init__(self, config: LossConfig, targets: Targets) -> None:
+        self._config = config
+        self._parts = targets.slices
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each image, [B].
+
+        Logits float [B, classes]; targets are the class in each head int64 [B, heads], or each
+        class's share float [B, classes], which adds up to 1 in each head.
+        """
+        shares = targets.is_floating_point()
+        losses = [
+            LOSSES[self._config.name](
+                logits[:, part],
+                targets[:, part] if shares else targets[:, place],
+                self._config,
+                None,
+            )
+            for place, part in enumerate(self._parts)
+        ]
+        return torch.stack(losses).mean(0)
+
+
+class LabelsLoss:
+    """Yes or no for each label: the mean of BCE, or of the focal loss of a sigmoid."""
+
+    def __init__(self, config: LossConfig) -> None:
+        self._smoothing = config.label_smoothing
+        self._gamma = config.gamma if config.name == "focal" else 0.0
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each image, [B]. Logits float [B, labels]; targets 0 to 1, [B, labels].
+
+        Smoothing moves yes and no towards 1/2. Focal is share * (1 - p)^gamma * -log p and the same
+        of no (Lin et al., 2017, equation 4, of a sigmoid); with gamma 0 it is BCE.
+        """
+        shares = targets.to(logits.dtype) * (1 - self._smoothing) + self._smoothing / 2
+        if not self._gamma:
+            return F.binary_cross_entropy_with_logits(logits, shares, reduction="none").mean(1)
+        # kept off 0, where a power below 1 has no slope
+        tiny = torch.finfo(logits.dtype).eps
+        miss, hit = (torch.sigmoid(x).clamp(min=tiny) for x in (-logits, logits))
+        yes = shares * miss**self._gamma * -F.logsigmoid(logits)
+        no = (1 - shares) * hit**self._gamma * -F.logsigmoid(-logits)
+        return (yes + no).mean(1)
+
+
+def given(labels: Tensor, targets: Targets) -> Tensor:
+    """0 and 1 for each class, int64 [B, classes], from labels int64 as a split has them."""
+    if targets.kind == "multi_label":
+        return labels
+    if targets.single:
+        return F.one_hot(labels, len(targets.classes))
+    sizes = [part.stop - part.start for part in targets.slices]
+    return torch.cat([F.one_hot(labels[:, i], size) for i, size in enumerate(sizes)], dim=1)
+
+
+Weights = NDArray[np.float64]
+
+
+def find_weights(
+    config: LossConfig, classes: Sequence[str], split: Split, used: Indices
+) -> tuple[Weights | None, Weights | None]:
+    """Weights of the classes [classes] and of the split's images [N], None where all are 1.
+
+    `used` are the images trained on: over them, class weight times image weight is 1 on average.
+    Raises UsageError for classes that are not there and for weights that are all 0.
+    """
+    by_image = _by_image(config, split, used)
+    by_class = _by_class(config, classes, split.labels[used])
+    if by_class is not None:
+        weighed = by_class[split.labels[used]]
+        if by_image is not None:
+            weighed = weighed * by_image[used]
+        if not weighed.any():
+            raise UsageError("loss.class_weights: with these every training image weighs 0")
+        by_class = by_class / weighed.mean()
+    return by_class, by_image
+
+
+def _by_class(config: LossConfig, classes: Sequence[str], labels: Indices) -> Weights | None:
+    given = config.class_weights
+    if given is None:
+        return None
+    if given == "balanced":
+        return balanced(labels, len(classes))
+    if isinstance(given, dict):
+        for name in given:
+            if name not in classes:
+                hint = did_you_mean(name, classes)
+                raise UsageError(f"loss.class_weights: the dataset has no class {name!r}{hint}")
+        return np.array([given.get(name, 1.0) for name in classes])
+    if len(given) != len(classes):
+        raise UsageError(
+            f"loss.class_weights: {len(given)} numbers for {len(classes)} classes "
+            f"({', '.join(classes[:3])}, ...); give one for each, in label order"
+        )
+    return np.array([float(weight) for weight in given])
+
+
+def balanced(labels: Indices, classes: int) -> Weights:
+    """images / (classes * images of the class), as scikit-learn's `compute_class_weight`.
+
+    Classes without images are not counted, and weigh 1.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    present = counts > 0
+    return np.where(present, len(labels) / (present.sum() * np.maximum(counts, 1)), 1.0)
+
+
+def _by_image(config: LossConfig, split: Split, used: Indices) -> Weights | None:
+    weights = None if config.sample_weights == "off" else split.weights
+    if weights is None:
+        if config.sample_weights == "on":
+            raise UsageError(
+                f"loss.sample_weights: {split.folder} has no weights; prepare it from a manifest "
+                "with a weight column"
+            )
+        return None
+    mean = float(weights[used].mean())
+    if mean == 0:
+        raise UsageError(
+            f"loss.sample_weights: all training images of {split.folder} weigh 0; "
+            "--loss.sample-weights off leaves the weights aside"
+        )
+    return weights / mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """A batch as the network sees it, on the training device."""
+
+    images: Tensor
+    """[B, H, W, 3] in 0..255, uint8 or float32."""
+    targets: Tensor
+    """Labels int64 as a split has them ([B], [B, heads] or [B, labels]), or where images are mixed
+    each class's share, float32 [B, classes]."""
+    weights: Tensor | None
+    """How much each image counts, float32 [B]; None where all are 1."""
+
+
+class Objective:
+    """Turns batches into examples, and logits into the loss of each image.
+
+    A pure function of (config, epoch, image and its neighbour in the step): nothing of it has to be
+    saved for a resume.
+    """
+
+    def __init__(
+        self, config: TrainConfig, data: TrainingInput, augment: Augment, device: torch.device
+    ) -> None:
+        self._seed = config.seed
+        self._targets = data.targets
+        self._device = device
+        self._augment = augment
+        self._mixing = Mixing(config.augment, device)
+        by_class, self._image_weights = find_weights(
+            config.loss, data.classes, data.train, data.train_samples
+        )
+        self._loss = make_loss(config.loss, data.targets, by_class, device)
+        distill = config.distill
+        self._teacher = Teacher(distill, data.classes, device) if distill.teacher else None
+
+    @property
+    def together(self) -> int:
+        """Images in a row of a step that have to come in one batch."""
+        return 2 if self._mixing.active else 1
+
+    def examples(self, epoch: int, batch: Batch) -> Examples:
+        """Augment and mix a batch of the training split."""
+        count = self._augment.draws + (MIX_DRAWS if self._mixing.active else 0)
+        draws = torch.from_numpy(uniforms(self._seed, epoch, batch.indices, count))
+        images = self._augment(batch.images.to(self._device, non_blocking=True), draws)
+        labels = batch.labels.to(self._device, non_blocking=True)
+        weights = None
+        if self._image_weights is not None:
+            weights = torch.from_numpy(self._image_weights[batch.indices]).float()
+            weights = weights.to(self._device)
+        if not self._mixing.active:
+            return Examples(images, labels, weights)
+        mixed = self._mixing(images, draws[:, -MIX_DRAWS:].to(self._device))
+        targets = mixed.shares(given(labels, self._targets))
+        return Examples(mixed.images, targets, None if weights is None else mixed.blend(weights))
+
+    def losses(self, logits: Tensor, examples: Examples) -> Tensor:
+        """Loss of each image, [B], times its weight."""
+        losses = self._loss(logits, examples.targets)
+        if self._teacher is not None:
+            losses = self._teacher.teach(losses, logits, examples.images)
+        return losses if examples.weights is None else losses * examples.weights

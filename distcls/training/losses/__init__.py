@@ -1,1 +1,0 @@
-"""The loss of each image, and how much each counts."""
