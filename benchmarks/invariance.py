@@ -26,6 +26,7 @@ from distcls.model_card import ModelCard
 from distcls.models import factory
 from distcls.models.checkpoint import load_tensors, save_checkpoint
 from distcls.models.config import ModelConfig
+from distcls.task import Task
 from distcls.training.checkpointing import states
 
 CONTESTANTS = {"1": (1, 1), "2": (2, 1), "4": (4, 1), "1x2 threads": (1, 2)}
@@ -64,7 +65,9 @@ def teacher(data: Path) -> Path:
             for parameter in model.parameters():
                 parameter.mul_(2)  # fresh answers hardly differ from class to class
         classes = tuple("0123456789")
-        card = ModelCard(architecture={"name": name}, classes=classes, preprocess=preprocess)
+        card = ModelCard(
+            architecture={"name": name}, task=Task(classes=classes), preprocess=preprocess
+        )
         save_checkpoint(path, model, card)
     return path
 

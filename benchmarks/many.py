@@ -23,6 +23,7 @@ from benchmarks.common import finish
 from distcls import plotting
 from distcls.imaging import Preprocess
 from distcls.model_card import ModelCard
+from distcls.task import Task
 
 SIDE = 28
 INTERVAL = 0.25
@@ -55,7 +56,9 @@ def write_model(path: Path) -> None:
     preprocess = Preprocess(size=(SIDE, SIDE))
     model = factory.build(ModelConfig(name="mobilenet_v3_small"), len(classes), preprocess).eval()
     card = ModelCard(
-        architecture={"name": "mobilenet_v3_small"}, classes=classes, preprocess=preprocess
+        architecture={"name": "mobilenet_v3_small"},
+        task=Task(classes=classes),
+        preprocess=preprocess,
     )
     graph = to_onnx(model, card, 18)
     onnx.helper.set_model_props(graph, card.to_metadata())

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from benchmarks.common import Apart, Contestant, alternate, finish
 from benchmarks.photographs import model_for, photographs, pixels
 from distcls import plotting
-from distcls.runtime.providers import Plan, Precision, ProviderName, installed, versions
+from distcls.runtime.providers import ExecutionConfig, Precision, ProviderName, installed, versions
 from distcls.system import available_cores
 
 BATCHES = (1, 4, 16, 64)
@@ -62,7 +62,7 @@ def provider_way(
     """ONNX Runtime with a provider, one batch at a time."""
     from distcls.runtime.model import OnnxModel
 
-    plan = Plan(provider=provider, precision=precision, threads=threads)
+    plan = ExecutionConfig(provider=provider, precision=precision, threads=threads)
     opened = OnnxModel(model, plan)
     return _sweep(opened.logits, images)
 

@@ -16,6 +16,7 @@ from distcls.files import atomic_folder, atomic_path
 from distcls.imaging import Preprocess, decode_file
 from distcls.model_card import ModelCard
 from distcls.system import cache_folder
+from distcls.task import Task
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 SMALLEST = 1000
@@ -77,7 +78,7 @@ def model_for(folder: Path, name: str = "mobilenet_v3_large") -> Path:
     model = factory.build(config, len(classes), CROP)
     _teach(model, files[:: -(-len(files) // TAUGHT)], classes)
     architecture = {"name": name, "stem_stride": 2}
-    card = ModelCard(architecture=architecture, classes=classes, preprocess=CROP)
+    card = ModelCard(architecture=architecture, task=Task(classes=classes), preprocess=CROP)
     save_checkpoint(target.with_suffix(".pth"), model, card)
     graph = to_onnx(model, card, 18)
     onnx.helper.set_model_props(graph, card.to_metadata())

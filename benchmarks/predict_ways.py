@@ -141,7 +141,7 @@ def infer_only(folder: Path, model: Path, provider: ProviderChoice) -> Contestan
     from distcls.data.source import ImageSource
     from distcls.runtime.autotune import open_fastest
     from distcls.runtime.pipeline import stream
-    from distcls.runtime.providers import Asked
+    from distcls.runtime.providers import ExecutionRequest
 
     images = pixels(folder, 512)
     source = ImageSource(
@@ -151,7 +151,7 @@ def infer_only(folder: Path, model: Path, provider: ProviderChoice) -> Contestan
 
     def run() -> float:
         if not opened:  # after the contestants of the same provider have measured and remembered
-            asked = Asked(provider=provider, images=len(images))
+            asked = ExecutionRequest(provider=provider, images=len(images))
             opened.append(open_fastest(model, asked, source))
         began = time.perf_counter()
         for _ in stream(source, opened[0]):

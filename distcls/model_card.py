@@ -9,7 +9,7 @@ from typing import Any
 from distcls import __version__
 from distcls.errors import BadValue, UsageError, require
 from distcls.imaging import Preprocess
-from distcls.task import Targets
+from distcls.task import Task
 
 PREFIX = "distcls."
 FORMAT = 1
@@ -21,30 +21,23 @@ class ModelCard:
 
     architecture: dict[str, Any]
     """The model config that rebuilds the network: name, stem stride, dropout, ..."""
-    classes: tuple[str, ...]
-    """Class names; the index is the label."""
+    task: Task
+    """What it answers: one class an image, a class per head, or any number of labels."""
     preprocess: Preprocess
     """How an image becomes an input."""
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Where it comes from: epoch, step, scores, dataset."""
     certificate: dict[str, Any] | None = None
     """Parity with the checkpoint on real images; set by the export."""
-    targets: Targets | None = None
-    """Heads or labels, where it answers with more than one class an image; null otherwise."""
-
-    def __post_init__(self) -> None:
-        if self.targets is not None:
-            same = self.targets.classes == self.classes
-            require(same, "classes", self.classes, "those of targets")
 
     @property
-    def resolved_targets(self) -> Targets:
-        """What it answers, one class an image included."""
-        return self.targets or Targets(classes=self.classes)
+    def classes(self) -> tuple[str, ...]:
+        """Class names, of heads as HEAD:CLASS; the index is that of the logit."""
+        return self.task.classes
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as they stand in a checkpoint; `targets` only where there are several."""
-        several = {} if self.targets is None else {"targets": self.targets.to_json()}
+        """Plain values, as they stand in a checkpoint; `targets` only for several answers."""
+        several = {} if self.task.single else {"targets": self.task.to_json()}
         return {
             "format": FORMAT,
             "version": __version__,
@@ -65,13 +58,17 @@ class ModelCard:
                     f"{where}: model format {values['format']!r} is not known to distcls "
                     f"{__version__} (it reads {FORMAT}); was it written by a newer version?"
                 )
+            classes = tuple(values["classes"])
+            task = Task(classes=classes)
+            if "targets" in values:
+                task = Task.from_json(values["targets"])
+                require(task.classes == classes, "classes", classes, "those of targets")
             return cls(
                 architecture=dict(values["architecture"]),
-                classes=tuple(values["classes"]),
+                task=task,
                 preprocess=Preprocess.from_json(values["preprocess"]),
                 training=dict(values["training"]),
                 certificate=values["certificate"],
-                targets=Targets.from_json(values["targets"]) if "targets" in values else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError, BadValue) as error:
             raise UsageError(f"{where}: not a model written by distcls ({error})") from error

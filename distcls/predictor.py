@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 from distcls.data.source import ImageSource
 from distcls.errors import UsageError
 from distcls.runtime.model import Model
-from distcls.runtime.providers import Asked
+from distcls.runtime.providers import ExecutionRequest
 
 if TYPE_CHECKING:
     pass
 
 
-def open_model(
+def load_model(
     path: Path,
     device: str = "auto",
-    asked: Asked | None = None,
+    asked: ExecutionRequest | None = None,
     source: ImageSource | None = None,
 ) -> Model:
     """Open `best.onnx` in ONNX Runtime or `best.pth` in PyTorch, by the ending.

@@ -19,7 +19,7 @@ from distcls.errors import BadValue, require
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
-Kind = Literal["single", "heads", "multi_label"]
+Kind = Literal["single_label", "multi_head", "multi_label"]
 KINDS = get_args(Kind)
 
 BLANK = ""
@@ -41,10 +41,10 @@ class Head:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Targets:
+class Task:
     """The kind of answer and its classes."""
 
-    kind: Kind = "single"
+    kind: Kind = "single_label"
     """single: one class an image; heads: one class in each head; multi_label: any number of
     labels."""
     classes: tuple[str, ...]
@@ -56,7 +56,7 @@ class Targets:
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
-        fits = bool(self.heads) == (self.kind == "heads")
+        fits = bool(self.heads) == (self.kind == "multi_head")
         require(fits, "heads", self.heads, "heads with kind: heads, and none else")
         if self.heads:
             require(self.classes == _flat_names(self.heads), "classes", self.classes, "HEAD:CLASS")
@@ -71,14 +71,14 @@ class Targets:
             raise BadValue("classes", twice, "names of which none stands there twice")
 
     @classmethod
-    def of_heads(cls, heads: Sequence[Head]) -> Targets:
+    def of_heads(cls, heads: Sequence[Head]) -> Task:
         """A class in each of these heads."""
-        return cls(kind="heads", heads=tuple(heads), classes=_flat_names(heads))
+        return cls(kind="multi_head", heads=tuple(heads), classes=_flat_names(heads))
 
     @property
     def single(self) -> bool:
         """Whether an image has one class."""
-        return self.kind == "single"
+        return self.kind == "single_label"
 
     @functools.cached_property
     def slices(self) -> tuple[slice, ...]:
@@ -192,12 +192,12 @@ class Targets:
             return list(self.classes)
         if self.heads:
             heads = [{"name": head.name, "classes": list(head.classes)} for head in self.heads]
-            return {"kind": self.kind, "heads": heads}
+            return {"kind": "heads", "heads": heads}
         values: dict[str, Any] = {"kind": self.kind, "classes": list(self.classes)}
         return values | ({"thresholds": list(self.thresholds)} if self.thresholds else {})
 
     @classmethod
-    def from_json(cls, values: Any) -> Targets:
+    def from_json(cls, values: Any) -> Task:
         """The inverse of `to_json`. Raises KeyError, TypeError or BadValue for anything else."""
         if isinstance(values, list):
             return cls(classes=_names(values))

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from distcls.data.prepare import PrepareOptions, prepare
-from distcls.task import Head, Targets
+from distcls.task import Head, Task
 from tests.sources import digits, put
 
 DIGITS = 5
@@ -56,10 +56,10 @@ def dataset(source: Path, out: Path, **options: object) -> Path:
     return out
 
 
-def heads(*sizes: int) -> Targets:
+def heads(*sizes: int) -> Task:
     """Heads a, b, ... of so many classes each, c0, c1, ..."""
     names = "abcdefgh"
-    return Targets.of_heads(
+    return Task.of_heads(
         [
             Head(name, tuple(f"c{index}" for index in range(size)))
             for name, size in zip(names, sizes, strict=False)
@@ -67,7 +67,7 @@ def heads(*sizes: int) -> Targets:
     )
 
 
-def labels(number: int, thresholds: tuple[float, ...] | None = None) -> Targets:
+def labels(number: int, thresholds: tuple[float, ...] | None = None) -> Task:
     """So many labels, l0, l1, ..."""
     names = tuple(f"l{index}" for index in range(number))
-    return Targets(kind="multi_label", classes=names, thresholds=thresholds)
+    return Task(kind="multi_label", classes=names, thresholds=thresholds)

@@ -14,6 +14,7 @@ from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
 from distcls.models.factory import build
 from distcls.models.pretrained import Report, apply_weights, find_weights
+from distcls.task import Task
 
 PROCESS = Preprocess(size=(32, 32), mean=(0.5, 0.4, 0.3))
 
@@ -46,7 +47,7 @@ def untrained(path: Path, digits: Path, size: tuple[int, int]) -> Path:
     torch.manual_seed(0)
     card = ModelCard(
         architecture={"name": "mobilenet_v3_small"},
-        classes=tuple("0123456789"),
+        task=Task(classes=tuple("0123456789")),
         preprocess=preprocess,
         training={"dataset": str(digits)},
     )

@@ -47,14 +47,14 @@ def test_a_head_a_column(tmp_path: Path, suffix: str) -> None:
     rows = ("red;10;x", "blue;9;y", "red;9;z", "green;10;x")
     path = listed(tmp_path, "Colour;size;note", *rows, suffix=suffix)
     data = opened(path, label_columns=("colour", "size"))
-    heads = data.targets.heads
+    heads = data.task.heads
     assert [head.name for head in heads] == ["colour", "size"]
     assert [head.classes for head in heads] == [("blue", "green", "red"), ("9", "10")]
     split = data.split("train")
     assert split.labels.dtype == np.int64
     by_id = dict(zip(split.image_ids, split.labels.tolist(), strict=True))
     assert by_id == {"00.png": [2, 1], "01.png": [0, 0], "02.png": [2, 0], "03.png": [1, 1]}
-    assert data.targets.texts(split.labels)[0] == "red|10"
+    assert data.task.texts(split.labels)[0] == "red|10"
     counts = json.loads((data.folder / INFO).read_text())["class_counts"]
     assert counts["colour:red"] == counts["size:9"] == {"train": 2}
     kinds = json.loads((data.folder / CLASSES).read_text())
@@ -64,18 +64,18 @@ def test_a_head_a_column(tmp_path: Path, suffix: str) -> None:
 
 def test_a_text_is_a_head_a_character_and_short_ones_end_in_blanks(tmp_path: Path) -> None:
     data = opened(listed(tmp_path, "text", "b1", "a", "1ab", " ab "), text_column="text")
-    assert data.targets.alphabet == ("1", "a", "b", "")
-    assert [head.name for head in data.targets.heads] == ["1", "2", "3"]
+    assert data.task.alphabet == ("1", "a", "b", "")
+    assert [head.name for head in data.task.heads] == ["1", "2", "3"]
     assert data.classes[:5] == ("1:1", "1:a", "1:b", "1:", "2:1")
     split = data.split("train")
-    by_id = dict(zip(split.image_ids, data.targets.texts(split.labels), strict=True))
+    by_id = dict(zip(split.image_ids, data.task.texts(split.labels), strict=True))
     assert by_id == {"00.png": "b1", "01.png": "a", "02.png": "1ab", "03.png": "ab"}
     assert split.labels[split.image_ids.index("01.png")].tolist() == [1, 3, 3]
 
 
 def test_texts_of_one_length_have_no_blank(tmp_path: Path) -> None:
     data = opened(listed(tmp_path, "text", "12", "21", "11"), text_column="text")
-    assert data.targets.alphabet == ("1", "2")
+    assert data.task.alphabet == ("1", "2")
 
 
 @pytest.mark.parametrize(("separator", "given"), [(None, "|"), (",", ","), (" and ", " and ")])
@@ -83,7 +83,7 @@ def test_labels_and_images_without_any(tmp_path: Path, separator: str | None, gi
     rows = (f"sky{given}sea", "", f"sea {given} sea{given}", "dog")
     path = listed(tmp_path, "tags;n", *(f"{row};{n}" for n, row in enumerate(rows)))
     data = opened(path, labels_column="tags", separator=separator)
-    assert data.targets.kind == "multi_label"
+    assert data.task.kind == "multi_label"
     assert data.classes == ("dog", "sea", "sky")
     split = data.split("train")
     by_id = dict(zip(split.image_ids, split.labels.tolist(), strict=True))
@@ -117,7 +117,7 @@ def test_given_names_are_the_order(tmp_path: Path) -> None:
     tagged = several.dataset(path, tmp_path / "one", labels_column="tags", classes=names)
     assert Dataset.open(tagged).classes == ("b", "a", "c")
     text = several.dataset(path, tmp_path / "two", text_column="text", classes=names)
-    assert Dataset.open(text).targets.alphabet == ("b", "a", "c")
+    assert Dataset.open(text).task.alphabet == ("b", "a", "c")
     names.write_text("a\nd\n")
     assert "row 1: label 'c' is not one of the classes" in refused(
         path, labels_column="tags", classes=names

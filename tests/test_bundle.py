@@ -10,10 +10,11 @@ import pytest
 from distcls.errors import UsageError
 from distcls.imaging import Preprocess
 from distcls.model_card import ModelCard
+from distcls.task import Task
 
 CARD = ModelCard(
     architecture={"name": "mobilenet_v3_small", "stem_stride": 1, "dropout": 0.2},
-    classes=("Zoë's cat", "犬", "a, b\n"),
+    task=Task(classes=("Zoë's cat", "犬", "a, b\n")),
     preprocess=Preprocess(size=(28, 40), resize="pad", interpolation="cubic"),
     training={"epoch": 3, "top1": 0.5},
     certificate={"images": 10, "largest_difference": 1e-6},
@@ -34,7 +35,9 @@ def test_metadata_round_trip_passes_over_keys_of_others() -> None:
 
 
 def test_a_card_without_certificate() -> None:
-    plain = ModelCard(architecture={}, classes=("a",), preprocess=Preprocess(size=(1, 1)))
+    plain = ModelCard(
+        architecture={}, task=Task(classes=("a",)), preprocess=Preprocess(size=(1, 1))
+    )
     assert ModelCard.from_metadata(plain.to_metadata(), "here") == plain
     assert plain.certificate is None
 

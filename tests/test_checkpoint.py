@@ -27,6 +27,7 @@ from distcls.models.checkpoint import (
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
 from distcls.models.factory import build
+from distcls.task import Task
 from tests.pictures import smooth
 
 PROCESS = Preprocess(size=(32, 40), mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1))
@@ -44,7 +45,7 @@ def make(path: Path, **changes: Any) -> tuple[Classifier, ModelCard]:
     config = ModelConfig(stem_stride=1, dropout=0.1, norm_momentum=1.0)
     values: dict[str, Any] = {
         "architecture": ARCHITECTURE,
-        "classes": ("a", "b", "ß"),
+        "task": Task(classes=("a", "b", "ß")),
         "preprocess": PROCESS,
         "training": {"epoch": 2},
     }
@@ -169,7 +170,7 @@ def test_checkpoints_of_others(tmp_path: Path) -> None:
 
 def test_weights_that_do_not_fit_the_card(tmp_path: Path) -> None:
     path = tmp_path / "best.pth"
-    make(path, classes=("a", "b"))
+    make(path, task=Task(classes=("a", "b")))
     text = refused(path, open_checkpoint)
     assert "its weights do not fit its card" in text
     assert "classifier.3.weight" in text
@@ -193,6 +194,7 @@ from pathlib import Path
 import torch
 from distcls.errors import DistclsError
 from distcls.models.checkpoint import save_tensors
+from distcls.task import Task
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:

@@ -10,7 +10,7 @@ import pytest
 
 from distcls.errors import UsageError
 from distcls.export.graph import write
-from distcls.predictor import open_model
+from distcls.predictor import load_model
 from distcls.runtime.onnx_file import KEY, check_checksum, checksum, outputs
 from tests import tiny_onnx
 
@@ -23,7 +23,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_whole_file_passes(path: Path) -> None:
     check_checksum(path)
-    assert open_model(path).card.classes == tiny_onnx.COLOURS
+    assert load_model(path).card.classes == tiny_onnx.COLOURS
     metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert json.loads(metadata[KEY]) == checksum(path.read_bytes())
 
@@ -37,7 +37,7 @@ def test_a_changed_weight_is_refused(path: Path, place: int) -> None:
     weights.raw_data = bytes(data)
     path.write_bytes(model.SerializeToString())
     with pytest.raises(UsageError, match="wrong checksum") as caught:
-        open_model(path)
+        load_model(path)
     assert str(path) in str(caught.value)
 
 

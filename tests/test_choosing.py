@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from distcls.data.source import ImageSource
 from distcls.errors import BadImage, DistclsError, UsageError
-from distcls.predictor import open_model
+from distcls.predictor import load_model
 from distcls.runtime import autotune
 from distcls.runtime.autotune import (
     WORTH_MEASURING,
@@ -22,12 +22,12 @@ from distcls.runtime.autotune import (
     open_fastest,
     pick,
 )
-from distcls.runtime.benchmark import Rehearsal
+from distcls.runtime.benchmark import Benchmark
 from distcls.runtime.model import OnnxModel
-from distcls.runtime.providers import PLUGIN, Asked, Plan
+from distcls.runtime.providers import PLUGIN, ExecutionConfig, ExecutionRequest
 from tests import pictures, tiny_dataset, tiny_onnx
 
-HERE = Plan(layout="workers", threads=1, callers=2, batch_size=4)
+HERE = ExecutionConfig(layout="workers", threads=1, streams=2, batch_size=4)
 THERE = dataclasses.replace(HERE, provider="openvino", precision="reduced")
 
 
@@ -49,7 +49,7 @@ def source(count: int = 40) -> ImageSource:
 class Elsewhere(OnnxModel):
     """The CPU under another provider's name, with what that one does to the answers."""
 
-    def __init__(self, path: Path, plan: Plan, noise: float) -> None:
+    def __init__(self, path: Path, plan: ExecutionConfig, noise: float) -> None:
         super().__init__(path, dataclasses.replace(plan, provider="cpu"))
         self.plan = plan
         self.noise = noise
@@ -65,13 +65,13 @@ def tried(
     """What comes of a machine with an OpenVINO of this noise in each precision."""
     monkeypatch.setattr(autotune, "installed", lambda: ["openvino", "cpu"])
 
-    def open_plan(plan: Plan) -> OnnxModel:
+    def open_plan(plan: ExecutionConfig) -> OnnxModel:
         if plan.provider == "cpu":
             return OnnxModel(path, plan)
         return Elsewhere(path, plan, noise[plan.precision])
 
-    asked = Asked(workers=2, images=10_000)
-    return measure(OnnxModel(path, HERE), asked, Rehearsal.of(source()), open_plan)
+    asked = ExecutionRequest(workers=2, images=10_000)
+    return measure(OnnxModel(path, HERE), asked, Benchmark.of(source()), open_plan)
 
 
 def test_what_agrees_is_measured_with_decoding(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,10 +124,10 @@ def test_a_model_that_is_broken_everywhere_runs_on_the_cpu(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(autotune, "installed", lambda: ["openvino", "cpu"])
-    asked = Asked(workers=2, images=10_000)
+    asked = ExecutionRequest(workers=2, images=10_000)
 
     found = measure(
-        Broken(path, HERE), asked, Rehearsal.of(source()), lambda plan: Broken(path, plan)
+        Broken(path, HERE), asked, Benchmark.of(source()), lambda plan: Broken(path, plan)
     )
     assert pick(found).plan.provider == "cpu"
 
@@ -135,7 +135,7 @@ def test_a_model_that_is_broken_everywhere_runs_on_the_cpu(
 def test_the_fastest_is_picked_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
     slow, fast = Measurement(plan=HERE, rate=100.0), Measurement(plan=THERE, rate=250.4)
     wider = Measurement(plan=dataclasses.replace(HERE, batch_size=16), rate=120.0)
-    failed = Measurement(plan=Plan(provider="cuda"), problem="no driver")
+    failed = Measurement(plan=ExecutionConfig(provider="cuda"), problem="no driver")
     assert pick([slow, failed, fast, wider]) is fast
     assert capsys.readouterr().err == "warning: cuda is not used: no driver\n"
     told = explain(fast, [slow, failed, fast, wider])
@@ -147,7 +147,7 @@ def test_the_fastest_is_picked_and_explained(capsys: pytest.CaptureFixture[str])
 def test_measured_once_and_remembered(
     path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    asked = Asked(images=WORTH_MEASURING)
+    asked = ExecutionRequest(images=WORTH_MEASURING)
     first = open_fastest(path, asked, source())
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"provider: {first.plan}; ")
@@ -157,7 +157,7 @@ def test_measured_once_and_remembered(
     again = open_fastest(path, asked, source())
     assert again.plan == first.plan
     assert capsys.readouterr().err.endswith("(remembered)\n")
-    few = open_fastest(path, Asked(images=1), source())  # remembered is as good for one
+    few = open_fastest(path, ExecutionRequest(images=1), source())  # remembered is as good for one
     assert few.plan == first.plan
     capsys.readouterr()
     file.write_bytes(b'{"format": 1, "plan": {"provider": "abacus"}, "why": ""}')
@@ -169,23 +169,31 @@ def test_what_was_remembered_and_does_not_open_is_chosen_anew(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(autotune, "recall", lambda key: {"plan": gone, "why": "fast"})
-    gone = Plan(provider="tensorrt").to_json()
-    assert open_fastest(path, Asked(images=WORTH_MEASURING), source()).plan.provider != "tensorrt"
+    gone = ExecutionConfig(provider="tensorrt").to_json()
+    assert (
+        open_fastest(path, ExecutionRequest(images=WORTH_MEASURING), source()).plan.provider
+        != "tensorrt"
+    )
     assert "remembered" not in capsys.readouterr().err
 
 
 def test_few_images_are_not_worth_measuring(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = open_fastest(path, Asked(images=WORTH_MEASURING - 1, workers=3), source())
-    assert model.plan == Plan(layout="workers", threads=1, callers=3, batch_size=64)
+    model = open_fastest(path, ExecutionRequest(images=WORTH_MEASURING - 1, workers=3), source())
+    assert model.plan == ExecutionConfig(layout="workers", threads=1, streams=3, batch_size=64)
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_batch_size_that_is_given_is_kept(path: Path) -> None:
     for images in (10, None):
-        assert open_fastest(path, Asked(images=images, batch_size=5), source()).plan.batch_size == 5
+        assert (
+            open_fastest(
+                path, ExecutionRequest(images=images, batch_size=5), source()
+            ).plan.batch_size
+            == 5
+        )
 
 
 def test_bad_images_and_none_at_all_to_measure_with(path: Path) -> None:
@@ -196,10 +204,10 @@ def test_bad_images_and_none_at_all_to_measure_with(path: Path) -> None:
             raise BadImage("broken")
         return images[index]
 
-    half = Rehearsal.of(ImageSource(image_ids=[""] * 20, load=load))
+    half = Benchmark.of(ImageSource(image_ids=[""] * 20, load=load))
     assert len(half.images) == 10
     for nothing in (None, ImageSource(image_ids=[], load=load)):
-        made_up = Rehearsal.of(nothing)
+        made_up = Benchmark.of(nothing)
         assert {image.shape for image in made_up.images} == {(375, 500, 3)}
         assert made_up.encoded is not None
         rate, logits = made_up.run(OnnxModel(path, HERE), HERE, 16, None)
@@ -210,7 +218,7 @@ def test_bad_images_and_none_at_all_to_measure_with(path: Path) -> None:
 def test_a_pack_is_rehearsed_without_decoding(path: Path) -> None:
     images, _ = tiny_dataset.coloured(20)
     pack = ImageSource(image_ids=[""] * 20, load=lambda index: images[index], uniform=images)
-    rehearsal = Rehearsal.of(pack)
+    rehearsal = Benchmark.of(pack)
     assert rehearsal.encoded is None
     _, logits = rehearsal.run(OnnxModel(path, HERE), HERE, 48, None)
     np.testing.assert_allclose(logits, tiny_onnx.expected_logits(images), rtol=1e-5)
@@ -224,7 +232,7 @@ def test_slow_reading_does_not_hold_up_the_choice() -> None:
         return pictures.smooth(seed=index)
 
     began = time.monotonic()
-    rehearsal = Rehearsal.of(ImageSource(image_ids=[""] * 100, load=load))
+    rehearsal = Benchmark.of(ImageSource(image_ids=[""] * 100, load=load))
     assert time.monotonic() - began < 1.5
     assert 1 <= len(rehearsal.images) <= 4
 
@@ -232,19 +240,19 @@ def test_slow_reading_does_not_hold_up_the_choice() -> None:
 def test_a_provider_that_is_not_installed_is_refused(path: Path) -> None:
     for name in ("cuda", "tensorrt"):
         with pytest.raises(UsageError, match=f"provider: {name} is"):
-            open_fastest(path, Asked(provider=name, images=1))  # type: ignore[arg-type]
+            open_fastest(path, ExecutionRequest(provider=name, images=1))  # type: ignore[arg-type]
 
 
 def test_checkpoints_run_in_pytorch(tmp_path: Path) -> None:
     (tmp_path / "best.pth").write_bytes(b"never read")
     with pytest.raises(UsageError, match=r"provider: openvino runs exported models; .*best\.pth"):
-        open_model(tmp_path / "best.pth", asked=Asked(provider="openvino"))
+        load_model(tmp_path / "best.pth", asked=ExecutionRequest(provider="openvino"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec(PLUGIN) is None, reason="OpenVINO is not installed")
 @pytest.mark.parametrize("images", [8, WORTH_MEASURING])
 def test_openvino_answers_as_the_cpu(path: Path, images: int) -> None:
-    model = open_fastest(path, Asked(provider="openvino", images=images), source())
+    model = open_fastest(path, ExecutionRequest(provider="openvino", images=images), source())
     assert model.provider == "OpenVINOExecutionProvider"
     batch, _ = tiny_dataset.coloured(40)
     expected = tiny_onnx.expected_logits(batch)

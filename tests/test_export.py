@@ -18,6 +18,7 @@ from distcls.model_card import ModelCard
 from distcls.models.checkpoint import TorchModel
 from distcls.models.classifier import Classifier
 from distcls.runtime.model import OnnxModel
+from distcls.task import Task
 from tests.small_networks import untrained
 
 
@@ -84,7 +85,9 @@ class Answers:
 
 def certificate_for(difference: float, *, tolerance: float = 1e-3) -> tuple[bool, list[float]]:
     """Certify two tables of logits that differ by `difference` in one place."""
-    card = ModelCard(architecture={}, classes=("a", "b"), preprocess=Preprocess(size=(1, 1)))
+    card = ModelCard(
+        architecture={}, task=Task(classes=("a", "b")), preprocess=Preprocess(size=(1, 1))
+    )
     table = np.tile(np.array([[1.0, 0.0]], np.float32), (10, 1))
     other = table.copy()
     other[9, 1] += difference

@@ -19,6 +19,7 @@ from distcls.models.config import ModelConfig
 from distcls.models.factory import build
 from distcls.models.registry import NAMED
 from distcls.runtime.model import OnnxModel
+from distcls.task import Task
 from tests.pictures import smooth
 
 SMALL = Preprocess(size=(64, 64), resize="squash")
@@ -50,7 +51,7 @@ def test_exported_it_answers_as_its_checkpoint(name: str, digits: Path, tmp_path
         model.train()(torch.from_numpy(images))
     card = ModelCard(
         architecture={"name": name},
-        classes=tuple("0123456789"),
+        task=Task(classes=tuple("0123456789")),
         preprocess=SMALL,
         training={"dataset": str(digits)},
     )

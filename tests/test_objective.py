@@ -106,15 +106,15 @@ def test_examples_do_not_depend_on_the_number_of_processes(weighted: Path) -> No
     part = engine.data.train_samples[engine.order.permutation(0)[:31]]
     whole = engine.objective.examples(0, batch_of(engine, part))
     assert whole.weights is not None
-    assert whole.targets.shape == (31, 10)
-    torch.testing.assert_close(whole.targets.sum(1), torch.ones(31))
+    assert whole.task.shape == (31, 10)
+    torch.testing.assert_close(whole.task.sum(1), torch.ones(31))
     assert engine.objective.together == 2
     for world in (2, 3):
         for rank in range(world):
             places = share(np.arange(31), rank, world, together=2)
             mine = engine.objective.examples(0, batch_of(engine, part[places]))
             torch.testing.assert_close(mine.images, whole.images[places], atol=1e-3, rtol=0)
-            torch.testing.assert_close(mine.targets, whole.targets[places])
+            torch.testing.assert_close(mine.task, whole.task[places])
             torch.testing.assert_close(mine.weights, whole.weights[places])
 
 
@@ -123,8 +123,8 @@ def test_another_epoch_mixes_otherwise(digits: Path) -> None:
     batch = batch_of(engine, engine.data.train_samples[:10])
     one, same, other = (engine.objective.examples(epoch, batch) for epoch in (0, 0, 1))
     assert torch.equal(one.images, same.images)
-    assert torch.equal(one.targets, same.targets)
-    assert not torch.equal(one.targets, other.targets)
+    assert torch.equal(one.task, same.task)
+    assert not torch.equal(one.task, other.task)
 
 
 def test_a_mixed_epoch_trains_and_its_plan_keeps_pairs(digits: Path) -> None:

@@ -17,12 +17,12 @@ from distcls.data.source import ImageSource, from_split
 from distcls.errors import BadImage
 from distcls.model_card import ModelCard
 from distcls.runtime.model import OnnxModel
-from distcls.runtime.pipeline import Stages, stream
-from distcls.runtime.providers import Plan
+from distcls.runtime.pipeline import Profiler, stream
+from distcls.runtime.providers import ExecutionConfig
 from tests import tiny_dataset, tiny_onnx
 
-WORKERS = Plan(layout="workers", threads=1, callers=3, batch_size=8)
-STAGES = Plan(layout="stages", threads=1, callers=2, batch_size=8)
+WORKERS = ExecutionConfig(layout="workers", threads=1, streams=3, batch_size=8)
+STAGES = ExecutionConfig(layout="stages", threads=1, streams=2, batch_size=8)
 
 
 @pytest.fixture(params=[WORKERS, STAGES], ids=["workers", "stages"])
@@ -140,7 +140,7 @@ def test_the_batch_size_is_the_plan_s_unless_given(model: OnnxModel) -> None:
 
 def test_where_the_time_goes(model: OnnxModel, tmp_path: Path) -> None:
     images, _ = tiny_dataset.coloured(64)
-    stages = Stages()
+    stages = Profiler()
 
     def load(index: int) -> NDArray[np.uint8]:
         time.sleep(0.004)

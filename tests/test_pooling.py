@@ -20,6 +20,7 @@ from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
 from distcls.models.factory import DroppedLinear, build
 from distcls.runtime.model import OnnxModel
+from distcls.task import Task
 from tests.pictures import smooth
 
 WIDE = Preprocess(size=(32, 96))
@@ -127,7 +128,7 @@ def test_it_is_rebuilt_and_exported(digits: Path, tmp_path: Path) -> None:
         expected = model.eval()(torch.from_numpy(images)).numpy()
     card = ModelCard(
         architecture={"name": "mobilenet_v3_small", "pool": "columns"},
-        classes=tuple("0123456789"),
+        task=Task(classes=tuple("0123456789")),
         preprocess=process,
         training={"dataset": str(digits)},
     )

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from distcls.commands.predict import main
 from distcls.errors import UsageError
 from distcls.model_card import ModelCard
-from distcls.runtime.ensemble import Flipped, Merged
+from distcls.runtime.ensemble import Ensemble, FlipAveraged
 from distcls.runtime.model import OnnxModel
 from distcls.task import softmax
 from tests import tiny_dataset, tiny_onnx
@@ -110,7 +110,7 @@ def test_flips_are_averaged(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(model.logits(images), both[0], rtol=1e-5)
     expected = (softmax(both[0]) + softmax(both[1])) / 2
     assert np.abs(expected - softmax(both[0])).max() > 0.1
-    np.testing.assert_allclose(softmax(Flipped(model).logits(images)), expected, rtol=1e-5)
+    np.testing.assert_allclose(softmax(FlipAveraged(model).logits(images)), expected, rtol=1e-5)
     plain = run(folder, path, tmp_path / "plain.csv")
     flipped = run(folder, path, tmp_path / "flip.csv", "--tta", "flip")
     assert [row["image_id"] for row in plain] == [row["image_id"] for row in flipped]
@@ -119,7 +119,7 @@ def test_flips_are_averaged(folder: Path, tmp_path: Path) -> None:
 
 def test_models_are_merged(folder: Path, model: Path, tmp_path: Path) -> None:
     other = uneven(tmp_path / "u.onnx")
-    merged = Merged([OnnxModel(model), OnnxModel(other)], ["m", "u"])
+    merged = Ensemble([OnnxModel(model), OnnxModel(other)], ["m", "u"])
     left = tiny_onnx.expected_logits(IMAGES[:, :, :4])
     expected = (probabilities() + softmax(left)) / 2
     np.testing.assert_allclose(softmax(merged.logits(IMAGES)), expected, rtol=1e-5)
@@ -139,7 +139,7 @@ def test_certain_answers_stay_finite() -> None:
         def logits(self, images: np.ndarray) -> np.ndarray:
             return np.tile(np.array([[500, 0, -500]], np.float32), (len(images), 1))
 
-    logits = Flipped(Sure()).logits(IMAGES)
+    logits = FlipAveraged(Sure()).logits(IMAGES)
     assert np.isfinite(logits).all()
     np.testing.assert_array_equal(logits.argmax(axis=1), 0)
 

@@ -17,6 +17,7 @@ from distcls.model_card import ModelCard
 from distcls.models.checkpoint import save_checkpoint
 from distcls.models.config import ModelConfig
 from distcls.models.pretrained import apply_weights, find_weights
+from distcls.task import Task
 from tests.small_networks import PROCESS, assert_taken, load, network, plain
 
 
@@ -28,7 +29,9 @@ def test_our_checkpoint_with_another_class_count(tmp_path: Path) -> None:
     path = tmp_path / "best.pth"
     source = network(7, seed=1)
     card = ModelCard(
-        architecture={"name": "mobilenet_v3_small"}, classes=tuple("abcdefg"), preprocess=PROCESS
+        architecture={"name": "mobilenet_v3_small"},
+        task=Task(classes=tuple("abcdefg")),
+        preprocess=PROCESS,
     )
     save_checkpoint(path, source, card)
     model = network(5)

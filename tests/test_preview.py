@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distcls.data.dataset import MANIFEST
-from distcls.task import Head, Targets
+from distcls.task import Head, Task
 from distcls.training.config import AugmentConfig, TrainConfig
 from distcls.training.loader import Batch
 from distcls.training.losses import Examples
@@ -24,7 +24,7 @@ from tests.test_engine import make_engine
 PLAIN = AugmentConfig(crop_padding=3, flip=0.5)
 CROPPED = AugmentConfig(resized_crop=(0.35, 1.0), policy="trivialaugment")
 MIXED = AugmentConfig(crop_padding=2, mixup=0.4, cutmix=1.0, policy="randaugment", erase=0.5)
-ANIMALS = Targets(classes=("ape", "bee", "cow"))
+ANIMALS = Task(classes=("ape", "bee", "cow"))
 
 
 def trained_on(data: Path, epoch: int, **changes: Any) -> list[Examples]:
@@ -62,8 +62,8 @@ def test_what_is_shown_is_what_is_trained_on(
     expected = torch.cat([examples.images for examples in seen])
     assert found.images.shape == (120, 28, 28, 3)
     assert torch.equal(found.images, expected[:120])
-    targets = torch.cat([examples.targets for examples in seen])
-    classes = Targets(classes=tuple("0123456789"))
+    targets = torch.cat([examples.task for examples in seen])
+    classes = Task(classes=tuple("0123456789"))
     assert found.labels == [label_text(target, classes) for target in targets[:120]]
     assert any(" + " in label for label in found.labels) == (augment is MIXED)
 
@@ -123,11 +123,11 @@ def test_labels_in_words(target: Tensor, text: str) -> None:
 
 
 def test_labels_of_several_answers() -> None:
-    heads = Targets.of_heads([Head("1", ("", "a", "b")), Head("2", ("", "a", "b"))])
+    heads = Task.of_heads([Head("1", ("", "a", "b")), Head("2", ("", "a", "b"))])
     assert label_text(torch.tensor([2, 1]), heads) == "ba"
     assert label_text(torch.tensor([2, 0]), heads) == "b"
     assert label_text(torch.tensor([0.0, 0, 1, 0, 1, 0]), heads) == "ba"
-    several = Targets(kind="multi_label", classes=("ape", "bee", "cow"))
+    several = Task(kind="multi_label", classes=("ape", "bee", "cow"))
     assert label_text(torch.tensor([1, 0, 1]), several) == "ape|cow"
     assert label_text(torch.tensor([1.0, 0.0, 1.0]), several) == "ape|cow"
     assert label_text(torch.tensor([0.0, 0.0, 0.0]), several) == "(no label)"
@@ -135,5 +135,5 @@ def test_labels_of_several_answers() -> None:
 
 
 def test_long_names_leave_room_for_their_shares() -> None:
-    long = Targets(classes=("a" * 40, "b" * 40))
+    long = Task(classes=("a" * 40, "b" * 40))
     assert label_text(torch.tensor([0.6, 0.4]), long) == f"{'a' * 19}… 0.6 + {'b' * 19}… 0.4"

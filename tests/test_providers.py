@@ -14,18 +14,27 @@ from distcls.runtime import autotune, providers
 from distcls.runtime.autotune import families, unmeasured
 from distcls.runtime.benchmark import disagreement, images_needed
 from distcls.runtime.model import OnnxModel
-from distcls.runtime.providers import BATCH_SIZE, PLUGIN, Plan, missing, plan_of, require_installed
-from distcls.task import Targets
+from distcls.runtime.providers import (
+    BATCH_SIZE,
+    PLUGIN,
+    ExecutionConfig,
+    execution_of,
+    missing,
+    require_installed,
+)
+from distcls.task import Task
 from tests import several, tiny_onnx
 
 
 def test_a_plan_survives_json() -> None:
-    plan = Plan(provider="openvino", precision="reduced", layout="workers", threads=1, callers=3)
-    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    plan = ExecutionConfig(
+        provider="openvino", precision="reduced", layout="workers", threads=1, streams=3
+    )
+    assert ExecutionConfig.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     assert str(plan) == "OpenVINO in reduced precision, 3 workers of 1 thread, batches of 64"
-    assert str(Plan()) == "CPU, a thread a core, batches of 64"
-    assert str(Plan(threads=2, batch_size=1)) == "CPU, 2 threads a batch, batches of 1"
-    assert str(Plan(provider="cuda", callers=2)) == "CUDA, batches of 64"
+    assert str(ExecutionConfig()) == "CPU, a thread a core, batches of 64"
+    assert str(ExecutionConfig(threads=2, batch_size=1)) == "CPU, 2 threads a batch, batches of 1"
+    assert str(ExecutionConfig(provider="cuda", streams=2)) == "CUDA, batches of 64"
 
 
 @pytest.mark.parametrize(
@@ -35,7 +44,7 @@ def test_a_plan_survives_json() -> None:
         {"precision": "bf16"},
         {"layout": "pipeline"},
         {"threads": -1},
-        {"callers": 0},
+        {"streams": 0},
         {"batch_size": 2.5},
         {"batch_size": True},
         {"speed": 3},
@@ -44,20 +53,20 @@ def test_a_plan_survives_json() -> None:
     ],
 )
 def test_what_is_no_plan_is_refused(wrong: object) -> None:
-    values = {**Plan().to_json(), **wrong} if isinstance(wrong, dict) else wrong
+    values = {**ExecutionConfig().to_json(), **wrong} if isinstance(wrong, dict) else wrong
     with pytest.raises((BadValue, TypeError)):
-        Plan.from_json(values)
+        ExecutionConfig.from_json(values)
 
 
 def test_the_plan_of_a_model(tmp_path: Path) -> None:
-    plan = Plan(layout="workers", threads=1, callers=2, batch_size=3)
+    plan = ExecutionConfig(layout="workers", threads=1, streams=2, batch_size=3)
     model = OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"), plan)
-    assert plan_of(model) == plan
-    assert plan_of(object()) == Plan(batch_size=BATCH_SIZE)
-    wider = Plan(layout="workers", threads=1, callers=2, batch_size=30)
-    assert plan_of(model.replanned(wider)) == wider
-    assert plan_of(model) == plan
-    assert model.replanned(Plan(threads=2)) is None
+    assert execution_of(model) == plan
+    assert execution_of(object()) == ExecutionConfig(batch_size=BATCH_SIZE)
+    wider = ExecutionConfig(layout="workers", threads=1, streams=2, batch_size=30)
+    assert execution_of(model.replanned(wider)) == wider
+    assert execution_of(model) == plan
+    assert model.replanned(ExecutionConfig(threads=2)) is None
 
 
 @pytest.mark.parametrize(
@@ -100,7 +109,7 @@ def test_a_plug_in_that_does_not_load_is_told(
     providers._openvino_cpu.cache_clear()
     assert "openvino" in providers.installed()
     with pytest.raises(UsageError, match="openvino is installed but does not load beside"):
-        OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"), Plan(provider="openvino"))
+        OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"), ExecutionConfig(provider="openvino"))
 
 
 def test_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +171,7 @@ def test_batches_fit_the_image_and_the_model() -> None:
 def test_openvino_is_tried_in_reduced_precision_first() -> None:
     plans = [family.plans[0] for family in families("openvino", cores=2, side=(224, 224))]
     assert [plan.precision for plan in plans] == ["reduced", "reduced", "fp32"]
-    assert [(plan.layout, plan.threads, plan.callers) for plan in plans] == [
+    assert [(plan.layout, plan.threads, plan.streams) for plan in plans] == [
         ("workers", 1, 2),
         ("stages", 2, 1),
         ("workers", 1, 2),
@@ -174,28 +183,28 @@ def test_openvino_is_tried_in_reduced_precision_first() -> None:
 )
 def test_without_measuring(side: tuple[int, int], batch: int) -> None:
     plan = unmeasured("cpu", cores=3, side=side)
-    assert plan == Plan(layout="workers", threads=1, callers=3, batch_size=batch)
+    assert plan == ExecutionConfig(layout="workers", threads=1, streams=3, batch_size=batch)
     assert unmeasured("cpu", cores=3, side=side, batch_size=5).batch_size == 5
     assert unmeasured("openvino", cores=3, side=side).precision == "fp32"
 
 
 def test_a_trial_is_of_whole_batches() -> None:
-    plan = Plan(layout="workers", threads=1, callers=2, batch_size=16)
+    plan = ExecutionConfig(layout="workers", threads=1, streams=2, batch_size=16)
     assert images_needed(plan, 32, 0.0) == 64
     assert images_needed(plan, 32, 1000.0) == 128
-    assert images_needed(Plan(batch_size=7), 32, 0.0) == 35
+    assert images_needed(ExecutionConfig(batch_size=7), 32, 0.0) == 35
 
 
 def problem(
-    expected: np.ndarray, found: np.ndarray, plan: Plan, tolerance: float = 1e-3
+    expected: np.ndarray, found: np.ndarray, plan: ExecutionConfig, tolerance: float = 1e-3
 ) -> str | None:
-    targets = Targets(classes=("a", "b"))
-    return disagreement(expected, found, plan, targets=targets, tolerance=tolerance)
+    targets = Task(classes=("a", "b"))
+    return disagreement(expected, found, plan, task=targets, tolerance=tolerance)
 
 
 def test_who_agrees() -> None:
     expected = np.array([[0.0, 1.0], [2.0, 1.0]] * 500, np.float32)
-    exact, reduced = Plan(), Plan(provider="openvino", precision="reduced")
+    exact, reduced = ExecutionConfig(), ExecutionConfig(provider="openvino", precision="reduced")
     assert problem(expected, expected + 5e-4, exact) is None
     assert "1.0e-02 apart" in str(problem(expected, expected + 0.01, exact))
     assert problem(expected, expected + 0.01, reduced) is None
@@ -217,14 +226,14 @@ def test_heads_and_labels_agree_in_all_their_parts() -> None:
     expected = np.array([[3.0, 0, 0, 1], [0, 3.0, 0, 1]] * 500, np.float32)
     moved = expected.copy()
     moved[:3, 3] = -1  # the greatest of all four stays where it is
-    reduced = Plan(provider="openvino", precision="reduced")
+    reduced = ExecutionConfig(provider="openvino", precision="reduced")
     for targets, told in [
         (several.heads(2, 2), "997 of 1000"),
         (several.labels(4), "997 of 1000"),
         (several.labels(4, (0.5, 0.5, 0.5, 0.1)), None),
-        (Targets(classes=tuple("abcd")), None),
+        (Task(classes=tuple("abcd")), None),
     ]:
-        found = disagreement(expected, moved, reduced, targets=targets, tolerance=1e-3)
+        found = disagreement(expected, moved, reduced, task=targets, tolerance=1e-3)
         assert (told in str(found)) if told else found is None
 
 

@@ -14,7 +14,7 @@ from onnx import TensorProto
 from distcls.errors import UsageError
 from distcls.runtime.model import OnnxModel
 from distcls.runtime.onnx_file import check_external_data
-from distcls.runtime.providers import Plan
+from distcls.runtime.providers import ExecutionConfig
 from distcls.task import softmax
 from tests import tiny_onnx
 
@@ -39,7 +39,7 @@ def save(path: Path, model: onnx.ModelProto) -> Path:
 
 @pytest.mark.parametrize("count", [0, 1, 7, 32])
 def test_logits_equal_numpy_at_any_batch(tmp_path: Path, count: int) -> None:
-    model = OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"), Plan(threads=1))
+    model = OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"), ExecutionConfig(threads=1))
     batch = images(count)
     logits = model.logits(batch)
     assert logits.dtype == np.float32

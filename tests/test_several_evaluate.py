@@ -19,11 +19,11 @@ from distcls.commands.predict import main as predict_main
 from distcls.data.dataset import Dataset
 from distcls.data.formats.detect import open_source
 from distcls.errors import UsageError
-from distcls.evaluation.evaluate import check_targets
+from distcls.evaluation.evaluate import check_task
 from distcls.export.certificate import certify, certify_variant, expect
 from distcls.model_card import ModelCard
 from distcls.runtime.model import OnnxModel
-from distcls.task import Head, Targets
+from distcls.task import Head, Task
 from tests import several, tiny_dataset, tiny_onnx
 from tests.test_writers import read
 
@@ -32,12 +32,12 @@ HEADS = several.heads(3, 4)
 LABELS = several.labels(5, (0.9, 0.5, 0.999, 0.7, 0.8))
 
 
-def card(targets: Targets) -> ModelCard:
+def card(targets: Task) -> ModelCard:
     plain = tiny_onnx.card(classes=targets.classes)
-    return dataclasses.replace(plain, targets=targets)
+    return dataclasses.replace(plain, task=targets)
 
 
-def logits(targets: Targets) -> NDArray[np.float32]:
+def logits(targets: Task) -> NDArray[np.float32]:
     images = tiny_dataset.coloured(COUNT)[0]
     return tiny_onnx.expected_logits(images, len(targets.classes))
 
@@ -182,7 +182,7 @@ def test_table_for_people_and_the_picture_of_one_alphabet(
 ) -> None:
     path = several.manifest(tmp_path / "source", 30)
     data = several.dataset(path, tmp_path / "data", **several.TEXT)
-    word = Targets.of_heads([Head(str(n), (*several.TAGS, "")) for n in (1, 2)])
+    word = Task.of_heads([Head(str(n), (*several.TAGS, "")) for n in (1, 2)])
     model = tiny_onnx.write(tmp_path / "m.onnx", card(word))
     flags = ["--model", str(model), "--data", str(data), "--split", "train"]
     evaluate_main([*flags, "--out", str(tmp_path / "out")])
@@ -222,11 +222,11 @@ def test_other_kinds_are_refused(
         with pytest.raises(UsageError, match=r"the model answers with .*has ") as caught:
             evaluate_main(["--model", str(model), "--data", str(data)])
         assert "\n" not in str(caught.value)
-    check_targets(HEADS, HEADS, "data")
-    check_targets(LABELS, several.labels(5), "data")  # thresholds are the model's own
-    other = Targets.of_heads([HEADS.heads[0], dataclasses.replace(HEADS.heads[1], name="z")])
+    check_task(HEADS, HEADS, "data")
+    check_task(LABELS, several.labels(5), "data")  # thresholds are the model's own
+    other = Task.of_heads([HEADS.heads[0], dataclasses.replace(HEADS.heads[1], name="z")])
     with pytest.raises(UsageError, match="class 3 is 'b:c0' in the model and 'z:c0' in data"):
-        check_targets(HEADS, other, "data")
+        check_task(HEADS, other, "data")
 
 
 class Altered:

@@ -139,20 +139,19 @@ def test_mixed_heads_have_shares_that_add_up_to_one_each(texts: Path) -> None:
     engine = make_engine(texts, augment=AugmentConfig(mixup=0.4))
     batch = batch_of(engine, 11)
     examples = engine.objective.examples(0, batch)
-    assert examples.targets.shape == (11, 12)
-    for part in engine.data.targets.slices:
-        torch.testing.assert_close(examples.targets[:, part].sum(1), torch.ones(11))
+    assert examples.task.shape == (11, 12)
+    for part in engine.data.task.slices:
+        torch.testing.assert_close(examples.task[:, part].sum(1), torch.ones(11))
     # the last of an odd number stays as it is
-    expected = given(batch.labels, engine.data.targets)[-1].float()
-    torch.testing.assert_close(examples.targets[-1], expected)
+    expected = given(batch.labels, engine.data.task)[-1].float()
+    torch.testing.assert_close(examples.task[-1], expected)
     # image and labels are the same mean of two
-    flat = given(batch.labels, engine.data.targets).float()
+    flat = given(batch.labels, engine.data.task).float()
     one = next(index for index in range(0, 10, 2) if not torch.equal(flat[index], flat[index + 1]))
     other = one + 1
     place = int((flat[one] - flat[other]).abs().argmax())
     share = float(
-        (examples.targets[one, place] - flat[other, place])
-        / (flat[one, place] - flat[other, place])
+        (examples.task[one, place] - flat[other, place]) / (flat[one, place] - flat[other, place])
     )
     assert 0 < share < 1
     pixels = batch.images.float()
@@ -167,11 +166,11 @@ def test_mixed_labels_are_shares_of_two_images_labels(tagged: Path, augment: Aug
     batch = batch_of(engine, 10)
     examples = engine.objective.examples(0, batch)
     one, other = batch.labels[0].float(), batch.labels[1].float()
-    assert bool((examples.targets[0] <= torch.maximum(one, other)).all())
-    assert bool((examples.targets[0] >= torch.minimum(one, other)).all())
+    assert bool((examples.task[0] <= torch.maximum(one, other)).all())
+    assert bool((examples.task[0] >= torch.minimum(one, other)).all())
     losses = engine.objective.losses(engine.model(examples.images), examples)
     own = engine.model(examples.images)
-    expected = F.binary_cross_entropy_with_logits(own, examples.targets, reduction="none").mean(1)
+    expected = F.binary_cross_entropy_with_logits(own, examples.task, reduction="none").mean(1)
     torch.testing.assert_close(losses, expected)
 
 

@@ -25,7 +25,7 @@ from distcls.evaluation.metrics import (
     new_tally,
     tally_of,
 )
-from distcls.task import Targets
+from distcls.task import Task
 from tests import several
 
 SIZES = (3, 8, 2)
@@ -53,7 +53,7 @@ def of_labels() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def tallied(
-    targets: Targets, logits: NDArray[np.float32], labels: NDArray[np.int64], step: int = 7
+    targets: Task, logits: NDArray[np.float32], labels: NDArray[np.int64], step: int = 7
 ) -> AnyTally:
     tally = new_tally(targets)
     for start in range(0, len(labels), step):

@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from distcls.errors import UsageError
-from distcls.runtime.ensemble import Flipped, Merged
+from distcls.runtime.ensemble import Ensemble, FlipAveraged
 from distcls.runtime.model import OnnxModel
-from distcls.task import Head, Targets
+from distcls.task import Head, Task
 from tests import several, tiny_dataset, tiny_onnx
 from tests.test_predict_answers import COUNT, IMAGES, run, uneven, with_features
 from tests.test_several_evaluate import HEADS, LABELS, card
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
     return tiny_dataset.write_images(tmp_path / "in", IMAGES)
 
 
-def probabilities(targets: Targets, images: NDArray[np.uint8] = IMAGES) -> NDArray[np.float32]:
+def probabilities(targets: Task, images: NDArray[np.uint8] = IMAGES) -> NDArray[np.float32]:
     return targets.probabilities(tiny_onnx.expected_logits(images, len(targets.classes)))
 
 
@@ -65,11 +65,11 @@ def test_labels_have_thresholds_of_their_own(folder: Path, tmp_path: Path) -> No
 
 
 @BOTH
-def test_flips_are_averaged_part_by_part(targets: Targets, tmp_path: Path) -> None:
+def test_flips_are_averaged_part_by_part(targets: Task, tmp_path: Path) -> None:
     model = OnnxModel(uneven(tmp_path / "u.onnx", card(targets)))
     images = np.concatenate([IMAGES[:5, :, :4], 255 - IMAGES[5:10, :, :4]], axis=2)
     both = [probabilities(targets, images[:, :, part]) for part in (slice(4), slice(4, 8))]
-    found = targets.probabilities(Flipped(model).logits(images))
+    found = targets.probabilities(FlipAveraged(model).logits(images))
     np.testing.assert_allclose(found, (both[0] + both[1]) / 2, rtol=1e-4)
     assert np.abs(both[0] - found).max() > 0.05
 
@@ -90,7 +90,7 @@ class Sure:
 def test_certain_labels_stay_finite_and_what_is_not_is_seen() -> None:
     images = np.zeros((2, 8, 8, 3), np.uint8)
     images[1] = 255
-    logits = Flipped(Sure()).logits(images)
+    logits = FlipAveraged(Sure()).logits(images)
     assert np.isfinite(logits[0]).all()
     np.testing.assert_allclose(logits[0, 2:], Sure.row[2:], atol=1e-5)
     assert logits[0, 0] > 80
@@ -106,10 +106,10 @@ def test_labels_of_merged_models_have_the_mean_of_their_thresholds(
         tiny_onnx.write(tmp_path / "m.onnx", card(LABELS)),
         uneven(tmp_path / "u.onnx", card(several.labels(5, others))),
     ]
-    merged = Merged([OnnxModel(path) for path in paths], ["m", "u"])
+    merged = Ensemble([OnnxModel(path) for path in paths], ["m", "u"])
     assert LABELS.thresholds is not None
     thresholds = (np.array(LABELS.thresholds) + others) / 2
-    assert merged.card.resolved_targets.thresholds == pytest.approx(tuple(thresholds))
+    assert merged.card.task.thresholds == pytest.approx(tuple(thresholds))
     means = (probabilities(LABELS) + probabilities(LABELS, IMAGES[:, :, :4])) / 2
     rows = run(folder, ",".join(map(str, paths)), tmp_path / "pre.csv", "--probabilities")
     given = [[float(row[f"p:{name}"]) for name in LABELS.classes] for row in rows]
@@ -124,7 +124,7 @@ def test_heads_are_merged(tmp_path: Path) -> None:
         tiny_onnx.write(tmp_path / "m.onnx", card(HEADS)),
         uneven(tmp_path / "u.onnx", card(HEADS)),
     ]
-    merged = Merged([OnnxModel(path) for path in paths], ["m", "u"])
+    merged = Ensemble([OnnxModel(path) for path in paths], ["m", "u"])
     expected = (probabilities(HEADS) + probabilities(HEADS, IMAGES[:, :, :4])) / 2
     found = HEADS.probabilities(merged.logits(IMAGES))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -133,10 +133,10 @@ def test_heads_are_merged(tmp_path: Path) -> None:
 
 def test_other_questions_are_not_merged(folder: Path, tmp_path: Path) -> None:
     model = tiny_onnx.write(tmp_path / "m.onnx", card(HEADS))
-    renamed = Targets.of_heads([HEADS.heads[0], Head("z", HEADS.heads[1].classes)])
+    renamed = Task.of_heads([HEADS.heads[0], Head("z", HEADS.heads[1].classes)])
     for targets, told in [
         (several.labels(7), r"has 2 heads of several .*, .* 7 labels; .* the same question"),
-        (Targets(classes=HEADS.classes), "has 2 heads .*, .* 7 classes; .* the same question"),
+        (Task(classes=HEADS.classes), "has 2 heads .*, .* 7 classes; .* the same question"),
         (several.heads(4, 3), r"\(a 3, b 4\), .* \(a 4, b 3\); .* the same question"),
         (renamed, "class 3 is 'b:c0' in .* and 'z:c0' in"),
     ]:
@@ -148,7 +148,7 @@ def test_other_questions_are_not_merged(folder: Path, tmp_path: Path) -> None:
 
 
 @BOTH
-def test_features_beside_several_answers(targets: Targets, folder: Path, tmp_path: Path) -> None:
+def test_features_beside_several_answers(targets: Task, folder: Path, tmp_path: Path) -> None:
     (folder / "004.png").write_bytes(b"")
     path = with_features(tmp_path / "f.onnx", card(targets))
     features = tmp_path / "features.parquet"

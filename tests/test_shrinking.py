@@ -18,6 +18,7 @@ from distcls.data.source import ImageSource, from_encoded
 from distcls.errors import UsageError
 from distcls.imaging import Preprocess, decode
 from distcls.model_card import ModelCard
+from distcls.task import Task
 from tests.test_writers import read
 
 CLASSES = ("red", "green", "blue")
@@ -30,7 +31,7 @@ class Brightest:
     provider = "arithmetic"
 
     def __init__(self, preprocess: Preprocess = SMALL) -> None:
-        self.card = ModelCard(architecture={}, classes=CLASSES, preprocess=preprocess)
+        self.card = ModelCard(architecture={}, task=Task(classes=CLASSES), preprocess=preprocess)
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         return images.mean(axis=(1, 2), dtype=np.float64).astype(np.float32)

@@ -11,15 +11,15 @@ import pytest
 from distcls.errors import BadValue, UsageError
 from distcls.imaging import Preprocess
 from distcls.model_card import ModelCard
-from distcls.task import Head, Targets, sigmoid
+from distcls.task import Head, Task, sigmoid
 from tests import several
 
-SINGLE = Targets(classes=("cat", "dog", "owl"))
-WORD = Targets.of_heads([Head(str(place), ("a", "b", "")) for place in (1, 2, 3)])
+SINGLE = Task(classes=("cat", "dog", "owl"))
+WORD = Task.of_heads([Head(str(place), ("a", "b", "")) for place in (1, 2, 3)])
 KINDS = [SINGLE, WORD, several.heads(2, 4), several.labels(3), several.labels(2, (0.25, 0.75))]
 
 
-def logits(targets: Targets, count: int = 20) -> np.ndarray:
+def logits(targets: Task, count: int = 20) -> np.ndarray:
     shape = (count, len(targets.classes))
     return np.random.default_rng(0).normal(0, 3, shape).astype(np.float32)
 
@@ -83,18 +83,17 @@ def test_texts_of_all_kinds_of_labels() -> None:
 
 
 @pytest.mark.parametrize("targets", KINDS, ids=lambda targets: targets.summary())
-def test_json_round_trip(targets: Targets) -> None:
-    assert Targets.from_json(json.loads(json.dumps(targets.to_json()))) == targets
+def test_json_round_trip(targets: Task) -> None:
+    assert Task.from_json(json.loads(json.dumps(targets.to_json()))) == targets
     card = ModelCard(
         architecture={},
-        classes=targets.classes,
-        targets=None if targets.single else targets,
+        task=targets,
         preprocess=Preprocess(size=(8, 8)),
     )
     assert ("targets" in card.to_json()) == (not targets.single)
     read = ModelCard.from_metadata(card.to_metadata(), "m.onnx")
     assert read == card
-    assert read.resolved_targets == targets
+    assert read.task == targets
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def test_json_round_trip(targets: Targets) -> None:
     ],
 )
 def test_a_card_with_other_targets_is_refused(values: Any) -> None:
-    card = ModelCard(architecture={}, classes=("x",), preprocess=Preprocess(size=(8, 8)))
+    card = ModelCard(architecture={}, task=Task(classes=("x",)), preprocess=Preprocess(size=(8, 8)))
     with pytest.raises(UsageError, match=r"^m.onnx: not a model written by distcls"):
         ModelCard.from_json({**card.to_json(), "targets": values}, "m.onnx")
 
@@ -120,8 +119,8 @@ def test_a_card_with_other_targets_is_refused(values: Any) -> None:
 def test_shortage_and_summary() -> None:
     assert [targets.shortage() for targets in KINDS] == [""] * 5
     assert several.heads(2, 1).shortage() == "head 'b' has one class only ('c0')"
-    assert Targets(classes=("cat",)).shortage() == "one class only ('cat')"
-    assert Targets(classes=()).shortage() == "no class"
+    assert Task(classes=("cat",)).shortage() == "one class only ('cat')"
+    assert Task(classes=()).shortage() == "no class"
     assert several.labels(1).shortage() == ""
     assert several.labels(0).shortage() == "no label"
     assert SINGLE.summary() == "3 classes"
@@ -131,4 +130,4 @@ def test_shortage_and_summary() -> None:
 
 def test_thresholds_belong_to_labels() -> None:
     with pytest.raises(BadValue, match="thresholds"):
-        Targets(classes=("a",), thresholds=(0.5,))
+        Task(classes=("a",), thresholds=(0.5,))

@@ -18,6 +18,7 @@ from distcls.models import factory
 from distcls.models.checkpoint import save_checkpoint
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
+from distcls.task import Task
 from distcls.training.config import DistillConfig
 from distcls.training.distillation import Teacher
 from tests import tiny_onnx
@@ -39,7 +40,7 @@ def checkpoint(
         for parameter in model.parameters():
             parameter.mul_(1.5)  # fresh answers hardly differ from class to class
     architecture = {"name": "mobilenet_v3_small"}
-    card = ModelCard(architecture=architecture, classes=classes, preprocess=preprocess)
+    card = ModelCard(architecture=architecture, task=Task(classes=classes), preprocess=preprocess)
     save_checkpoint(path, model, card)
     return model.eval()
 

@@ -15,7 +15,7 @@ from distcls.errors import UsageError
 from distcls.export import triton
 from distcls.runtime.model import OnnxModel
 from distcls.runtime.onnx_file import check_checksum
-from distcls.task import Head, Targets
+from distcls.task import Head, Task
 from tests import tiny_onnx
 from tests.test_predict_answers import with_features
 
@@ -111,9 +111,9 @@ def test_the_repository(tmp_path: Path) -> None:
 
 
 def test_an_output_more_for_each_head(tmp_path: Path) -> None:
-    targets = Targets.of_heads([Head("1", ("a", "b", "")), Head("left side", ("x", "y"))])
+    targets = Task.of_heads([Head("1", ("a", "b", "")), Head("left side", ("x", "y"))])
     plain = tiny_onnx.card(targets.classes)
-    card = dataclasses.replace(plain, targets=targets)
+    card = dataclasses.replace(plain, task=targets)
     model = with_features(tmp_path / "best.onnx", card)
     folder = write(model, tmp_path / "models") / "best"
     assert (folder / "labels.txt").read_text().splitlines()[2:4] == ["1:", "left side:x"]
@@ -128,7 +128,7 @@ def test_an_output_more_for_each_head(tmp_path: Path) -> None:
         ("features", [3], ""),
     ]
     told = json.loads(config.parameters["distcls.task"].string_value)
-    assert Targets.from_json(told) == targets
+    assert Task.from_json(told) == targets
     check_checksum(folder / "1/model.onnx")
     copy = OnnxModel(folder / "1/model.onnx")
     assert copy.card == card

@@ -207,7 +207,7 @@ def test_the_certificate_counts(tmp_path: Path) -> None:
     expected = Expected(
         logits=logits[:, [1, 0, 2]],
         labels=split.labels,
-        targets=model.card.resolved_targets,
+        task=model.card.task,
         provider="x",
     )
     certificate = certify_variant(

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from distcls.imaging import Preprocess
 from distcls.model_card import ModelCard
+from distcls.task import Task
 
 COLOURS = ("red", "green", "blue")
 
@@ -18,7 +19,9 @@ COLOURS = ("red", "green", "blue")
 def card(classes: tuple[str, ...] = COLOURS, size: tuple[int, int] = (8, 8)) -> ModelCard:
     """A card for `classes`; squash, so that an image's mean colour stays what it is."""
     preprocess = Preprocess(size=size, resize="squash")
-    return ModelCard(architecture={"name": "tiny"}, classes=classes, preprocess=preprocess)
+    return ModelCard(
+        architecture={"name": "tiny"}, task=Task(classes=classes), preprocess=preprocess
+    )
 
 
 def weights(num_classes: int) -> NDArray[np.float32]:

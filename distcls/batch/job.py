@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from distcls import log
 from distcls.batch.options import PredictOptions, PredictResult
-from distcls.batch.part_writer import FEATURES, Making
+from distcls.batch.part_writer import FEATURES, PartWriter
 from distcls.batch.parts import Identity, PartRecord, Parts, folder_of, opened
 from distcls.batch.ray import Reopen, check_ray, made_on_ray
-from distcls.batch.setup import identity_of
+from distcls.batch.setup import fingerprint_of
 from distcls.batch.table import check_ending
 from distcls.data.source import ImageSource
 from distcls.errors import DistclsError, UsageError
@@ -34,7 +34,7 @@ def check_output(options: PredictOptions) -> None:
     if options.features is not None:
         check_ending(options.features)
     going_on = options.resume and folder_of(options.out).is_dir()
-    for target in _targets(options):
+    for target in _outputs(options):
         if target.is_dir():
             raise UsageError(f"out: {target} is a folder, expected the name of a file")
         if target.exists() and not options.overwrite and not going_on:
@@ -44,11 +44,11 @@ def check_output(options: PredictOptions) -> None:
         check_ray(options)
     if options.show or options.profile is not None:
         new_figure(1, 1)  # tells now if matplotlib is missing
-    for target in _targets(options):
+    for target in _outputs(options):
         require_writable(target.parent)
 
 
-def _targets(options: PredictOptions) -> list[Path]:
+def _outputs(options: PredictOptions) -> list[Path]:
     chosen = [options.out]
     if options.features is not None:
         chosen.append(options.features)
@@ -69,7 +69,7 @@ def predict(
     with something else. With features the model has to be a `WithFeatures`. Workers of
     `--engine ray` open model and source by `reopen`.
     """
-    making = Making(model, source, options)
+    making = PartWriter(model, source, options)
     began = time.monotonic()
     with opened(options.out, resume=options.resume, overwrite=options.overwrite) as parts:
         resumed = parts.rows
@@ -80,9 +80,9 @@ def predict(
         parts.remove()
     seconds = time.monotonic() - began
     if options.show:
-        targets = model.card.resolved_targets
+        task = model.card.task
         # a truth in figures may be a class's number, but of several answers it is their text
-        making.gallery.draw(source, targets.classes if targets.single else (), options.picture)
+        making.gallery.draw(source, task.classes if task.single else (), options.picture)
     if options.profile is not None:
         making.stages.draw(options.profile, model.provider)
     return PredictResult(
@@ -113,12 +113,12 @@ def _kept(parts: Parts) -> Iterator[None]:
         raise DistclsError(f"{error}; {hint}") from error
 
 
-def _finish(parts: Parts, making: Making, reopen: Reopen | None) -> None:
+def _finish(parts: Parts, making: PartWriter, reopen: Reopen | None) -> None:
     """Make the parts that are not finished yet."""
     model, source, options = making.model, making.source, making.options
     with ThreadPoolExecutor(1, thread_name_prefix="digest") as pool:
         # a million files take seconds to look up, the first part takes longer
-        identity = pool.submit(identity_of, model, source, options)
+        identity = pool.submit(fingerprint_of, model, source, options)
         if parts.records:
             parts.check(identity.result())
             for record in parts.records:
@@ -135,7 +135,7 @@ def _finish(parts: Parts, making: Making, reopen: Reopen | None) -> None:
 
 def _made(
     parts: Parts,
-    making: Making,
+    making: PartWriter,
     identity: Future[Identity],
     advance: Callable[[int], object],
     reopen: Reopen | None,
@@ -155,7 +155,7 @@ def _made(
             yield record
 
 
-def _deliver(parts: Parts, making: Making) -> None:
+def _deliver(parts: Parts, making: PartWriter) -> None:
     """Put the finished parts together and in their place."""
     options = making.options
     if sum(record.errors for record in parts.records) == making.count:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from distcls.config import positional
 from distcls.data.formats.detect import TIMEOUT
 from distcls.errors import require
-from distcls.runtime.providers import Asked, ProviderChoice
+from distcls.runtime.providers import ExecutionRequest, ProviderChoice
 
 Tta = Literal["none", "flip"]
 Engine = Literal["local", "ray"]
@@ -121,9 +121,9 @@ class PredictOptions:
             return (whole,)
         return tuple(Path(name.strip()) for name in self.model.split(",") if name.strip())
 
-    def asked(self, images: int) -> Asked:
+    def asked(self, images: int) -> ExecutionRequest:
         """How the model is to be run, on a source of so many images."""
-        return Asked.of(self, images)
+        return ExecutionRequest.of(self, images)
 
     @property
     def picture(self) -> Path:

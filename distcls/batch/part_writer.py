@@ -1,4 +1,4 @@
-"""Making the parts of an output: images through the model, into the files of each part."""
+"""PartWriter the parts of an output: images through the model, into the files of each part."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from distcls.data.source import ImageSource
 from distcls.files import atomic_path, digest
 from distcls.plotting import GREEN, GREY, RED, fonts, grid_columns, new_figure, save, shorten
 from distcls.runtime.model import Model, WithFeatures
-from distcls.runtime.pipeline import Chunk, Stages, split_features, stream
-from distcls.runtime.providers import plan_of
+from distcls.runtime.pipeline import Chunk, Profiler, split_features, stream
+from distcls.runtime.providers import execution_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,7 +133,7 @@ FEATURES = ".features.parquet"
 """Ending of the parts of --features."""
 
 
-class Making:
+class PartWriter:
     """Makes any part of the output of one prediction; a part is the same whoever makes it."""
 
     def __init__(self, model: Model, source: ImageSource, options: PredictOptions) -> None:
@@ -142,7 +142,7 @@ class Making:
         self.source = source
         self.options = options
         self.rows = Rows(
-            model.card.resolved_targets,
+            model.card.task,
             top_k=options.top_k,
             probabilities=options.probabilities,
             threshold=options.threshold,
@@ -150,9 +150,9 @@ class Making:
         self.count = min(len(source), options.limit or len(source))
         """Images."""
         self.gallery = Gallery(options.show, self.count, options.seed)
-        self.stages = Stages()
+        self.stages = Profiler()
         self._width = model.width if isinstance(model, WithFeatures) else 0
-        self._batch = options.batch_size or plan_of(model).batch_size
+        self._batch = options.batch_size or execution_of(model).batch_size
         self._rows = math.ceil(options.part_rows / self._batch) * self._batch
         """Rows of a part: whole batches, so that a batch is the same in a run that goes on."""
 

@@ -20,15 +20,15 @@ from typing import Any
 
 from distcls import log
 from distcls.batch.options import PredictOptions
-from distcls.batch.part_writer import Making
+from distcls.batch.part_writer import PartWriter
 from distcls.batch.parts import Identity, PartRecord
-from distcls.batch.setup import identity_of
+from distcls.batch.setup import fingerprint_of
 from distcls.data.formats.remote import is_url
 from distcls.data.source import ImageSource
 from distcls.errors import DistclsError, UsageError
-from distcls.runtime.ensemble import plans_of
+from distcls.runtime.ensemble import executions_of
 from distcls.runtime.model import Model
-from distcls.runtime.providers import Plan
+from distcls.runtime.providers import ExecutionConfig
 from distcls.system import available_cores
 
 MOST_BLOCKS = 4096
@@ -43,7 +43,7 @@ SAME = ("distcls", "model", "inputs", "images")
 Made = tuple[PartRecord, dict[str, bytes]]
 """A part: its record, and the content of its files by name."""
 
-Reopen = Callable[[PredictOptions, list[Plan]], tuple[Model, ImageSource]]
+Reopen = Callable[[PredictOptions, list[ExecutionConfig]], tuple[Model, ImageSource]]
 """Opens what is asked for, run as planned; a function that another process can import."""
 
 
@@ -94,7 +94,7 @@ class Fleet:
 
 
 def made_on_ray(
-    making: Making, identity: Identity, numbers: range, reopen: Reopen
+    making: PartWriter, identity: Identity, numbers: range, reopen: Reopen
 ) -> Iterator[Made]:
     """The parts of these numbers in order, each as soon as it and those before it are made.
 
@@ -104,7 +104,7 @@ def made_on_ray(
     import ray
     from ray.data import ActorPoolStrategy
 
-    options, plans = making.options, plans_of(making.model)
+    options, plans = making.options, executions_of(making.model)
     with _cluster():
         gpu = plans[0].provider in ("cuda", "tensorrt")
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -144,7 +144,11 @@ class Worker:
     """What runs on a node: input and models, opened once, and parts made from them."""
 
     def __init__(
-        self, reopen: Reopen, options: PredictOptions, plans: list[Plan], identity: Identity
+        self,
+        reopen: Reopen,
+        options: PredictOptions,
+        plans: list[ExecutionConfig],
+        identity: Identity,
     ) -> None:
         log.set_quiet(True)
         self._failed = ""
@@ -175,24 +179,24 @@ class Worker:
 
 
 def _opened(
-    reopen: Reopen, options: PredictOptions, plans: list[Plan], identity: Identity
-) -> Making:
+    reopen: Reopen, options: PredictOptions, plans: list[ExecutionConfig], identity: Identity
+) -> PartWriter:
     """Input and models as this node sees them.
 
     Raises DistclsError if they are not those of whoever asks, or cannot be run in the same way.
     """
     model, source = reopen(options, plans)
-    own = identity_of(model, source, options)
+    own = fingerprint_of(model, source, options)
     for key in SAME:
         if own[key] != identity[key]:
             raise DistclsError(
                 f"{key} {str(own[key])[:12]} here, {str(identity[key])[:12]} where the run was "
                 "started; input, models and distcls have to be the same on all nodes"
             )
-    if plans_of(model) != plans:
+    if executions_of(model) != plans:
         ways = "; ".join(map(str, plans))
         raise DistclsError(f"cannot compute as planned here ({ways}); choose another --provider")
-    return Making(model, source, options)
+    return PartWriter(model, source, options)
 
 
 def _files(row: dict[str, Any]) -> dict[str, bytes]:

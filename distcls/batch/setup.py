@@ -25,11 +25,11 @@ from distcls.data.source import ImageSource
 from distcls.errors import BadValue, DistclsError, UsageError
 from distcls.files import digest
 from distcls.imaging import decode
-from distcls.predictor import open_model
-from distcls.runtime.ensemble import Flipped, Merged, plans_of
+from distcls.predictor import load_model
+from distcls.runtime.ensemble import Ensemble, FlipAveraged, executions_of
 from distcls.runtime.model import Model, WithFeatures
 from distcls.runtime.pipeline import stream
-from distcls.runtime.providers import Asked, Plan, plan_of
+from distcls.runtime.providers import ExecutionConfig, ExecutionRequest, execution_of
 
 if TYPE_CHECKING:
     pass
@@ -37,28 +37,28 @@ if TYPE_CHECKING:
 PLANS = "plans"
 
 
-def begun_plans(options: PredictOptions) -> list[Plan | None]:
+def begun_plans(options: PredictOptions) -> list[ExecutionConfig | None]:
     """How the run that `--resume` continues ran each of its models; None where nobody knows.
 
     What `--provider auto` finds fastest may be another way the next time.
     """
-    unknown: list[Plan | None] = [None] * len(options.models)
+    unknown: list[ExecutionConfig | None] = [None] * len(options.models)
     if not options.resume or options.provider != "auto":
         return unknown
     try:
-        plans = [Plan.from_json(values) for values in begun_with(options.out)[PLANS]]
+        plans = [ExecutionConfig.from_json(values) for values in begun_with(options.out)[PLANS]]
     except (KeyError, TypeError, ValueError, BadValue):
         return unknown
     return [*plans] if len(plans) == len(unknown) else unknown
 
 
-def identity_of(model: Model, source: ImageSource, options: PredictOptions) -> Identity:
+def fingerprint_of(model: Model, source: ImageSource, options: PredictOptions) -> Identity:
     """Digests of the inputs (names, sizes, times) and of the model files, and what decides a row.
 
     Numbers may differ in their last digits between providers, threads and sizes of batches, so
     these count as well.
     """
-    plans = plans_of(model)
+    plans = executions_of(model)
     files = [digest(path) for path in options.models]
     if options.classes is not None:
         files.append(digest(options.classes))
@@ -70,7 +70,7 @@ def identity_of(model: Model, source: ImageSource, options: PredictOptions) -> I
         "provider": model.provider,
         "way of computing": "; ".join(map(str, plans)),
         PLANS: [plan.to_json() for plan in plans],
-        "batch_size": options.batch_size or plan_of(model).batch_size,
+        "batch_size": options.batch_size or execution_of(model).batch_size,
         "part_rows": options.part_rows,
         "top_k": options.top_k,
         "probabilities": options.probabilities,
@@ -125,20 +125,22 @@ def check_shrunk(source: ImageSource, fast: ImageSource, model: Model) -> None:
 
 def _answers(source: ImageSource, model: Model, indices: range) -> NDArray[np.int64]:
     """What the model decides, [n, answers]; -1 for a bad image."""
-    targets = model.card.resolved_targets
+    task = model.card.task
     with contextlib.closing(stream(source, model, indices=indices)) as chunks:
-        logits = np.concatenate([chunk.logits for chunk in chunks])[:, : len(targets.classes)]
+        logits = np.concatenate([chunk.logits for chunk in chunks])[:, : len(task.classes)]
     good = np.isfinite(logits).all(axis=1)
-    decided = targets.decide(logits[good]).astype(np.int64)
+    decided = task.decide(logits[good]).astype(np.int64)
     answers = np.full((len(logits), decided.shape[1]), -1, np.int64)
     answers[good] = decided
     return answers
 
 
 def open_predictor(
-    options: PredictOptions, source: ImageSource, plans: Sequence[Plan | None] | None = None
+    options: PredictOptions,
+    source: ImageSource,
+    plans: Sequence[ExecutionConfig | None] | None = None,
 ) -> Model:
-    """The model, or models, that batch prediction asks for; raises as `open_model` does.
+    """The model, or models, that batch prediction asks for; raises as `load_model` does.
 
     They are run by `plans`, or unless given as the run that is continued ran them, where possible.
     """
@@ -146,27 +148,27 @@ def open_predictor(
     if options.classes is None:
         plans = begun_plans(options) if plans is None else plans
         models = [
-            _reopened(path, plan) or open_model(path, "auto", asked, source)
+            _reopened(path, plan) or load_model(path, "auto", asked, source)
             for path, plan in zip(paths, plans, strict=True)
         ]
     else:
         models = [_open_foreign(path, options, asked) for path in paths]
     model: Model = models[0]
     if len(models) > 1:
-        model = Merged(models, [str(path) for path in paths])
+        model = Ensemble(models, [str(path) for path in paths])
     if options.features is not None:
         return WithFeatures(model)
-    return Flipped(model) if options.tta == "flip" else model
+    return FlipAveraged(model) if options.tta == "flip" else model
 
 
-def reopen(options: PredictOptions, plans: Sequence[Plan]) -> tuple[Model, ImageSource]:
+def reopen(options: PredictOptions, plans: Sequence[ExecutionConfig]) -> tuple[Model, ImageSource]:
     """Model and input of a batch prediction once more, in another process, run by `plans`."""
     source = open_source(options.input, options.split, options.fetch_timeout)
     model = open_predictor(options, source, plans)
     return model, shrunk(source, model) if options.scaled_decode else source
 
 
-def _reopened(path: Path, plan: Plan | None) -> Model | None:
+def _reopened(path: Path, plan: ExecutionConfig | None) -> Model | None:
     """An exported model run as before, for a run that goes on; None if that cannot be."""
     if plan is None or path.suffix.lower() != ".onnx" or not path.is_file():
         return None
@@ -180,13 +182,13 @@ def _reopened(path: Path, plan: Plan | None) -> Model | None:
         return None
 
 
-def _open_foreign(path: Path, options: PredictOptions, asked: Asked) -> Model:
-    from distcls.runtime.generic_onnx import ForeignModel, read_classes
+def _open_foreign(path: Path, options: PredictOptions, asked: ExecutionRequest) -> Model:
+    from distcls.runtime.generic_onnx import GenericOnnxModel, read_classes
 
     if path.suffix.lower() != ".onnx" or not path.is_file():
         raise UsageError(f"classes: {path} is no ONNX file; others carry their classes")
     assert options.classes is not None
-    return ForeignModel(
+    return GenericOnnxModel(
         path,
         read_classes(options.classes),
         asked,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from distcls.errors import UsageError
 from distcls.files import csv_line
 from distcls.runtime.pipeline import Chunk
-from distcls.task import Targets
+from distcls.task import Task
 
 ABSTAINED = "abstained"
 """The column that says that an answer, or part of it, was not likely enough; with a threshold."""
@@ -36,7 +36,7 @@ class Rows:
 
     def __init__(
         self,
-        targets: Targets,
+        task: Task,
         *,
         top_k: int = 1,
         probabilities: bool = False,
@@ -46,26 +46,26 @@ class Rows:
 
         That is more classes than there are, several of heads or labels, a threshold of labels.
         """
-        if not targets.single and top_k > 1:
+        if not task.single and top_k > 1:
             raise UsageError(
-                f"top_k: {top_k} is for one class an image, the model has {targets.summary()}; "
+                f"top_k: {top_k} is for one class an image, the model has {task.summary()}; "
                 "--probabilities gives them all"
             )
-        if top_k > len(targets.classes):
-            number = len(targets.classes)
+        if top_k > len(task.classes):
+            number = len(task.classes)
             raise UsageError(f"top_k: {top_k} is more than the model's {number} classes")
-        if targets.kind == "multi_label" and threshold is not None:
+        if task.kind == "multi_label" and threshold is not None:
             raise UsageError(
                 f"threshold: {threshold:g} is for one class an image or in each head, the model "
-                f"has {targets.summary()}, each with its own threshold; --probabilities gives "
+                f"has {task.summary()}, each with its own threshold; --probabilities gives "
                 "them all"
             )
-        self._targets = targets
+        self._task = task
         self._top_k = top_k
         self._threshold = threshold
-        self._all = [f"p:{name}" for name in targets.classes] if probabilities else []
+        self._all = [f"p:{name}" for name in task.classes] if probabilities else []
         endings = [f"_{rank + 1}" if rank else "" for rank in range(top_k)]
-        endings += [f":{head.name}" for head in targets.heads]
+        endings += [f":{head.name}" for head in task.heads]
         self._pairs = [(f"label{ending}", f"probability{ending}") for ending in endings]
 
     @property
@@ -92,8 +92,8 @@ class Rows:
         """
         good = np.array([error is None for error in chunk.errors])
         logits = chunk.logits[good]
-        probabilities = self._targets.probabilities(logits)
-        answer = self._ranked if self._targets.single else self._several
+        probabilities = self._task.probabilities(logits)
+        answer = self._ranked if self._task.single else self._several
         found, unsure = answer(logits, probabilities)
         columns: Columns = {"image_id": [image_ids[index] for index in chunk.indices]}
         for (label, probability), (texts, values) in zip(self._pairs, found, strict=True):
@@ -111,12 +111,12 @@ class Rows:
     ) -> tuple[list[Answer], NDArray[np.bool_]]:
         """Names and probabilities of the likeliest class, the next, and so on; who abstains."""
         if self._top_k == 1:
-            ranked = self._targets.decide(logits)
+            ranked = self._task.decide(logits)
         else:  # of equal logits the lower class comes first
             ranked = np.argsort(-logits, axis=1, kind="stable")[:, : self._top_k]
         of_rank = np.take_along_axis(probabilities, ranked, axis=1)
         unsure = self._unsure(of_rank[:, 0])
-        named = np.array(self._targets.classes, object)[ranked]
+        named = np.array(self._task.classes, object)[ranked]
         named[unsure, 0] = None
         return [(named[:, rank].tolist(), of_rank[:, rank]) for rank in range(self._top_k)], unsure
 
@@ -124,18 +124,18 @@ class Rows:
         self, logits: Floats, probabilities: Floats
     ) -> tuple[list[Answer], NDArray[np.bool_]]:
         """Text and probability of the whole answer, then of each head's; who abstains."""
-        answers = self._targets.decide(logits)
-        whole = self._targets.confidence(probabilities, answers)
+        answers = self._task.decide(logits)
+        whole = self._task.confidence(probabilities, answers)
         unsure = np.zeros(len(logits), np.bool_)
         parts: list[Answer] = []
-        if self._targets.heads:
-            own = self._targets.of_answers(probabilities, answers)
-            for place, head in enumerate(self._targets.heads):
+        if self._task.heads:
+            own = self._task.of_answers(probabilities, answers)
+            for place, head in enumerate(self._task.heads):
                 doubtful = self._unsure(own[:, place])
                 names = [head.classes[index] for index in answers[:, place].tolist()]
                 parts.append((_without(names, doubtful), own[:, place]))
                 unsure |= doubtful
-        return [(_without(self._targets.texts(answers), unsure), whole), *parts], unsure
+        return [(_without(self._task.texts(answers), unsure), whole), *parts], unsure
 
     def _unsure(self, likeliest: Floats) -> NDArray[np.bool_]:
         """Whether each class is less likely than the threshold, [N]."""

@@ -23,7 +23,7 @@ from distcls.errors import DistclsError, UsageError
 from distcls.evaluation.evaluate import (
     EvaluateOptions,
     Share,
-    check_targets,
+    check_task,
     evaluate_share,
     to_json,
     to_text,
@@ -31,8 +31,8 @@ from distcls.evaluation.evaluate import (
 )
 from distcls.evaluation.metrics import AnyTally, tally_of
 from distcls.files import require_writable
-from distcls.predictor import open_model
-from distcls.task import Targets
+from distcls.predictor import load_model
+from distcls.task import Task
 
 ABOUT = "Measure a model on a split: loss, top-1, top-5, per-class precision, recall and F1."
 MOST_NAMED = 10
@@ -51,9 +51,9 @@ def main(arguments: Sequence[str]) -> None:
         require_writable(options.out)
     with _processes(options.model) as (device, total):
         source = from_split(split, dataset.classes)
-        model = open_model(options.model, device, options.asked(len(split)), source)
-        targets = model.card.resolved_targets
-        check_targets(targets, dataset.targets, str(options.data))
+        model = load_model(options.model, device, options.asked(len(split)), source)
+        task = model.card.task
+        check_task(task, dataset.task, str(options.data))
         began = time.monotonic()
         share = evaluate_share(
             model,
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
             rank=log.rank(),
             world_size=log.world_size(),
         )
-        tally = _whole(share, targets, total)
+        tally = _whole(share, task, total)
         seconds = time.monotonic() - began
     if log.rank() != 0:
         return
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     about = {"model": str(options.model), "data": str(options.data), "split": split.name}
     log.say(f"{metrics.count / seconds:,.0f} images/s on {model.provider}")
     if options.out is not None:
-        write_results(options.out, metrics, targets, about)
+        write_results(options.out, metrics, task, about)
         log.say(f"written: {options.out}")
     if options.json:
         print(json.dumps({**about, **to_json(metrics, classes)}, ensure_ascii=False))
@@ -104,7 +104,7 @@ def _processes(model: Path) -> Iterator[tuple[str, Sum]]:
         state.destroy_process_group()
 
 
-def _whole(share: Share, targets: Targets, total: Sum) -> AnyTally:
+def _whole(share: Share, task: Task, total: Sum) -> AnyTally:
     """The tally of all processes. Raises DistclsError, in all of them, if any image was bad."""
     for line in share.bad[:MOST_NAMED]:
         log.fail(line)
@@ -112,7 +112,7 @@ def _whole(share: Share, targets: Targets, total: Sum) -> AnyTally:
     bad = round(float(vector[-1]))
     if bad:
         raise DistclsError(f"{bad:,} images cannot be evaluated; the data has to be repaired first")
-    return tally_of(vector[:-1], targets)
+    return tally_of(vector[:-1], task)
 
 
 if __name__ == "__main__":

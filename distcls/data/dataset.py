@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from distcls.errors import BadImage, BadValue, UsageError, did_you_mean
 from distcls.imaging import decode_file
-from distcls.task import Targets
+from distcls.task import Task
 
 FORMAT = 1
 MANIFEST, CLASSES, INFO, PACK = "manifest.parquet", "classes.json", "dataset.json", "pack.bin"
@@ -33,7 +33,7 @@ LABELS = "labels"
 FIELD = pa.field(LABELS, pa.list_(pa.int32()), nullable=False)
 
 
-def read_labels(table: pa.Table, targets: Targets, where: Path) -> NDArray[np.int64]:
+def read_labels(table: pa.Table, task: Task, where: Path) -> NDArray[np.int64]:
     """Class in each head, int64 [N, heads]; or 0 and 1 for each label, int64 [N, labels].
 
     Raises UsageError, naming `where` and the image, for numbers that are no class and for rows of
@@ -45,19 +45,19 @@ def read_labels(table: pa.Table, targets: Targets, where: Path) -> NDArray[np.in
     lengths = np.asarray(pc.list_value_length(column).to_numpy(), np.int64)
     flat = np.asarray(pc.list_flatten(column).to_numpy(), np.int64)
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    heads = len(targets.heads)
+    heads = len(task.heads)
     if heads and (lengths != heads).any():
         row = int(np.flatnonzero(lengths != heads)[0])
         raise UsageError(f"{_name(table, row, where)} {lengths[row]} labels for {heads} heads")
     places = np.arange(len(flat)) % heads if heads else np.zeros(len(flat), np.int64)
-    limits = np.array([part.stop - part.start for part in targets.slices])[places]
+    limits = np.array([part.stop - part.start for part in task.slices])[places]
     bad = np.flatnonzero((flat < 0) | (flat >= limits))
     if len(bad):
         row, label = int(rows[bad[0]]), int(flat[bad[0]])
         raise UsageError(f"{_name(table, row, where)} label {label}, which is no class")
     if heads:
         return flat.reshape(-1, heads)
-    given = np.zeros((len(lengths), len(targets.classes)), np.int64)
+    given = np.zeros((len(lengths), len(task.classes)), np.int64)
     given[rows, flat] = 1
     return given
 
@@ -101,7 +101,7 @@ class Split:
     root: Path
     table: pa.Table
     packed: bool
-    targets: Targets
+    task: Task
     """What its labels are of."""
 
     def __len__(self) -> int:
@@ -118,9 +118,9 @@ class Split:
 
         Raises UsageError for labels that are none.
         """
-        if self.targets.single:
+        if self.task.single:
             return np.asarray(self.table.column("label").to_numpy(), np.int64)
-        return read_labels(self.table, self.targets, self.folder / MANIFEST)
+        return read_labels(self.table, self.task, self.folder / MANIFEST)
 
     @functools.cached_property
     def weights(self) -> NDArray[np.float64] | None:
@@ -193,11 +193,9 @@ def to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 class Dataset:
     """An opened dataset directory."""
 
-    def __init__(
-        self, folder: Path, targets: Targets, info: dict[str, Any], table: pa.Table
-    ) -> None:
+    def __init__(self, folder: Path, task: Task, info: dict[str, Any], table: pa.Table) -> None:
         self.folder = folder
-        self.targets = targets
+        self.task = task
         self.info = info
         self.table = table
 
@@ -210,22 +208,22 @@ class Dataset:
         info = _read_json(folder / INFO)
         if info.get("format") != FORMAT:
             raise UsageError(f"{folder}: dataset format {info.get('format')!r}, expected {FORMAT}")
-        targets = _read_targets(folder / CLASSES)
+        task = _read_task(folder / CLASSES)
         try:
             table = pq.read_table(folder / MANIFEST)
         except (OSError, pa.ArrowException) as error:
             raise UsageError(f"{folder / MANIFEST}: cannot be read: {error}") from error
-        several = set() if targets.single else {LABELS}
+        several = set() if task.single else {LABELS}
         missing = {*SCHEMA.names, *several} - set(table.column_names)
         if missing:
             raise UsageError(f"{folder / MANIFEST}: column {sorted(missing)[0]!r} is missing")
         _check_pack(folder, info)
-        return cls(folder, targets, info, table)
+        return cls(folder, task, info, table)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of all classes, of heads as HEAD:CLASS."""
-        return self.targets.classes
+        return self.task.classes
 
     @property
     def packed(self) -> bool:
@@ -258,7 +256,7 @@ class Dataset:
         rows = np.asarray(self.table.column("split").to_numpy(zero_copy_only=False)) == name
         root = self.folder / (self.info["root"] or ".")  # an absolute root replaces the folder
         table = self.table.filter(pa.array(rows))
-        return Split(name, self.folder, root, table, packed, self.targets)
+        return Split(name, self.folder, root, table, packed, self.task)
 
 
 def _check_pack(folder: Path, info: dict[str, Any]) -> None:
@@ -271,9 +269,9 @@ def _check_pack(folder: Path, info: dict[str, Any]) -> None:
         )
 
 
-def _read_targets(path: Path) -> Targets:
+def _read_task(path: Path) -> Task:
     try:
-        return Targets.from_json(_read_json(path))
+        return Task.from_json(_read_json(path))
     except (KeyError, TypeError, ValueError, BadValue) as error:
         raise UsageError(
             f"{path}: neither names of classes nor heads or labels: {error}"

@@ -196,7 +196,7 @@ def _check_sense(source: LabelledSource, options: PrepareOptions) -> None:
         raise UsageError(
             f"{source.location!r}: names of folders and classes must be UTF-8"
         ) from error
-    if shortage := source.resolved_targets.shortage():
+    if shortage := source.task.shortage():
         raise UsageError(f"{source.location}: {shortage}; a classifier needs at least two")
     if source.root is None and options.pack == "off" and not options.write_images:
         raise UsageError(
@@ -249,8 +249,8 @@ def _decode(
     copies: list[str] | None,
 ) -> tuple[list[int], list[tuple[ImageRecord, str]]]:
     """Positions of the readable images, which are then in the pack, and the others with reasons."""
-    targets = None if copies is None else [part / path for path in copies]
-    images = load_all(plan.records, source.root, targets)
+    task = None if copies is None else [part / path for path in copies]
+    images = load_all(plan.records, source.root, task)
     bar = tqdm(images, total=len(plan), unit="img", disable=not log.show_progress(), leave=False)
     kept: list[int] = []
     rejected: list[tuple[ImageRecord, str]] = []
@@ -300,7 +300,7 @@ def _settle(
 def _summarise(prepared: Prepared, source: LabelledSource, options: PrepareOptions) -> None:
     counts = ", ".join(f"{count:,} {split}" for split, count in prepared.counts.items())
     total = sum(prepared.counts.values())
-    classes = source.resolved_targets.summary()
+    classes = source.task.summary()
     log.say(f"{prepared.kind}: {total:,} images of {classes}: {counts}")
     if prepared.packed:
         log.say(f"pack: {prepared.pack_bytes / 2**20:.1f} MiB of decoded images")

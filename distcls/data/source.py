@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from distcls.errors import UsageError
 from distcls.imaging import decode
-from distcls.task import Targets
+from distcls.task import Task
 
 SPLIT_NAMES = {
     "train": "train",
@@ -62,22 +62,20 @@ class LabelledSource:
     """Where it was found, absolute; or `digits`."""
     root: Path | None
     """Folder of the records' paths, absolute; None if the images are no files."""
-    classes: tuple[str, ...]
-    """Class names in label order."""
+    task: Task
+    """What its labels answer, with the class names in label order."""
     records: list[ImageRecord]
-    targets: Targets | None = None
-    """Heads or labels, where an image has several answers."""
 
     @property
-    def resolved_targets(self) -> Targets:
-        """What is answered, one class an image included."""
-        return self.targets or Targets(classes=self.classes)
+    def classes(self) -> tuple[str, ...]:
+        """Class names in label order."""
+        return self.task.classes
 
     def positions(self, record: ImageRecord) -> list[int]:
         """Where an image's answers stand among the classes."""
         if record.labels is None:
             return [record.label]
-        return self.resolved_targets.flat(record.labels)
+        return self.task.flat(record.labels)
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
@@ -260,7 +258,7 @@ class LabelledSplit(Protocol):
         """Class indices, [N]; of several answers [N, heads] or [N, labels]."""
 
     @property
-    def targets(self) -> Targets:
+    def task(self) -> Task:
         """What they are answers to."""
 
     @property
@@ -275,12 +273,12 @@ def from_split(
     split: LabelledSplit, classes: Sequence[str], state: Callable[[], str] | None = None
 ) -> ImageSource:
     """The images of a dataset's split; of several answers the truths are texts."""
-    targets = split.targets
-    single = [classes[label] for label in split.labels] if targets.single else None
+    task = split.task
+    single = [classes[label] for label in split.labels] if task.single else None
     return ImageSource(
         image_ids=split.image_ids,
         load=split.image,
-        truths=targets.texts(split.labels) if single is None else single,
+        truths=task.texts(split.labels) if single is None else single,
         uniform=split.uniform,
         state=state,
     )

@@ -394,7 +394,7 @@ def check_training_images(plan: SplitPlan, source: LabelledSource) -> None:
     Of several answers not each can have one, such as a rare letter at each place of a text: there
     it is enough that some image trains (see `unlearnt`).
     """
-    if source.targets is not None:
+    if not source.task.single:
         if "train" not in plan.splits:
             raise UsageError(f"{source.location}: there are no training images")
         return

@@ -239,7 +239,7 @@ def write_info(
         "version": __version__,
     }
     # plain writes: the folder is renamed into place as a whole
-    _write_json(part / CLASSES, source.resolved_targets.to_json())
+    _write_json(part / CLASSES, source.task.to_json())
     _write_json(part / INFO, info)
     return info
 

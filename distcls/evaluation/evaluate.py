@@ -19,8 +19,8 @@ from distcls.evaluation.metrics import AnyTally, Integers, Metrics, new_tally
 from distcls.files import csv_line, write_json, write_text
 from distcls.runtime.model import Model
 from distcls.runtime.pipeline import stream
-from distcls.runtime.providers import Asked, ProviderChoice
-from distcls.task import BLANK, BLANK_SHOWN, Targets
+from distcls.runtime.providers import ExecutionRequest, ProviderChoice
+from distcls.task import BLANK, BLANK_SHOWN, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ class EvaluateOptions:
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
 
-    def asked(self, images: int) -> Asked:
+    def asked(self, images: int) -> ExecutionRequest:
         """How the model is to be run, on a split of so many images."""
-        return Asked.of(self, images)
+        return ExecutionRequest.of(self, images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +79,15 @@ def check_classes(model: Sequence[str], data: Sequence[str], where: str) -> None
             )
 
 
-def check_targets(model: Targets, data: Targets, where: str) -> None:
+def check_task(model: Task, data: Task, where: str) -> None:
     """Raise UsageError unless a model answers what the data asks, with the same classes."""
     if model.kind != data.kind:
         raise UsageError(f"the model answers with {_said(model)}, {where} has {_said(data)}")
     check_classes(model.classes, data.classes, where)
 
 
-def _said(targets: Targets) -> str:
-    return f"one of {targets.summary()}" if targets.single else targets.summary()
+def _said(task: Task) -> str:
+    return f"one of {task.summary()}" if task.single else task.summary()
 
 
 def evaluate_share(
@@ -107,7 +107,7 @@ def evaluate_share(
     """
     source = from_split(split, model.card.classes)
     indices = range(rank, min(len(split), limit or len(split)), world_size)
-    tally, bad = new_tally(model.card.resolved_targets), []
+    tally, bad = new_tally(model.card.task), []
     chunks = stream(source, model, indices=indices, batch_size=batch_size, workers=workers)
     with (
         contextlib.closing(chunks),
@@ -123,24 +123,24 @@ def evaluate_share(
     return Share(tally, bad)
 
 
-def write_results(folder: Path, metrics: Metrics, targets: Targets, about: dict[str, Any]) -> None:
+def write_results(folder: Path, metrics: Metrics, task: Task, about: dict[str, Any]) -> None:
     """Write metrics.json, per_class.csv, confusion.csv and, with matplotlib, confusion.png.
 
     confusion.csv of heads has their tables along its diagonal; of labels a row each. The picture is
     of one class an image, or of heads with the same classes, added up.
     """
-    classes = targets.classes
+    classes = task.classes
     write_json(folder / "metrics.json", {**about, **to_json(metrics, classes)})
     columns = ("class", "precision", "recall", "f1", "support")
     write_text(folder / "per_class.csv", _table([columns, *_per_class(metrics, classes)]))
-    labels = targets.kind == "multi_label"
+    labels = task.kind == "multi_label"
     header = (
         ["label", "true_no", "false_yes", "false_no", "true_yes"] if labels else ["truth", *classes]
     )
     counts = metrics.confusion.reshape(len(classes), -1).tolist()
     rows = [[name, *row] for name, row in zip(classes, counts, strict=True)]
     write_text(folder / "confusion.csv", _table([header, *rows]))
-    drawn = _drawn(metrics.confusion, targets)
+    drawn = _drawn(metrics.confusion, task)
     if drawn is None:
         log.say("confusion.png is left out: there is no one table of classes to draw")
         return
@@ -150,14 +150,14 @@ def write_results(folder: Path, metrics: Metrics, targets: Targets, about: dict[
         log.warn(f"confusion.png is left out: {error}")
 
 
-def _drawn(confusion: Integers, targets: Targets) -> tuple[Integers, Sequence[str]] | None:
+def _drawn(confusion: Integers, task: Task) -> tuple[Integers, Sequence[str]] | None:
     """The table to draw with its classes: of heads that share theirs, the sum over the heads."""
-    if targets.single:
-        return confusion, targets.classes
-    if targets.alphabet is None:
+    if task.single:
+        return confusion, task.classes
+    if task.alphabet is None:
         return None
-    blocks = [confusion[part, part] for part in targets.slices]
-    names = [BLANK_SHOWN if name == BLANK else name for name in targets.alphabet]
+    blocks = [confusion[part, part] for part in task.slices]
+    names = [BLANK_SHOWN if name == BLANK else name for name in task.alphabet]
     return np.sum(blocks, axis=0), names
 
 

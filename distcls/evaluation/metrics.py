@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls.errors import did_you_mean
-from distcls.task import THRESHOLD, Targets, sigmoid, softplus
+from distcls.task import THRESHOLD, Task, sigmoid, softplus
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -239,9 +239,9 @@ class AnyTally(Protocol):
 class HeadsTally:
     """A tally for each head, and how often all of them were right."""
 
-    def __init__(self, targets: Targets) -> None:
-        self._targets = targets
-        self._heads = [Tally(len(head.classes)) for head in targets.heads]
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._heads = [Tally(len(head.classes)) for head in task.heads]
         self._exact = 0
 
     def update(self, logits: NDArray[np.float32], labels: Integers) -> None:
@@ -251,20 +251,20 @@ class HeadsTally:
         """
         if labels.ndim != 2 or labels.shape[1] != len(self._heads):
             raise ValueError(f"labels {labels.shape} for {len(self._heads)} heads of classes")
-        if logits.ndim != 2 or logits.shape[1] != len(self._targets.classes):
-            raise ValueError(f"logits {logits.shape}, {len(self._targets.classes)} classes")
-        for place, (tally, part) in enumerate(zip(self._heads, self._targets.slices, strict=True)):
+        if logits.ndim != 2 or logits.shape[1] != len(self._task.classes):
+            raise ValueError(f"logits {logits.shape}, {len(self._task.classes)} classes")
+        for place, (tally, part) in enumerate(zip(self._heads, self._task.slices, strict=True)):
             tally.update(logits[:, part], labels[:, place])
-        self._exact += int((self._targets.decide(logits) == labels).all(axis=1).sum())
+        self._exact += int((self._task.decide(logits) == labels).all(axis=1).sum())
 
     def vector(self) -> Floats:
         """The heads' vectors one after the other, and the exact ones."""
         return np.concatenate([*(tally.vector() for tally in self._heads), [self._exact]])
 
     @classmethod
-    def from_vector(cls, vector: Floats, targets: Targets) -> HeadsTally:
+    def from_vector(cls, vector: Floats, task: Task) -> HeadsTally:
         """The tally of a (summed) `vector`."""
-        tally = cls(targets)
+        tally = cls(task)
         sizes = [len(own.vector()) for own in tally._heads]
         parts = np.split(vector, np.cumsum(sizes))
         tally._heads = [
@@ -277,9 +277,9 @@ class HeadsTally:
     def metrics(self) -> Metrics:
         """Means over the heads, and the figures of all their classes one after the other."""
         heads = [tally.metrics() for tally in self._heads]
-        total = len(self._targets.classes)
+        total = len(self._task.classes)
         confusion = np.zeros((total, total), np.int64)
-        for head, part in zip(heads, self._targets.slices, strict=True):
+        for head, part in zip(heads, self._task.slices, strict=True):
             confusion[part, part] = head.confusion
         return Metrics(
             loss=float(np.mean([head.loss for head in heads])),
@@ -298,9 +298,9 @@ class HeadsTally:
 class LabelsTally:
     """Yes and no for each label, and where the probabilities of both lie."""
 
-    def __init__(self, targets: Targets) -> None:
-        self._targets = targets
-        labels = len(targets.classes)
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        labels = len(task.classes)
         self._confusion: Integers = np.zeros((labels, 2, 2), np.int64)
         self._histogram: Integers = np.zeros((2, labels, BINS), np.int64)
         self._loss_sum = 0.0
@@ -312,13 +312,13 @@ class LabelsTally:
 
         Raises ValueError if the shapes do not fit or a label is neither.
         """
-        number = len(self._targets.classes)
+        number = len(self._task.classes)
         if logits.shape != labels.shape or labels.ndim != 2 or labels.shape[1] != number:
             raise ValueError(f"logits {logits.shape} and labels {labels.shape}, {number} labels")
         if ((labels != 0) & (labels != 1)).any():
             raise ValueError("labels other than 0 and 1")
         exact = logits.astype(np.float64)
-        answers = self._targets.decide(logits)
+        answers = self._task.decide(logits)
         columns = np.broadcast_to(np.arange(number), labels.shape)
         np.add.at(self._confusion, (columns, labels, answers), 1)
         bins = np.searchsorted(_edges(), sigmoid(logits), side="right")
@@ -334,9 +334,9 @@ class LabelsTally:
         return np.concatenate([*counts, [self._loss_sum, self._exact, self._count]])
 
     @classmethod
-    def from_vector(cls, vector: Floats, targets: Targets) -> LabelsTally:
+    def from_vector(cls, vector: Floats, task: Task) -> LabelsTally:
         """The tally of a (summed) `vector`."""
-        tally = cls(targets)
+        tally = cls(task)
         cut = tally._confusion.size
         counts = np.rint(vector[:-3]).astype(np.int64)
         tally._confusion = counts[:cut].reshape(tally._confusion.shape)
@@ -350,7 +350,7 @@ class LabelsTally:
         hits = self._confusion[:, 1, 1].astype(np.float64)
         support, predicted = self._confusion[:, 1].sum(1), self._confusion[:, :, 1].sum(1)
         right = int(np.trace(self._confusion, axis1=1, axis2=2).sum())
-        decisions = max(1, self._count * len(self._targets.classes))
+        decisions = max(1, self._count * len(self._task.classes))
         return Metrics(
             loss=self._loss_sum / decisions,
             top1=right / decisions,
@@ -379,20 +379,20 @@ class LabelsTally:
         return np.asarray(_edges()[nearest[f1[:, nearest].argmax(axis=1)]], np.float64)
 
 
-def new_tally(targets: Targets) -> AnyTally:
+def new_tally(task: Task) -> AnyTally:
     """An empty tally of this kind of answers."""
-    if targets.single:
-        return Tally(len(targets.classes))
-    return HeadsTally(targets) if targets.heads else LabelsTally(targets)
+    if task.single:
+        return Tally(len(task.classes))
+    return HeadsTally(task) if task.heads else LabelsTally(task)
 
 
-def tally_of(vector: Floats, targets: Targets) -> AnyTally:
+def tally_of(vector: Floats, task: Task) -> AnyTally:
     """The tally of a (summed) vector."""
-    if targets.single:
-        return Tally.from_vector(vector, len(targets.classes))
-    if targets.heads:
-        return HeadsTally.from_vector(vector, targets)
-    return LabelsTally.from_vector(vector, targets)
+    if task.single:
+        return Tally.from_vector(vector, len(task.classes))
+    if task.heads:
+        return HeadsTally.from_vector(vector, task)
+    return LabelsTally.from_vector(vector, task)
 
 
 def _edges() -> Floats:

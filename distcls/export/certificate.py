@@ -22,7 +22,7 @@ from distcls.errors import DistclsError
 from distcls.imaging import Preprocess
 from distcls.runtime.model import Model
 from distcls.runtime.pipeline import stream
-from distcls.task import Integers, Targets
+from distcls.task import Integers, Task
 
 BATCH_SIZES = (1, 7, 32)
 """One, an odd one and a full one: a graph with a fixed batch fails at two of them."""
@@ -98,7 +98,7 @@ def certify(
     expected = _in_batches(reference, images, max(batch_sizes))
     if not np.isfinite(expected).all():
         raise DistclsError("the checkpoint's own logits are not finite; there is nothing to export")
-    decide = reference.card.resolved_targets.decide
+    decide = reference.card.task.decide
     answers = decide(expected)
     results = []
     for size in batch_sizes:
@@ -142,20 +142,20 @@ class Expected:
     """[N, K]."""
     labels: Integers
     """[N]; of several answers [N, heads] or [N, labels]."""
-    targets: Targets
+    task: Task
     """What they are answers to, with the checkpoint's thresholds."""
     provider: str
     """What computed it."""
 
     @property
     def truths(self) -> Integers:
-        """The labels as `Targets.decide` gives answers, [N, parts]."""
+        """The labels as `Task.decide` gives answers, [N, parts]."""
         return self.labels[:, None] if self.labels.ndim == 1 else self.labels
 
     @property
     def top1(self) -> float:
         """Part of the images whose whole answer is right."""
-        return _same(self.targets.decide(self.logits), self.truths)
+        return _same(self.task.decide(self.logits), self.truths)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -280,7 +280,7 @@ def expect(reference: Model, split: Split) -> Expected:
     return Expected(
         logits=answers(reference, split),
         labels=split.labels,
-        targets=reference.card.resolved_targets,
+        task=reference.card.task,
         provider=reference.provider,
     )
 
@@ -301,7 +301,7 @@ def certify_variant(
     `speeds` are images per second of the variant and of the same graph in fp32.
     """
     found = answers(variant, split)
-    given, wanted = (expected.targets.decide(logits) for logits in (found, expected.logits))
+    given, wanted = (expected.task.decide(logits) for logits in (found, expected.logits))
     return VariantCertificate(
         precision=precision,
         images=len(found),
@@ -328,14 +328,14 @@ def _same(left: Integers, right: Integers) -> float:
 
 def _parts(expected: Expected, given: Integers, wanted: Integers) -> tuple[PartAccuracy, ...]:
     """The parts of several answers, `given` by the variant and `wanted` by the checkpoint."""
-    targets, truths = expected.targets, expected.truths
-    if targets.single:
+    task, truths = expected.task, expected.truths
+    if task.single:
         return ()
-    if not targets.heads:
+    if not task.heads:
         return (_part("labels", given, wanted, truths),)
     return tuple(
         _part(head.name, *(each[:, place] for each in (given, wanted, truths)))
-        for place, head in enumerate(targets.heads)
+        for place, head in enumerate(task.heads)
     )
 
 

@@ -86,7 +86,7 @@ def export(options: ExportOptions) -> Certificate | VariantCertificate:
     if options.target.exists() and not options.overwrite:
         raise UsageError(f"{options.target} exists already; --overwrite replaces it")
     from distcls.data.dataset import Dataset
-    from distcls.evaluation.evaluate import check_targets
+    from distcls.evaluation.evaluate import check_task
     from distcls.export.certificate import load_images
     from distcls.export.reduced_precision import Recipe, make_variant
     from distcls.files import atomic_path
@@ -95,7 +95,7 @@ def export(options: ExportOptions) -> Certificate | VariantCertificate:
     reference = open_checkpoint(options.ckpt, device="cpu")
     folder = options.data or Path(reference.card.training["dataset"])
     dataset = Dataset.open(folder)
-    check_targets(reference.card.resolved_targets, dataset.targets, str(folder))
+    check_task(reference.card.task, dataset.task, str(folder))
     split = dataset.split(options.split)
     images = load_images(split, reference.card.preprocess, options.limit)
     graph = to_onnx(reference.model, reference.card, options.opset)
@@ -153,7 +153,7 @@ def to_onnx(model: Classifier, card: ModelCard, opset: int) -> Any:
 
     from distcls.export.graph import add_features, hushed
 
-    targets = card.resolved_targets
+    task = card.task
 
     class WithProbabilities(torch.nn.Module):
         def __init__(self) -> None:
@@ -162,11 +162,11 @@ def to_onnx(model: Classifier, card: ModelCard, opset: int) -> Any:
 
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             logits = self.classifier(images)
-            if targets.single:
+            if task.single:
                 return logits, torch.softmax(logits, dim=1)
-            if targets.kind == "multi_label":
+            if task.kind == "multi_label":
                 return logits, torch.sigmoid(logits)
-            parts = [torch.softmax(logits[:, part], dim=1) for part in targets.slices]
+            parts = [torch.softmax(logits[:, part], dim=1) for part in task.slices]
             return logits, torch.cat(parts, dim=1)
 
     example = torch.zeros(2, *card.preprocess.size, 3, dtype=torch.uint8)

@@ -92,7 +92,7 @@ def write_repository(options: TritonOptions) -> Path:
     with atomic_folder(target) as part:
         (part / CONFIG).write_text(config_of(model, options), encoding="utf-8")
         (part / LABELS).write_text(_labels(model.card.classes), encoding="utf-8")
-        heads = model.card.resolved_targets.heads
+        heads = model.card.task.heads
         for place, head in enumerate(heads):
             (part / _labels_of(place)).write_text(_labels(head.classes), encoding="utf-8")
         copy = part / str(options.version) / MODEL
@@ -111,7 +111,7 @@ def _write_with_heads(source: Path, copy: Path, card: ModelCard) -> None:
     from distcls.export.graph import add_heads, write
 
     graph = onnx.load(str(source))
-    add_heads(graph, card.resolved_targets.heads)
+    add_heads(graph, card.task.heads)
     write(copy, graph, card)
 
 
@@ -125,8 +125,8 @@ def config_of(model: OnnxModel, options: TritonOptions) -> str:
         "preprocess": card.preprocess.to_json(),
         "certificate": card.certificate,
     }
-    if card.targets is not None:
-        told["targets"] = card.targets.to_json()
+    if not card.task.single:
+        told["targets"] = card.task.to_json()
     lines = [
         f"name: {_quoted(options.title)}",
         'backend: "onnxruntime"',
@@ -153,7 +153,7 @@ def _outputs(model: OnnxModel) -> list[str]:
     card = model.card
     classes = len(card.classes)
     found = [_output(LOGITS, classes), _output(PROBABILITIES, classes, LABELS)]
-    for place, head in enumerate(card.resolved_targets.heads):
+    for place, head in enumerate(card.task.heads):
         found.append(_output(output_of(head), len(head.classes), _labels_of(place)))
     if FEATURES in outputs(model.path):
         found.append(_output(FEATURES, WithFeatures(model).width))

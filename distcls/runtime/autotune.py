@@ -23,12 +23,12 @@ from distcls import __version__, log
 from distcls.data.source import ImageSource
 from distcls.errors import BadValue, DistclsError
 from distcls.files import digest, write_json
-from distcls.runtime.benchmark import TOLERANCE, Rehearsal, disagreement, images_needed
+from distcls.runtime.benchmark import TOLERANCE, Benchmark, disagreement, images_needed
 from distcls.runtime.model import OnnxModel
 from distcls.runtime.providers import (
     TITLES,
-    Asked,
-    Plan,
+    ExecutionConfig,
+    ExecutionRequest,
     Precision,
     ProviderName,
     installed,
@@ -54,7 +54,7 @@ SLOWEST = 0.4
 class Family:
     """Plans that differ in their batch size only, the smallest first."""
 
-    plans: tuple[Plan, ...]
+    plans: tuple[ExecutionConfig, ...]
     first: bool
     """Whether it is tried however long that takes; the others only while there is time."""
 
@@ -74,13 +74,16 @@ def families(
     """
     sizes = (batch_size,) if batch_size else _sizes(provider, side, seconds)
 
-    def family(first: bool, plan: Plan) -> Family:
+    def family(first: bool, plan: ExecutionConfig) -> Family:
         return Family(tuple(dataclasses.replace(plan, batch_size=size) for size in sizes), first)
 
     both: tuple[Precision, ...] = ("reduced", "fp32")
     if provider in ("cuda", "tensorrt"):
-        # two callers: one copies while the other computes
-        plans = [Plan(provider=provider, precision=kind, threads=1, callers=2) for kind in both]
+        # two streams: one copies while the other computes
+        plans = [
+            ExecutionConfig(provider=provider, precision=kind, threads=1, streams=2)
+            for kind in both
+        ]
         return [family(True, plan) for plan in plans]
     if provider == "cpu":
         found = [family(True, _workers(cores, "cpu", "fp32"))]
@@ -99,23 +102,31 @@ def unmeasured(
     side: tuple[int, int],
     batch_size: int | None = None,
     precision: Precision = "fp32",
-) -> Plan:
+) -> ExecutionConfig:
     """The plan to take where measuring does not pay: fp32, small batches, a worker a core."""
     if provider in ("cuda", "tensorrt"):
-        plan, most, largest = Plan(provider=provider, precision=precision), PIXELS_ON_GPU // 8, 32
-        plan = dataclasses.replace(plan, threads=1, callers=2)
+        plan, most, largest = (
+            ExecutionConfig(provider=provider, precision=precision),
+            PIXELS_ON_GPU // 8,
+            32,
+        )
+        plan = dataclasses.replace(plan, threads=1, streams=2)
     else:
         plan, most, largest = _workers(cores, provider, precision), PIXELS_ON_CPU // 2, 64
     fits = max(1, min(largest, most // (side[0] * side[1])))
     return dataclasses.replace(plan, batch_size=batch_size or 2 ** (fits.bit_length() - 1))
 
 
-def _workers(cores: int, provider: ProviderName, precision: Precision) -> Plan:
-    return Plan(provider=provider, precision=precision, layout="workers", threads=1, callers=cores)
+def _workers(cores: int, provider: ProviderName, precision: Precision) -> ExecutionConfig:
+    return ExecutionConfig(
+        provider=provider, precision=precision, layout="workers", threads=1, streams=cores
+    )
 
 
-def _shared(cores: int, provider: ProviderName, precision: Precision) -> Plan:
-    return Plan(provider=provider, precision=precision, layout="stages", threads=cores, callers=1)
+def _shared(cores: int, provider: ProviderName, precision: Precision) -> ExecutionConfig:
+    return ExecutionConfig(
+        provider=provider, precision=precision, layout="stages", threads=cores, streams=1
+    )
 
 
 def _sizes(provider: ProviderName, side: tuple[int, int], seconds: float) -> tuple[int, ...]:
@@ -134,14 +145,14 @@ SECONDS = 2.0
 SECONDS_OF_REFERENCE = 0.3
 """Time for the answers that the others are compared with; of a slow model, fewer images."""
 
-Open = Callable[[Plan], OnnxModel]
+Open = Callable[[ExecutionConfig], OnnxModel]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
     """A plan that was tried."""
 
-    plan: Plan
+    plan: ExecutionConfig
     rate: float = 0.0
     """Images per second, decoding included."""
     problem: str | None = None
@@ -151,7 +162,7 @@ class Measurement:
 
 
 def measure(
-    model: OnnxModel, asked: Asked, rehearsal: Rehearsal, open_plan: Open
+    model: OnnxModel, asked: ExecutionRequest, rehearsal: Benchmark, open_plan: Open
 ) -> list[Measurement]:
     """Try the candidates; `model` is the reference, an open one on the CPU in fp32.
 
@@ -194,7 +205,7 @@ class _Bench:
     """The images, the answers expected, and the clock."""
 
     def __init__(
-        self, model: OnnxModel, asked: Asked, rehearsal: Rehearsal, open_plan: Open
+        self, model: OnnxModel, asked: ExecutionRequest, rehearsal: Benchmark, open_plan: Open
     ) -> None:
         self._began = time.perf_counter()
         self._reference = model
@@ -206,7 +217,7 @@ class _Bench:
         self._rehearsal = rehearsal.first(max(1, number))
         self._known = len(self._rehearsal.images)
         _, self._expected = self._rehearsal.run(model, model.plan, self._known, asked.workers)
-        self._targets = model.card.resolved_targets
+        self._task = model.card.task
         self._tolerance = tolerance_of(model)
 
     def worth(self, family: Family, tried: list[Measurement]) -> bool:
@@ -236,20 +247,20 @@ class _Bench:
             trials.append(Measurement(plan=family.plans[0], problem=str(error)))
         return trials
 
-    def _time(self, model: OnnxModel, plan: Plan) -> Measurement:
+    def _time(self, model: OnnxModel, plan: ExecutionConfig) -> Measurement:
         run, workers = self._rehearsal.run, self._workers
-        rate, _ = run(model, plan, plan.callers * plan.batch_size, workers)  # to warm up
+        rate, _ = run(model, plan, plan.streams * plan.batch_size, workers)  # to warm up
         count = images_needed(plan, self._known, rate)
         rate, found = run(model, plan, count, workers)
         problem = None  # the CPU is the measure of the others, in any number of threads
         if plan.provider != "cpu":
             problem = disagreement(
-                self._expected, found, plan, targets=self._targets, tolerance=self._tolerance
+                self._expected, found, plan, task=self._task, tolerance=self._tolerance
             )
         return Measurement(plan=plan, rate=rate, problem=problem, model=model)
 
 
-def _candidates(asked: Asked) -> list[ProviderName]:
+def _candidates(asked: ExecutionRequest) -> list[ProviderName]:
     if asked.provider != "auto":
         return [asked.provider]
     few = asked.images is not None and asked.images < WORTH_BUILDING
@@ -261,7 +272,7 @@ def tolerance_of(model: OnnxModel) -> float:
     return float((model.card.certificate or {}).get("tolerance", TOLERANCE))
 
 
-def _seconds_of_one(model: OnnxModel, rehearsal: Rehearsal) -> float:
+def _seconds_of_one(model: OnnxModel, rehearsal: Benchmark) -> float:
     image = model.card.preprocess(rehearsal.images[0])[None]
     model.logits(image)  # the first time is slower
     began = time.perf_counter()
@@ -316,7 +327,9 @@ COMPARED_UNMEASURED = 8
 """Images on which a provider is compared that is used without being measured."""
 
 
-def open_fastest(path: Path, asked: Asked, source: ImageSource | None = None) -> OnnxModel:
+def open_fastest(
+    path: Path, asked: ExecutionRequest, source: ImageSource | None = None
+) -> OnnxModel:
     """Open a model as it runs fastest here, and say which way that is, and why.
 
     A choice that was remembered is taken; few images are not worth measuring and get the CPU.
@@ -336,7 +349,7 @@ def open_fastest(path: Path, asked: Asked, source: ImageSource | None = None) ->
     if asked.images is not None and asked.images < WORTH_MEASURING:
         return _unmeasured(reference, asked, source)
     began = time.perf_counter()
-    trials = measure(reference, asked, Rehearsal.of(source), lambda plan: OnnxModel(path, plan))
+    trials = measure(reference, asked, Benchmark.of(source), lambda plan: OnnxModel(path, plan))
     best = pick(trials)
     assert best.model is not None  # the fastest is still open
     why = explain(best, trials)
@@ -374,14 +387,16 @@ def explain(best: Measurement, trials: list[Measurement]) -> str:
     return f"{best.rate:,.0f} images/s here{slower}"
 
 
-def _reference(path: Path, asked: Asked) -> OnnxModel:
+def _reference(path: Path, asked: ExecutionRequest) -> OnnxModel:
     """The model on the CPU in fp32, whatever was asked for."""
     model = OnnxModel(path, unmeasured("cpu", cores=asked.cores, side=SMALL))
     plan = unmeasured("cpu", cores=asked.cores, side=model.card.preprocess.size)
     return model.replanned(plan) or model
 
 
-def _unmeasured(reference: OnnxModel, asked: Asked, source: ImageSource | None) -> OnnxModel:
+def _unmeasured(
+    reference: OnnxModel, asked: ExecutionRequest, source: ImageSource | None
+) -> OnnxModel:
     """The model with the plan for few images. Raises DistclsError if the provider disagrees."""
     name: ProviderName = "cpu" if asked.provider == "auto" else asked.provider
     side, batch_size = reference.card.preprocess.size, asked.batch_size
@@ -389,22 +404,22 @@ def _unmeasured(reference: OnnxModel, asked: Asked, source: ImageSource | None) 
     model = reference.replanned(plan) or OnnxModel(reference.path, plan)
     if name == "cpu":
         return model
-    rehearsal = Rehearsal.of(source, COMPARED_UNMEASURED)
+    rehearsal = Benchmark.of(source, COMPARED_UNMEASURED)
     count = len(rehearsal.images)
     _, expected = rehearsal.run(reference, reference.plan, count, None)
     _, found = rehearsal.run(model, plan, count, None)
-    targets, tolerance = reference.card.resolved_targets, tolerance_of(reference)
-    problem = disagreement(expected, found, plan, targets=targets, tolerance=tolerance)
+    task, tolerance = reference.card.task, tolerance_of(reference)
+    problem = disagreement(expected, found, plan, task=task, tolerance=tolerance)
     if problem is not None:
         raise DistclsError(f"provider: {name} is not used: {problem}")
     return model
 
 
-def _recalled(key: str) -> tuple[Plan, str] | None:
+def _recalled(key: str) -> tuple[ExecutionConfig, str] | None:
     values = recall(key)
     if values is None:
         return None
     try:
-        return Plan.from_json(values["plan"]), str(values["why"])
+        return ExecutionConfig.from_json(values["plan"]), str(values["why"])
     except (KeyError, TypeError, BadValue):
         return None

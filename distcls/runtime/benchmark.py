@@ -20,8 +20,8 @@ from distcls.errors import BadImage
 from distcls.imaging import decode
 from distcls.runtime.model import Model
 from distcls.runtime.pipeline import stream
-from distcls.runtime.providers import Plan
-from distcls.task import Targets
+from distcls.runtime.providers import ExecutionConfig
+from distcls.task import Task
 
 IMAGES = 32
 """Images that are compared."""
@@ -39,7 +39,7 @@ Logits = NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rehearsal:
+class Benchmark:
     """The images to measure with."""
 
     images: Sequence[Images]
@@ -48,7 +48,7 @@ class Rehearsal:
     """The same as JPEGs, where the run will decode files; None where it reads a pack of pixels."""
 
     @classmethod
-    def of(cls, source: ImageSource | None, most: int = IMAGES) -> Rehearsal:
+    def of(cls, source: ImageSource | None, most: int = IMAGES) -> Benchmark:
         """From the first inputs of a source; with none that is readable, from made-up pictures."""
         images = [] if source is None else _taken(source, most)
         if not images:
@@ -57,13 +57,13 @@ class Rehearsal:
             return cls(images, None)
         return cls(images, [_jpeg(image) for image in images])
 
-    def first(self, count: int) -> Rehearsal:
+    def first(self, count: int) -> Benchmark:
         """The first ones alone."""
         encoded = None if self.encoded is None else self.encoded[:count]
-        return Rehearsal(self.images[:count], encoded)
+        return Benchmark(self.images[:count], encoded)
 
     def run(
-        self, model: Model, plan: Plan, count: int, workers: int | None
+        self, model: Model, plan: ExecutionConfig, count: int, workers: int | None
     ) -> tuple[float, Logits]:
         """Images per second over `count` images, and the answers to each image once, [n, K].
 
@@ -89,15 +89,15 @@ class Rehearsal:
         )
 
 
-def images_needed(plan: Plan, known: int, rate: float) -> int:
+def images_needed(plan: ExecutionConfig, known: int, rate: float) -> int:
     """Images of a trial: each known one once, whole batches, and long enough to be measured."""
-    together = plan.callers * plan.batch_size
+    together = plan.streams * plan.batch_size
     wanted = max(known, 2 * together, int(rate * SECONDS_OF_A_TRIAL))
     return -(-wanted // together) * together
 
 
 def disagreement(
-    expected: Logits, found: Logits, plan: Plan, *, targets: Targets, tolerance: float
+    expected: Logits, found: Logits, plan: ExecutionConfig, *, task: Task, tolerance: float
 ) -> str | None:
     """Why a plan's answers are not those of the CPU in fp32, [n, K] both; None if they are.
 
@@ -111,7 +111,7 @@ def disagreement(
         return "nothing can be compared, for the CPU's own answers are not finite"
     if not np.isfinite(found).all():
         return "its answers are not finite"
-    same = int((targets.decide(expected) == targets.decide(found)).all(axis=1).sum())
+    same = int((task.decide(expected) == task.decide(found)).all(axis=1).sum())
     difference = float(np.abs(expected - found).max(initial=0.0))
     if same == len(expected) and difference <= tolerance:
         return None

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from distcls.errors import UsageError
 from distcls.model_card import ModelCard
 from distcls.runtime.model import Model
-from distcls.runtime.providers import Plan, plan_of
-from distcls.task import THRESHOLD, Targets, sigmoid
+from distcls.runtime.providers import ExecutionConfig, execution_of
+from distcls.task import THRESHOLD, Task, sigmoid
 
 Floats = NDArray[np.float32]
 Images = NDArray[np.uint8]
 
 
-class Flipped:
+class FlipAveraged:
     """Test-time augmentation: the mean over an image and its mirror image, left to right."""
 
     def __init__(self, model: Model) -> None:
@@ -41,18 +41,18 @@ class Flipped:
         return f"{self._model.provider}, with flips"
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> ExecutionConfig:
         """The model's own."""
-        return plan_of(self._model)
+        return execution_of(self._model)
 
     def logits(self, images: Images) -> Floats:
         """Logits of the mean probabilities, float32 [N, K], of images [N, H, W, 3]."""
         mirrored = np.ascontiguousarray(images[:, :, ::-1])
         answers = [self._model.logits(images), self._model.logits(mirrored)]
-        return _log_mean(answers, self.card.resolved_targets)
+        return _log_mean(answers, self.card.task)
 
 
-class Merged:
+class Ensemble:
     """Several models with the same classes and the same preprocessing of images."""
 
     def __init__(self, models: Sequence[Model], names: Sequence[str]) -> None:
@@ -78,30 +78,30 @@ class Merged:
         return ", ".join(dict.fromkeys(model.provider for model in self.models))
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> ExecutionConfig:
         """The first model's."""
-        return plan_of(self.models[0])
+        return execution_of(self.models[0])
 
     def logits(self, images: Images) -> Floats:
         """Logits of the mean probabilities, float32 [N, K], of images [N, H, W, 3]."""
         answers = [model.logits(images) for model in self.models]
-        return _log_mean(answers, self._card.resolved_targets)
+        return _log_mean(answers, self._card.task)
 
 
-def plans_of(model: Model) -> list[Plan]:
+def executions_of(model: Model) -> list[ExecutionConfig]:
     """How each of the models in a model is run, in their order."""
-    if isinstance(model, Merged):
-        return [plan for each in model.models for plan in plans_of(each)]
-    return [plan_of(model)]
+    if isinstance(model, Ensemble):
+        return [plan for each in model.models for plan in executions_of(each)]
+    return [execution_of(model)]
 
 
-def _log_mean(answers: Sequence[Floats], targets: Targets) -> Floats:
+def _log_mean(answers: Sequence[Floats], task: Task) -> Floats:
     """The logits that give the mean of the probabilities of [N, K] each."""
     if not len(answers[0]):
         return answers[0]
     with np.errstate(invalid="ignore"):  # infinite logits become NaN, which the stream reports
-        if targets.kind != "multi_label":
-            return _log([targets.probabilities(logits) for logits in answers])
+        if task.kind != "multi_label":
+            return _log([task.probabilities(logits) for logits in answers])
         # yes and no by themselves: one minus a probability near one would be nought
         broken = np.any([~np.isfinite(logits) for logits in answers], axis=0)
         odds = _log([sigmoid(logits) for logits in answers])
@@ -117,20 +117,20 @@ def _log(probabilities: Sequence[NDArray[Any]]) -> Floats:
 
 
 def _merged_card(cards: Sequence[ModelCard]) -> ModelCard:
-    targets = cards[0].targets
-    if targets is not None and targets.kind == "multi_label":
-        known = [_thresholds(card.resolved_targets) for card in cards]
+    task = cards[0].task
+    if task.kind == "multi_label":
+        known = [_thresholds(card.task) for card in cards]
         thresholds = tuple(float(mean) for mean in np.mean(known, axis=0))
-        targets = dataclasses.replace(targets, thresholds=thresholds)
-    return dataclasses.replace(cards[0], targets=targets, certificate=None)
+        task = dataclasses.replace(task, thresholds=thresholds)
+    return dataclasses.replace(cards[0], task=task, certificate=None)
 
 
-def _thresholds(targets: Targets) -> tuple[float, ...]:
-    return targets.thresholds or (THRESHOLD,) * len(targets.classes)
+def _thresholds(task: Task) -> tuple[float, ...]:
+    return task.thresholds or (THRESHOLD,) * len(task.classes)
 
 
 def _check_same(first: ModelCard, other: ModelCard, name: str, other_name: str) -> None:
-    own_kind, other_kind = first.resolved_targets, other.resolved_targets
+    own_kind, other_kind = first.task, other.task
     same_heads = not own_kind.heads or own_kind.slices == other_kind.slices
     if own_kind.kind != other_kind.kind or not same_heads:
         raise UsageError(

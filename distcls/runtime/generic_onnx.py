@@ -19,7 +19,8 @@ from distcls.imaging import Preprocess
 from distcls.model_card import PREFIX, ModelCard
 from distcls.runtime.model import open_session
 from distcls.runtime.onnx_file import check_external_data
-from distcls.runtime.providers import Asked, Plan
+from distcls.runtime.providers import ExecutionConfig, ExecutionRequest
+from distcls.task import Task
 
 _KINDS = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 _SURE = 1e-3
@@ -29,14 +30,14 @@ Floats = NDArray[np.float32]
 Images = NDArray[np.uint8]
 
 
-class ForeignModel:
+class GenericOnnxModel:
     """Such a file, ready to answer; safe to call from several threads."""
 
     def __init__(
         self,
         path: Path,
         classes: tuple[str, ...],
-        asked: Asked,
+        asked: ExecutionRequest,
         *,
         size: tuple[int, int] | None = None,
         mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
@@ -45,7 +46,9 @@ class ForeignModel:
         """Raises UsageError if the file is none, is one of ours, or is not as described above."""
         self.path = path
         provider = "cpu" if asked.provider == "auto" else asked.provider
-        self.plan = Plan(provider=provider, batch_size=asked.batch_size or Plan.batch_size)
+        self.plan = ExecutionConfig(
+            provider=provider, batch_size=asked.batch_size or ExecutionConfig.batch_size
+        )
         check_external_data(path)
         self._session = open_session(path, self.plan)
         if any(key.startswith(PREFIX) for key in self._metadata()):
@@ -54,7 +57,7 @@ class ForeignModel:
         self._output = self._find_output(len(classes))
         preprocess = Preprocess(size=size, mean=mean, std=std)
         self.card = ModelCard(
-            architecture={"name": path.stem}, classes=classes, preprocess=preprocess
+            architecture={"name": path.stem}, task=Task(classes=classes), preprocess=preprocess
         )
         self._scale = 1 / (255 * np.array(preprocess.std, np.float32))
         self._shift = np.array(preprocess.mean, np.float32) / np.array(preprocess.std, np.float32)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from distcls.errors import DistclsError, UsageError
 from distcls.model_card import ModelCard
 from distcls.runtime.onnx_file import check_external_data, outputs
-from distcls.runtime.providers import EXECUTION, Plan, use
+from distcls.runtime.providers import EXECUTION, ExecutionConfig, use
 
 
 class Model(Protocol):
@@ -79,7 +79,7 @@ class WithFeatures:
         return self._model.provider
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> ExecutionConfig:
         """The model's own."""
         return self._model.plan
 
@@ -96,14 +96,14 @@ INPUT, LOGITS, PROBABILITIES = "images", "logits", "probabilities"
 class OnnxModel:
     """A `best.onnx` ready to answer; safe to call from several threads."""
 
-    def __init__(self, path: Path, plan: Plan | None = None) -> None:
+    def __init__(self, path: Path, plan: ExecutionConfig | None = None) -> None:
         """Open `path` as `plan` says; unset, on the CPU with a thread a core.
 
         Raises UsageError if it is no ONNX file, was not exported by distcls, names weights outside
         its folder, or if the plan's provider does not work here.
         """
         self.path = Path(path)
-        self.plan = plan or Plan()
+        self.plan = plan or ExecutionConfig()
         if not self.path.is_file():
             raise UsageError(f"{path}: no such model file")
         check_external_data(self.path)
@@ -122,7 +122,7 @@ class OnnxModel:
         """The execution provider in use."""
         return str(self._session.get_providers()[0])
 
-    def replanned(self, plan: Plan) -> OnnxModel | None:
+    def replanned(self, plan: ExecutionConfig) -> OnnxModel | None:
         """The same model under another plan, sharing the session; None if the session differs."""
         if self.plan.session != plan.session:
             return None
@@ -175,7 +175,7 @@ class OnnxModel:
             raise UsageError(f"{self.path}: {width} logits for {classes} class names")
 
 
-def open_session(path: Path, plan: Plan) -> Any:
+def open_session(path: Path, plan: ExecutionConfig) -> Any:
     """An `onnxruntime.InferenceSession` as `plan` says, of which any number of threads may ask.
 
     Raises UsageError if the file cannot be opened, or if the plan's provider does not work here.

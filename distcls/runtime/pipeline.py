@@ -34,7 +34,7 @@ from distcls.errors import BadImage
 from distcls.imaging import Preprocess
 from distcls.plotting import draw_profile
 from distcls.runtime.model import Floats, Model, answer_width
-from distcls.runtime.providers import plan_of
+from distcls.runtime.providers import execution_of
 from distcls.system import available_cores
 
 Images = NDArray[np.uint8]
@@ -75,7 +75,7 @@ def _ready_array(source: ImageSource, preprocess: Preprocess) -> Images | None:
     return source.uniform if preprocess(first) is first else None
 
 
-class Stages:
+class Profiler:
     """Seconds of each stage, added up over the threads; safe to be used by all of them.
 
     decode: reading, decoding and resizing. infer: the model. write: what whoever takes the answers
@@ -165,7 +165,7 @@ def stream(
     indices: range | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
-    stages: Stages | None = None,
+    stages: Profiler | None = None,
 ) -> Generator[Chunk, None, None]:
     """Run the inputs at `indices` (all by default) through the model, `batch_size` at a time.
 
@@ -174,8 +174,8 @@ def stream(
     that of the model's plan unless given; `stages` is told where the time goes.
     """
     indices = range(len(source)) if indices is None else indices
-    size = batch_size or plan_of(model).batch_size
-    stages = stages or Stages()
+    size = batch_size or execution_of(model).batch_size
+    stages = stages or Profiler()
     crew = _crew(model, size, workers, stages)
     waiting: collections.deque[Future[Chunk]] = collections.deque()
     began = time.perf_counter()
@@ -191,7 +191,7 @@ def stream(
         stages.seconds = time.perf_counter() - began
 
 
-def _hand_over(future: Future[Chunk], stages: Stages) -> Iterator[Chunk]:
+def _hand_over(future: Future[Chunk], stages: Profiler) -> Iterator[Chunk]:
     chunk = future.result()
     stages.images += len(chunk.indices)
     with stages.measure("write"):
@@ -201,7 +201,7 @@ def _hand_over(future: Future[Chunk], stages: Stages) -> Iterator[Chunk]:
 class _Crew:
     """Threads that turn batches into chunks; this one's each do all of it (layout `workers`)."""
 
-    def __init__(self, model: Model, stages: Stages, threads: int) -> None:
+    def __init__(self, model: Model, stages: Profiler, threads: int) -> None:
         self._model = model
         self._preprocess = model.card.preprocess
         self._stages = stages
@@ -261,11 +261,13 @@ class _Crew:
 class _Staged(_Crew):
     """Some threads decode, others compute (layout `stages`)."""
 
-    def __init__(self, model: Model, stages: Stages, threads: int, callers: int, size: int) -> None:
+    def __init__(
+        self, model: Model, stages: Profiler, threads: int, streams: int, size: int
+    ) -> None:
         super().__init__(model, stages, threads)
-        self._callers = ThreadPoolExecutor(callers, thread_name_prefix="infer")
-        stages.threads = threads + callers
-        self.ahead = callers + math.ceil(2 * threads * TASK / size)
+        self._callers = ThreadPoolExecutor(streams, thread_name_prefix="infer")
+        stages.threads = threads + streams
+        self.ahead = streams + math.ceil(2 * threads * TASK / size)
 
     def submit(self, batch: InputBatch) -> Future[Chunk]:
         number = len(batch.indices)
@@ -292,11 +294,11 @@ class _Staged(_Crew):
         return self._infer(batch, images, errors)
 
 
-def _crew(model: Model, size: int, workers: int | None, stages: Stages) -> _Crew:
-    plan = plan_of(model)
+def _crew(model: Model, size: int, workers: int | None, stages: Profiler) -> _Crew:
+    plan = execution_of(model)
     if plan.layout == "workers":
-        return _Crew(model, stages, workers or plan.callers)
-    return _Staged(model, stages, workers or available_cores(), plan.callers, size)
+        return _Crew(model, stages, workers or plan.streams)
+    return _Staged(model, stages, workers or available_cores(), plan.streams, size)
 
 
 def split_features(chunk: Chunk, width: int) -> tuple[Chunk, Floats]:

@@ -39,7 +39,7 @@ BATCH_SIZE = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class ExecutionConfig:
     """One way to run a model; what `--provider auto` chooses between."""
 
     provider: ProviderName = "cpu"
@@ -51,7 +51,7 @@ class Plan:
     stages: threads decode ahead of others that compute."""
     threads: int = 0
     """Threads that share the computing of one batch; 0: one a core. Of no meaning on a GPU."""
-    callers: int = 1
+    streams: int = 1
     """Batches that are computed at the same time."""
     batch_size: int = BATCH_SIZE
     """Images of a batch."""
@@ -64,7 +64,7 @@ class Plan:
         ):
             value, choices = getattr(self, name), get_args(kind)
             require(value in choices, name, value, f"one of {', '.join(choices)}")
-        for name, least in (("threads", 0), ("callers", 1), ("batch_size", 1)):
+        for name, least in (("threads", 0), ("streams", 1), ("batch_size", 1)):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             require(whole and value >= least, name, value, f"a whole number, at least {least}")
@@ -72,7 +72,7 @@ class Plan:
     @property
     def session(self) -> tuple[str, str, int, int]:
         """What a session is opened for; plans that differ in nothing else can share one."""
-        return self.provider, self.precision, self.threads, self.callers
+        return self.provider, self.precision, self.threads, self.streams
 
     def __str__(self) -> str:
         name = TITLES[self.provider]
@@ -81,7 +81,7 @@ class Plan:
         if self.provider in ("cuda", "tensorrt"):
             return f"{name}, batches of {self.batch_size}"
         if self.layout == "workers":
-            who = f"{_count(self.callers, 'worker')} of {_count(self.threads or 1, 'thread')}"
+            who = f"{_count(self.streams, 'worker')} of {_count(self.threads or 1, 'thread')}"
         else:
             who = f"{_count(self.threads, 'thread')} a batch" if self.threads else "a thread a core"
         return f"{name}, {who}, batches of {self.batch_size}"
@@ -91,7 +91,7 @@ class Plan:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, values: Any) -> Plan:
+    def from_json(cls, values: Any) -> ExecutionConfig:
         """The inverse of `to_json`. Raises TypeError or BadValue for anything else."""
         if not isinstance(values, dict):
             raise TypeError(f"a plan is a mapping, not {type(values).__name__}")
@@ -119,7 +119,7 @@ class Options(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
+class ExecutionRequest:
     """What the user says about how a model is run."""
 
     provider: ProviderChoice = "auto"
@@ -132,7 +132,7 @@ class Asked:
     """How many there are; unset, nobody knows, which counts as many."""
 
     @classmethod
-    def of(cls, options: Options, images: int) -> Asked:
+    def of(cls, options: Options, images: int) -> ExecutionRequest:
         """What a command's options say, for an input of so many images."""
         return cls(
             provider=options.provider,
@@ -147,10 +147,10 @@ class Asked:
         return self.workers or available_cores()
 
 
-def plan_of(model: object) -> Plan:
+def execution_of(model: object) -> ExecutionConfig:
     """The plan that a model was opened with; models without one take a batch after the other."""
     plan = getattr(model, "plan", None)
-    return plan if isinstance(plan, Plan) else Plan()
+    return plan if isinstance(plan, ExecutionConfig) else ExecutionConfig()
 
 
 def _count(number: int, noun: str) -> str:
@@ -215,7 +215,7 @@ def versions() -> dict[str, str | None]:
     return {package: _version(package) for package in PACKAGES}
 
 
-def use(plan: Plan, options: Any) -> list[Any]:
+def use(plan: ExecutionConfig, options: Any) -> list[Any]:
     """Prepare ONNX Runtime's SessionOptions for a plan; the `providers` to open a session with.
 
     Raises UsageError for a provider that is not installed or cannot be loaded.
@@ -237,12 +237,12 @@ def use(plan: Plan, options: Any) -> list[Any]:
     return [tensorrt, cuda, EXECUTION["cpu"]]
 
 
-def _openvino_options(plan: Plan) -> dict[str, str]:
+def _openvino_options(plan: ExecutionConfig) -> dict[str, str]:
     """OpenVINO's own settings; the plug-in takes threads and precision in no other way."""
     threads = plan.threads or available_cores()
     settings = {
-        "INFERENCE_NUM_THREADS": str(threads * plan.callers),
-        "NUM_STREAMS": str(plan.callers),
+        "INFERENCE_NUM_THREADS": str(threads * plan.streams),
+        "NUM_STREAMS": str(plan.streams),
     }
     if plan.precision == "fp32":
         settings["INFERENCE_PRECISION_HINT"] = "f32"

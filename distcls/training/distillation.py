@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distcls.errors import UsageError
 from distcls.models.checkpoint import TorchModel
-from distcls.predictor import open_model
+from distcls.predictor import load_model
 from distcls.runtime.model import Model
 from distcls.training.config import DistillConfig
 
@@ -28,7 +28,7 @@ class Teacher:
         self._temperature = config.resolved_temperature
         self._share = config.resolved_share
         try:
-            self._model: Model = open_model(config.teacher, str(device))
+            self._model: Model = load_model(config.teacher, str(device))
         except UsageError as error:
             raise UsageError(f"distill.teacher: {str(error).removeprefix('model: ')}") from error
         known = self._model.card.classes

@@ -133,7 +133,7 @@ class Engine:
         """
         candidates = self.candidates
         share_buffers(self.model, *candidates.values())
-        tallies = {name: new_tally(self.data.targets) for name in candidates}
+        tallies = {name: new_tally(self.data.task) for name in candidates}
         plan = self.shares.evaluation(self.data.val_samples, self.evaluation_batch)
         passes = self.shares.passes(self.data.val_samples, self.evaluation_batch)
         models = list(candidates.values())
@@ -231,7 +231,7 @@ class Engine:
         """The sum of all processes' tallies."""
         vector = torch.from_numpy(tally.vector()).to(self.accelerator.device)
         total = reduce(vector, reduction="sum")
-        return tally_of(total.cpu().numpy(), self.data.targets)
+        return tally_of(total.cpu().numpy(), self.data.task)
 
     def _step(
         self, epoch: int, step: int, lr: float, images: int, batches: Iterator[Batch]

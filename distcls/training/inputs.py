@@ -11,7 +11,7 @@ from distcls.data.dataset import Dataset, Split
 from distcls.errors import UsageError
 from distcls.evaluation.metrics import EXACT
 from distcls.imaging import Preprocess
-from distcls.task import Targets
+from distcls.task import Task
 from distcls.training.config import (
     LARGE_INPUT,
     SMALL_IMAGE,
@@ -36,15 +36,15 @@ class TrainingInput:
     val_samples: Indices
 
     @property
-    def targets(self) -> Targets:
+    def task(self) -> Task:
         """What the classes are answers to."""
-        return self.train.targets
+        return self.train.task
 
 
 def open_input(config: TrainConfig) -> TrainingInput:
     """Open the dataset for training. Raises UsageError if it cannot be trained on so."""
     dataset = Dataset.open(config.data)
-    require_possible(config, dataset.targets)
+    require_possible(config, dataset.task)
     counts = dataset.counts()
     for name in ("train", "val"):
         if name not in counts:
@@ -75,9 +75,9 @@ def choose_preprocess(config: InputConfig, split: Split, weights: Preprocess | N
 
 
 def _check_classes(dataset: Dataset, train: Split) -> None:
-    if shortage := dataset.targets.shortage():
+    if shortage := dataset.task.shortage():
         raise UsageError(f"{dataset.folder}: {shortage}; a classifier needs two or more")
-    if not dataset.targets.single:
+    if not dataset.task.single:
         return  # of several answers not each can be in the training images
     counts = np.bincount(train.labels, minlength=len(dataset.classes))
     if (counts == 0).any():
@@ -106,20 +106,20 @@ def _own_size(split: Split) -> tuple[int, int]:
 LABEL_LOSSES = ("bce", "focal")
 """Those that ask yes or no of each label (see `LabelsLoss`)."""
 SAID = {
-    "single": "has one class an image",
-    "heads": "has several heads of one class each",
+    "single_label": "has one class an image",
+    "multi_head": "has several heads of one class each",
     "multi_label": "has any number of labels an image",
 }
 """What is said of a dataset, by its kind."""
 
 
-def require_possible(config: TrainConfig, targets: Targets) -> None:
+def require_possible(config: TrainConfig, task: Task) -> None:
     """Raise UsageError, naming the key and the reason, for options that contradict the dataset."""
-    rules = {"single": _of_single, "heads": _of_heads, "multi_label": _of_labels}
-    problem = rules[targets.kind](config) or ("" if targets.single else _of_several(config))
+    rules = {"single_label": _of_single, "multi_head": _of_heads, "multi_label": _of_labels}
+    problem = rules[task.kind](config) or ("" if task.single else _of_several(config))
     if problem:
         key, _, reason = problem.partition(": ")
-        raise UsageError(f"{key}: {config.data} {SAID[targets.kind]}; {reason}")
+        raise UsageError(f"{key}: {config.data} {SAID[task.kind]}; {reason}")
 
 
 def _of_single(config: TrainConfig) -> str:

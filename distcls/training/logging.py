@@ -72,7 +72,7 @@ def banner(config: TrainConfig, engine: Engine) -> list[str]:
     return [
         f"device     {_device(accelerator)}, {processes}, {precision}, {layout}",
         f"model      {config.model.name}, stem stride {stride}, {size}",
-        f"data       {config.data}: {counts}, {data.targets.summary()}, from {store}",
+        f"data       {config.data}: {counts}, {data.task.summary()}, from {store}",
         f"steps      {config.epochs} epochs of {engine.order.steps}, "
         f"global batch {config.batch_size} = {processes} x {engine.accumulate} part(s)",
         f"optimiser  {config.optimizer.name}, {config.schedule.name} schedule, "

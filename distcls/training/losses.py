@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distcls.data.dataset import Split
 from distcls.errors import UsageError, did_you_mean
-from distcls.task import Targets
+from distcls.task import Task
 from distcls.training.augment import Augment
 from distcls.training.config import LossConfig, TrainConfig
 from distcls.training.distillation import Teacher
@@ -113,23 +113,23 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_loss(
-    config: LossConfig, targets: Targets, class_weights: Weights | None, device: torch.device
+    config: LossConfig, task: Task, class_weights: Weights | None, device: torch.device
 ) -> LossFunction:
     """The configured loss for this kind of answers: logits [B, classes] and targets to losses [B].
 
     Which targets, see `Loss`, `HeadsLoss` and `LabelsLoss`.
     """
-    if targets.single:
+    if task.single:
         return Loss(config, class_weights, device)
-    return HeadsLoss(config, targets) if targets.heads else LabelsLoss(config)
+    return HeadsLoss(config, task) if task.heads else LabelsLoss(config)
 
 
 class HeadsLoss:
     """The mean of the configured loss over the heads, each with its own logits."""
 
-    def __init__(self, config: LossConfig, targets: Targets) -> None:
+    def __init__(self, config: LossConfig, task: Task) -> None:
         self._config = config
-        self._parts = targets.slices
+        self._parts = task.slices
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of each image, [B].
@@ -174,13 +174,13 @@ class LabelsLoss:
         return (yes + no).mean(1)
 
 
-def given(labels: Tensor, targets: Targets) -> Tensor:
+def given(labels: Tensor, task: Task) -> Tensor:
     """0 and 1 for each class, int64 [B, classes], from labels int64 as a split has them."""
-    if targets.kind == "multi_label":
+    if task.kind == "multi_label":
         return labels
-    if targets.single:
-        return F.one_hot(labels, len(targets.classes))
-    sizes = [part.stop - part.start for part in targets.slices]
+    if task.single:
+        return F.one_hot(labels, len(task.classes))
+    sizes = [part.stop - part.start for part in task.slices]
     return torch.cat([F.one_hot(labels[:, i], size) for i, size in enumerate(sizes)], dim=1)
 
 
@@ -279,14 +279,14 @@ class Objective:
         self, config: TrainConfig, data: TrainingInput, augment: Augment, device: torch.device
     ) -> None:
         self._seed = config.seed
-        self._targets = data.targets
+        self._task = data.task
         self._device = device
         self._augment = augment
         self._mixing = Mixing(config.augment, device)
         by_class, self._image_weights = find_weights(
             config.loss, data.classes, data.train, data.train_samples
         )
-        self._loss = make_loss(config.loss, data.targets, by_class, device)
+        self._loss = make_loss(config.loss, data.task, by_class, device)
         distill = config.distill
         self._teacher = Teacher(distill, data.classes, device) if distill.teacher else None
 
@@ -308,7 +308,7 @@ class Objective:
         if not self._mixing.active:
             return Examples(images, labels, weights)
         mixed = self._mixing(images, draws[:, -MIX_DRAWS:].to(self._device))
-        targets = mixed.shares(given(labels, self._targets))
+        targets = mixed.shares(given(labels, self._task))
         return Examples(mixed.images, targets, None if weights is None else mixed.blend(weights))
 
     def losses(self, logits: Tensor, examples: Examples) -> Tensor:

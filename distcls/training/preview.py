@@ -14,7 +14,7 @@ from distcls.models import factory
 from distcls.models.pretrained import find_weights
 from distcls.plotting import shorten
 from distcls.system import available_cores
-from distcls.task import Targets
+from distcls.task import Task
 from distcls.training.augment import Augment
 from distcls.training.config import DistillConfig, TrainConfig
 from distcls.training.inputs import choose_preprocess, open_input
@@ -77,7 +77,7 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
         for batch in batches:
             examples = objective.examples(epoch, batch)
             images.append(examples.images.cpu())
-            labels += _texts(examples, data.train.targets)
+            labels += _texts(examples, data.train.task)
             if len(labels) >= count:
                 break
     chosen = torch.cat(images)[:count]
@@ -86,26 +86,26 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
     return Preview(images=chosen, labels=labels[:count], steps=steps)
 
 
-def label_text(target: Tensor, targets: Targets) -> str:
+def label_text(target: Tensor, task: Task) -> str:
     """One image's label in words, its shares with two decimals.
 
     `target` is a class, int64 []; a class in each head, int64 [heads]; 0 or 1 for each label,
     [labels]; or each class's share, float32 [classes].
     """
     if not target.is_floating_point():
-        return targets.text(target.reshape(-1).tolist()) or "(no label)"
+        return task.text(target.reshape(-1).tolist()) or "(no label)"
     shares = [round(share, 2) for share in target.tolist()]
     if set(shares) <= {0.0, 1.0}:  # not mixed
         whole = np.array([shares], np.float32)
-        answer = shares if targets.kind == "multi_label" else targets.decide(whole)[0].tolist()
-        return targets.text([int(part) for part in answer]) or "(no label)"
-    named = sorted(zip(shares, targets.classes, strict=True), key=lambda pair: -pair[0])
+        answer = shares if task.kind == "multi_label" else task.decide(whole)[0].tolist()
+        return task.text([int(part) for part in answer]) or "(no label)"
+    named = sorted(zip(shares, task.classes, strict=True), key=lambda pair: -pair[0])
     return " + ".join(f"{shorten(name, LETTERS)} {share:g}" for share, name in named if share)
 
 
-def _texts(examples: Examples, targets: Targets) -> list[str]:
+def _texts(examples: Examples, task: Task) -> list[str]:
     """The label of each image, with its weight where that is not 1."""
-    texts = [label_text(target, targets) for target in examples.targets.cpu()]
+    texts = [label_text(target, task) for target in examples.targets.cpu()]
     if examples.weights is None:
         return texts
     weights = [f"{weight:.3g}" for weight in examples.weights.tolist()]

@@ -365,11 +365,10 @@ def _save(run: Run, outcome: Outcome, *, best: bool) -> None:
 def _card(run: Run, outcome: Outcome) -> ModelCard:
     """What the model as it is now says of itself."""
     config, engine, progress = run.config, run.engine, run.progress
-    targets = dataclasses.replace(engine.data.targets, thresholds=outcome.metrics.thresholds)
+    task = dataclasses.replace(engine.data.task, thresholds=outcome.metrics.thresholds)
     return ModelCard(
         architecture=dataclasses.asdict(config.model) | {"pretrained": None},
-        classes=targets.classes,
-        targets=None if targets.single else targets,
+        task=task,
         preprocess=engine.preprocess,
         training={
             "epoch": progress.epoch,

@@ -106,7 +106,7 @@ def test_probabilities_in_the_file_are_those_of_each_head(source: Path, tmp_path
         path = tmp_path / f"{kind}.onnx"
         onnx.main(["--ckpt", str(out / "best.pth"), "--out", str(path)])
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        targets = Dataset.open(data).targets
+        targets = Dataset.open(data).task
         metadata = session.get_modelmeta().custom_metadata_map
         assert json.loads(metadata["distcls.task"])["kind"] == targets.kind
         shape = session.get_inputs()[0].shape[1:]
@@ -136,23 +136,23 @@ def test_variants_are_certified_part_by_part(kind: str, source: Path, tmp_path: 
         assert [part.name for part in certificate.parts] == names
         assert certificate.images == 75
         model = OnnxModel(path)
-        assert model.card.targets == reference.card.targets
+        assert model.card.task == reference.card.task
         logits, probabilities = model.run(["logits", "probabilities"], recipe.images)
-        expected = reference.card.resolved_targets.probabilities(logits)
+        expected = reference.card.task.probabilities(logits)
         np.testing.assert_allclose(probabilities, expected, atol=1e-6)
 
 
 def test_thresholds_are_chosen_on_validation_and_used(source: Path) -> None:
     _, out = trained(source, "tags")
     card, _ = read_checkpoint(out / "best.pth")
-    assert card.targets is not None
-    thresholds = card.targets.thresholds
+    assert card.task is not None
+    thresholds = card.task.thresholds
     assert thresholds is not None
     assert len(thresholds) == len(card.classes) == 4
     assert len(set(thresholds)) > 1
     heads, _ = read_checkpoint(trained(source, "texts")[1] / "best.pth")
-    assert heads.targets is not None
-    assert heads.targets.alphabet == (*several.TAGS, "")
+    assert heads.task is not None
+    assert heads.task.alphabet == (*several.TAGS, "")
 
 
 @pytest.mark.slow

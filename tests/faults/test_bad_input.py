@@ -17,6 +17,7 @@ from distcls.model_card import ModelCard
 from distcls.models import factory
 from distcls.models.checkpoint import save_checkpoint
 from distcls.models.config import ModelConfig
+from distcls.task import Task
 from tests.e2e.commands import run
 
 
@@ -132,7 +133,9 @@ def checkpoint(tmp_path: Path) -> Path:
     preprocess = Preprocess(size=(32, 32))
     model = factory.build(ModelConfig(), 3, preprocess)
     architecture = {"name": "mobilenet_v3_small"}
-    card = ModelCard(architecture=architecture, classes=("a", "b", "c"), preprocess=preprocess)
+    card = ModelCard(
+        architecture=architecture, task=Task(classes=("a", "b", "c")), preprocess=preprocess
+    )
     save_checkpoint(tmp_path / "best.pth", model, card)
     return tmp_path / "best.pth"
 

@@ -21,6 +21,7 @@ from distcls.data.source import (
 )
 from distcls.errors import UsageError
 from distcls.imaging.decode import SUFFIXES, read_file
+from distcls.task import Task
 
 
 def read_folder(root: Path, names: tuple[str, ...] | None) -> LabelledSource:
@@ -50,7 +51,7 @@ def read_folder(root: Path, names: tuple[str, ...] | None) -> LabelledSource:
             records.append(ImageRecord(image_id=name, path=name, label=label, split=split))
     _check_found(root, records, strays)
     return LabelledSource(
-        kind="folder", location=str(root), root=root, classes=classes, records=records
+        kind="folder", location=str(root), root=root, task=Task(classes=classes), records=records
     )
 
 

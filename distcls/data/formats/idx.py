@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from distcls.data.source import ImageRecord, LabelledSource
 from distcls.errors import UsageError
+from distcls.task import Task
 
 NAME = re.compile(r"(.+-)?(train|t10k|test)-(images|labels)[-.]idx([13])-ubyte(\.gz)?")
 """train-images-idx3-ubyte.gz, t10k-labels.idx1-ubyte, emnist-letters-test-images-idx3-ubyte."""
@@ -98,7 +99,11 @@ def read_idx_folder(folder: Path, form: str, names: tuple[str, ...] | None) -> L
         if f"{prefix}-images" in files:
             records += _records(files[f"{prefix}-images"], files[f"{prefix}-labels"], split, index)
     return LabelledSource(
-        kind=kind, location=str(folder.resolve()), root=None, classes=classes, records=records
+        kind=kind,
+        location=str(folder.resolve()),
+        root=None,
+        task=Task(classes=classes),
+        records=records,
     )
 
 
@@ -244,5 +249,5 @@ def read_digits() -> LabelledSource:
     ]
     classes = tuple(str(name) for name in bunch.target_names)
     return LabelledSource(
-        kind="digits", location="digits", root=None, classes=classes, records=records
+        kind="digits", location="digits", root=None, task=Task(classes=classes), records=records
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distcls.data.source import natural_order
 from distcls.errors import BadValue, UsageError, did_you_mean, require
-from distcls.task import BLANK, Head, Targets
+from distcls.task import BLANK, Head, Task
 
 Cells = tuple[str, ...]
 """What one row holds in the columns asked for."""
@@ -61,7 +61,7 @@ class AnswerColumns:
 
 def find_answers(
     path: Path, columns: AnswerColumns, rows: Sequence[Cells], names: Cells | None
-) -> tuple[Targets, list[Labels]]:
+) -> tuple[Task, list[Labels]]:
     """What is answered, and each row's own answer.
 
     `names` are the classes in order, where the user gave them: a text's characters, or the labels.
@@ -78,7 +78,7 @@ def find_answers(
     return _find_text(path, columns.text_column, rows, names)
 
 
-def _find_heads(path: Path, columns: Cells, rows: Sequence[Cells]) -> tuple[Targets, list[Labels]]:
+def _find_heads(path: Path, columns: Cells, rows: Sequence[Cells]) -> tuple[Task, list[Labels]]:
     for number, row in enumerate(rows, 1):
         for column, cell in zip(columns, row, strict=True):
             if not cell:
@@ -90,12 +90,12 @@ def _find_heads(path: Path, columns: Cells, rows: Sequence[Cells]) -> tuple[Targ
     heads = [Head(name, natural_order(cells)) for name, cells in zip(columns, values, strict=True)]
     index = [{name: place for place, name in enumerate(head.classes)} for head in heads]
     labels = [tuple(of[cell] for of, cell in zip(index, row, strict=True)) for row in rows]
-    return Targets.of_heads(heads), labels
+    return Task.of_heads(heads), labels
 
 
 def _find_text(
     path: Path, column: str, rows: Sequence[Cells], names: Cells | None
-) -> tuple[Targets, list[Labels]]:
+) -> tuple[Task, list[Labels]]:
     texts = [row[0] for row in rows]
     for number, text in enumerate(texts, 1):
         if not text:
@@ -117,12 +117,12 @@ def _find_text(
         padded = [*text, *[BLANK] * (longest - len(text))]
         labels.append(tuple(index(number, character) for character in padded))
     heads = [Head(str(place), alphabet) for place in range(1, longest + 1)]
-    return Targets.of_heads(heads), labels
+    return Task.of_heads(heads), labels
 
 
 def _find_labels(
     path: Path, columns: AnswerColumns, rows: Sequence[Cells], names: Cells | None
-) -> tuple[Targets, list[Labels]]:
+) -> tuple[Task, list[Labels]]:
     separator = SEPARATOR if columns.separator is None else columns.separator
     parts = [[part.strip() for part in row[0].split(separator)] for row in rows]
     given = [list(dict.fromkeys(part for part in row if part)) for row in parts]
@@ -131,7 +131,7 @@ def _find_labels(
     labels = [
         tuple(sorted(index(number, name) for name in row)) for number, row in enumerate(given, 1)
     ]
-    return Targets(kind="multi_label", classes=classes), labels
+    return Task(kind="multi_label", classes=classes), labels
 
 
 def _index(path: Path, classes: Cells, what: str) -> Callable[[int, str], int]:

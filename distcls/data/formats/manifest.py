@@ -37,6 +37,7 @@ from distcls.data.source import (
     natural_order,
 )
 from distcls.errors import UsageError, did_you_mean
+from distcls.task import Task
 
 SUFFIXES = (".csv", ".parquet")
 FILE_COLUMNS = ("path", "file", "filename", "image", "image_id")
@@ -80,14 +81,12 @@ def read_manifest(
     if not table:
         raise UsageError(f"{path}: the manifest has a header but no rows")
     _check_unique(path, table)
-    targets = None
     if answers is None:
         classes = names or natural_order(fields["label"] for fields in table)
-        records = _of_one_class(path, table, classes)
+        records, task = _of_one_class(path, table, classes), Task(classes=classes)
     else:
         cells = [fields.pop("answers") for fields in table]
-        targets, found = find_answers(path, answers, cells, names)
-        classes = targets.classes
+        task, found = find_answers(path, answers, cells, names)
         records = [
             ImageRecord(label=first_label(labels), labels=labels, **fields)
             for labels, fields in zip(found, table, strict=True)
@@ -96,9 +95,8 @@ def read_manifest(
         kind="manifest",
         location=str(path.resolve()),
         root=path.resolve().parent,
-        classes=classes,
         records=records,
-        targets=targets,
+        task=task,
     )
 
 
