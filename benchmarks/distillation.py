@@ -96,7 +96,7 @@ def main() -> None:
         distill = DistillConfig(
             teacher=scratch / "teacher" / "best.pth",
             temperature=given.temperature,
-            share=given.share,
+            weight=given.share,
         )
         scores = compare(data, scratch, distill, given)
     gained, gain_spread = gain(scores, TAUGHT, ALONE)

@@ -2,7 +2,7 @@
 
 Real runs on scikit-learn's digits, all with the same global batch, augmentation and mixup on, a
 teacher, dropout off (its randomness belongs to the process); the loss of every step is recorded,
-and the moving average of the weights at the end. With `--sync-norm` in float32 and in float64,
+and the moving average of the weights at the end. With `--sync-batch-norm` in float32 and float64,
 where rounding leaves enough digits to tell it from a mistake; and without, for contrast: each
 process then normalises by its own share of the batch. The yardstick is one process that computes
 with two threads: the very same run, sums taken in another order.
@@ -33,8 +33,8 @@ CONTESTANTS = {"1": (1, 1), "2": (2, 1), "4": (4, 1), "1x2 threads": (1, 2)}
 """Processes and the threads of each."""
 YARDSTICK = "1x2 threads"
 VARIANTS = {
-    "sync_norm_float32": ("distcls.train", ["--sync-norm"]),
-    "sync_norm_float64": ("benchmarks.train_float64", ["--sync-norm"]),
+    "sync_batch_norm_float32": ("distcls.train", ["--sync-batch-norm"]),
+    "sync_batch_norm_float64": ("benchmarks.train_float64", ["--sync-batch-norm"]),
     "own_norm_float32": ("distcls.train", []),
 }
 OPTIONS = [

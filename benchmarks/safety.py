@@ -105,7 +105,7 @@ def _plain_epoch(engine: Engine, epoch: int) -> Iterator[int]:
     permutation = engine.data.train_samples[engine.order.permutation(epoch)]
     plan = [permutation[slice(*engine.order.bounds(step))] for step in range(engine.order.steps)]
     parameters = list(model.parameters())
-    batches = _read_ahead(engine.train_loader, plan, engine.config.loader.ahead)
+    batches = _read_ahead(engine.train_loader, plan, engine.config.loader.prefetch)
     for step, batch in enumerate(batches, epoch * engine.order.steps):
         for group in optimizer.param_groups:
             group["lr"] = engine.schedule.rate(step)

@@ -91,11 +91,13 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
     parser.add_argument("--laps", type=int, default=4, help=f"laps of {LAP} steps that count")
-    parser.add_argument("--sync-norm", action="store_true", help="with synchronised batch norm")
+    parser.add_argument(
+        "--sync-batch-norm", action="store_true", help="with synchronised batch norm"
+    )
     given = parser.parse_args()
     figures: dict[str, Any] = {}
     for side in given.sides:
-        more: list[object] = ["--sync-norm"] if given.sync_norm else []
+        more: list[object] = ["--sync-batch-norm"] if given.sync_batch_norm else []
         rates = compare(given.model, side, given.rounds, given.laps, more)
         print(f"training {given.model}, {side}x{side}, global batch {SETTINGS[side]}")
         print(table(rates, ALONE), end="\n\n", flush=True)
@@ -104,7 +106,7 @@ def main() -> None:
         over = ratio(rates, TWO_PROCESSES, TWO_THREADS)
         figures[f"two_processes_over_two_threads_{side}"] = round(over, 2)
         figures[f"images_per_s_{side}"] = {k: [round(r, 1) for r in v] for k, v in rates.items()}
-    finish("scaling", model=given.model, sync_norm=given.sync_norm, **figures)
+    finish("scaling", model=given.model, sync_batch_norm=given.sync_batch_norm, **figures)
 
 
 if __name__ == "__main__":

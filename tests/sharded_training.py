@@ -47,13 +47,16 @@ FSDP = {
 OTHERS = sorted(USUAL.keys() - {"adamw", "sgd"})
 IN_FULL: dict[str, dict[str, Any]] = {
     **{name: {"optimizer": OptimizerConfig(name=name)} for name in OTHERS},
-    "adamw in parts": {"accumulate": 3, "sync_norm": True, "ema": EmaConfig(decay=0.9)},
+    "adamw in parts": {"accumulate": 3, "sync_batch_norm": True, "ema": EmaConfig(decay=0.9)},
     "sgd clipped": {
         "optimizer": OptimizerConfig(
             name="sgd", nesterov=True, clip_norm=0.05, layer_decay=0.5, head_lr_scale=3.0
         )
     },
-    "released": {"freeze": FreezeConfig(backbone="4 steps"), "average": AverageConfig(last=2)},
+    "released": {
+        "freeze": FreezeConfig(backbone="4 steps"),
+        "average": AverageConfig(last_epochs=2),
+    },
     "frozen": {"freeze": FreezeConfig(names=("1.*", "0.0.weight"))},
     "adamw poisoned": {"ema": EmaConfig(decay=0.9)},
     "sgd poisoned": {"optimizer": OptimizerConfig(name="sgd")},
@@ -167,7 +170,7 @@ def compare(digits: Path, name: str, changes: dict[str, Any], folder: Path) -> N
     named = "model" in changes
     for how in ("whole", "sharded"):
         # as sharded weights are
-        changes = {"layout": "contiguous", **changes}
+        changes = {"memory_format": "contiguous", **changes}
         engine = make_engine(digits, changes, sharded=how == "sharded")
         if name.endswith("poisoned"):
             poison(engine)

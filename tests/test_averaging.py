@@ -20,7 +20,7 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def averaging(digits: Path) -> Engine:
-    return make_engine(digits, epochs=4, average=AverageConfig(last=3))
+    return make_engine(digits, epochs=4, average=AverageConfig(last_epochs=3))
 
 
 def test_the_mean_of_the_last_epochs_is_evaluated(digits: Path) -> None:
@@ -58,12 +58,12 @@ def test_a_resumed_run_comes_to_the_same_mean(digits: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"average": AverageConfig(last=3), "epochs": 2},
-        {"average": AverageConfig(last=3), "ema": EmaConfig(decay=0.9)},
+        {"average": AverageConfig(last_epochs=3), "epochs": 2},
+        {"average": AverageConfig(last_epochs=3), "ema": EmaConfig(decay=0.9)},
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(BadValue, match=r"^average\.last: 3 is not valid"):
+    with pytest.raises(BadValue, match=r"^average\.last_epochs: 3 is not valid"):
         TrainConfig(data=Path("d"), out=Path("o"), **changes)
-    with pytest.raises(BadValue, match=r"^last: 1 "):
-        AverageConfig(last=1)
+    with pytest.raises(BadValue, match=r"^last_epochs: 1 "):
+        AverageConfig(last_epochs=1)

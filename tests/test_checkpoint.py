@@ -35,14 +35,14 @@ ARCHITECTURE = {
     "name": "mobilenet_v3_small",
     "stem_stride": 1,
     "dropout": 0.1,
-    "norm_momentum": 0.1,
+    "batch_norm_momentum": 0.1,
     "pretrained": None,
 }
 
 
 def make(path: Path, **changes: Any) -> tuple[Classifier, ModelCard]:
     torch.manual_seed(0)
-    config = ModelConfig(stem_stride=1, dropout=0.1, norm_momentum=1.0)
+    config = ModelConfig(stem_stride=1, dropout=0.1, batch_norm_momentum=1.0)
     values: dict[str, Any] = {
         "architecture": ARCHITECTURE,
         "task": Task(classes=("a", "b", "ß")),

@@ -335,8 +335,10 @@ SPECIAL = {
     "augment.randaugment_magnitude": st.integers(0, 30),
     "loss.name": st.just("focal"),
     "distill.teacher": st.just(Path("teacher.pth")),
-    "checkpoint.name": st.sampled_from(["{model}_{epoch}.pth", "{metric}_{score:.3f}@{step}.pth"]),
-    "average.last": st.none(),  # excludes an average by decay
+    "checkpoint.filename": st.sampled_from(
+        ["{model}_{epoch}.pth", "{metric}_{score:.3f}@{step}.pth"]
+    ),
+    "average.last_epochs": st.none(),  # excludes an average by decay
     # these belong to other optimisers and schedules than the default ones
     "optimizer.name": st.just("adamw"),
     "schedule.name": st.just("cosine"),

@@ -149,7 +149,7 @@ def test_a_duration_that_is_none() -> None:
 def test_two_processes_freeze_alike(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = ("--freeze.backbone", "1 epoch", "--freeze.names", "features.0", "--lr", "0.01")
-    train(digits, out, *options, "--checkpoint.keep", "2", processes=2)
+    train(digits, out, *options, "--checkpoint.keep_last", "2", processes=2)
     last, first = [torch.load(path, weights_only=True)["tensors"] for path in states(out / "last")]
     parameters = {name for name in first["model"] if name.endswith(("weight", "bias"))}
     learnt = {n for n in parameters if not torch.equal(first["model"][n], last["model"][n])}

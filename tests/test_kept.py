@@ -36,7 +36,7 @@ def files_after(
 
 
 @pytest.mark.parametrize(
-    ("best_only", "number", "epochs"),
+    ("save_best_only", "number", "epochs"),
     [
         (True, 1, [5]),
         (True, 2, [2, 5]),
@@ -48,14 +48,16 @@ def files_after(
     ],
 )
 def test_the_best_few_are_kept(
-    best_only: bool, number: int | None, epochs: list[int], tmp_path: Path
+    save_best_only: bool, number: int | None, epochs: list[int], tmp_path: Path
 ) -> None:
-    options = CheckpointConfig(best_only=best_only, keep_best=number, name="e{epoch}.pth")
+    options = CheckpointConfig(
+        save_best_only=save_best_only, save_top_k=number, filename="e{epoch}.pth"
+    )
     assert files_after(tmp_path, options) == [f"e{epoch}.pth" for epoch in epochs]
 
 
 def test_a_loss_is_better_when_smaller(tmp_path: Path) -> None:
-    options = CheckpointConfig(best_only=False, keep_best=2, name="{metric}_{step}.pth")
+    options = CheckpointConfig(save_best_only=False, save_top_k=2, filename="{metric}_{step}.pth")
     assert files_after(tmp_path, options, "loss") == ["loss_10.pth", "loss_30.pth"]
 
 
@@ -76,14 +78,16 @@ def test_the_default_name_tells_model_epoch_and_score(tmp_path: Path) -> None:
     ],
 )
 def test_names_that_cannot_work_are_refused(name: str, number: int) -> None:
-    with pytest.raises(BadValue, match=r"^name: "):
-        CheckpointConfig(name=name, keep_best=number)
+    with pytest.raises(BadValue, match=r"^filename: "):
+        CheckpointConfig(filename=name, save_top_k=number)
 
 
 @pytest.fixture(scope="module")
 def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """A short run that has kept every epoch's model with its state."""
-    options = CheckpointConfig(best_only=False, keep_best=None, whole=True, name="e{epoch}.pth")
+    options = CheckpointConfig(
+        save_best_only=False, save_top_k=None, save_training_state=True, filename="e{epoch}.pth"
+    )
     out = tmp_path_factory.mktemp("kept") / "run"
     config = TrainConfig(
         data=digits, out=out, epochs=3, limit=60, batch_size=20, checkpoint=options, quiet=True

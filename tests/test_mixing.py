@@ -118,7 +118,7 @@ def test_probability_and_the_choice_between_the_two() -> None:
     count = 4000
     images = torch.arange(count)[:, None, None, None].expand(count, 8, 8, 3) % 251
     draws = drawn(count)
-    mixed = make(mixup=1.0, cutmix=1.0, mix_probability=0.6, cutmix_share=0.25)(images, draws)
+    mixed = make(mixup=1.0, cutmix=1.0, mix_probability=0.6, cutmix_probability=0.25)(images, draws)
     chosen = draws[:, WHETHER] < 0.6
     cut = chosen & (draws[:, WHICH] < 0.25)
     assert abs(chosen.float().mean() - 0.6) < 0.03
@@ -133,9 +133,9 @@ def test_probability_and_the_choice_between_the_two() -> None:
 
 
 def test_both_halve_by_default() -> None:
-    assert AugmentConfig(mixup=1, cutmix=1).resolved_cutmix_share == 0.5
-    assert AugmentConfig(mixup=1).resolved_cutmix_share == 0
-    assert AugmentConfig(cutmix=1).resolved_cutmix_share == 1
+    assert AugmentConfig(mixup=1, cutmix=1).resolved_cutmix_probability == 0.5
+    assert AugmentConfig(mixup=1).resolved_cutmix_probability == 0
+    assert AugmentConfig(cutmix=1).resolved_cutmix_probability == 1
 
 
 @pytest.mark.parametrize("count", [16, 17, 30])
@@ -169,8 +169,8 @@ def test_the_number_of_processes_changes_no_mix(count: int, world: int) -> None:
         ({"mixup": math.nan}, "mixup"),
         ({"mixup": 1, "mix_probability": 0}, "mix_probability"),
         ({"mix_probability": 0.5}, "mix_probability"),
-        ({"mixup": 1, "cutmix_share": 0.5}, "cutmix_share"),
-        ({"mixup": 1, "cutmix": 1, "cutmix_share": 1.5}, "cutmix_share"),
+        ({"mixup": 1, "cutmix_probability": 0.5}, "cutmix_probability"),
+        ({"mixup": 1, "cutmix": 1, "cutmix_probability": 1.5}, "cutmix_probability"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], key: str) -> None:

@@ -89,8 +89,8 @@ def test_any_number_of_classes(classes: int) -> None:
     assert logits.dtype == torch.float32
 
 
-def test_dropout_and_norm_momentum_reach_the_network() -> None:
-    model = build(ModelConfig(dropout=0.35, norm_momentum=0.07), 5, IMAGENET)
+def test_dropout_and_batch_norm_momentum_reach_the_network() -> None:
+    model = build(ModelConfig(dropout=0.35, batch_norm_momentum=0.07), 5, IMAGENET)
     drops = [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)]
     norms = [layer.momentum for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert drops == [0.35]
@@ -99,7 +99,7 @@ def test_dropout_and_norm_momentum_reach_the_network() -> None:
 
 
 def test_the_momentum_reaches_timms_norms_with_activation() -> None:
-    config = ModelConfig(name="adv-efficientnet-b0", norm_momentum=0.07)
+    config = ModelConfig(name="adv-efficientnet-b0", batch_norm_momentum=0.07)
     model = build(config, 5, Preprocess(size=(64, 64)))
     norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert any(type(layer) is not nn.BatchNorm2d for layer in norms)
@@ -111,7 +111,7 @@ def test_unknown_names_are_refused() -> None:
         build(ModelConfig(name="mobilenet_v3_smal"), 5, IMAGENET)
 
 
-@pytest.mark.parametrize(("field", "value"), [("dropout", 1.0), ("norm_momentum", 0.0)])
+@pytest.mark.parametrize(("field", "value"), [("dropout", 1.0), ("batch_norm_momentum", 0.0)])
 def test_bad_values(field: str, value: float) -> None:
     with pytest.raises(BadValue, match=field):
         ModelConfig(**{field: value})  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ def test_normalisation_equals_torchvisions(dtype: torch.dtype) -> None:
 
 def test_the_network_is_torchvisions_behind_its_normalisation() -> None:
     torch.manual_seed(1)
-    ours = build(ModelConfig(stem_stride=2, norm_momentum=1.0), 4, IMAGENET)
+    ours = build(ModelConfig(stem_stride=2, batch_norm_momentum=1.0), 4, IMAGENET)
     with torch.no_grad():  # fresh statistics would let every image's logits vanish
         ours.train()(torch.randint(0, 256, (8, 64, 96, 3), dtype=torch.uint8))
     ours.eval()

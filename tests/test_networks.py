@@ -45,7 +45,7 @@ def test_two_images_pass_at_64_pixels(name: str) -> None:
 @pytest.mark.parametrize("name", EXPORTED)
 def test_exported_it_answers_as_its_checkpoint(name: str, digits: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = build(ModelConfig(name=name, norm_momentum=1.0), 10, SMALL)
+    model = build(ModelConfig(name=name, batch_norm_momentum=1.0), 10, SMALL)
     images = load_images(Dataset.open(digits).split("train"), SMALL, 32)
     with torch.no_grad():  # fresh statistics would let every image's logits vanish
         model.train()(torch.from_numpy(images))

@@ -46,7 +46,7 @@ def first_linear(model: Classifier) -> nn.Linear:
 
 def test_the_layer_sees_the_mean_of_each_column() -> None:
     torch.manual_seed(0)
-    config = ModelConfig(name="resnet18", pool="columns", norm_momentum=1.0)
+    config = ModelConfig(name="resnet18", pool="columns", batch_norm_momentum=1.0)
     model = with_statistics(build(config, 5, WIDE))
     *below, _, layer = model.backbone.children()
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_the_layer_sees_the_mean_of_each_column() -> None:
 )
 def test_of_equal_columns_it_is_the_mean_over_all(name: str) -> None:
     torch.manual_seed(0)
-    plain = with_statistics(build(ModelConfig(name=name, norm_momentum=1.0), 5, WIDE))
+    plain = with_statistics(build(ModelConfig(name=name, batch_norm_momentum=1.0), 5, WIDE))
     model = build(ModelConfig(name=name, pool="columns"), 5, WIDE).eval()
     layer, other = first_linear(model), first_linear(plain)
     columns, rest = divmod(layer.in_features, other.in_features)
@@ -121,7 +121,7 @@ def test_one_column_is_refused() -> None:
 def test_it_is_rebuilt_and_exported(digits: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     process = Preprocess(size=(24, 40), resize="squash")
-    model = build(ModelConfig(pool="columns", norm_momentum=1.0), 10, process)
+    model = build(ModelConfig(pool="columns", batch_norm_momentum=1.0), 10, process)
     images = load_images(Dataset.open(digits).split("train"), process, 32)
     with torch.no_grad():  # fresh statistics would let every image's logits vanish
         model.train()(torch.from_numpy(images))

@@ -128,7 +128,10 @@ def test_draws_from_a_grid_are_all_different() -> None:
         (["--grid", "lr=1,2", "--resume", "a.pth"], "resume: 'a.pth' is not valid"),
         (["--grid", "lr=1,2", "--learning-rate", "1"], "unexpected argument '--learning-rate'"),
         # contradictions between a value and all else
-        (["--grid", "augment.cutmix_share=0.5"], "augment.cutmix_share: 0.5 is not valid"),
+        (
+            ["--grid", "augment.cutmix_probability=0.5"],
+            "augment.cutmix_probability: 0.5 is not valid",
+        ),
         (["--grid", "model.name=resnet18,resnet19"], "model.name"),
     ],
 )

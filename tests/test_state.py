@@ -151,7 +151,7 @@ def test_what_does_not_shape_the_result_may_change(tmp_path: Path) -> None:
         "processes": 2,
         "threads": 1,
         "log_every": 3,
-        "loader": LoaderConfig(workers=1, ahead=9),
+        "loader": LoaderConfig(workers=1, prefetch=9),
     }
     loaded = load_state(tmp_path, config(tmp_path, **changes))
     assert loaded is not None
@@ -207,7 +207,7 @@ def test_another_file_in_the_states_place_is_refused(tmp_path: Path) -> None:
 
 def test_the_newest_states_are_kept_and_leftovers_go(tmp_path: Path) -> None:
     (tmp_path / ".step_00000003.abc.pth.xyz.part").write_bytes(b"half")
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=3), 0)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep_last=3), 0)
     for step in (5, 10, 100, 15, 20):  # after 100 the run has gone back: that one was damaged
         checkpoints.save(step, {"step": step})
     checkpoints.close()

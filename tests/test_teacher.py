@@ -56,7 +56,7 @@ def distance(teacher: Tensor, student: Tensor, temperature: float) -> list[float
     return list(temperature**2 * (p * np.log(p / q)).sum(1))
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "share": 0.9}])
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "weight": 0.9}])
 def test_the_loss_is_the_stated_mean(tmp_path: Path, options: dict[str, float]) -> None:
     shuffled = DIGITS[5:] + DIGITS[:5]
     model = checkpoint(tmp_path / "best.pth", shuffled)
@@ -67,7 +67,7 @@ def test_the_loss_is_the_stated_mean(tmp_path: Path, options: dict[str, float]) 
     student = torch.randn(4, 10, generator=torch.Generator().manual_seed(0), requires_grad=True)
     losses = F.cross_entropy(student, torch.tensor([1, 2, 3, 4]), reduction="none")
     found = teacher.teach(losses, student, batch())
-    temperature, share = options.get("temperature", 4.0), options.get("share", 0.5)
+    temperature, share = options.get("temperature", 4.0), options.get("weight", 0.5)
     away = torch.tensor(distance(answers, student.detach(), temperature))
     expected = (1 - share) * losses.detach().double() + share * away
     torch.testing.assert_close(found.detach().double(), expected, rtol=1e-4, atol=1e-5)
@@ -78,7 +78,7 @@ def test_the_loss_is_the_stated_mean(tmp_path: Path, options: dict[str, float]) 
 
 def test_who_answers_as_the_teacher_has_nothing_to_learn(tmp_path: Path) -> None:
     checkpoint(tmp_path / "best.pth", DIGITS)
-    config = DistillConfig(teacher=tmp_path / "best.pth", share=1.0)
+    config = DistillConfig(teacher=tmp_path / "best.pth", weight=1.0)
     teacher = Teacher(config, DIGITS, CPU)
     student = teacher.logits(batch()).requires_grad_()
     losses = teacher.teach(torch.full((4,), 7.0), student, batch())
@@ -105,7 +105,7 @@ def test_an_onnx_teacher_of_another_size(tmp_path: Path) -> None:
 def test_the_step_learns_from_the_teacher(digits: Path, tmp_path: Path) -> None:
     path = tmp_path / "best.pth"
     checkpoint(path, DIGITS, size=(24, 20))
-    distill = DistillConfig(teacher=path, share=0.7)
+    distill = DistillConfig(teacher=path, weight=0.7)
     engine = make_engine(digits, distill=distill)
     samples = engine.data.train_samples[engine.order.permutation(0)[slice(*engine.order.bounds(0))]]
     split = engine.data.train

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from distcls.config.load import Given, build, read_yaml
+from distcls.config.load import Given, build, old_names, read_yaml
 from distcls.config.schema import MISSING, Leaf, Mismatch, convert, describe, leaves
 from distcls.errors import UsageError, did_you_mean
 
@@ -55,8 +55,11 @@ def parse(
     anything wrong; prints and leaves with 0 for `--help`.
     """
     fields = leaves(cls)
+    renamed = _under_old_names(fields)
     parser = _parser(fields, prog, about, config)
-    options, unknown = parser.parse_known_args(_spelt_out(arguments, fields))
+    for leaf in renamed:
+        _add_flag(parser, leaf, argparse.SUPPRESS)
+    options, unknown = parser.parse_known_args(_spelt_out(arguments, fields + renamed))
     if unknown:
         names = [_flag(leaf) for leaf in fields if not leaf.positional] + ["--config"] * config
         name = unknown[0].partition("=")[0]
@@ -66,7 +69,7 @@ def parse(
     layers = [{key: raw for key, raw in layer.items() if key not in aside} for layer in layers]
     flags = {
         leaf.key: Given(value, "command line")
-        for leaf in fields
+        for leaf in fields + renamed
         if (value := getattr(options, leaf.key)) is not None
     }
     return build(cls, *layers, flags)
@@ -104,11 +107,22 @@ def _parser(fields: list[Leaf], prog: str, about: str, config: bool) -> argparse
             name = leaf.key.upper()
             parser.add_argument(leaf.key, metavar=name, help=text, nargs=count)
             continue
-        extra: dict[str, Any] = {"nargs": "?", "const": leaf.bare} if leaf.bare else {}
-        if leaf.repeated:
-            extra = {"action": "append"}
-        parser.add_argument(*_names(leaf), dest=leaf.key, metavar="V", help=text, **extra)
+        _add_flag(parser, leaf, text)
     return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, leaf: Leaf, text: str) -> None:
+    extra: dict[str, Any] = {"nargs": "?", "const": leaf.bare} if leaf.bare else {}
+    if leaf.repeated:
+        extra = {"action": "append"}
+    parser.add_argument(*_names(leaf), dest=leaf.key, metavar="V", help=text, **extra)
+
+
+def _under_old_names(fields: list[Leaf]) -> list[Leaf]:
+    """The renamed fields once more, under the names that they had; `--help` does not list them."""
+    by_key = {leaf.key: leaf for leaf in fields}
+    names = old_names(by_key)
+    return [dataclasses.replace(by_key[new], key=old) for old, new in names.items()]
 
 
 def _names(leaf: Leaf) -> list[str]:

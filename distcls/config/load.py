@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,8 +12,28 @@ import yaml
 
 from distcls.config.schema import Mismatch, convert, describe, leaves, members
 from distcls.errors import BadValue, UsageError, did_you_mean
+from distcls.log import warn
 
 C = TypeVar("C")
+V = TypeVar("V")
+
+RENAMED = {
+    "sync_norm": "sync_batch_norm",
+    "layout": "memory_format",
+    "max_bad_steps": "max_nonfinite_steps",
+    "model.norm_momentum": "model.batch_norm_momentum",
+    "loader.ahead": "loader.prefetch",
+    "augment.cutmix_share": "augment.cutmix_probability",
+    "distill.share": "distill.weight",
+    "average.last": "average.last_epochs",
+    "checkpoint.keep": "checkpoint.keep_last",
+    "checkpoint.name": "checkpoint.filename",
+    "checkpoint.keep_best": "checkpoint.save_top_k",
+    "checkpoint.best_only": "checkpoint.save_best_only",
+    "checkpoint.whole": "checkpoint.save_training_state",
+}
+"""Training's config keys by the names they had before 0.3. A user who gives such a name is warned,
+until it goes; files that are read without a user's doing (saved states, model cards) keep it."""
 
 
 class Given(NamedTuple):
@@ -52,6 +72,38 @@ def flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def current_names(values: Mapping[str, V], section: str = "") -> dict[str, V]:
+    """Dotted values with each renamed key under its present name.
+
+    `section`, such as `model.`, is what stands before the keys in the whole config. Raises
+    UsageError if a key is there under both names.
+    """
+    current: dict[str, V] = {}
+    for key, value in values.items():
+        name = RENAMED.get(section + key, section + key).removeprefix(section)
+        if name != key and name in values:
+            raise UsageError(f"{key} is the old name of {name}; give one of the two")
+        current[name] = value
+    return current
+
+
+def old_names(known: Iterable[str]) -> dict[str, str]:
+    """The renamed keys of a config that has the `known` keys: old names to new ones."""
+    present = set(known)
+    return {old: new for old, new in RENAMED.items() if new in present and old not in present}
+
+
+def _rename(layers: Sequence[dict[str, Given]], known: Iterable[str]) -> list[dict[str, Given]]:
+    """The layers under the present names; one line warns of all old ones."""
+    table = old_names(known)
+    met = {key: table[key] for layer in layers for key in layer if key in table}
+    if not met:
+        return list(layers)
+    changes = ", ".join(f"{old} is now {new}" for old, new in met.items())
+    warn(f"{changes}; the old name{'s' * (len(met) > 1)} will go")
+    return [current_names(layer) for layer in layers]
+
+
 def build(cls: type[C], *layers: dict[str, Given]) -> C:
     """Make a `cls` from layers of dotted values; later layers win.
 
@@ -64,7 +116,7 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
         if any(typing.get_origin(member) is dict for member in members(leaf.type))
     ]
     given: dict[str, Given] = {}
-    for layer in layers:
+    for layer in _rename(layers, known):
         given.update(_gather(layer, mappings))
     values: dict[str, Any] = {}
     for key, (raw, source) in given.items():

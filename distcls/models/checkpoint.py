@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distcls.config import build as build_config
-from distcls.config.load import Given, flatten
+from distcls.config.load import Given, current_names, flatten
 from distcls.errors import UsageError
 from distcls.files import atomic_path
 from distcls.model_card import ModelCard
@@ -68,7 +68,8 @@ def read_checkpoint(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
 def open_checkpoint(path: Path, device: str = "auto") -> TorchModel:
     """Rebuild the network of a checkpoint and fill it. Raises UsageError if they do not fit."""
     card, tensors = read_checkpoint(path)
-    given = {k: Given(v, str(path)) for k, v in flatten(card.architecture).items()}
+    keys = current_names(flatten(card.architecture), "model.")
+    given = {key: Given(value, str(path)) for key, value in keys.items()}
     model = factory.build(build_config(ModelConfig, given), len(card.classes), card.preprocess)
     try:
         model.load_state_dict(tensors)

@@ -28,7 +28,7 @@ class ModelConfig:
     """What the linear layers see of the last feature map: avg is one mean over the picture, columns
     the mean of each column, side by side: for texts, whose heads have to know what stands left of
     what. In MobileNetV3, EfficientNet, ResNet, RegNet, torchvision's ConvNeXt, Swin, and others."""
-    norm_momentum: float = 0.1
+    batch_norm_momentum: float = 0.1
     """How fast batch norm's running statistics follow. torchvision's MobileNetV3 has 0.01, made for
     600 epochs of ImageNet: after 100 steps its evaluation still sees mostly the initial zeros and
     ones (FashionMNIST, 94 steps: val top-1 0.10; with 0.1 it is 0.72)."""
@@ -46,8 +46,10 @@ class ModelConfig:
         dropout = self.dropout
         valid = dropout is None or 0 <= dropout < 1
         require(valid, "dropout", dropout, "a number from 0 to below 1, or null")
-        momentum = self.norm_momentum
-        require(0 < momentum <= 1, "norm_momentum", momentum, "a number above 0 and at most 1")
+        momentum = self.batch_norm_momentum
+        require(
+            0 < momentum <= 1, "batch_norm_momentum", momentum, "a number above 0 and at most 1"
+        )
 
     def wanted_stride(self, size: tuple[int, int]) -> int | None:
         """The stem's stride for an input of `size` (height, width); None: the network's own."""

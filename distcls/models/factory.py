@@ -126,7 +126,7 @@ def initialise(network: nn.Module, how: Literal["library", "xavier", "he"]) -> N
             nn.init.zeros_(module.bias)
 
 
-def set_norm_momentum(network: nn.Module, momentum: float) -> None:
+def set_batch_norm_momentum(network: nn.Module, momentum: float) -> None:
     """Let all batch norms' running statistics follow at this rate."""
     for module in network.modules():
         if isinstance(module, _BatchNorm):
@@ -288,7 +288,7 @@ def build(config: ModelConfig, classes: int, preprocess: Preprocess) -> Classifi
         if reason := _failure(model, classes, preprocess.size):
             raise UsageError(f"model.pool: {config.name} cannot keep its columns: {reason}")
     initialise(built.network, config.init)
-    set_norm_momentum(built.network, config.norm_momentum)
+    set_batch_norm_momentum(built.network, config.batch_norm_momentum)
     return model
 
 

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from distcls.config import dump_yaml
-from distcls.config.load import flatten
+from distcls.config.load import current_names, flatten
 from distcls.errors import DistclsError, UsageError
 from distcls.files import atomic_path
 from distcls.log import say, warn
@@ -120,7 +120,9 @@ def load_kept_state(path: Path, config: TrainConfig) -> tuple[Progress, dict[str
     """Read the state within a kept model. Raises UsageError if it has none, or as `load_state`."""
     content = load_tensors(path)
     if "state" not in content:
-        raise UsageError(f"{path}: holds no state to resume from (checkpoint.whole writes it)")
+        raise UsageError(
+            f"{path}: holds no state to resume from (checkpoint.save_training_state writes it)"
+        )
     return _state(path, content["state"], config)
 
 
@@ -134,7 +136,8 @@ def _state(
 
 
 def _check_same_config(saved: str, now: str, path: Path) -> None:
-    before, after = flatten(yaml.safe_load(saved)), flatten(yaml.safe_load(now))
+    before = current_names(flatten(yaml.safe_load(saved)))
+    after = flatten(yaml.safe_load(now))
     for key in {**after, **before}:  # a mapping's keys may be in one of them alone
         if key.startswith(MAY_CHANGE) or before.get(key) == after.get(key):
             continue
@@ -199,7 +202,7 @@ class Checkpoints:
         others = [other for other in states(self._folder) if other != path]
         # a state of this step or a later one was damaged, or this run would have started from it
         whole = [other for other in others if step_of(other) < step]
-        for other in set(others) - set(whole[: self._config.keep - 1]):
+        for other in set(others) - set(whole[: self._config.keep_last - 1]):
             other.unlink()
 
 
@@ -269,9 +272,9 @@ def keep(
     `progress.kept` remembers the files, best first, so that a resumed run goes on counting.
     """
     options, mode = config.checkpoint, config.monitor.resolved_mode
-    if options.keep_best == 0 or (options.best_only and not epoch.best):
+    if options.save_top_k == 0 or (options.save_best_only and not epoch.best):
         return
-    name = options.name.format(
+    name = options.filename.format(
         model=config.model.name,
         epoch=epoch.number,
         step=epoch.step,
@@ -284,7 +287,7 @@ def keep(
         return math.inf if math.isnan(row[0]) else sign * row[0]
 
     others = [(score, file) for score, file in progress.kept if file != name]
-    ranking = sorted([*others, (epoch.score, name)], key=place)[: options.keep_best]
+    ranking = sorted([*others, (epoch.score, name)], key=place)[: options.save_top_k]
     progress.kept = ranking  # before writing: the file may carry the state itself
     if (epoch.score, name) in ranking:
         write(config.out / name)

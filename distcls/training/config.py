@@ -52,7 +52,7 @@ class LoaderConfig:
     """Read decoded images from the dataset's pack: where there is one, always, or never."""
     workers: int | None = None
     """Threads that decode; unset, the cores of this process."""
-    ahead: int = 3
+    prefetch: int = 3
     """Batches read ahead of the step that needs them."""
     timeout: float = 300.0
     """Seconds without a batch after which the run stops and names the files it waits for."""
@@ -60,7 +60,7 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         workers = self.workers
         require(workers is None or workers >= 1, "workers", workers, "at least 1, or null")
-        require(self.ahead >= 1, "ahead", self.ahead, "at least 1")
+        require(self.prefetch >= 1, "prefetch", self.prefetch, "at least 1")
         require(self.timeout > 0, "timeout", self.timeout, "a number of seconds above 0")
 
 
@@ -96,8 +96,8 @@ class AugmentConfig:
     usual."""
     mix_probability: float = 1.0
     """With mixup or cutmix: share of the images that are mixed."""
-    cutmix_share: float | None = None
-    """With both: share of the mixed images that take CutMix; null is 0.5."""
+    cutmix_probability: float | None = None
+    """With both: probability that a mixed image takes CutMix; null is 0.5."""
 
     def __post_init__(self) -> None:
         for name in ("flip", "erase"):
@@ -127,24 +127,25 @@ class AugmentConfig:
         for name in ("mixup", "cutmix"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, value, "0 (off) or a number above it")
-        rate, share = self.mix_probability, self.cutmix_share
+        rate, cutmix = self.mix_probability, self.cutmix_probability
         require(0 < rate <= 1, "mix_probability", rate, "above 0 and at most 1")
         used = rate == 1 or self.mixup > 0 or self.cutmix > 0
         require(used, "mix_probability", rate, "1 where mixup and cutmix are off")
-        if share is not None:
-            require(0 <= share <= 1, "cutmix_share", share, "a share from 0 to 1, or null")
+        if cutmix is not None:
+            expected = "a probability from 0 to 1, or null"
+            require(0 <= cutmix <= 1, "cutmix_probability", cutmix, expected)
             both = self.mixup > 0 and self.cutmix > 0
-            require(both, "cutmix_share", share, "null unless mixup and cutmix are both on")
+            require(both, "cutmix_probability", cutmix, "null unless mixup and cutmix are both on")
 
     @property
-    def resolved_cutmix_share(self) -> float:
-        """Share of the mixed images that take CutMix rather than mixup."""
+    def resolved_cutmix_probability(self) -> float:
+        """Probability that a mixed image takes CutMix rather than mixup."""
         if self.mixup > 0 and self.cutmix > 0:
-            return 0.5 if self.cutmix_share is None else self.cutmix_share
+            return 0.5 if self.cutmix_probability is None else self.cutmix_probability
         return 1.0 if self.cutmix > 0 else 0.0
 
 
-DEFAULT_TEMPERATURE, DEFAULT_SHARE = 4.0, 0.5
+DEFAULT_TEMPERATURE, DEFAULT_TEACHER_WEIGHT = 4.0, 0.5
 DEFAULT_GAMMA = 2.0
 """Focusing that Lin et al. found best."""
 
@@ -205,15 +206,17 @@ class DistillConfig:
     temperature: float | None = None
     """With a teacher: both models' logits are divided by it, so that the small probabilities tell
     more; null is 4."""
-    share: float | None = None
-    """With a teacher: its share of the loss, the labels have the rest; null is 0.5."""
+    weight: float | None = None
+    """With a teacher: weight of its term of the loss; the term of the labels has 1 minus it; null
+    is 0.5."""
 
     def __post_init__(self) -> None:
-        temperature, share = self.temperature, self.share
+        temperature, weight = self.temperature, self.weight
         valid = temperature is None or 0 < temperature < math.inf
         require(valid, "temperature", temperature, "a number above 0, or null")
-        require(share is None or 0 < share <= 1, "share", share, "above 0 and at most 1, or null")
-        for name in ("temperature", "share"):
+        valid = weight is None or 0 < weight <= 1
+        require(valid, "weight", weight, "above 0 and at most 1, or null")
+        for name in ("temperature", "weight"):
             used = getattr(self, name) is None or self.teacher is not None
             require(used, name, getattr(self, name), "null without a teacher")
 
@@ -223,9 +226,9 @@ class DistillConfig:
         return DEFAULT_TEMPERATURE if self.temperature is None else self.temperature
 
     @property
-    def resolved_share(self) -> float:
-        """The teacher's share, as given or usual."""
-        return DEFAULT_SHARE if self.share is None else self.share
+    def resolved_weight(self) -> float:
+        """The weight of the teacher's term, as given or the default."""
+        return DEFAULT_TEACHER_WEIGHT if self.weight is None else self.weight
 
 
 USUAL: dict[str, dict[str, Any]] = {
@@ -329,13 +332,13 @@ class FreezeConfig:
 class AverageConfig:
     """Mean of the weights over the last epochs; it is what is evaluated and saved during them."""
 
-    last: int | None = None
+    last_epochs: int | None = None
     """So many of `epochs` at the end, whose final weights are averaged; null is off. A run that
     stops early has no such mean."""
 
     def __post_init__(self) -> None:
-        last = self.last
-        require(last is None or last >= 2, "last", last, "at least 2, or null")
+        last = self.last_epochs
+        require(last is None or last >= 2, "last_epochs", last, "at least 2, or null")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -379,38 +382,40 @@ class CheckpointConfig:
     """Optimiser steps between two states within an epoch; null: none by steps."""
     every_minutes: float | None = 10.0
     """Minutes between two states within an epoch; null: none by time."""
-    keep: int = 2
-    """States kept; a damaged one is passed over for the one before."""
-    name: str = "{model}_e{epoch}_{score:.5f}.pth"
-    """Name of a kept model, made from {model}, {epoch}, {step}, {metric} and {score}."""
-    keep_best: int | None = 1
-    """Models kept under such names, by score; 0: none, null: all."""
-    best_only: bool = True
-    """Keep a model only if it is the best so far."""
-    whole: bool = False
-    """Keep the full state with the model; `--resume FILE` continues from it."""
+    keep_last: int = 2
+    """Training states that are not deleted, the newest ones; a damaged one is passed over for the
+    one before."""
+    filename: str = "{model}_e{epoch}_{score:.5f}.pth"
+    """Name of such a model file, made from {model}, {epoch}, {step}, {metric} and {score}."""
+    save_top_k: int | None = 1
+    """Model files under such names: those of the best scores; 0: none, null: all."""
+    save_best_only: bool = True
+    """Save such a model only if it is the best so far."""
+    save_training_state: bool = False
+    """Save the training state with the model; `--resume FILE` continues from it."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "every_minutes"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "a number above 0, or null")
-        require(self.keep >= 1, "keep", self.keep, "at least 1")
-        kept = self.keep_best
-        require(kept is None or kept >= 0, "keep_best", kept, "0 or more, or null")
-        self._check_name()
+        require(self.keep_last >= 1, "keep_last", self.keep_last, "at least 1")
+        top = self.save_top_k
+        require(top is None or top >= 0, "save_top_k", top, "0 or more, or null")
+        self._check_filename()
 
-    def _check_name(self) -> None:
+    def _check_filename(self) -> None:
         fields = {"model": "m", "metric": "top1"}
         try:
-            first = self.name.format(**fields, epoch=1, step=1, score=0.5)
-            second = self.name.format(**fields, epoch=2, step=2, score=0.5)
+            first = self.filename.format(**fields, epoch=1, step=1, score=0.5)
+            second = self.filename.format(**fields, epoch=2, step=2, score=0.5)
         except (KeyError, IndexError, ValueError, AttributeError):
             first = second = ""
         plain = first == Path(first).name and first.endswith(".pth") and first != "best.pth"
         expected = "a file name ending in .pth, of {model} {epoch} {step} {metric} {score:.5f}"
-        require(plain, "name", self.name, expected)
-        alone = self.keep_best in (0, 1) or first != second
-        require(alone, "name", self.name, "a name with {epoch} or {step}: several files are kept")
+        require(plain, "filename", self.filename, expected)
+        alone = self.save_top_k in (0, 1) or first != second
+        expected = "a name with {epoch} or {step}: several files are saved"
+        require(alone, "filename", self.filename, expected)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -434,9 +439,9 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass; auto is bf16 on GPUs that have it, fp16 with gradient
     scaling on others, fp32 on CPUs (where bf16 measured slower in training)."""
-    layout: Literal["channels_last", "contiguous"] = "channels_last"
-    """Memory layout; channels_last trains MobileNetV3 3 times as fast on CPUs. Sharded weights
-    (FSDP) are contiguous."""
+    memory_format: Literal["channels_last", "contiguous"] = "channels_last"
+    """Memory format of activations and weights; channels_last trains MobileNetV3 3 times as
+    fast on CPUs. Sharded weights (FSDP) are contiguous."""
     compile: bool = False
     """Compile the model with torch.compile; the start of the run says what that cost and saves (the
     bare step of MobileNetV3-Large on 2 CPU cores: 445 to 463 img/s at 28 px after 52 s, 42 to 40 at
@@ -446,7 +451,7 @@ class TrainConfig:
     auto_micro_batch: bool = False
     """Try a step before the first one and double `accumulate` until it fits into memory. Off, as
     batch norm learns from each part alone: the same config shall train alike on every machine."""
-    sync_norm: bool = False
+    sync_batch_norm: bool = False
     """Batch norm over the images of all processes instead of each one's own, so that the number of
     processes does not change the result; with `accumulate`, over one part at a time."""
     processes: int | None = None
@@ -455,8 +460,8 @@ class TrainConfig:
     """Compute threads per process on CPUs; null shares the cores among the processes."""
     resume: str = "none"
     """auto continues the run in `out` from its last state, if there is one; a file's name continues
-    from that file, which `checkpoint.whole` has written."""
-    max_bad_steps: int = 20
+    from that file, which `checkpoint.save_training_state` has written."""
+    max_nonfinite_steps: int = 20
     """Steps in a row with a loss or gradient that is not finite, after which the run stops; each is
     skipped by all processes."""
     collective_timeout: float = 600.0
@@ -485,7 +490,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "max_bad_steps", "log_every"):
+        for name in ("epochs", "batch_size", "accumulate", "max_nonfinite_steps", "log_every"):
             value = getattr(self, name)
             require(value >= 1, name, value, "at least 1")
         for name in ("limit", "processes", "threads"):
@@ -494,9 +499,9 @@ class TrainConfig:
         limit = self.collective_timeout
         require(limit > 0, "collective_timeout", limit, "a number of seconds above 0")
         require(self.lr > 0, "lr", self.lr, "a number above 0")
-        last = self.average.last
+        last = self.average.last_epochs
         fits = last is None or last <= self.epochs
-        require(fits, "average.last", last, f"at most epochs ({self.epochs})")
+        require(fits, "average.last_epochs", last, f"at most epochs ({self.epochs})")
         alone = last is None or self.ema.decay is None
-        require(alone, "average.last", last, "null with ema.decay: one average is saved")
+        require(alone, "average.last_epochs", last, "null with ema.decay: one average is saved")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more")

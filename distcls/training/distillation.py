@@ -26,7 +26,7 @@ class Teacher:
         if config.teacher is None:
             raise ValueError("no teacher is configured")
         self._temperature = config.resolved_temperature
-        self._share = config.resolved_share
+        self._share = config.resolved_weight
         try:
             self._model: Model = load_model(config.teacher, str(device))
         except UsageError as error:

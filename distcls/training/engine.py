@@ -66,12 +66,12 @@ class Engine:
         self.data = data
         self.preprocess = preprocess
         self.sharding = Sharding(accelerator)
-        self.model = self.sharding.place(model, config.layout)
-        if config.sync_norm and accelerator.num_processes > 1:
+        self.model = self.sharding.place(model, config.memory_format)
+        if config.sync_batch_norm and accelerator.num_processes > 1:
             synchronise_norms(self.model, accelerator.device)
         decay = config.ema.decay
         self.ema = Ema(self.model, decay) if decay is not None else None
-        last = config.average.last
+        last = config.average.last_epochs
         self.average = LastEpochs(self.model, last=last, epochs=config.epochs) if last else None
         freeze_for_good(config.freeze, self.model)
         sharded = self.sharding.on
@@ -89,7 +89,7 @@ class Engine:
         self.spikes = Spikes()
         modules = [self.model] + ([] if self.ema is None else [self.ema.model])
         ids = data.train.image_ids
-        self.guard = Guard(modules, accelerator.device, config.max_bad_steps, ids)
+        self.guard = Guard(modules, accelerator.device, config.max_nonfinite_steps, ids)
         self.schedule = make_schedule(config.schedule, config.lr, self.order.steps, config.epochs)
         self.freezing = Freezing(config.freeze, self.model, self.order.steps, config.epochs)
         self.augment = Augment(config.augment, preprocess.size)

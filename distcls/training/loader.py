@@ -211,7 +211,7 @@ def make_loader(
         split,
         preprocess,
         workers=config.workers or local,
-        ahead=config.ahead,
+        ahead=config.prefetch,
         timeout=config.timeout,
         pin=accelerator.device.type == "cuda",
     )

@@ -66,7 +66,7 @@ def banner(config: TrainConfig, engine: Engine) -> list[str]:
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     store = "pack" if data.train.packed else "files"
     processes = f"{accelerator.num_processes} process(es)"
-    layout = "contiguous, weights sharded (FSDP)" if engine.sharding.on else config.layout
+    layout = "contiguous, weights sharded (FSDP)" if engine.sharding.on else config.memory_format
     counts = f"{len(data.train_samples):,} train, {len(data.val_samples):,} val"
     size = f"{parameters / 1e6:.2f} M parameters, {macs / 1e6:.1f} M MACs at {height}x{width}"
     return [

@@ -58,7 +58,7 @@ class Mixing:
     def __init__(self, config: AugmentConfig, device: torch.device) -> None:
         self.active = config.mixup > 0 or config.cutmix > 0
         self._probability = config.mix_probability
-        self._cut_share = config.resolved_cutmix_share
+        self._cut_share = config.resolved_cutmix_probability
         self._mixup = _Beta(config.mixup, device) if config.mixup else None
         self._cutmix = _Beta(config.cutmix, device) if config.cutmix else None
 

@@ -350,7 +350,7 @@ def _save(run: Run, outcome: Outcome, *, best: bool) -> None:
         epoch = Epoch(number=progress.epoch, step=progress.step, score=score, best=best)
 
         def write(path: Path) -> None:
-            if config.checkpoint.whole:
+            if config.checkpoint.save_training_state:
                 save_checkpoint(path, weights, card, to_content(config, progress, tensors))
             elif best:  # the same content, just written: not serialised and flushed again
                 second_name(config.out / BEST, path)

@@ -34,8 +34,13 @@ ROOT = Path(__file__).parents[2]
 
 USUAL = {
     **{"model.name": "simple_cnn", "input.size": "12,12", "epochs": 2, "batch_size": 8},
-    **{"lr": 0.01, "threads": 1, "checkpoint.keep_best": "null", "checkpoint.best_only": "false"},
-    **{"checkpoint.name": "{epoch}.pth", "augment.crop_padding": 1},
+    **{
+        "lr": 0.01,
+        "threads": 1,
+        "checkpoint.save_top_k": "null",
+        "checkpoint.save_best_only": "false",
+    },
+    **{"checkpoint.filename": "{epoch}.pth", "augment.crop_padding": 1},
 }
 """The run that all others are compared with, but for what their row says."""
 
@@ -65,7 +70,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "seed": (1, {}, WEIGHTS),
     "limit": (12, {}, WEIGHTS),
     "precision": ("bf16", {}, WEIGHTS),
-    "layout": ("contiguous", {}, WORDS),
+    "memory_format": ("contiguous", {}, WORDS),
     "accumulate": (2, {}, WORDS),
     "auto_micro_batch": ("true", {}, FILES),
     "processes": (2, {}, REFUSED),
@@ -78,7 +83,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "model.stem_stride": (2, NORMS, WEIGHTS),
     "model.dropout": (0.1, {}, WEIGHTS),
     "model.pool": ("columns", {**NORMS, "input.size": "12,64"}, WEIGHTS),
-    "model.norm_momentum": (0.5, NORMS, WEIGHTS),
+    "model.batch_norm_momentum": (0.5, NORMS, WEIGHTS),
     "model.pretrained": ("@simple_cnn", {}, WEIGHTS),
     "model.allow_partial": ("true", OTHER_SIZE, REFUSED),
     "model.init": ("he", {}, WEIGHTS),
@@ -98,7 +103,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "augment.mixup": (0.4, {}, WEIGHTS),
     "augment.cutmix": (1, {}, WEIGHTS),
     "augment.mix_probability": (0.5, BOTH_MIXED, WEIGHTS),
-    "augment.cutmix_share": (0.9, BOTH_MIXED, WEIGHTS),
+    "augment.cutmix_probability": (0.9, BOTH_MIXED, WEIGHTS),
     "optimizer.name": ("ranger", {}, WEIGHTS),
     "optimizer.weight_decay": (0.5, {}, WEIGHTS),
     "optimizer.beta1": (0.8, {}, WEIGHTS),
@@ -126,22 +131,22 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "loss.sample_weights": ("off", {"data": "@weighted"}, WEIGHTS),
     "distill.teacher": ("@simple_cnn", {}, WEIGHTS),
     "distill.temperature": (1, TAUGHT, WEIGHTS),
-    "distill.share": (0.9, TAUGHT, WEIGHTS),
+    "distill.weight": (0.9, TAUGHT, WEIGHTS),
     "freeze.backbone": ("1 epoch", {}, WEIGHTS),
     "freeze.names": ("features.0", {}, WEIGHTS),
     "ema.decay": (0.5, {}, WEIGHTS),
-    "average.last": (2, {}, WEIGHTS),
+    "average.last_epochs": (2, {}, WEIGHTS),
     "monitor.metric": ("loss", {}, WORDS),
     "monitor.mode": ("min", {"epochs": 3}, WORDS),
     "monitor.patience": (1, {"epochs": 3, "monitor.min_delta": 1}, WEIGHTS),
     "monitor.min_delta": (1, {"epochs": 3, "monitor.metric": "loss"}, WORDS),
     "checkpoint.every_steps": (1, {}, FILES),
-    "checkpoint.every_minutes": (1e-9, {"checkpoint.keep": 9}, FILES),
-    "checkpoint.keep": (1, {}, FILES),
-    "checkpoint.name": ("kept_{epoch}.pth", {}, FILES),
-    "checkpoint.keep_best": (1, {}, FILES),
-    "checkpoint.best_only": ("true", {"monitor.min_delta": 1}, FILES),
-    "checkpoint.whole": ("true", {}, FILES),
+    "checkpoint.every_minutes": (1e-9, {"checkpoint.keep_last": 9}, FILES),
+    "checkpoint.keep_last": (1, {}, FILES),
+    "checkpoint.filename": ("kept_{epoch}.pth", {}, FILES),
+    "checkpoint.save_top_k": (1, {}, FILES),
+    "checkpoint.save_best_only": ("true", {"monitor.min_delta": 1}, FILES),
+    "checkpoint.save_training_state": ("true", {}, FILES),
 }
 """Of a key: another value (@: a place that the tests make), what else both runs have, and where the
 difference has to show."""
@@ -149,14 +154,15 @@ difference has to show."""
 ELSEWHERE = {
     "out": "tests/e2e/test_training.py::test_a_run_leaves_its_files_and_learns",
     "compile": "tests/test_compiling.py::test_a_compiled_run_takes_the_same_losses",
-    "sync_norm": "tests/e2e/test_invariance.py"
+    "sync_batch_norm": "tests/e2e/test_invariance.py"
     "::test_two_processes_with_synchronised_norm_take_the_same_losses",
     "resume": "tests/e2e/test_training.py::test_killed_and_resumed_ends_with_the_same_weights",
-    "max_bad_steps": "tests/faults/test_numbers.py::test_bad_numbers_without_end_stop_the_run",
+    "max_nonfinite_steps": "tests/faults/test_numbers.py"
+    "::test_bad_numbers_without_end_stop_the_run",
     "collective_timeout": "tests/test_launch_two_nodes.py"
     "::test_a_cable_that_stays_unplugged_ends_the_run",
     "loader.workers": "tests/e2e/test_every_option.py::test_so_many_threads_decode",
-    "loader.ahead": "tests/test_loader.py::test_it_reads_no_further_ahead_than_told",
+    "loader.prefetch": "tests/test_loader.py::test_it_reads_no_further_ahead_than_told",
     "loader.timeout": "tests/faults/test_workers.py::test_reading_threads_that_die_end_the_run",
 }
 """Keys whose effect takes several processes, a fault or much time to see, and where it is seen."""

@@ -55,12 +55,12 @@ def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[
 def test_two_processes_with_synchronised_norm_take_the_same_losses(
     alone: tuple[list[float], Path], digits: Path, tmp_path: Path
 ) -> None:
-    two = losses(digits, tmp_path / "two", "--sync-norm", processes=2)
+    two = losses(digits, tmp_path / "two", "--sync-batch-norm", processes=2)
     assert largest_difference(alone[0], two) < NOISE
     # evaluated and saved is the average of the weights, which no loss tells of
     assert apart(average(alone[1]), average(tmp_path / "two")) < WEIGHT_NOISE
     # how it was trained is nothing that the model file has to know
-    assert "sync_norm" not in open_checkpoint(tmp_path / "two" / "best.pth").card.architecture
+    assert "sync_batch_norm" not in open_checkpoint(tmp_path / "two" / "best.pth").card.architecture
 
 
 @pytest.mark.slow

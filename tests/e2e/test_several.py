@@ -28,7 +28,7 @@ from tests.e2e.test_training import history
 
 RECIPE = [
     *("--model.name", "simple_cnn", "--epochs", "3", "--batch-size", "32", "--lr", "0.003"),
-    *("--augment.crop-padding", "1", "--augment.mixup", "0.1", "--checkpoint.keep-best", "0"),
+    *("--augment.crop-padding", "1", "--augment.mixup", "0.1", "--checkpoint.save-top-k", "0"),
 ]
 KINDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "texts": (several.TEXT, ["--monitor.metric", "exact"]),

@@ -90,7 +90,7 @@ def test_the_template_trains_and_its_model_opens(digits: Path, tmp_path: Path) -
     path, out = tmp_path / "fsdp.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(template))
     options = ["--epochs", 2, "--batch-size", 32, "--limit", 200, "--processes", 2]
-    options += ["--checkpoint.whole", "true", "--average.last", 2]
+    options += ["--checkpoint.save_training_state", "true", "--average.last_epochs", 2]
     done = subprocess.run(
         accelerate(path, "--data", digits, "--out", out, *options),
         capture_output=True,

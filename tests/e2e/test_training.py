@@ -77,7 +77,7 @@ def test_the_written_config_reproduces_the_run(trained: Path, digits: Path, tmp_
 def test_the_number_of_decoding_threads_changes_nothing(
     trained: Path, digits: Path, tmp_path: Path
 ) -> None:
-    train(digits, tmp_path / "run", "--loader.workers", "5", "--loader.ahead", "1")
+    train(digits, tmp_path / "run", "--loader.workers", "5", "--loader.prefetch", "1")
     assert_same_weights(trained, tmp_path / "run")
 
 

@@ -33,7 +33,7 @@ STEPS = 14
 PLATEAU = [
     *("--epochs", "3", "--schedule.name", "plateau", "--schedule.patience", "1"),
     *("--schedule.factor", "0.5", "--monitor.min-delta", "1"),
-    *("--ema.decay", "null", "--average.last", "2"),
+    *("--ema.decay", "null", "--average.last_epochs", "2"),
 ]
 """Beside `OPTIONS`, 7 steps an epoch: none is better than the first, so that the rate falls after
 the second; and the mean of the last two epochs' weights in place of the moving one."""

@@ -84,7 +84,7 @@ def test_reading_threads_that_die_end_the_run(
     name: str, processes: int, digits: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    more = ("--epochs", "50", "--loader.ahead", "1", "--loader.timeout", "5")
+    more = ("--epochs", "50", "--loader.prefetch", "1", "--loader.timeout", "5")
     where = f"4:{processes - 1}:{name}"
     process = start(digits, out, *more, processes=processes, SLOW="0.1", DIE=where)
     wait_for(lambda: steps_done(out) >= 4, process)
@@ -115,7 +115,7 @@ def test_a_file_that_hangs_is_named(tmp_path: Path) -> None:
 def test_a_signal_is_heard_while_a_file_hangs(tmp_path: Path) -> None:
     """What is read ahead hangs, the step before it does not: it is the last."""
     data, out = loose_files(tmp_path), tmp_path / "run"
-    more = ("--epochs", "50", "--loader.ahead", "8", "--loader.timeout", "100")
+    more = ("--epochs", "50", "--loader.prefetch", "8", "--loader.timeout", "100")
     process = start(data, out, *more, SLOW="0.4")
     wait_for(lambda: steps_done(out) >= 1, process)
     for path in (tmp_path / "images").rglob("*.png"):
