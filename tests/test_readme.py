@@ -1,33 +1,48 @@
-"""The README tells what is true: every file is listed, and its example runs."""
+"""The README and CONTRIBUTING say what is true: every recipe, template and folder that they name."""
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
 import pytest
 
+from tests.house import arrows, folder, modules
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-FILES = [
-    path
-    for room in ("distcls", "export", "launch", "benchmarks")
-    for path in sorted((ROOT / room).rglob("*.py"))
-    if path.name != "__init__.py"
-]
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+WALKS = re.findall(r"^\d+\. `([\w/]+\.py)`", CONTRIBUTING, re.M)
+"""The files of the walks through a training step and a predicted image."""
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_file_has_its_line(path: Path) -> None:
-    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
-    line = f"- `{path.relative_to(ROOT)}`: {docstring.splitlines()[0]}"
-    assert line in README.splitlines(), line
-
-
-def test_every_command_and_recipe_named_exists() -> None:
+def test_every_recipe_and_template_named_exists() -> None:
     named = set(re.findall(r"(?:configs|launch)/\w+\.yaml", README))
     named.discard("configs/mine.yaml")
     assert named == {str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml")} | {
         str(path.relative_to(ROOT)) for path in (ROOT / "launch").glob("*.yaml")
     }
+
+
+def test_every_folder_has_its_row() -> None:
+    inside = {name for name in map(folder, arrows(modules(ROOT))) if name.startswith("distcls.")}
+    inside -= {"distcls.train", "distcls.evaluate"}  # aliases
+    rows = set(re.findall(r"`(\w+)(?:/|\.py)?`", CONTRIBUTING.partition("## Layers")[2].partition("\n## ")[0]))
+    assert {name.removeprefix("distcls.") for name in inside} <= rows
+
+
+def test_the_walks_enter_few_files() -> None:
+    _, training, predicting = re.split(r"^## Walk: ", CONTRIBUTING, flags=re.M)[:3]
+    for walk in (training, predicting.partition("\n## ")[0]):
+        entered = re.findall(r"^\d+\. `([\w/]+\.py)`", walk, re.M)
+        assert 1 < len(set(entered)) <= 8
+        assert max(map(entered.count, entered)) <= 2
+
+
+@pytest.mark.parametrize("path", sorted(set(WALKS)))
+def test_the_walks_name_what_is_there(path: str) -> None:
+    text = (ROOT / path).read_text()
+    for line in CONTRIBUTING.splitlines():
+        if re.match(rf"\d+\. `{re.escape(path)}`", line):
+            for name in re.findall(r"`(?:\w+\.)?(\w+)\(", line):
+                assert f"def {name}(" in text or f"class {name}" in text, (path, name)
