@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from hypothesis import settings
 
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.system import FOLDER
+
+# Several processes train at once on few cores. Threads that spin at a barrier for a partner which
+# is not running take the machine from it (24 instead of 150 images/s); read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # how long an example takes says how busy the machine is
 settings.register_profile("distcls", deadline=None)

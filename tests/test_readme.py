@@ -1,4 +1,4 @@
-"""The README and CONTRIBUTING say what is true: every recipe, template and folder that they name."""
+"""README and CONTRIBUTING are true: every recipe, template, folder and function that they name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ def test_every_recipe_and_template_named_exists() -> None:
 def test_every_folder_has_its_row() -> None:
     inside = {name for name in map(folder, arrows(modules(ROOT))) if name.startswith("distcls.")}
     inside -= {"distcls.train", "distcls.evaluate"}  # aliases
-    rows = set(re.findall(r"`(\w+)(?:/|\.py)?`", CONTRIBUTING.partition("## Layers")[2].partition("\n## ")[0]))
+    rows = set(
+        re.findall(
+            r"`(\w+)(?:/|\.py)?`", CONTRIBUTING.partition("## Layers")[2].partition("\n## ")[0]
+        )
+    )
     assert {name.removeprefix("distcls.") for name in inside} <= rows
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import forked
+
 ROOT = Path(__file__).parent.parent.parent
 SMALL = [
     *("--epochs", "2", "--batch-size", "32", "--limit", "200", "--log-every", "2"),
@@ -32,16 +34,26 @@ def command(*arguments: object, module: str = "distcls.cli", processes: int = 1)
 def run(
     *arguments: object, module: str = "distcls.cli", processes: int = 1, code: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end and check its exit code."""
-    done = subprocess.run(
-        command(*arguments, module=module, processes=processes),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        timeout=300,
-        check=False,
-    )
+    """Run a command to its end and check its exit code; one process is forked (`tests.forked`)."""
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    call = command(*arguments, module=module, processes=processes)
+    if processes == 1:
+        process = forked.start(module, arguments, environment=environment)
+        try:
+            out, err = process.communicate(timeout=300)
+        finally:
+            process.kill()
+        done = subprocess.CompletedProcess(call, process.wait(), out, err)
+    else:
+        done = subprocess.run(
+            call,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+            timeout=300,
+            check=False,
+        )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -1,0 +1,202 @@
+"""Commands in processes of their own that need not import torch again.
+
+Importing torch, accelerate and timm takes three seconds, a test's training one. So a server process
+imports them once, computes nothing itself (an OpenMP pool does not survive a fork), and forks for
+each command. What it forks is a process like any other: it has its own id, environment, streams and
+working folder, and can be signalled and killed. `forked` has the methods of `subprocess.Popen` that
+tests use.
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import contextlib
+import functools
+import importlib
+import io
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).parent.parent
+PRELOADED = (
+    *("torch", "torch._dynamo", "torch.distributed.tensor", "torchvision.models", "timm"),
+    *("accelerate", "accelerate.tracking", "scipy.special", "onnxruntime", "cv2", "PIL.Image"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg", "pyarrow.parquet", "yaml", "tqdm"),
+    *("distcls.commands.train", "distcls.training.run", "distcls.commands.predict"),
+)
+"""What the server imports; a command may import more."""
+LONGEST = 1 << 20
+
+
+class Forked:
+    """A command that was started; the part of `subprocess.Popen` that tests use."""
+
+    def __init__(self, pid: int, stdout: IO[str] | None, stderr: IO[str] | None) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self.stdout, self.stderr = stdout, stderr
+        self._ended = os.pidfd_open(pid)
+        self._written: tuple[str, str] | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs; of a signal its negative number."""
+        if self.returncode is None and select.select([self._ended], [], [], 0)[0]:
+            self.returncode = int(_ask({"reap": self.pid})["code"])
+            os.close(self._ended)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end. Raises subprocess.TimeoutExpired."""
+        if self.returncode is None and not select.select([self._ended], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+        code = self.poll()
+        assert code is not None
+        return code
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end; all that it wrote (streams are files, so nothing fills up)."""
+        self.wait(timeout)
+        if self._written is None:
+            self._written = (self._read(self.stdout), self._read(self.stderr))
+        return self._written
+
+    def send_signal(self, number: int) -> None:
+        """Signal it, if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self.send_signal(signal.SIGTERM)
+
+    @staticmethod
+    def _read(stream: IO[str] | None) -> str:
+        if stream is None:
+            return ""
+        with stream:
+            stream.seek(0)
+            return stream.read()
+
+
+def start(
+    module: str,
+    arguments: Sequence[object],
+    *,
+    environment: dict[str, str] | None = None,
+    cwd: Path = ROOT,
+    new_session: bool = False,
+) -> Forked:
+    """Start `python -m module arguments`; what it writes is kept until it is asked for."""
+    out, err = _stream(), _stream()
+    request = {
+        "module": module,
+        "arguments": [str(argument) for argument in arguments],
+        "environment": dict(os.environ if environment is None else environment),
+        "cwd": str(cwd),
+        "new_session": new_session,
+    }
+    return Forked(int(_ask(request, [out.fileno(), err.fileno()])["pid"]), out, err)
+
+
+def _stream() -> IO[str]:
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+
+
+@functools.cache
+def _server() -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.forked", str(theirs.fileno())],
+        cwd=ROOT,
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+    )
+    theirs.close()
+    atexit.register(process.wait)
+    atexit.register(ours.close)  # called first: the server leaves when nobody is there to ask
+    return ours
+
+
+def _ask(request: dict[str, Any], files: Sequence[int] = ()) -> dict[str, Any]:
+    content = json.dumps(request).encode()
+    attached = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))] if files else []
+    connection = _server()
+    connection.sendmsg([content], attached)
+    answer: dict[str, Any] = json.loads(connection.recv(LONGEST))
+    return answer
+
+
+def serve(connection: socket.socket) -> None:
+    """Fork for each request until whoever asks is gone."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    while True:
+        content, files, _, _ = socket.recv_fds(connection, LONGEST, 2)
+        if not content:
+            return
+        request = json.loads(content)
+        if "reap" in request:
+            _, status = os.waitpid(request["reap"], 0)
+            answer = {"code": os.waitstatus_to_exitcode(status)}
+        else:
+            pid = os.fork()
+            if not pid:
+                connection.close()
+                _become(request, files)
+            for file in files:
+                os.close(file)
+            answer = {"pid": pid}
+        connection.send(json.dumps(answer).encode())
+
+
+def _become(request: dict[str, Any], files: Sequence[int]) -> None:
+    """Run a command in this process, which was forked for it, and leave."""
+    code = 1
+    try:
+        if request["new_session"]:
+            os.setsid()
+        for file, place in zip(files, (1, 2), strict=True):
+            os.dup2(file, place)
+            os.close(file)
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["cwd"])
+        sys.path[0] = request["cwd"]
+        if os.environ.get("PYTHONWARNINGS") == "ignore":
+            warnings.simplefilter("ignore")
+        sys.argv = [request["module"], *request["arguments"]]
+        sys.modules.pop(request["module"], None)  # imported already; as __main__ it runs anew
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))
