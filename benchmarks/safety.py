@@ -101,18 +101,20 @@ def plain(config: TrainConfig, steps: int) -> Contestant:
 
 def _plain_epoch(engine: Engine, epoch: int) -> Iterator[int]:
     """Train an epoch; yields the images of each step."""
-    model, optimizer, seed = engine.model.train(), engine.optimizer.optimizer, engine.config.seed
-    permutation = engine.data.train_samples[engine.order.permutation(epoch)]
-    plan = [permutation[slice(*engine.order.bounds(step))] for step in range(engine.order.steps)]
+    model, optimizer, seed = engine._model.train(), engine._optimizer.optimizer, engine._config.seed
+    permutation = engine._data.train_samples[engine._sampler.permutation(epoch)]
+    plan = [
+        permutation[slice(*engine._sampler.bounds(step))] for step in range(engine._sampler.steps)
+    ]
     parameters = list(model.parameters())
-    batches = _read_ahead(engine.train_loader, plan, engine.config.loader.prefetch)
-    for step, batch in enumerate(batches, epoch * engine.order.steps):
+    batches = _read_ahead(engine._train_loader, plan, engine._config.loader.prefetch)
+    for step, batch in enumerate(batches, epoch * engine._sampler.steps):
         for group in optimizer.param_groups:
-            group["lr"] = engine.schedule.rate(step)
+            group["lr"] = engine._schedule.rate(step)
         draws = torch.from_numpy(uniforms(seed, epoch, batch.indices, DRAWS))
-        logits = model(engine.augment(batch.images, draws))
+        logits = model(engine._augment(batch.images, draws))
         torch.autograd.backward(F.cross_entropy(logits, batch.labels))
-        torch.nn.utils.clip_grad_norm_(parameters, engine.config.optimizer.clip_norm or math.inf)
+        torch.nn.utils.clip_grad_norm_(parameters, engine._config.optimizer.clip_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         yield len(batch.indices)
@@ -152,7 +154,7 @@ def safe(config: TrainConfig, steps: int) -> Contestant:
         records.epochs(progress.history)
         run.save()
         checkpoints.wait()
-        return engine.order.samples / (time.perf_counter() - began)
+        return engine._sampler.samples / (time.perf_counter() - began)
 
     return epoch
 

@@ -27,10 +27,11 @@ from distcls.training.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from distcls.training.distributed import start
+from distcls.training.distributed import start, sum_over_processes
 from distcls.training.engine import Engine
-from distcls.training.fsdp import local
+from distcls.training.fsdp import local_shard
 from distcls.training.inputs import choose_preprocess, open_input
+from distcls.training.weight_averaging import select_weights
 
 WORLD = 2
 EPOCHS = 2
@@ -116,7 +117,7 @@ def make_engine(digits: Path, changes: dict[str, Any], *, sharded: bool) -> Engi
         small = Classifier(backbone(), preprocess)
         model = factory.build(config.model, 10, preprocess) if named else small
         engine = Engine(config, accelerator, data, model, preprocess)
-    engine.evaluation_batch = 89  # of 90 and 89 images: two batches and one
+    engine.micro_batching.evaluation_batch = 89  # of 90 and 89 images: two batches and one
     return engine
 
 
@@ -142,25 +143,27 @@ def train(engine: Engine, epochs: range) -> dict[str, Any]:
     seen: dict[str, Any] = {"losses": [], "skipped": [], "scores": []}
     for epoch in epochs:
         for report in engine.train_epoch(epoch):
-            seen["losses"].append(engine.total(report.loss))
-            seen["skipped"] += report.skipped
-        seen["scores"] += [metrics.scalars() for metrics in engine.evaluate().values()]
+            seen["losses"].append(sum_over_processes(report.loss))
+            seen["skipped"] += report.anomalies.skipped
+        found = engine.evaluate()
+        seen["evaluated"] = list(found)
+        seen["scores"] += [metrics.scalars() for metrics in found.values()]
     return seen
 
 
 def held(engine: Engine) -> list[tuple[str, int, int]]:
     """Each parameter, moment and averaged weight: name, bytes on this process, bytes of it all."""
-    found = list(engine.model.named_parameters())
+    found = list(engine._model.named_parameters())
     names = {id(parameter): name for name, parameter in found}
-    for parameter, moments in engine.optimizer.optimizer.state.items():
+    for parameter, moments in engine._optimizer.optimizer.state.items():
         found += [(f"{names[id(parameter)]} {key}", value) for key, value in moments.items()]
-    if engine.ema is not None:
-        found += [(f"ema {name}", value) for name, value in engine.ema.model.named_parameters()]
+    for model in engine._averages.updated_each_step:
+        found += [(f"ema {name}", value) for name, value in model.named_parameters()]
     tensors = [
         (name, tensor) for name, tensor in found if isinstance(tensor, Tensor) and tensor.ndim
     ]
     with torch.no_grad():
-        return [(name, local(tensor).nbytes, tensor.nbytes) for name, tensor in tensors]
+        return [(name, local_shard(tensor).nbytes, tensor.nbytes) for name, tensor in tensors]
 
 
 def compare(digits: Path, name: str, changes: dict[str, Any], folder: Path) -> None:
@@ -174,11 +177,11 @@ def compare(digits: Path, name: str, changes: dict[str, Any], folder: Path) -> N
         engine = make_engine(digits, changes, sharded=how == "sharded")
         if name.endswith("poisoned"):
             poison(engine)
-        seen[how] = train(engine, range(engine.config.epochs))
+        seen[how] = train(engine, range(engine._config.epochs))
         seen[how]["held"] = held(engine)  # before the state is asked for, which cuts again
         if not named:
-            tensors = engine.tensors()
-            best = {name: engine.weights_of(name, tensors) for name in engine.candidates}
+            tensors = engine.state_dict()
+            best = {name: select_weights(tensors, name) for name in seen[how]["evaluated"]}
             seen[how] |= {"tensors": tensors, "best": best}
     save_tensors(folder / f"{name}.{dist.get_rank()}.pth", seen)
 
@@ -190,17 +193,17 @@ def hand_on(digits: Path, folder: Path) -> None:
     for first in ("whole", "sharded"):
         engine = make_engine(digits, changes, sharded=first == "sharded")
         train(engine, range(1))
-        path, tensors = folder / f"{first}.state.pth", engine.tensors()
+        path, tensors = folder / f"{first}.state.pth", engine.state_dict()
         if dist.get_rank() == 0:
             save_tensors(path, tensors)
         train(engine, range(1, 2))
-        seen[f"{first} unbroken"] = engine.tensors()
+        seen[f"{first} unbroken"] = engine.state_dict()
         dist.barrier()
         for second in ("whole", "sharded"):
             engine = make_engine(digits, changes, sharded=second == "sharded")
-            engine.load_tensors(load_tensors(path))
+            engine.load_state_dict(load_tensors(path))
             train(engine, range(1, 2))
-            seen[f"{first} to {second}"] = engine.tensors()
+            seen[f"{first} to {second}"] = engine.state_dict()
     save_tensors(folder / f"resumed.{dist.get_rank()}.pth", seen)
 
 

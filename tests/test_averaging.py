@@ -12,11 +12,16 @@ import torch
 from distcls.errors import BadValue
 from distcls.training.config import AverageConfig, EmaConfig, TrainConfig
 from distcls.training.engine import Engine
+from distcls.training.weight_averaging import select_weights
 from tests.test_engine import make_engine
 
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in engine.model.state_dict().items()}
+    return {name: value.clone() for name, value in engine._model.state_dict().items()}
+
+
+def average_of(engine: Engine) -> dict[str, torch.Tensor]:
+    return select_weights(engine.state_dict(), "average")
 
 
 def averaging(digits: Path) -> Engine:
@@ -29,15 +34,15 @@ def test_the_mean_of_the_last_epochs_is_evaluated(digits: Path) -> None:
     for epoch in range(4):
         list(engine.train_epoch(epoch))
         ends.append(weights(engine))
-        assert list(engine.candidates) == (["average"] if epoch else ["weights"])
-    found = engine.candidates["average"].state_dict()
+        assert list(engine.evaluate()) == (["average"] if epoch else ["weights"])
+    found = average_of(engine)
     for name, value in found.items():
         mean = torch.stack([end[name].double() for end in ends[1:]]).mean(0)
         torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-7)
         assert not torch.equal(value, ends[-1][name])
     before = engine.evaluate()["average"].scalars()
     with torch.no_grad():
-        for parameter in engine.model.parameters():
+        for parameter in engine._model.parameters():
             parameter.fill_(float("nan"))
     assert engine.evaluate()["average"].scalars() == before
 
@@ -48,10 +53,10 @@ def test_a_resumed_run_comes_to_the_same_mean(digits: Path) -> None:
         list(whole.train_epoch(epoch))
     for epoch in range(3):
         list(first.train_epoch(epoch))
-    second.load_tensors(copy.deepcopy(first.tensors()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
     list(second.train_epoch(3))
-    expected = whole.candidates["average"].state_dict()
-    for name, value in second.candidates["average"].state_dict().items():
+    expected = average_of(whole)
+    for name, value in average_of(second).items():
         assert torch.equal(value, expected[name])
 
 

@@ -20,7 +20,7 @@ from distcls.training.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from distcls.training.distributed import start
+from distcls.training.distributed import start, sum_over_processes
 from distcls.training.engine import Engine
 from distcls.training.inputs import choose_preprocess, open_input
 
@@ -40,27 +40,27 @@ def make_engine(digits: Path, **changes: object) -> Engine:
 def gradients_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
     """Train an epoch; the gradients that the optimiser met in each step."""
     met: list[list[Tensor]] = []
-    step = engine.optimizer.step
+    step = engine._optimizer.step
 
     def recording() -> None:
-        met.append([p.grad.clone() for p in engine.model.parameters()])
+        met.append([p.grad.clone() for p in engine._model.parameters()])
         step()
 
-    monkeypatch.setattr(engine.optimizer, "step", recording)
+    monkeypatch.setattr(engine._optimizer, "step", recording)
     list(engine.train_epoch(0))
     return met
 
 
 def expected_gradients(engine: Engine) -> list[Tensor]:
     """Gradients of the first step's mean loss over the whole global batch, by plain PyTorch."""
-    begin, end = engine.order.bounds(0)
-    samples = engine.data.train_samples[engine.order.permutation(0)[begin:end]]
-    split, preprocess = engine.data.train, engine.preprocess
+    begin, end = engine._sampler.bounds(0)
+    samples = engine._data.train_samples[engine._sampler.permutation(0)[begin:end]]
+    split, preprocess = engine._data.train, engine._preprocess
     images = torch.from_numpy(np.stack([preprocess(split.image(i)) for i in samples]))
     labels = torch.from_numpy(split.labels[samples])
-    smoothing = engine.config.loss.label_smoothing
-    loss = F.cross_entropy(engine.model(images), labels, label_smoothing=smoothing)
-    return list(torch.autograd.grad(loss, list(engine.model.parameters())))
+    smoothing = engine._config.loss.label_smoothing
+    loss = F.cross_entropy(engine._model(images), labels, label_smoothing=smoothing)
+    return list(torch.autograd.grad(loss, list(engine._model.parameters())))
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -89,38 +89,38 @@ def test_gradients_are_clipped_as_a_whole(digits: Path, monkeypatch: pytest.Monk
 def test_each_step_takes_the_rate_of_the_schedule(digits: Path) -> None:
     engine = make_engine(digits, epochs=2)
     rates = [report.lr for epoch in range(2) for report in engine.train_epoch(epoch)]
-    assert rates == [engine.schedule.rate(step) for step in range(6)]
+    assert rates == [engine._schedule.rate(step) for step in range(6)]
     assert len(set(rates)) == 6
-    assert all(group["lr"] == rates[-1] for group in engine.optimizer.param_groups)
+    assert all(group["lr"] == rates[-1] for group in engine._optimizer.param_groups)
 
 
 def test_each_group_takes_its_scale_of_the_rate(digits: Path) -> None:
     engine = make_engine(digits, optimizer=OptimizerConfig(name="sgd", head_lr_scale=3.0))
     [report, *_] = list(engine.train_epoch(0))
-    assert report.lr == engine.schedule.rate(0)
-    last = 3.0 * engine.schedule.rate(2)
-    assert [group["lr"] for group in engine.optimizer.param_groups] == [last, last]
+    assert report.lr == engine._schedule.rate(0)
+    last = 3.0 * engine._schedule.rate(2)
+    assert [group["lr"] for group in engine._optimizer.param_groups] == [last, last]
 
 
 def test_reported_loss_is_the_mean_over_the_batch(digits: Path) -> None:
     engine = make_engine(digits, accumulate=2)
-    begin, end = engine.order.bounds(0)
-    samples = engine.data.train_samples[engine.order.permutation(0)[begin:end]]
-    split, preprocess = engine.data.train, engine.preprocess
+    begin, end = engine._sampler.bounds(0)
+    samples = engine._data.train_samples[engine._sampler.permutation(0)[begin:end]]
+    split, preprocess = engine._data.train, engine._preprocess
     images = torch.from_numpy(np.stack([preprocess(split.image(i)) for i in samples]))
-    expected = F.cross_entropy(engine.model(images), torch.from_numpy(split.labels[samples]))
+    expected = F.cross_entropy(engine._model(images), torch.from_numpy(split.labels[samples]))
     report = next(iter(engine.train_epoch(0)))
     assert report.images == end - begin
-    assert engine.total(report.loss) == pytest.approx(expected.item(), rel=1e-5)
+    assert sum_over_processes(report.loss) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_evaluation_counts_every_sample_once(digits: Path) -> None:
     engine = make_engine(digits, limit=None)
     metrics = engine.evaluate()["weights"]
-    split, preprocess = engine.data.val, engine.preprocess
+    split, preprocess = engine._data.val, engine._preprocess
     images = torch.from_numpy(np.stack([preprocess(split.image(i)) for i in range(len(split))]))
     with torch.no_grad():
-        logits = engine.model(images)
+        logits = engine._model(images)
     labels = torch.from_numpy(split.labels)
     assert metrics.count == len(split) == 179
     assert metrics.top1 == (logits.argmax(1) == labels).sum().item() / 179
@@ -131,7 +131,7 @@ def test_the_average_is_evaluated_where_there_is_one(digits: Path) -> None:
     engine = make_engine(digits, ema=EmaConfig(decay=0.5))
     list(engine.train_epoch(0))
     with torch.no_grad():
-        for parameter in engine.model.parameters():
+        for parameter in engine._model.parameters():
             parameter.fill_(float("nan"))
     found = engine.evaluate()
     assert list(found) == ["ema", "weights"]
@@ -148,11 +148,11 @@ def test_augmentation_reaches_the_network(digits: Path) -> None:
 
 def test_resized_crop_trains_on_a_larger_canvas(digits: Path) -> None:
     engine = make_engine(digits, augment=AugmentConfig(resized_crop=(0.5, 1.0)))
-    assert engine.augment.canvas == (32, 32)
+    assert engine._augment.canvas == (32, 32)
     report = next(iter(engine.train_epoch(0)))
     assert np.isfinite(float(report.loss))
 
 
-def test_batches_too_small_to_share_are_refused(digits: Path) -> None:
+def test_batches_too_small_for_the_processes_are_refused(digits: Path) -> None:
     with pytest.raises(UsageError, match="batch_size: 8 is too small"):
         make_engine(digits, batch_size=8, accumulate=5)

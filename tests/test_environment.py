@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from distcls.errors import BadValue, UsageError
-from distcls.training.distributed import check_processes, choose_precision, set_threads, time_limit
+from distcls.training.distributed import (
+    check_processes,
+    choose_precision,
+    set_threads,
+    process_group_timeout,
+)
 
 VARIABLES = (
     "WORLD_SIZE",
@@ -134,5 +139,5 @@ def test_threads_are_shared_among_this_machines_processes(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("seconds", [0.5, 600.0, 1800.0])
 def test_the_time_limit_reaches_the_backend_whatever_its_default(seconds: float) -> None:
-    handed_on = time_limit(seconds).to_kwargs()
+    handed_on = process_group_timeout(seconds).to_kwargs()
     assert handed_on["timeout"].total_seconds() == pytest.approx(seconds, abs=1e-3)

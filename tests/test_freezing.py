@@ -39,7 +39,7 @@ def make_engine(digits: Path, **changes: Any) -> Engine:
 
 def snapshot(engine: Engine) -> dict[str, Tensor]:
     """Parameters and running statistics, by the backbone's names."""
-    state = engine.model.backbone.state_dict()
+    state = engine._model.backbone.state_dict()
     return {name: value.clone() for name, value in state.items() if "num_batches" not in name}
 
 
@@ -57,17 +57,17 @@ def test_the_backbone_is_frozen_and_then_released(
 ) -> None:
     settings = {"freeze": FreezeConfig(backbone="1 epoch")}
     engine = make_engine(digits, optimizer=OptimizerConfig(name=name), **settings)
-    begin = engine.freezing.begin
-    monkeypatch.setattr(engine.freezing, "begin", lambda step, **_: begin(step, alone=alone))
+    begin = engine._freezing.begin
+    monkeypatch.setattr(engine._freezing, "begin", lambda step, **_: begin(step, alone=alone))
     first = snapshot(engine)
     list(engine.train_epoch(0))
     second = snapshot(engine)
     assert moved(first, second) == HEAD
     # no moments of what did not learn, so that it begins afresh
-    assert len(engine.optimizer.optimizer.state) == 2
+    assert len(engine._optimizer.optimizer.state) == 2
     list(engine.train_epoch(1))
     assert moved(second, snapshot(engine)) == set(first)
-    assert len(engine.optimizer.optimizer.state) == 8
+    assert len(engine._optimizer.optimizer.state) == 8
 
 
 def test_it_makes_no_difference_whether_the_gradients_were_computed(
@@ -76,10 +76,10 @@ def test_it_makes_no_difference_whether_the_gradients_were_computed(
     ends = []
     for alone in (True, False):
         engine = make_engine(digits, freeze=FreezeConfig(backbone="4 steps"))
-        begin = engine.freezing.begin
+        begin = engine._freezing.begin
         how = {"alone": alone}
         monkeypatch.setattr(
-            engine.freezing, "begin", lambda step, begin=begin, how=how, **_: begin(step, **how)
+            engine._freezing, "begin", lambda step, begin=begin, how=how, **_: begin(step, **how)
         )
         for epoch in range(2):
             list(engine.train_epoch(epoch))

@@ -1,38 +1,75 @@
-"""Which epochs' models are kept under names of their own, and what is in the files."""
+"""The top-k models: which epochs' are saved beside best.pth, and what is in the files."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from distcls.errors import BadValue, UsageError
+from distcls.imaging import Preprocess
+from distcls.model_card import ModelCard
 from distcls.models.checkpoint import load_tensors, open_checkpoint
-from distcls.training.checkpointing import Epoch, Progress, keep
+from distcls.task import Task
+from distcls.training.checkpointing import CheckpointManager, EpochModel, TrainingState
 from distcls.training.config import CheckpointConfig, MonitorConfig, TrainConfig
 from distcls.training.run import train
 
 SCORES = [0.5, 0.7, 0.6, 0.7, 0.9, math.nan]
 
 
+CARD = ModelCard(
+    architecture={"name": "simple_nn"},
+    task=Task(classes=("cat", "dog")),
+    preprocess=Preprocess(size=(8, 8)),
+)
+
+
 def files_after(
     folder: Path, options: CheckpointConfig, metric: str = "top1", scores: list[float] = SCORES
 ) -> list[str]:
-    """Names of the files that are left, with `scores` epoch by epoch."""
+    """Names of the top-k models that are left, with `scores` epoch by epoch."""
     monitor = MonitorConfig(metric=metric)
-    config = TrainConfig(data=folder, out=folder, checkpoint=options, monitor=monitor)
-    progress = Progress()
-    for number, score in enumerate(scores, start=1):
-        progress.epoch = number
-        best = progress.judge(score, monitor)
-        epoch = Epoch(number=number, step=10 * number, score=score, best=best)
-        keep(config, progress, epoch, lambda path: path.write_text(""))
-        left = {path.name for path in folder.glob("*.pth")}
-        assert left == {file for _, file in progress.kept}
-    return sorted(path.name for path in folder.glob("*.pth"))
+    config = TrainConfig(data=folder, out=folder / "run", checkpoint=options, monitor=monitor)
+    state = TrainingState()
+    with contextlib.closing(CheckpointManager(config)) as manager:
+        for number, score in enumerate(scores, start=1):
+            state.epoch, state.step = number, 10 * number
+            state.history.append({"epoch": number})
+            best = state.judge(score, monitor)
+            weights = {"w": torch.tensor(score)}
+            model = EpochModel(weights=weights, card=CARD, score=score, best=best)
+            manager.save_epoch(state, {}, model)
+            names = {path.name for path in config.out.glob("*.pth")} - {"best.pth"}
+            assert names == {file for _, file in state.top_models}
+            for _, file in state.top_models:
+                assert (config.out / file).stat().st_size > 100
+    best_score = torch.load(config.out / "best.pth", weights_only=True)["model"]["w"]
+    assert float(best_score) == pytest.approx(state.best_score)
+    return sorted(names)
+
+
+def test_an_epoch_is_saved_with_its_state_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between any two leaves a state that the next run starts from, and writes again."""
+    written: list[str] = []
+    replace = Path.replace
+
+    def recording(self: Path, target: Path) -> Path:
+        written.append(target.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", recording)
+    files_after(tmp_path, CheckpointConfig(filename="e{epoch}.pth"), scores=[0.5])
+    *first, state = written
+    assert first == ["best.pth", "e1.pth", "history.csv"]
+    assert re.fullmatch(r"step_00000010\.[0-9a-f]{32}\.pth", state)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +84,7 @@ def files_after(
         (False, None, [1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_the_best_few_are_kept(
+def test_the_best_few_are_saved(
     save_best_only: bool, number: int | None, epochs: list[int], tmp_path: Path
 ) -> None:
     options = CheckpointConfig(
@@ -84,7 +121,7 @@ def test_names_that_cannot_work_are_refused(name: str, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A short run that has kept every epoch's model with its state."""
+    """A short run that has saved every epoch's model with its state."""
     options = CheckpointConfig(
         save_best_only=False, save_top_k=None, save_training_state=True, filename="e{epoch}.pth"
     )
@@ -96,7 +133,7 @@ def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     return config
 
 
-def test_a_kept_model_opens_as_best_pth_does(run: TrainConfig) -> None:
+def test_a_top_k_model_loads_as_best_pth_does(run: TrainConfig) -> None:
     assert sorted(path.name for path in run.out.glob("e*.pth")) == ["e1.pth", "e2.pth", "e3.pth"]
     assert open_checkpoint(run.out / "e2.pth").card.training["epoch"] == 2
     best = open_checkpoint(run.out / "best.pth")
@@ -105,7 +142,7 @@ def test_a_kept_model_opens_as_best_pth_does(run: TrainConfig) -> None:
         assert torch.equal(one, other)
 
 
-def test_a_run_goes_on_from_a_kept_state(run: TrainConfig, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_the_state_in_a_model_file(run: TrainConfig, tmp_path: Path) -> None:
     again = dataclasses.replace(run, out=tmp_path / "again", resume=str(run.out / "e1.pth"))
     assert train(again).epochs == 3
     one, other = load_tensors(run.out / "e3.pth"), load_tensors(again.out / "e3.pth")

@@ -31,8 +31,8 @@ def open_split(folder: Path, images: list[Pixels], *, packed: bool = True) -> Sp
     return Dataset.open(folder).split("test")
 
 
-def read(split: Split, plan: list[Indices], process: Preprocess = SAME) -> list[Batch]:
-    return list(Loader(split, process, workers=2, ahead=2).batches(plan))
+def read(split: Split, index_batches: list[Indices], process: Preprocess = SAME) -> list[Batch]:
+    return list(Loader(split, process, workers=2, prefetch=2).batches(index_batches))
 
 
 def threads() -> list[str]:
@@ -45,14 +45,14 @@ def _no_thread_stays() -> Iterator[None]:
     assert threads() == []
 
 
-def plan(*sizes: int) -> list[Indices]:
+def split_indices(*sizes: int) -> list[Indices]:
     order = np.random.default_rng(0).permutation(20)
     return np.split(order, np.cumsum(sizes)[:-1])
 
 
-def test_batches_come_in_the_order_of_the_plan(tmp_path: Path) -> None:
+def test_batches_come_in_the_given_order(tmp_path: Path) -> None:
     images = pictures(uniform=True)
-    told = plan(7, 1, 7, 5)
+    told = split_indices(7, 1, 7, 5)
     batches = read(open_split(tmp_path / "d", images), told)
     assert len(batches) == 4
     for batch, indices in zip(batches, told, strict=True):
@@ -74,7 +74,9 @@ def test_pack_and_files_give_equal_pixels(
     files = open_split(tmp_path / "files", images, packed=False)
     assert files.uniform is None
     for one, other in zip(
-        read(packed, plan(9, 11), process), read(files, plan(9, 11), process), strict=True
+        read(packed, split_indices(9, 11), process),
+        read(files, split_indices(9, 11), process),
+        strict=True,
     ):
         assert np.array_equal(one.images.numpy(), other.images.numpy())
         expected = np.stack([process(images[i]) for i in one.indices])
@@ -87,7 +89,7 @@ def test_grey_packs_become_rgb(tmp_path: Path) -> None:
     assert np.array_equal(batch.images.numpy(), np.repeat(np.stack([grey[4], grey[2]]), 3, axis=3))
 
 
-def test_an_empty_plan(tmp_path: Path) -> None:
+def test_no_batches(tmp_path: Path) -> None:
     assert read(open_split(tmp_path / "d", pictures(uniform=True)), []) == []
 
 
@@ -95,19 +97,19 @@ def test_a_bad_image_surfaces_at_its_batch_and_is_named(tmp_path: Path) -> None:
     split = open_split(tmp_path / "d", pictures(uniform=True), packed=False)
     bad = tmp_path / "d" / "files" / "image 0013.png"
     bad.write_bytes(bad.read_bytes()[:100])
-    batches = Loader(split, SAME, workers=2, ahead=3).batches(np.split(np.arange(20), 5))
+    batches = Loader(split, SAME, workers=2, prefetch=3).batches(np.split(np.arange(20), 5))
     assert [next(batches).indices[0] for _ in range(3)] == [0, 4, 8]
     with pytest.raises(BadImage, match=r"image 0013\.png: "):
         next(batches)
 
 
-def test_an_error_of_the_plan_surfaces_too(tmp_path: Path) -> None:
+def test_an_error_of_the_index_batches_surfaces_too(tmp_path: Path) -> None:
     def broken() -> Iterator[Indices]:
         yield np.array([1])
         raise ValueError("no more")
 
     split = open_split(tmp_path / "d", pictures(uniform=True))
-    batches = Loader(split, SAME, workers=1, ahead=1).batches(broken())
+    batches = Loader(split, SAME, workers=1, prefetch=1).batches(broken())
     assert next(batches).indices.tolist() == [1]
     with pytest.raises(ValueError, match="no more"):
         next(batches)
@@ -116,7 +118,7 @@ def test_an_error_of_the_plan_surfaces_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("taken", [1, 3])
 def test_closing_early_ends_the_threads(tmp_path: Path, taken: int) -> None:
     split = open_split(tmp_path / "d", pictures(uniform=False), packed=False)
-    batches = Loader(split, SAME, workers=2, ahead=2).batches(plan(*[2] * 10))
+    batches = Loader(split, SAME, workers=2, prefetch=2).batches(split_indices(*[2] * 10))
     for _ in range(taken):
         next(batches)
     assert "distcls-loader" in threads()
@@ -135,7 +137,7 @@ def test_it_reads_no_further_ahead_than_told(tmp_path: Path) -> None:
             yield np.array([index])
 
     split = open_split(tmp_path / "d", pictures(uniform=True))
-    batches = Loader(split, SAME, workers=1, ahead=2).batches(told())
+    batches = Loader(split, SAME, workers=1, prefetch=2).batches(told())
     next(batches)
     time.sleep(0.4)
     # one with the consumer, two in the queue, one waiting for room
@@ -150,7 +152,7 @@ def test_waiting_for_a_slow_source_is_counted(tmp_path: Path) -> None:
             yield np.array([index])
 
     split = open_split(tmp_path / "d", pictures(uniform=True))
-    loader = Loader(split, SAME, workers=1, ahead=2)
+    loader = Loader(split, SAME, workers=1, prefetch=2)
     assert loader.waited == 0
     assert len(list(loader.batches(slow()))) == 3
     assert 0.25 < loader.waited < 3

@@ -10,12 +10,11 @@ import torch
 from distcls.errors import DistclsError
 from distcls.models import factory
 from distcls.models.config import ModelConfig
-from distcls.training import memory
 from distcls.training.config import TrainConfig
 from distcls.training.distributed import start
 from distcls.training.engine import Engine
 from distcls.training.inputs import choose_preprocess, open_input
-from distcls.training.memory import explained, fit_into_memory, is_out_of_memory
+from distcls.training.memory import explain_out_of_memory, fit_into_memory, is_out_of_memory
 
 HUGE = 1 << 60
 
@@ -34,41 +33,44 @@ def make_engine(digits: Path, batch_size: int = 20) -> Engine:
 
 def test_a_trial_that_fits_leaves_no_trace(digits: Path) -> None:
     engine = make_engine(digits)
-    engine.model.eval()
-    before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    engine._model.eval()
+    before = {name: tensor.clone() for name, tensor in engine._model.state_dict().items()}
     random = torch.get_rng_state()
     fit_into_memory(engine)
-    assert engine.accumulate == 1
+    assert engine.micro_batching.accumulate == 1
     assert torch.equal(torch.get_rng_state(), random)
-    after = engine.model.state_dict()
+    after = engine._model.state_dict()
     assert not [name for name in before if not torch.equal(before[name], after[name])]
-    assert all(parameter.grad is None for parameter in engine.model.parameters())
-    assert not any(module.training for module in engine.model.modules())
+    assert all(parameter.grad is None for parameter in engine._model.parameters())
+    assert not any(module.training for module in engine._model.modules())
 
 
-def test_parts_are_halved_until_they_fit(
+def test_the_micro_batch_is_halved_until_it_fits(
     digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine = make_engine(digits)
     tried: list[int] = []
 
-    def needs_room(engine: Engine) -> None:
-        tried.append(engine.micro_batch)
-        if engine.micro_batch > 5:
+    def needs_room(images: int) -> float:
+        tried.append(images)
+        if engine.micro_batching.size > 5:
             torch.empty(HUGE, dtype=torch.uint8)  # really refused by the allocator
+        return 0.0
 
-    monkeypatch.setattr(memory, "_try_training", needs_room)
+    monkeypatch.setattr(engine, "trial_step", needs_room)
     fit_into_memory(engine)
-    assert (tried, engine.accumulate) == ([20, 10, 5], 4)
+    # a quarter more than the micro-batch of 20, 10 and 5
+    assert (tried, engine.micro_batching.accumulate) == ([25, 13, 7], 4)
     assert (
-        "20 images at a time do not fit into memory: now 5, in 4 parts" in capsys.readouterr().err
+        "20 images at a time do not fit into memory: now 5, in 4 micro-batches"
+        in capsys.readouterr().err
     )
 
 
-def test_no_part_of_one_image(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_micro_batch_of_one_image(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(digits)
-    monkeypatch.setattr(memory, "_try_training", lambda _: torch.empty(HUGE, dtype=torch.uint8))
-    with pytest.raises(DistclsError, match=r"out of memory with 3 images .* two in every part"):
+    monkeypatch.setattr(engine, "trial_step", lambda _: torch.empty(HUGE, dtype=torch.uint8))
+    with pytest.raises(DistclsError, match=r"out of memory with 3 images .* two in every micro"):
         fit_into_memory(engine)
 
 
@@ -83,7 +85,10 @@ def test_which_errors_are_of_memory() -> None:
 
 def test_other_errors_keep_their_traceback(digits: Path) -> None:
     engine = make_engine(digits)
-    with pytest.raises(RuntimeError, match="shapes"), explained(engine):
+    with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory(engine._config, engine):
         torch.ones(2, 3) @ torch.ones(2, 3)
-    with pytest.raises(DistclsError, match="out of memory with 20 images"), explained(engine):
+    with (
+        pytest.raises(DistclsError, match="out of memory with 20 images"),
+        explain_out_of_memory(engine._config, engine),
+    ):
         torch.empty(HUGE, dtype=torch.uint8)

@@ -14,7 +14,7 @@ from torch import Tensor
 from distcls.errors import BadValue
 from distcls.training.config import AugmentConfig
 from distcls.training.mixup import MIX_DRAWS, Mixed, Mixing
-from distcls.training.sampler import share, uniforms
+from distcls.training.sampler import shard, uniforms
 from tests.pictures import smooth
 
 SIZE = (24, 36)
@@ -149,8 +149,8 @@ def test_the_number_of_processes_changes_no_mix(count: int, world: int) -> None:
     targets = whole.targets(torch.from_numpy(part % 7), 7)
     seen = []
     for rank in range(world):
-        places = share(np.arange(count), rank, world, together=2)
-        mine = share(part, rank, world, together=2)
+        places = shard(np.arange(count), rank, world, group_size=2)
+        mine = shard(part, rank, world, group_size=2)
         assert np.array_equal(part[places], mine)
         own_draws = torch.from_numpy(uniforms(5, 2, mine, MIX_DRAWS))
         mixed = mixing(batch(100)[mine], own_draws)

@@ -16,7 +16,7 @@ from distcls.errors import UsageError
 from distcls.training.checkpointing import _copied
 from distcls.training.config import USUAL, OptimizerConfig
 from distcls.training.optim import require_usable
-from distcls.training.stability import Guard
+from distcls.training.stability import NonFiniteGuard
 from tests.optimizing import OURS, equal, gradients, made, network, train
 
 ours = pytest.mark.parametrize("config", OURS, ids=lambda config: config.name)
@@ -34,7 +34,7 @@ class Prepared:
 
 def guarded(model: nn.Module, one: torch.optim.Optimizer, steps: range, bad: set[int]) -> None:
     """Train with a guard; the gradients of `bad` steps are not finite."""
-    guard: Any = Guard([model], torch.device("cpu"), 9, [])
+    guard: Any = NonFiniteGuard([model], torch.device("cpu"), 9, [])
     for step in steps:
         for gradient in gradients(model, step):
             if step in bad:

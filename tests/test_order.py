@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distcls.training.sampler import DataOrder, Indices, share, uniforms
+from distcls.training.sampler import EpochSampler, Indices, shard, uniforms
 
 WEYL = 0x9E3779B97F4A7C15
 MASK = 2**64 - 1
 
 
-def epoch_batches(order: DataOrder, epoch: int) -> list[Indices]:
+def epoch_batches(order: EpochSampler, epoch: int) -> list[Indices]:
     permutation = order.permutation(epoch)
     return [permutation[slice(*order.bounds(step))] for step in range(order.steps)]
 
@@ -23,7 +23,7 @@ def epoch_batches(order: DataOrder, epoch: int) -> list[Indices]:
 def test_each_sample_once_in_batches_of_nearly_one_size(
     samples: int, batch_size: int, seed: int, epoch: int
 ) -> None:
-    order = DataOrder(samples=samples, batch_size=batch_size, seed=seed)
+    order = EpochSampler(samples=samples, batch_size=batch_size, seed=seed)
     batches = epoch_batches(order, epoch)
     sizes = [len(batch) for batch in batches]
     assert sorted(np.concatenate(batches).tolist()) == list(range(samples))
@@ -35,11 +35,11 @@ def test_each_sample_once_in_batches_of_nearly_one_size(
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 def test_the_shares_of_the_processes_partition_the_batch(world_size: int) -> None:
-    order = DataOrder(samples=103, batch_size=20, seed=3)
+    order = EpochSampler(samples=103, batch_size=20, seed=3)
     for batch in epoch_batches(order, 1):
-        shares = [share(batch, rank, world_size) for rank in range(world_size)]
-        assert sorted(np.concatenate(shares).tolist()) == sorted(batch.tolist())
-        sizes = [len(part) for part in shares]
+        shards = [shard(batch, rank, world_size) for rank in range(world_size)]
+        assert sorted(np.concatenate(shards).tolist()) == sorted(batch.tolist())
+        sizes = [len(part) for part in shards]
         assert max(sizes) - min(sizes) <= 1
         assert sizes == sorted(sizes, reverse=True)
 
@@ -48,30 +48,30 @@ def test_the_shares_of_the_processes_partition_the_batch(world_size: int) -> Non
 @pytest.mark.parametrize("size", [10, 11, 20, 23])
 def test_pairs_stay_together(world_size: int, size: int) -> None:
     batch = np.random.default_rng(0).permutation(50)[:size]
-    shares = [share(batch, rank, world_size, together=2) for rank in range(world_size)]
-    assert sorted(np.concatenate(shares).tolist()) == sorted(batch.tolist())
+    shards = [shard(batch, rank, world_size, group_size=2) for rank in range(world_size)]
+    assert sorted(np.concatenate(shards).tolist()) == sorted(batch.tolist())
     pairs = {tuple(batch[start : start + 2]) for start in range(0, size, 2)}
-    found = {tuple(own[start : start + 2]) for own in shares for start in range(0, len(own), 2)}
+    found = {tuple(own[start : start + 2]) for own in shards for start in range(0, len(own), 2)}
     assert found == pairs
-    sizes = [len(part) for part in shares]
+    sizes = [len(part) for part in shards]
     assert max(sizes) - min(sizes) <= 2
     assert min(sizes) >= 2
 
 
 def test_a_pure_function_of_seed_and_epoch() -> None:
-    order = DataOrder(samples=50, batch_size=8, seed=7)
+    order = EpochSampler(samples=50, batch_size=8, seed=7)
     np.random.seed(0)
     first = order.permutation(2)
     np.random.seed(1)
     order.permutation(9)
-    again = DataOrder(samples=50, batch_size=13, seed=7)
+    again = EpochSampler(samples=50, batch_size=13, seed=7)
     assert np.array_equal(again.permutation(2), first)
     assert not np.array_equal(order.permutation(3), first)
-    assert not np.array_equal(DataOrder(samples=50, batch_size=8, seed=8).permutation(2), first)
+    assert not np.array_equal(EpochSampler(samples=50, batch_size=8, seed=8).permutation(2), first)
 
 
 def test_permutations_are_even() -> None:
-    order = DataOrder(samples=5, batch_size=5, seed=0)
+    order = EpochSampler(samples=5, batch_size=5, seed=0)
     counts = np.zeros((5, 5))
     for epoch in range(2000):
         counts[np.arange(5), order.permutation(epoch)] += 1

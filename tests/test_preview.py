@@ -31,13 +31,13 @@ def trained_on(data: Path, epoch: int, **changes: Any) -> list[Examples]:
     """What the training loop itself hands to the network in the first two steps of an epoch."""
     engine = make_engine(data, **changes)
     seen: list[Examples] = []
-    make = engine.objective.examples
+    make = engine._objective.examples
 
     def recording(epoch: int, batch: Batch) -> Examples:
         seen.append(make(epoch, batch))
         return seen[-1]
 
-    engine.objective.examples = recording  # type: ignore[method-assign]
+    engine._objective.examples = recording  # type: ignore[method-assign]
     steps = engine.train_epoch(epoch)
     next(steps)
     next(steps)
@@ -62,7 +62,7 @@ def test_what_is_shown_is_what_is_trained_on(
     expected = torch.cat([examples.images for examples in seen])
     assert found.images.shape == (120, 28, 28, 3)
     assert torch.equal(found.images, expected[:120])
-    targets = torch.cat([examples.task for examples in seen])
+    targets = torch.cat([examples.targets for examples in seen])
     classes = Task(classes=tuple("0123456789"))
     assert found.labels == [label_text(target, classes) for target in targets[:120]]
     assert any(" + " in label for label in found.labels) == (augment is MIXED)

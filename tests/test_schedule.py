@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import (
 
 from distcls.config.schema import duration_in_steps
 from distcls.errors import BadValue
-from distcls.training.checkpointing import Progress
+from distcls.training.checkpointing import TrainingState
 from distcls.training.config import MonitorConfig
 from distcls.training.schedule import KINDS, USUAL, Schedule, ScheduleConfig, make_schedule
 
@@ -141,7 +141,7 @@ def judge(
     one: Schedule, scores: list[float], monitor: MonitorConfig
 ) -> tuple[list[float], list[bool]]:
     """The rate after each evaluation, one a step, and whether it fell."""
-    progress, found, falls = Progress(), [], []
+    progress, found, falls = TrainingState(), [], []
     for epoch, score in enumerate(scores, start=1):
         progress.epoch = epoch
         falls.append(one.judged(epoch, progress.judge(score, monitor)))

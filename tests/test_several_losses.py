@@ -27,7 +27,6 @@ from distcls.training.engine import Engine
 from distcls.training.inputs import choose_preprocess, open_input
 from distcls.training.loader import Batch
 from distcls.training.losses import given, make_loss
-from distcls.training.memory import try_pass
 from tests import several
 
 CPU = torch.device("cpu")
@@ -113,8 +112,8 @@ def make_engine(data: Path, **changes: Any) -> Engine:
 
 
 def batch_of(engine: Engine, count: int) -> Batch:
-    split, samples = engine.data.train, np.arange(count)
-    images = [engine.preprocess(split.image(index)) for index in samples]
+    split, samples = engine._data.train, np.arange(count)
+    images = [engine._preprocess(split.image(index)) for index in samples]
     return Batch(
         torch.from_numpy(np.stack(images)), torch.from_numpy(split.labels[samples]), samples
     )
@@ -122,36 +121,37 @@ def batch_of(engine: Engine, count: int) -> Batch:
 
 def test_a_step_trains_on_both_heads(texts: Path) -> None:
     engine = make_engine(texts)
-    begin, end = engine.order.bounds(0)
-    samples = engine.data.train_samples[engine.order.permutation(0)[begin:end]]
-    split = engine.data.train
-    images = np.stack([engine.preprocess(split.image(index)) for index in samples])
+    begin, end = engine._sampler.bounds(0)
+    samples = engine._data.train_samples[engine._sampler.permutation(0)[begin:end]]
+    split = engine._data.train
+    images = np.stack([engine._preprocess(split.image(index)) for index in samples])
     with torch.no_grad():
-        own = engine.model(torch.from_numpy(images))
+        own = engine._model(torch.from_numpy(images))
     truth = torch.from_numpy(split.labels[samples])
     losses = [F.cross_entropy(own[:, 6 * h : 6 * h + 6], truth[:, h]) for h in range(2)]
     report = next(iter(engine.train_epoch(0)))
     assert float(report.loss) == pytest.approx(float(losses[0] + losses[1]) / 2, rel=1e-4)
-    try_pass(engine, 3)  # what is tried before the first step takes such labels too
+    engine.trial_step(3)  # what is tried before the first step takes such labels too
 
 
 def test_mixed_heads_have_shares_that_add_up_to_one_each(texts: Path) -> None:
     engine = make_engine(texts, augment=AugmentConfig(mixup=0.4))
     batch = batch_of(engine, 11)
-    examples = engine.objective.examples(0, batch)
-    assert examples.task.shape == (11, 12)
-    for part in engine.data.task.slices:
-        torch.testing.assert_close(examples.task[:, part].sum(1), torch.ones(11))
+    examples = engine._objective.examples(0, batch)
+    assert examples.targets.shape == (11, 12)
+    for part in engine._data.task.slices:
+        torch.testing.assert_close(examples.targets[:, part].sum(1), torch.ones(11))
     # the last of an odd number stays as it is
-    expected = given(batch.labels, engine.data.task)[-1].float()
-    torch.testing.assert_close(examples.task[-1], expected)
+    expected = given(batch.labels, engine._data.task)[-1].float()
+    torch.testing.assert_close(examples.targets[-1], expected)
     # image and labels are the same mean of two
-    flat = given(batch.labels, engine.data.task).float()
+    flat = given(batch.labels, engine._data.task).float()
     one = next(index for index in range(0, 10, 2) if not torch.equal(flat[index], flat[index + 1]))
     other = one + 1
     place = int((flat[one] - flat[other]).abs().argmax())
     share = float(
-        (examples.task[one, place] - flat[other, place]) / (flat[one, place] - flat[other, place])
+        (examples.targets[one, place] - flat[other, place])
+        / (flat[one, place] - flat[other, place])
     )
     assert 0 < share < 1
     pixels = batch.images.float()
@@ -164,30 +164,30 @@ def test_mixed_heads_have_shares_that_add_up_to_one_each(texts: Path) -> None:
 def test_mixed_labels_are_shares_of_two_images_labels(tagged: Path, augment: AugmentConfig) -> None:
     engine = make_engine(tagged, loss=BCE, augment=augment)
     batch = batch_of(engine, 10)
-    examples = engine.objective.examples(0, batch)
+    examples = engine._objective.examples(0, batch)
     one, other = batch.labels[0].float(), batch.labels[1].float()
-    assert bool((examples.task[0] <= torch.maximum(one, other)).all())
-    assert bool((examples.task[0] >= torch.minimum(one, other)).all())
-    losses = engine.objective.losses(engine.model(examples.images), examples)
-    own = engine.model(examples.images)
-    expected = F.binary_cross_entropy_with_logits(own, examples.task, reduction="none").mean(1)
+    assert bool((examples.targets[0] <= torch.maximum(one, other)).all())
+    assert bool((examples.targets[0] >= torch.minimum(one, other)).all())
+    losses = engine._objective.losses(engine._model(examples.images), examples)
+    own = engine._model(examples.images)
+    expected = F.binary_cross_entropy_with_logits(own, examples.targets, reduction="none").mean(1)
     torch.testing.assert_close(losses, expected)
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "told"),
     [
-        ("tagged", {}, r"^loss\.name: .* has any number of labels an image; cross_entropy .* bce"),
-        ("texts", {"loss": BCE}, r"^loss\.name: .* several heads .* bce asks yes or no"),
+        ("tagged", {}, r"^loss\.name: .* has any number of labels per image; cross_entropy .* bce"),
+        ("texts", {"loss": BCE}, r"^loss\.name: .* one class per head; bce is binary"),
         (
             "texts",
             {"augment": AugmentConfig(cutmix=1.0)},
-            r"^augment\.cutmix: .* several heads .* the pasted box hides",
+            r"^augment\.cutmix: .* one class per head; the pasted box hides",
         ),
         (
             "texts",
             {"loss": LossConfig(class_weights="balanced")},
-            r"^loss\.class_weights: .* several weights",
+            r"^loss\.class_weights: .* more than one weight",
         ),
         (
             "tagged",
@@ -197,7 +197,7 @@ def test_mixed_labels_are_shares_of_two_images_labels(tagged: Path, augment: Aug
         (
             "tagged",
             {"loss": BCE, "distill": DistillConfig(teacher=Path("best.pth"))},
-            r"^distill\.teacher: .* one class an image alone",
+            r"^distill\.teacher: .* one class per image only",
         ),
         (
             "tagged",
@@ -207,7 +207,7 @@ def test_mixed_labels_are_shares_of_two_images_labels(tagged: Path, augment: Aug
         (
             "digits",
             {"monitor": MonitorConfig(metric="exact")},
-            r"^monitor\.metric: .* has one class an image; exact is of several answers",
+            r"^monitor\.metric: .* has one class per image; exact is for more",
         ),
     ],
 )

@@ -16,8 +16,13 @@ from torch.multiprocessing.spawn import spawn
 from distcls.errors import UsageError
 from distcls.models.checkpoint import load_tensors
 from distcls.training.config import OptimizerConfig, TrainConfig
-from distcls.training.fsdp import _units, _units_by_size, fill_optimizer, require_shardable
-from distcls.training.sampler import Shares
+from distcls.training.fsdp import (
+    _units,
+    _units_by_size,
+    load_full_optimizer_state,
+    require_shardable,
+)
+from distcls.training.sampler import ShardedSampler
 from tests.sharded_training import (
     FSDP,
     IN_BF16,
@@ -153,11 +158,11 @@ def test_what_sharding_excludes_matters_to_sharded_runs_alone(
     [
         ({"auto_micro_batch": True}, "fp32", {}, "auto_micro_batch tries .* choose --accumulate"),
         ({"compile": True}, "fp32", {}, "compile times .* leave --compile off"),
-        ({"optimizer": OptimizerConfig(name="lamb")}, "fp32", {}, "lamb may need whole .* adamw"),
+        ({"optimizer": OptimizerConfig(name="lamb")}, "fp32", {}, "lamb may need full .* adamw"),
         ({}, "fp16", {}, "precision: .* choose bf16 or fp32"),
-        ({}, "fp32", {"WORLD_SIZE": "1"}, "one process has nobody to share"),
+        ({}, "fp32", {"WORLD_SIZE": "1"}, "there is one process, and nothing to shard"),
         ({}, "fp32", {"FSDP_VERSION": "1"}, "fsdp_version: 2"),
-        ({}, "fp32", {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: .* say false"),
+        ({}, "fp32", {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: .* set it to false"),
         ({}, "fp32", {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient"),
         ({}, "fp32", {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "dropout would drop others"),
     ],
@@ -209,9 +214,9 @@ def test_units_by_class_name() -> None:
 @pytest.mark.parametrize("size", [1, 7, 89, 256])
 def test_passes_are_the_most_batches_of_any_process(count: int, size: int) -> None:
     samples = torch.arange(count).numpy()
-    shares = [Shares(rank=rank, world=3, together=1) for rank in range(3)]
-    found = [len(list(each.evaluation(samples, size))) for each in shares]
-    assert [each.passes(samples, size) for each in shares] == [max(found)] * 3
+    shards = [ShardedSampler(rank=rank, world_size=3, group_size=1) for rank in range(3)]
+    found = [len(list(each.evaluation(samples, size))) for each in shards]
+    assert [each.evaluation_passes(samples, size) for each in shards] == [max(found)] * 3
 
 
 def test_moments_are_laid_out_as_fused_kernels_take_them() -> None:
@@ -223,7 +228,7 @@ def test_moments_are_laid_out_as_fused_kernels_take_them() -> None:
         optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
         if saved is not None:
             layer.load_state_dict(saved["model"])
-            fill_optimizer(optimizer, saved["optimizer"])
+            load_full_optimizer_state(optimizer, saved["optimizer"])
         for step in steps:
             torch.manual_seed(step)
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Loss spikes: which losses are one, whenever somebody looks, and what a run writes of them."""
+"""Loss spikes: which losses are one, whenever they are read, and what a run writes of them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from distcls.training.stability import FEWEST, LOOK_EVERY, WINDOW, Spike, Spikes
+from distcls.training.stability import FEWEST, POLL_EVERY, WINDOW, LossSpike, LossSpikeDetector
 from tests.faults.survival import finish, start
 
 FALLING = [2.3 * 0.99**step for step in range(200)]
 
 
-def judged(losses: list[float], looks: int = 1) -> list[Spike]:
-    """What is found when somebody looks every so many steps."""
-    spikes, found = Spikes(), []
+def judged(losses: list[float], every: int = 1) -> list[LossSpike]:
+    """What is found when the losses are read every so many steps."""
+    spikes, found = LossSpikeDetector(), []
     for step, loss in enumerate(losses, start=1):
-        spikes.note(step, torch.tensor(loss))
-        found += spikes.look(now=step % looks == 0)
-    return found + spikes.look(now=True)
+        spikes.record(step, torch.tensor(loss))
+        found += spikes.poll(flush=step % every == 0)
+    return found + spikes.poll(flush=True)
 
 
 def with_spike(place: int, loss: float) -> list[float]:
@@ -36,11 +36,11 @@ def test_a_spike_is_found_and_held_against_the_median() -> None:
     assert spike.usual == pytest.approx(np.median(FALLING[150 - WINDOW : 150]), rel=1e-6)
 
 
-@pytest.mark.parametrize("looks", [1, 3, LOOK_EVERY, 1000])
-def test_when_somebody_looks_makes_no_difference(looks: int) -> None:
+@pytest.mark.parametrize("every", [1, 3, POLL_EVERY, 1000])
+def test_when_the_losses_are_read_makes_no_difference(every: int) -> None:
     losses = with_spike(100, 9.0)
     losses[120] = 7.0
-    assert judged(losses, looks) == judged(losses)
+    assert judged(losses, every) == judged(losses)
     assert [spike.step for spike in judged(losses)] == [101, 121]
     assert [spike.first for spike in judged(losses)] == [True, False]
 
@@ -75,14 +75,14 @@ def test_too_few_losses_say_nothing_and_a_lasting_rise_becomes_usual() -> None:
 
 def test_a_resumed_run_judges_as_an_unbroken_one() -> None:
     losses = with_spike(100, 8.0)
-    first, second = Spikes(), Spikes()
+    first, second = LossSpikeDetector(), LossSpikeDetector()
     for step in range(95):
-        first.note(step + 1, torch.tensor(losses[step]))
-    assert not first.look(now=True)
+        first.record(step + 1, torch.tensor(losses[step]))
+    assert not first.poll(flush=True)
     second.recent = first.recent
     for step in range(95, 200):
-        second.note(step + 1, torch.tensor(losses[step]))
-    assert second.look(now=True) == judged(losses)
+        second.record(step + 1, torch.tensor(losses[step]))
+    assert second.poll(flush=True) == judged(losses)
 
 
 def lines(out: Path, kind: str) -> list[dict[str, Any]]:

@@ -1,8 +1,11 @@
-"""Progress: which epoch is best, when to stop, and the state that a run resumes from."""
+"""The training state: which epoch is best, when to stop, and what a run resumes from."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,9 @@ import pytest
 import torch
 
 from distcls.errors import DistclsError, UsageError
+from distcls.models.checkpoint import save_tensors
 from distcls.models.config import ModelConfig
-from distcls.training.checkpointing import Checkpoints, Progress, load_state, states, to_content
+from distcls.training.checkpointing import BEST, CheckpointManager, TrainingState, states
 from distcls.training.config import (
     AugmentConfig,
     CheckpointConfig,
@@ -25,12 +29,12 @@ from distcls.training.config import (
 NAN = math.nan
 
 
-def judged(scores: list[float], monitor: MonitorConfig) -> tuple[list[bool], Progress]:
-    progress, verdicts = Progress(), []
+def judged(scores: list[float], monitor: MonitorConfig) -> tuple[list[bool], TrainingState]:
+    state, verdicts = TrainingState(), []
     for epoch, score in enumerate(scores, start=1):
-        progress.epoch = epoch
-        verdicts.append(progress.judge(score, monitor))
-    return verdicts, progress
+        state.epoch = epoch
+        verdicts.append(state.judge(score, monitor))
+    return verdicts, state
 
 
 @pytest.mark.parametrize(
@@ -48,12 +52,12 @@ def judged(scores: list[float], monitor: MonitorConfig) -> tuple[list[bool], Pro
 def test_which_epochs_are_the_best_so_far(
     metric: str, mode: Any, scores: list[float], verdicts: list[bool]
 ) -> None:
-    found, progress = judged(scores, MonitorConfig(metric=metric, mode=mode))
+    found, state = judged(scores, MonitorConfig(metric=metric, mode=mode))
     assert found == verdicts
     best = max(index for index, verdict in enumerate(verdicts) if verdict)
-    assert progress.best_epoch == best + 1
-    assert progress.best_score == scores[best]
-    assert progress.epochs_since_best == len(scores) - 1 - best
+    assert state.best_epoch == best + 1
+    assert state.best_score == scores[best]
+    assert state.epochs_since_best == len(scores) - 1 - best
 
 
 @pytest.mark.parametrize(
@@ -85,40 +89,49 @@ def test_small_changes_are_no_improvement(metric: str, sign: int) -> None:
 
 def test_patience() -> None:
     monitor = MonitorConfig(patience=2)
-    progress = Progress()
+    state = TrainingState()
     stops = []
     for score in (0.1, 0.2, 0.1, 0.3, NAN, 0.3, 0.2):
-        progress.epoch += 1
-        progress.judge(score, monitor)
-        stops.append(progress.out_of_patience(monitor))
+        state.epoch += 1
+        state.judge(score, monitor)
+        stops.append(state.out_of_patience(monitor))
     assert stops == [False, False, False, False, False, True, True]
-    assert not progress.out_of_patience(MonitorConfig(patience=None))
+    assert not state.out_of_patience(MonitorConfig(patience=None))
 
 
 def config(folder: Path, **changes: Any) -> TrainConfig:
-    return TrainConfig(**{"data": folder / "data", "out": folder / "run", **changes})
+    values = {"data": folder / "data", "out": folder / "run", "resume": "auto", **changes}
+    return TrainConfig(**values)
 
 
-def save_state(folder: Path, now: TrainConfig, progress: Progress, tensors: dict[str, Any]) -> None:
-    checkpoints = Checkpoints(folder, CheckpointConfig(), 0)
-    checkpoints.save(progress.step, to_content(now, progress, tensors))
-    checkpoints.close()
+def save_state(now: TrainConfig, state: TrainingState, tensors: dict[str, Any]) -> None:
+    with contextlib.closing(CheckpointManager(now)) as manager:
+        manager.save(state, tensors)
+
+
+def resume(now: TrainConfig) -> tuple[TrainingState, dict[str, Any]] | None:
+    return CheckpointManager(now).resume()
+
+
+def saved(folder: Path) -> list[Path]:
+    return states(folder / "run" / "last")
 
 
 def test_the_state_comes_back_as_it_was(tmp_path: Path) -> None:
-    progress = Progress(epoch=3, step=33, seconds=1.5, best_score=0.7, best_epoch=2)
-    progress.history.append({"epoch": 1, "loss": 2.5})
+    state = TrainingState(epoch=3, step=33, seconds=1.5, best_score=0.7, best_epoch=2)
+    state.history.append({"epoch": 1, "loss": 2.5})
+    state.top_models.append((0.7, "model_e2.pth"))
     tensors = {"model": {"w": torch.arange(3.0)}, "ema": None, "updates": 7}
-    save_state(tmp_path, config(tmp_path), progress, tensors)
-    loaded = load_state(tmp_path, config(tmp_path))
+    save_state(config(tmp_path), state, tensors)
+    loaded = resume(config(tmp_path))
     assert loaded is not None
-    assert loaded[0] == progress
+    assert loaded[0] == state
     assert torch.equal(loaded[1]["model"]["w"], torch.arange(3.0))
     assert (loaded[1]["ema"], loaded[1]["updates"]) == (None, 7)
 
 
 def test_no_state_is_no_error(tmp_path: Path) -> None:
-    assert load_state(tmp_path, config(tmp_path)) is None
+    assert resume(config(tmp_path)) is None
 
 
 @pytest.mark.parametrize(
@@ -136,16 +149,16 @@ def test_no_state_is_no_error(tmp_path: Path) -> None:
 def test_a_config_that_differs_is_refused_by_key(
     tmp_path: Path, key: str, changes: dict[str, Any]
 ) -> None:
-    save_state(tmp_path, config(tmp_path), Progress(), {})
+    save_state(config(tmp_path), TrainingState(), {})
     with pytest.raises(UsageError, match=rf"^{key}: .* given, but .*step_.*pth was written with"):
-        load_state(tmp_path, config(tmp_path, **changes))
+        resume(config(tmp_path, **changes))
 
 
 def test_what_does_not_shape_the_result_may_change(tmp_path: Path) -> None:
-    save_state(tmp_path, config(tmp_path), Progress(step=5), {})
+    save_state(config(tmp_path), TrainingState(step=5), {})
+    (tmp_path / "run").rename(tmp_path / "moved")
     changes: dict[str, Any] = {
         "out": tmp_path / "moved",
-        "resume": "auto",
         "quiet": True,
         "json": True,
         "processes": 2,
@@ -153,80 +166,162 @@ def test_what_does_not_shape_the_result_may_change(tmp_path: Path) -> None:
         "log_every": 3,
         "loader": LoaderConfig(workers=1, prefetch=9),
     }
-    loaded = load_state(tmp_path, config(tmp_path, **changes))
+    loaded = resume(config(tmp_path, **changes))
     assert loaded is not None
     assert loaded[0].step == 5
 
 
 def test_a_mapping_that_lost_a_name_is_refused(tmp_path: Path) -> None:
     both = LossConfig(class_weights={"cat": 2.0, "dog": 3.0})
-    save_state(tmp_path, config(tmp_path, loss=both), Progress(), {})
-    assert load_state(tmp_path, config(tmp_path, loss=both)) is not None
+    save_state(config(tmp_path, loss=both), TrainingState(), {})
+    assert resume(config(tmp_path, loss=both)) is not None
     for weights in ({"cat": 2.0}, None):
         with pytest.raises(UsageError, match=r"^loss\.class_weights.*None given"):
-            load_state(tmp_path, config(tmp_path, loss=LossConfig(class_weights=weights)))
+            resume(config(tmp_path, loss=LossConfig(class_weights=weights)))
 
 
 def test_equal_configs_with_sequences_are_equal(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"augment": AugmentConfig(resized_crop=(0.35, 1.0))}
-    save_state(tmp_path, config(tmp_path, **changes), Progress(), {})
-    assert load_state(tmp_path, config(tmp_path, **changes)) is not None
+    save_state(config(tmp_path, **changes), TrainingState(), {})
+    assert resume(config(tmp_path, **changes)) is not None
 
 
-def test_every_field_of_progress_is_saved(tmp_path: Path) -> None:
-    names = {field.name for field in dataclasses.fields(Progress)}
-    save_state(tmp_path, config(tmp_path), Progress(), {})
-    saved = torch.load(states(tmp_path)[0], weights_only=True)["progress"]
-    assert set(saved) == names
+def test_every_field_of_the_state_is_saved(tmp_path: Path) -> None:
+    """Under the name that it has always had in files."""
+    names = {field.name for field in dataclasses.fields(TrainingState)}
+    names = names - {"top_models"} | {"kept"}
+    save_state(config(tmp_path), TrainingState(), {})
+    content = torch.load(saved(tmp_path)[0], weights_only=True)["progress"]
+    assert set(content) == names
 
 
 def test_a_damaged_state_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (7, 14):
-        save_state(tmp_path, config(tmp_path), Progress(step=step), {"w": torch.zeros(1000)})
-    newest = states(tmp_path)[0]
+        save_state(config(tmp_path), TrainingState(step=step), {"w": torch.zeros(1000)})
+    newest = saved(tmp_path)[0]
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1  # inside the tensor: torch itself would load it
     newest.write_bytes(data)
-    loaded = load_state(tmp_path, config(tmp_path))
+    loaded = resume(config(tmp_path))
     assert loaded is not None
     assert loaded[0].step == 7
     assert f"{newest} is damaged" in capsys.readouterr().err
-    for path in states(tmp_path):
+    for path in saved(tmp_path):
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DistclsError, match="no state is whole"):
-        load_state(tmp_path, config(tmp_path))
+        resume(config(tmp_path))
+
+
+def write_state(now: TrainConfig, content: object, step: int = 1) -> Path:
+    """A file in a state's place, its checksum right."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    checksum = hashlib.sha256(buffer.getvalue()).hexdigest()[:32]
+    path = now.out / "last" / f"step_{step:08d}.{checksum}.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+    return path
 
 
 def test_another_file_in_the_states_place_is_refused(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), 0)
-    checkpoints.save(1, {"w": torch.zeros(3)})
-    checkpoints.close()
+    now = config(tmp_path)
+    write_state(now, {"w": torch.zeros(3)})
     with pytest.raises(UsageError, match=r"pth: not the state of a run"):
-        load_state(tmp_path, config(tmp_path))
+        resume(now)
+
+
+def changed(now: TrainConfig, **progress: Any) -> dict[str, Any]:
+    """A state's content with other values of its fields."""
+    save_state(now, TrainingState(step=1), {})
+    [path] = states(now.out / "last")
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    path.unlink()
+    content["progress"] |= progress
+    return content
+
+
+HOSTILE = [
+    "../notes.pth",
+    "/etc/notes.pth",
+    "a/b.pth",
+    "..",
+    "",
+    "config.yaml",
+    BEST,
+    "a\\b.pth",
+    7,
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("resumed", ["auto", "from a file"])
+def test_a_state_that_names_files_elsewhere_is_refused(
+    name: object, resumed: str, tmp_path: Path
+) -> None:
+    """Else the next model better than it would delete them."""
+    now = config(tmp_path)
+    content = changed(now, kept=[(0.5, "fine.pth"), (0.1, name)])
+    if resumed == "auto":
+        write_state(now, content)
+    else:
+        path = tmp_path / "model.pth"
+        save_tensors(path, {"card": {}, "model": {}, "state": content})
+        now = dataclasses.replace(now, resume=str(path))
+    with pytest.raises(UsageError, match=r"expected a plain file name ending in \.pth") as caught:
+        resume(now)
+    assert repr(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_state_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    now = config(tmp_path)
+    write_state(now, changed(now, moon="full"))
+    with pytest.raises(UsageError, match=r"a field 'moon' that this version does not know"):
+        resume(now)
 
 
 def test_the_newest_states_are_kept_and_leftovers_go(tmp_path: Path) -> None:
-    (tmp_path / ".step_00000003.abc.pth.xyz.part").write_bytes(b"half")
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep_last=3), 0)
-    for step in (5, 10, 100, 15, 20):  # after 100 the run has gone back: that one was damaged
-        checkpoints.save(step, {"step": step})
-    checkpoints.close()
-    kept = [torch.load(path, weights_only=True)["step"] for path in states(tmp_path)]
-    assert kept == [20, 15, 10]
-    assert not list(tmp_path.glob(".step_*"))
+    now = config(tmp_path, checkpoint=CheckpointConfig(keep_last=3))
+    last = now.out / "last"
+    last.mkdir(parents=True)
+    leftovers = [
+        last / ".step_00000003.abc.pth.xyz.part",
+        now.out / ".best.pth.xyz.part",
+        now.out / ".mobilenet_e1_0.5.pth.xyz.part",
+    ]
+    for path in leftovers:
+        path.write_bytes(b"half")
+    other = CheckpointManager(now, main_process=False)
+    assert all(path.exists() for path in leftovers)  # the main process may be writing them
+    other.close()
+    with contextlib.closing(CheckpointManager(now)) as manager:
+        assert not any(path.exists() for path in leftovers)
+        for step in (5, 10, 100, 15, 20):  # after 100 the run has gone back: that one was damaged
+            manager.save(TrainingState(step=step), {})
+    progress = [torch.load(path, weights_only=True)["progress"] for path in saved(tmp_path)]
+    assert [values["step"] for values in progress] == [20, 15, 10]
 
 
 def test_a_state_is_a_copy_of_its_moment(tmp_path: Path) -> None:
     weights = torch.zeros(1000, 1000)
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), 0)
-    checkpoints.save(1, {"w": weights})
+    manager = CheckpointManager(config(tmp_path))
+    manager.save(TrainingState(step=1), {"w": weights})
     weights += 1  # training goes on while the state is written
-    checkpoints.close()
-    assert float(torch.load(states(tmp_path)[0], weights_only=True)["w"].sum()) == 0
+    manager.close()
+    content = torch.load(saved(tmp_path)[0], weights_only=True)
+    assert float(content["tensors"]["w"].sum()) == 0
+
+
+def test_other_processes_than_the_main_one_write_nothing(tmp_path: Path) -> None:
+    now = config(tmp_path, checkpoint=CheckpointConfig(every_steps=1))
+    with contextlib.closing(CheckpointManager(now, main_process=False)) as manager:
+        assert not manager.due(1000)
+        manager.save(TrainingState(step=1), {})
+    assert not now.out.exists()
 
 
 @pytest.mark.parametrize(
-    ("config", "due"),
+    ("options", "due"),
     [
         (CheckpointConfig(every_steps=5, every_minutes=None), [False, True]),
         (CheckpointConfig(every_minutes=None), [False, False]),
@@ -234,7 +329,9 @@ def test_a_state_is_a_copy_of_its_moment(tmp_path: Path) -> None:
         (CheckpointConfig(every_minutes=60), [False, False]),
     ],
 )
-def test_when_a_state_is_due(tmp_path: Path, config: CheckpointConfig, due: list[bool]) -> None:
-    checkpoints = Checkpoints(tmp_path, config, step=100)
-    assert [checkpoints.due(104), checkpoints.due(105)] == due
-    checkpoints.close()
+def test_when_a_state_is_due(tmp_path: Path, options: CheckpointConfig, due: list[bool]) -> None:
+    now = config(tmp_path, checkpoint=options)
+    save_state(now, TrainingState(step=100), {})
+    with contextlib.closing(CheckpointManager(now)) as manager:
+        assert manager.resume() is not None
+        assert [manager.due(104), manager.due(105)] == due

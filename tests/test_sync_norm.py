@@ -15,8 +15,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from distcls.training.distributed import SyncNorm, synchronise_norms
-from distcls.training.sampler import share
+from distcls.training.distributed import CpuSyncBatchNorm, convert_sync_batch_norm
+from distcls.training.sampler import shard
 
 IMAGES, CHANNELS = 7, 5
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -73,9 +73,9 @@ def work(rank: int, world: int, folder: Path) -> None:
     seen = []
     for dtype, layout, affine in cases():
         images, target = make_images(dtype)
-        mine = share(np.arange(IMAGES), rank, world)
+        mine = shard(np.arange(IMAGES), rank, world)
         model = nn.Sequential(make_norm(dtype, affine=affine))
-        synchronise_norms(model, torch.device("cpu"))
+        convert_sync_batch_norm(model, torch.device("cpu"))
         own = images[mine].contiguous(memory_format=layout)
         seen.append(observe(model[0], own, target[mine]))
     torch.save(seen, folder / f"{rank}.pt")
@@ -146,17 +146,17 @@ def network() -> nn.Sequential:
 def test_conversion_changes_no_name_and_no_tensor() -> None:
     model = network()
     before: dict[str, Any] = dict(model.state_dict(keep_vars=True))
-    synchronise_norms(model, torch.device("cpu"))
+    convert_sync_batch_norm(model, torch.device("cpu"))
     after: dict[str, Any] = dict(model.state_dict(keep_vars=True))
     assert list(before) == list(after)
     assert all(before[name] is after[name] for name in before)
-    assert sum(isinstance(module, SyncNorm) for module in model.modules()) == 2
+    assert sum(isinstance(module, CpuSyncBatchNorm) for module in model.modules()) == 2
     network().load_state_dict(model.state_dict())
 
 
 def test_conversion_for_gpus_is_torchs_own() -> None:
     model = network()
-    synchronise_norms(model, torch.device("cuda"))
+    convert_sync_batch_norm(model, torch.device("cuda"))
     assert sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules()) == 2
     network().load_state_dict(model.state_dict())
 
@@ -173,8 +173,8 @@ def test_the_activation_inside_of_timms_norms_stays() -> None:
     expected = observe(norm_with_activation(), images, target)
     assert float(expected["evaluation"].min()) == 0
     model = nn.Sequential(norm_with_activation())
-    synchronise_norms(model, torch.device("cpu"))
-    assert isinstance(model[0], SyncNorm)
+    convert_sync_batch_norm(model, torch.device("cpu"))
+    assert isinstance(model[0], CpuSyncBatchNorm)
     own = observe(model[0], images, target)
     assert own.keys() == expected.keys()
     assert all(torch.equal(own[name], expected[name]) for name in expected)
@@ -182,14 +182,14 @@ def test_the_activation_inside_of_timms_norms_stays() -> None:
 
 def test_the_activation_stays_on_gpus_too() -> None:
     model = nn.Sequential(norm_with_activation())
-    synchronise_norms(model, torch.device("cuda"))
+    convert_sync_batch_norm(model, torch.device("cuda"))
     assert isinstance(model[0], nn.SyncBatchNorm)
     assert isinstance(model[0].act, nn.ReLU)
 
 
 def test_copies_are_independent_and_keep_the_mode() -> None:
     model = network().eval()
-    synchronise_norms(model, torch.device("cpu"))
+    convert_sync_batch_norm(model, torch.device("cpu"))
     assert not any(module.training for module in model.modules())
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -201,5 +201,5 @@ def test_copies_are_independent_and_keep_the_mode() -> None:
 def test_a_single_process_is_plain_batch_norm() -> None:
     images, target = make_images(torch.float32)
     expected = observe(make_norm(torch.float32), images, target)
-    own = observe(SyncNorm.of(make_norm(torch.float32)), images, target)
+    own = observe(CpuSyncBatchNorm.of(make_norm(torch.float32)), images, target)
     assert all(torch.equal(own[name], expected[name]) for name in expected)

@@ -107,11 +107,13 @@ def test_the_step_learns_from_the_teacher(digits: Path, tmp_path: Path) -> None:
     checkpoint(path, DIGITS, size=(24, 20))
     distill = DistillConfig(teacher=path, weight=0.7)
     engine = make_engine(digits, distill=distill)
-    samples = engine.data.train_samples[engine.order.permutation(0)[slice(*engine.order.bounds(0))]]
-    split = engine.data.train
-    images = torch.from_numpy(np.stack([engine.preprocess(split.image(i)) for i in samples]))
+    samples = engine._data.train_samples[
+        engine._sampler.permutation(0)[slice(*engine._sampler.bounds(0))]
+    ]
+    split = engine._data.train
+    images = torch.from_numpy(np.stack([engine._preprocess(split.image(i)) for i in samples]))
     with torch.no_grad():
-        logits = engine.model(images)
+        logits = engine._model(images)
     losses = F.cross_entropy(logits, torch.from_numpy(split.labels[samples]), reduction="none")
     answers = Teacher(distill, DIGITS, CPU).logits(images)
     expected = 0.3 * losses.mean() + 0.7 * np.mean(distance(answers, logits, 4.0))

@@ -20,7 +20,7 @@ MOST = 400
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShowConfig(TrainConfig):
-    """A training run's keys, with a picture in the place of its directory."""
+    """A training run's keys, but `out` is an image file."""
 
     data: Path = positional()
     """Dataset directory."""

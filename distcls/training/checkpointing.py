@@ -1,33 +1,38 @@
-"""Models kept under names of their own: the best few epochs, beside the stable `best.pth`.
+"""The checkpoints of a run: `best.pth`, the top-k models, and the training states in `last/`.
 
-The checksum (the first half of the SHA-256) stands in the name, so one rename makes file and
-checksum appear together. An older state goes only after the newer one is whole.
+`CheckpointManager` writes them all, each beside its place, flushed and renamed. A training state
+has its checksum (the first half of the SHA-256) in its name, so one rename makes file and checksum
+appear together; an older one goes only after the newer one is complete.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
 import io
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from distcls.config import dump_yaml
 from distcls.config.load import current_names, flatten
 from distcls.errors import DistclsError, UsageError
-from distcls.files import atomic_path
+from distcls.files import atomic_path, second_name, writable, write_text
 from distcls.log import say, warn
-from distcls.models.checkpoint import load_tensors
-from distcls.training.config import CheckpointConfig, MonitorConfig, TrainConfig
+from distcls.model_card import ModelCard
+from distcls.models.checkpoint import load_tensors, save_checkpoint
+from distcls.training.config import MonitorConfig, TrainConfig
 
+BEST, LAST, HISTORY = "best.pth", "last", "history.csv"
 MAY_CHANGE = (
     "out",
     "resume",
@@ -43,10 +48,13 @@ MAY_CHANGE = (
     "loader.",
 )
 """Config keys that a resumed run may give other values; all others shape the result."""
+ON_DISK = {"top_models": "kept"}
+"""Fields of `TrainingState` that files have under another name, the one they had before 0.3."""
+STATE_NAME = re.compile(r"step_(\d+)\.([0-9a-f]{32})\.pth")
 
 
 @dataclasses.dataclass
-class Progress:
+class TrainingState:
     """Everything a run has to remember besides tensors."""
 
     epoch: int = 0
@@ -58,7 +66,7 @@ class Progress:
     loss_sum: float = 0.0
     """Sum of the losses of the unfinished epoch's images so far."""
     accumulate: int | None = None
-    """Parts that a step is cut into: the config's number, or what memory allowed."""
+    """Micro-batches of a step: the config's number, or what memory allowed."""
     evaluation_batch: int | None = None
     """Images evaluated at a time."""
     seconds: float = 0.0
@@ -68,8 +76,8 @@ class Progress:
     epochs_since_best: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     """One row an epoch, as in history.csv."""
-    kept: list[tuple[float, str]] = dataclasses.field(default_factory=list)
-    """Score and file name of the kept models, best first."""
+    top_models: list[tuple[float, str]] = dataclasses.field(default_factory=list)
+    """Score and file name of the top-k models in the run directory, best first."""
 
     def judge(self, score: float, monitor: MonitorConfig) -> bool:
         """Take the score of the epoch just finished; True if it is the best so far.
@@ -94,96 +102,141 @@ class Progress:
         """Whether early stopping is due."""
         return monitor.patience is not None and self.epochs_since_best >= monitor.patience
 
+    def to_plain(self) -> dict[str, Any]:
+        """As plain values, under the names that files have."""
+        return {ON_DISK.get(name, name): value for name, value in dataclasses.asdict(self).items()}
 
-def to_content(config: TrainConfig, progress: Progress, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Everything a later process needs, as plain values and tensors."""
-    return {
-        "config": dump_yaml(config),
-        "progress": dataclasses.asdict(progress),
-        "tensors": tensors,
-    }
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any], path: Path) -> TrainingState:
+        """What `to_plain` gave. Raises UsageError, naming `path`, for anything else.
+
+        A file name that leads out of the run directory is refused: that file would be deleted once
+        a better model displaces it.
+        """
+        names = {ON_DISK.get(name, name): name for name in cls.__dataclass_fields__}
+        if unknown := sorted(set(values) - set(names)):
+            raise UsageError(
+                f"{path}: its training state has a field {unknown[0]!r} that this version does "
+                "not know; resume it with the version that wrote it"
+            )
+        state = cls(**{names[name]: value for name, value in values.items()})
+        for _, name in state.top_models:
+            if not _is_model_name(name):
+                raise UsageError(
+                    f"{path}: its training state names {name!r} as a model of the run, expected a "
+                    "plain file name ending in .pth; the file is damaged or forged"
+                )
+        return state
 
 
-def load_state(folder: Path, config: TrainConfig) -> tuple[Progress, dict[str, Any]] | None:
-    """Read the newest whole state, or None if there is none.
+def _is_model_name(name: object) -> bool:
+    """Whether it is the name of a file that the top-k models may have, in the run directory."""
+    if not isinstance(name, str) or "\\" in name or "\0" in name:
+        return False
+    return name == Path(name).name and name.endswith(".pth") and name != BEST
 
-    Raises UsageError if it is none, or if the config differs from the state's in a key that shapes
-    the result; DistclsError if all states are damaged.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpochModel:
+    """The weights of an epoch that are to be saved: the best of those that it evaluated."""
+
+    weights: Mapping[str, Tensor]
+    card: ModelCard
+    score: float
+    """Their value of the monitored metric."""
+    best: bool
+    """Whether it is the best so far."""
+
+
+class CheckpointManager:
+    """Finds, reads and writes the checkpoints of a run directory.
+
+    All processes read a state, the main one alone writes: on the others saving does nothing.
     """
-    found = newest_whole(folder)
-    if found is None:
-        return None
-    return _state(*found, config)
 
-
-def load_kept_state(path: Path, config: TrainConfig) -> tuple[Progress, dict[str, Any]]:
-    """Read the state within a kept model. Raises UsageError if it has none, or as `load_state`."""
-    content = load_tensors(path)
-    if "state" not in content:
-        raise UsageError(
-            f"{path}: holds no state to resume from (checkpoint.save_training_state writes it)"
-        )
-    return _state(path, content["state"], config)
-
-
-def _state(
-    path: Path, content: dict[str, Any], config: TrainConfig
-) -> tuple[Progress, dict[str, Any]]:
-    if set(content) != {"config", "progress", "tensors"}:
-        raise UsageError(f"{path}: not the state of a run; remove it to start anew")
-    _check_same_config(content["config"], dump_yaml(config), path)
-    return Progress(**content["progress"]), content["tensors"]
-
-
-def _check_same_config(saved: str, now: str, path: Path) -> None:
-    before = current_names(flatten(yaml.safe_load(saved)))
-    after = flatten(yaml.safe_load(now))
-    for key in {**after, **before}:  # a mapping's keys may be in one of them alone
-        if key.startswith(MAY_CHANGE) or before.get(key) == after.get(key):
-            continue
-        raise UsageError(
-            f"{key}: {after.get(key)!r} given, but {path} was written with {before.get(key)!r}; "
-            "a resumed run keeps its config"
-        )
-
-
-NAME = re.compile(r"step_(\d+)\.([0-9a-f]{32})\.pth")
-
-
-class Checkpoints:
-    """Writes states in the background, one at a time."""
-
-    def __init__(self, folder: Path, config: CheckpointConfig, step: int) -> None:
-        self._folder = folder
+    def __init__(self, config: TrainConfig, *, main_process: bool = True) -> None:
+        """Remove what a killed run was writing."""
         self._config = config
-        self._step = step
-        self._time = time.monotonic()
+        self._main_process = main_process
+        self._folder = config.out / LAST
+        self._saved_step, self._saved_at = 0, time.monotonic()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="distcls-checkpoint")
-        self._task: Future[None] | None = None
-        for part in folder.glob(".step_*.part"):  # what a killed process was writing
-            part.unlink(missing_ok=True)
+        self._writing: Future[None] | None = None
+        if main_process:
+            with writable(config.out):
+                for folder in (self._folder, config.out):
+                    for unfinished in folder.glob(".*.pth.*.part"):
+                        unfinished.unlink(missing_ok=True)
+
+    def resume(self) -> tuple[TrainingState, dict[str, Any]] | None:
+        """The state to go on from, with `Engine.state_dict()`; None to start anew.
+
+        Raises UsageError if it is none, or if the config differs from the state's in a key that
+        shapes the result; DistclsError if all states are damaged.
+        """
+        resume = self._config.resume
+        if resume == "none":
+            return None
+        if resume == "auto":
+            source = self._folder
+            newest = newest_whole(source)
+            if newest is None:
+                return None
+            found = _read_state(*newest, self._config)
+        else:
+            source = Path(resume)
+            content = load_tensors(source)
+            if "state" not in content:
+                raise UsageError(
+                    f"{source}: holds no state to resume from "
+                    "(checkpoint.save_training_state writes it)"
+                )
+            found = _read_state(source, content["state"], self._config)
+        state, _ = found
+        self._saved_step, self._saved_at = state.step, time.monotonic()
+        say(f"resumed from {source} after step {state.step}, epoch {state.epoch}")
+        return found
+
+    def save_epoch(self, state: TrainingState, tensors: dict[str, Any], model: EpochModel) -> None:
+        """Write what an epoch leaves: best.pth, the top-k models, history.csv, the training state.
+
+        The state comes last: a resume starts from it, and writes the others again. `tensors` are
+        `Engine.state_dict()` at the end of the epoch.
+        """
+        if not self._main_process:
+            return
+        if model.best:
+            save_checkpoint(self._config.out / BEST, model.weights, model.card)
+        self._save_top_k(state, tensors, model)
+        _write_history(self._config.out / HISTORY, state.history)
+        self.save(state, tensors)
 
     def due(self, step: int) -> bool:
         """Whether a state within the epoch is due after `step` steps."""
-        steps, minutes = self._config.every_steps, self._config.every_minutes
-        if steps is not None and step - self._step >= steps:
+        steps, minutes = self._config.checkpoint.every_steps, self._config.checkpoint.every_minutes
+        if not self._main_process:
+            return False
+        if steps is not None and step - self._saved_step >= steps:
             return True
-        return minutes is not None and time.monotonic() - self._time >= 60 * minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def save(self, step: int, content: dict[str, Any]) -> None:
-        """Copy the state after `step` steps and write the copy while training goes on.
+    def save(self, state: TrainingState, tensors: dict[str, Any]) -> None:
+        """Copy the training state as it is now and write the copy while training goes on.
 
         Raises DistclsError if the one before could not be written (naming path and free space).
         """
+        if not self._main_process:
+            return
         self.wait()
-        self._step, self._time = step, time.monotonic()
-        self._task = self._pool.submit(self._write, step, _copied(content))
+        self._saved_step, self._saved_at = state.step, time.monotonic()
+        content = _copied(_to_content(self._config, state, tensors))
+        self._writing = self._pool.submit(self._write, state.step, content)
 
     def wait(self) -> None:
         """Return when nothing is being written any more; raises what went wrong."""
-        if self._task is not None:
-            task, self._task = self._task, None
-            task.result()
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def close(self) -> None:
         """Finish writing."""
@@ -201,9 +254,50 @@ class Checkpoints:
             part.write_bytes(data)
         others = [other for other in states(self._folder) if other != path]
         # a state of this step or a later one was damaged, or this run would have started from it
-        whole = [other for other in others if step_of(other) < step]
-        for other in set(others) - set(whole[: self._config.keep_last - 1]):
+        older = [other for other in others if step_of(other) < step]
+        for other in set(others) - set(older[: self._config.checkpoint.keep_last - 1]):
             other.unlink()
+
+    def _save_top_k(self, state: TrainingState, tensors: dict[str, Any], model: EpochModel) -> None:
+        """Save the epoch's model if it is among the best, and remove the one it displaces.
+
+        `state.top_models` remembers the files, so that a resumed run goes on ranking.
+        """
+        config, options = self._config, self._config.checkpoint
+        if options.save_top_k == 0 or (options.save_best_only and not model.best):
+            return
+        name = options.filename.format(
+            model=config.model.name,
+            epoch=state.epoch,
+            step=state.step,
+            metric=config.monitor.metric,
+            score=model.score,
+        )
+        sign = -1.0 if config.monitor.resolved_mode == "max" else 1.0
+
+        def place(row: tuple[float, str]) -> float:
+            return math.inf if math.isnan(row[0]) else sign * row[0]
+
+        others = [(score, file) for score, file in state.top_models if file != name]
+        ranking = sorted([*others, (model.score, name)], key=place)[: options.save_top_k]
+        state.top_models = ranking  # before writing: the file may carry the state itself
+        if (model.score, name) in ranking:
+            self._write_top_model(config.out / name, state, tensors, model)
+            say(f"saved {config.out / name} ({config.monitor.metric} {model.score:.5f})")
+        for _, file in others:
+            if file not in {ranked for _, ranked in ranking}:
+                (config.out / file).unlink(missing_ok=True)  # a killed run may have come so far
+
+    def _write_top_model(
+        self, path: Path, state: TrainingState, tensors: dict[str, Any], model: EpochModel
+    ) -> None:
+        if self._config.checkpoint.save_training_state:
+            content = _to_content(self._config, state, tensors)
+            save_checkpoint(path, model.weights, model.card, content)
+        elif model.best:  # the same content, just written: not serialised and flushed again
+            second_name(self._config.out / BEST, path)
+        else:
+            save_checkpoint(path, model.weights, model.card)
 
 
 def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -211,29 +305,66 @@ def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
     Damaged ones are passed over with a warning. Raises DistclsError if all are.
     """
-    candidates = states(folder)
-    for path in candidates:
-        name = NAME.fullmatch(path.name)
+    found = states(folder)
+    for path in found:
+        name = STATE_NAME.fullmatch(path.name)
         assert name is not None
         if _checksum(path.read_bytes()) == name[2]:
             return path, load_tensors(path)
         warn(f"{path} is damaged (its checksum is wrong); the state before it is tried")
-    if candidates:
+    if found:
         raise DistclsError(f"{folder}: no state is whole; start anew in another --out")
     return None
 
 
 def states(folder: Path) -> list[Path]:
     """The states in a folder, newest first."""
-    found = [path for path in folder.glob("step_*.pth") if NAME.fullmatch(path.name)]
+    found = [path for path in folder.glob("step_*.pth") if STATE_NAME.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
     """The step in a state's name."""
-    name = NAME.fullmatch(path.name)
+    name = STATE_NAME.fullmatch(path.name)
     assert name is not None
     return int(name[1])
+
+
+def _to_content(
+    config: TrainConfig, state: TrainingState, tensors: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything a later process needs, as plain values and tensors."""
+    return {"config": dump_yaml(config), "progress": state.to_plain(), "tensors": tensors}
+
+
+def _read_state(
+    path: Path, content: object, config: TrainConfig
+) -> tuple[TrainingState, dict[str, Any]]:
+    if not isinstance(content, dict) or set(content) != {"config", "progress", "tensors"}:
+        raise UsageError(f"{path}: not the state of a run; remove it to start anew")
+    _require_same_config(content["config"], dump_yaml(config), path)
+    return TrainingState.from_plain(content["progress"], path), content["tensors"]
+
+
+def _require_same_config(saved: str, now: str, path: Path) -> None:
+    before = current_names(flatten(yaml.safe_load(saved)))
+    after = flatten(yaml.safe_load(now))
+    for key in {**after, **before}:  # a mapping's keys may be in one of them alone
+        if key.startswith(MAY_CHANGE) or before.get(key) == after.get(key):
+            continue
+        raise UsageError(
+            f"{key}: {after.get(key)!r} given, but {path} was written with {before.get(key)!r}; "
+            "a resumed run keeps its config"
+        )
+
+
+def _write_history(path: Path, history: list[dict[str, float]]) -> None:
+    """Rewrite history.csv from all epochs so far."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(history[-1]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_text(path, table.getvalue())
 
 
 def _checksum(data: bytes | memoryview) -> str:
@@ -242,56 +373,10 @@ def _checksum(data: bytes | memoryview) -> str:
 
 def _copied(value: Any) -> Any:
     """A copy in main memory that training does not change any more."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_copied(item) for item in value)
     return value
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Epoch:
-    """What a file's name and its place in the ranking are made from."""
-
-    number: int
-    """Counted from 1."""
-    step: int
-    score: float
-    """Its value of the monitored metric."""
-    best: bool
-    """Whether it is the best so far."""
-
-
-def keep(
-    config: TrainConfig, progress: Progress, epoch: Epoch, write: Callable[[Path], None]
-) -> None:
-    """Have `write` write this epoch's model if it is to be kept, and remove what it displaces.
-
-    `progress.kept` remembers the files, best first, so that a resumed run goes on counting.
-    """
-    options, mode = config.checkpoint, config.monitor.resolved_mode
-    if options.save_top_k == 0 or (options.save_best_only and not epoch.best):
-        return
-    name = options.filename.format(
-        model=config.model.name,
-        epoch=epoch.number,
-        step=epoch.step,
-        metric=config.monitor.metric,
-        score=epoch.score,
-    )
-    sign = -1.0 if mode == "max" else 1.0
-
-    def place(row: tuple[float, str]) -> float:
-        return math.inf if math.isnan(row[0]) else sign * row[0]
-
-    others = [(score, file) for score, file in progress.kept if file != name]
-    ranking = sorted([*others, (epoch.score, name)], key=place)[: options.save_top_k]
-    progress.kept = ranking  # before writing: the file may carry the state itself
-    if (epoch.score, name) in ranking:
-        write(config.out / name)
-        say(f"saved {config.out / name} ({config.monitor.metric} {epoch.score:.5f})")
-    for _, file in others:
-        if file not in {kept for _, kept in ranking}:
-            (config.out / file).unlink(missing_ok=True)  # a killed run may have come so far

@@ -1,4 +1,4 @@
-"""Distillation: what a trained model says of the same images, as a second target of training."""
+"""Knowledge distillation: a trained model's predictions as a second target of training."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from distcls.training.config import DistillConfig
 
 
 class Teacher:
-    """A trained model, of any architecture and input size, that knows the same classes.
+    """A trained model of any architecture and input size, with the same classes.
 
-    It sees the images as the student does, augmented and mixed, scaled to its own input size.
+    It gets the images that the student gets, augmented and mixed, scaled to its own input size.
     """
 
     def __init__(self, config: DistillConfig, classes: Sequence[str], device: torch.device) -> None:
-        """Open it. Raises UsageError for a file that is no model, and for other classes."""
+        """Load it. Raises UsageError for a file that is no model, and for other classes."""
         if config.teacher is None:
             raise ValueError("no teacher is configured")
         self._temperature = config.resolved_temperature
-        self._share = config.resolved_weight
+        self._weight = config.resolved_weight
         try:
             self._model: Model = load_model(config.teacher, str(device))
         except UsageError as error:
@@ -42,17 +42,17 @@ class Teacher:
         self._size = tuple(self._model.card.preprocess.size)
 
     def teach(self, losses: Tensor, logits: Tensor, images: Tensor) -> Tensor:
-        """Loss of each image, [B]: a mean of `losses` and of the distance to the teacher's answer.
+        """Loss of each image, [B]: a mean of `losses` and of the distance to the teacher.
 
         The distance is temperature^2 * KL(teacher || student) of the probabilities at that
         temperature (Hinton et al.: Distilling the Knowledge in a Neural Network, 2015). Logits of
         the student [B, classes], images [B, H, W, 3] in 0..255.
         """
-        answers = self.logits(images).to(logits.dtype) / self._temperature
+        teacher = self.logits(images).to(logits.dtype) / self._temperature
         own = F.log_softmax(logits / self._temperature, dim=1)
-        target = F.log_softmax(answers, dim=1)
+        target = F.log_softmax(teacher, dim=1)
         distance = F.kl_div(own, target, reduction="none", log_target=True).sum(1)
-        return (1 - self._share) * losses + self._share * self._temperature**2 * distance
+        return (1 - self._weight) * losses + self._weight * self._temperature**2 * distance
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -62,10 +62,10 @@ class Teacher:
             scaled = F.interpolate(pixels, list(self._size), mode="bilinear", antialias=True)
             images = scaled.permute(0, 2, 3, 1)
         if isinstance(self._model, TorchModel):
-            answers = self._model.model(images).float()
+            logits = self._model.model(images).float()
         else:
             if images.is_floating_point():
                 images = images.round().clamp(0, 255).to(torch.uint8)
             found = self._model.logits(images.cpu().numpy())
-            answers = torch.from_numpy(found).to(images.device)
-        return torch.index_select(answers, 1, self._order)
+            logits = torch.from_numpy(found).to(images.device)
+        return torch.index_select(logits, 1, self._order)

@@ -1,6 +1,6 @@
-"""Where a run runs: processes, device, precision and threads; batch norm over all processes.
+"""Processes, device, precision and threads of a run; sums and batch norm over all processes.
 
-torch.nn.SyncBatchNorm refuses CPU tensors; `SyncNorm` is its counterpart for them.
+torch.nn.SyncBatchNorm refuses CPU tensors; `CpuSyncBatchNorm` is its counterpart for them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast,
+    reduce,
+)
 from torch import Tensor, nn
 
 from distcls.errors import BadValue, DistclsError, UsageError
@@ -41,7 +46,7 @@ def start(config: TrainConfig) -> Accelerator:
         keep_freed_memory()
     # torch's default buckets copy every gradient once more
     parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    handlers = [parallel, time_limit(config.collective_timeout)]
+    handlers = [parallel, process_group_timeout(config.collective_timeout)]
     mixed = "no" if precision == "fp32" else precision
     # accelerate keeps the precision of an earlier run of this process, and refuses any other
     AcceleratorState._reset_state()
@@ -66,7 +71,7 @@ def start(config: TrainConfig) -> Accelerator:
 
 
 def check_processes(wanted: int | None) -> None:
-    """Raise UsageError if there are not as many processes as were asked for."""
+    """Raise UsageError if there are not as many processes as the config demands."""
     found = world_size()
     if wanted is not None and found != wanted:
         raise UsageError(
@@ -74,17 +79,17 @@ def check_processes(wanted: int | None) -> None:
             f"`accelerate launch --multi_gpu --num_processes {wanted} -m distcls.train ...` "
             "(with --multi_gpu also on CPUs)"
         )
-    # accelerate's launcher names a meeting point for several processes, then starts a single one
+    # accelerate's launcher sets a rendezvous address for N processes, then starts a single one
     # where it finds neither GPUs nor mpirun (1.15: --cpu --num_processes 2)
-    meeting_point = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
-    if meeting_point and "WORLD_SIZE" not in os.environ:
+    rendezvous = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if rendezvous and "WORLD_SIZE" not in os.environ:
         raise UsageError(
             "accelerate was told to start several processes but started one; on CPUs add "
             "--multi_gpu, or use `torchrun --standalone --nproc_per_node N -m distcls.train ...`"
         )
 
 
-def time_limit(seconds: float) -> InitProcessGroupKwargs:
+def process_group_timeout(seconds: float) -> InitProcessGroupKwargs:
     """How long a process waits for the others in a collective operation.
 
     Without it gloo waits half an hour, NCCL 10 minutes. A process group that a launcher (Ray) has
@@ -96,10 +101,10 @@ def time_limit(seconds: float) -> InitProcessGroupKwargs:
 
 
 @contextlib.contextmanager
-def lost_processes_explained(limit: float) -> Iterator[None]:
+def explain_lost_processes(limit: float) -> Iterator[None]:
     """Turn the failure of a collective operation into a DistclsError.
 
-    Its cause is another process, which has its own last words or none.
+    Its cause is another process, which may have printed an error of its own.
     """
     try:
         yield
@@ -131,13 +136,27 @@ def choose_precision(wanted: str) -> str:
 
 
 def set_threads(wanted: int | None) -> None:
-    """Share the cores among this machine's processes (launchers leave one thread to each)."""
+    """Divide the cores among this machine's processes (launchers leave one thread to each)."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(wanted or max(1, available_cores() // local))
 
 
-class _Statistics(NamedTuple):
-    """Of one batch over all processes."""
+def any_process(*flags: bool) -> list[bool]:
+    """For each flag, whether any process has raised it. All processes have to call this."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return list(flags)
+    raised = torch.tensor(flags, dtype=torch.float32, device=state.device)
+    return [bool(count) for count in reduce(raised, reduction="sum").tolist()]
+
+
+def sum_over_processes(term: Tensor) -> float:
+    """The sum of each process's term, []. All processes have to call this."""
+    return float(reduce(term, reduction="sum"))
+
+
+class _BatchStatistics(NamedTuple):
+    """Statistics of one batch over all processes."""
 
     mean: Tensor
     """Of each channel, [C]."""
@@ -147,8 +166,8 @@ class _Statistics(NamedTuple):
     """How many a channel has."""
 
 
-class SyncNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose statistics, in training, are those of all processes' batches together.
+class CpuSyncBatchNorm(nn.BatchNorm2d):
+    """nn.BatchNorm2d whose statistics, in training, are those of all processes' batches combined.
 
     The processes' batches may differ in size. Parameters, buffers and their names are those of
     nn.BatchNorm2d, and so is all it does in evaluation or in a single process. In training every
@@ -156,7 +175,7 @@ class SyncNorm(nn.BatchNorm2d):
     """
 
     @classmethod
-    def of(cls, norm: nn.BatchNorm2d) -> SyncNorm:
+    def of(cls, norm: nn.BatchNorm2d) -> CpuSyncBatchNorm:
         """The same layer, synchronised; it holds the very tensors of `norm`."""
         sync = cls(
             norm.num_features,
@@ -173,7 +192,7 @@ class SyncNorm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] of floats to the same shape. Raises ValueError for one value a channel."""
-        if not self.training or not _several_processes():
+        if not self.training or not _is_distributed():
             return super().forward(input)
         self._check_input_dim(input)
         batch = _global_statistics(input)
@@ -197,7 +216,7 @@ class SyncNorm(nn.BatchNorm2d):
         self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
 
 
-class SyncNormAct(SyncNorm):
+class CpuSyncBatchNormAct(CpuSyncBatchNorm):
     """timm's BatchNormAct2d, synchronised: dropout and activation follow the normalisation."""
 
     drop: nn.Module
@@ -209,7 +228,7 @@ class SyncNormAct(SyncNorm):
         return output
 
 
-def synchronise_norms(model: nn.Module, device: torch.device) -> None:
+def convert_sync_batch_norm(model: nn.Module, device: torch.device) -> None:
     """Replace, in place, every batch norm of `model` by one over all processes."""
     if device.type != "cpu":
         convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
@@ -223,19 +242,19 @@ def synchronise_norms(model: nn.Module, device: torch.device) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.BatchNorm2d:
-                setattr(module, name, SyncNorm.of(child))
+                setattr(module, name, CpuSyncBatchNorm.of(child))
             elif isinstance(child, nn.BatchNorm2d) and _activates(child):
-                setattr(module, name, SyncNormAct.of(child))
+                setattr(module, name, CpuSyncBatchNormAct.of(child))
 
 
 @torch.no_grad()
-def share_buffers(*models: nn.Module) -> None:
-    """Hand the main process's running statistics to all.
+def broadcast_buffers(*models: nn.Module) -> None:
+    """Send the main process's running statistics to all.
 
-    Each process has its own from the images it saw. DDP hands the main process's on at every
+    Each process has its own from the images it saw. DDP broadcasts the main process's at every
     forward pass, and a state holds no others, so a resumed run goes on as this one does.
     """
-    if not _several_processes():
+    if not _is_distributed():
         return
     for model in {id(model): model for model in models}.values():
         for buffer in model.buffers():
@@ -284,7 +303,7 @@ class _Normalise(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _global_statistics(x: Tensor) -> _Statistics:
+def _global_statistics(x: Tensor) -> _BatchStatistics:
     """The statistics of `x`, [N, C, H, W], and the other processes' together.
 
     Each process's own are merged (Chan, Golub, LeVeque: Algorithms for Computing the Sample
@@ -298,11 +317,11 @@ def _global_statistics(x: Tensor) -> _Statistics:
     dist.all_gather(gathered, own)
     table, channels = torch.stack(gathered), len(mean)
     means, variances, counts = table[:, :channels], table[:, channels:-1], table[:, -1:]
-    shares = counts / counts.sum()
-    merged = (shares * means).sum(0)
-    spread = (shares * (variances + (means - merged) ** 2)).sum(0)
-    return _Statistics(merged.to(precision), spread.to(precision), float(counts.sum()))
+    weights = counts / counts.sum()
+    merged = (weights * means).sum(0)
+    spread = (weights * (variances + (means - merged) ** 2)).sum(0)
+    return _BatchStatistics(merged.to(precision), spread.to(precision), float(counts.sum()))
 
 
-def _several_processes() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,27 +13,38 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import reduce
-from torch import Tensor
+from torch import Tensor, nn
 
-from distcls.errors import UsageError
 from distcls.evaluation.metrics import AnyTally, Metrics, new_tally, tally_of
 from distcls.imaging import Preprocess
-from distcls.models.classifier import Classifier
+from distcls.models.classifier import Classifier, count_macs, count_parameters
+from distcls.models.factory import stem_stride
 from distcls.training.augment import Augment
 from distcls.training.config import TrainConfig
-from distcls.training.distributed import share_buffers, synchronise_norms
-from distcls.training.freezing import Freezing, freeze_for_good
-from distcls.training.fsdp import Sharding, fill, fill_optimizer, gathered, whole
+from distcls.training.distributed import (
+    CpuSyncBatchNorm,
+    broadcast_buffers,
+    convert_sync_batch_norm,
+)
+from distcls.training.freezing import FreezeSchedule, freeze_by_name
+from distcls.training.fsdp import (
+    Sharding,
+    full_tensor,
+    gather_full,
+    load_full_optimizer_state,
+    load_full_state,
+)
 from distcls.training.inputs import TrainingInput
 from distcls.training.loader import Batch, make_loader
 from distcls.training.losses import Objective
 from distcls.training.optim import make_optimizer
-from distcls.training.sampler import DataOrder, Shares
+from distcls.training.sampler import EpochSampler, MicroBatching, ShardedSampler
 from distcls.training.schedule import make_schedule
-from distcls.training.stability import Guard, Spikes
-from distcls.training.weight_averaging import Ema, LastEpochs
+from distcls.training.stability import Anomalies, LossSpikeDetector, NonFiniteGuard
+from distcls.training.weight_averaging import WeightAverages
 
-EVALUATION_BATCH = 256
+MOMENTS = 3
+"""Copies of the weights that an optimiser holds at most: Ranger has two means and slow weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,14 +56,35 @@ class StepReport:
     images: int
     """Images of its global batch."""
     loss: Tensor
-    """This process's part of the batch's mean loss, on the device: reading it would wait."""
+    """This process's term of the batch's mean loss, [], on the device: reading it would wait."""
     lr: float
-    skipped: list[int]
-    """Steps found out since the last report to have been skipped, their gradients not finite."""
+    data_wait: float
+    """Seconds that the step stood waiting for its images."""
+    anomalies: Anomalies
+    """Found since the last report, in this step and the ones before."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSummary:
+    """What a run trains, in numbers."""
+
+    parameters: int
+    macs: int
+    """Multiply-accumulates of one image in one forward pass."""
+    stem_stride: int | None
+    sharded: bool
+    """Whether the weights are sharded (FSDP)."""
+    steps_per_epoch: int
+    accumulate: int
+    """Micro-batches of a step."""
 
 
 class Engine:
-    """Model, optimiser and data of a run, and how they move on by a step."""
+    """The training step of a run and the evaluation after each epoch.
+
+    Model, optimiser, data order and randomness are its own; a caller trains, evaluates, and saves
+    or loads its state.
+    """
 
     def __init__(
         self,
@@ -61,224 +94,299 @@ class Engine:
         model: Classifier,
         preprocess: Preprocess,
     ) -> None:
-        self.config = config
-        self.accelerator = accelerator
-        self.data = data
-        self.preprocess = preprocess
-        self.sharding = Sharding(accelerator)
-        self.model = self.sharding.place(model, config.memory_format)
-        if config.sync_batch_norm and accelerator.num_processes > 1:
-            synchronise_norms(self.model, accelerator.device)
-        decay = config.ema.decay
-        self.ema = Ema(self.model, decay) if decay is not None else None
-        last = config.average.last_epochs
-        self.average = LastEpochs(self.model, last=last, epochs=config.epochs) if last else None
-        freeze_for_good(config.freeze, self.model)
-        sharded = self.sharding.on
-        optimizer = make_optimizer(config.optimizer, self.model, config.lr, sharded=sharded)
-        # `parallel` is the model in its DDP and autocast wrappers; `model` stays the bare one
-        averages = [each.model for each in (self.ema, self.average) if each is not None]
-        self.parallel, self.optimizer = self.sharding.prepare(self.model, optimizer, averages)
-        self.order = DataOrder(
+        """Raises UsageError if the global batch is too small for the processes."""
+        self._config = config
+        self._accelerator = accelerator
+        self._data = data
+        self._preprocess = preprocess
+        world_size = int(accelerator.num_processes)
+        self._sampler = EpochSampler(
             samples=len(data.train_samples), batch_size=config.batch_size, seed=config.seed
         )
-        self.accumulate = config.accumulate
-        self.evaluation_batch = EVALUATION_BATCH
-        self.check_batch_size()
-        self._parameters = list(self.model.parameters())
-        self.spikes = Spikes()
-        modules = [self.model] + ([] if self.ema is None else [self.ema.model])
-        ids = data.train.image_ids
-        self.guard = Guard(modules, accelerator.device, config.max_nonfinite_steps, ids)
-        self.schedule = make_schedule(config.schedule, config.lr, self.order.steps, config.epochs)
-        self.freezing = Freezing(config.freeze, self.model, self.order.steps, config.epochs)
-        self.augment = Augment(config.augment, preprocess.size)
-        self.objective = Objective(config, data, self.augment, accelerator.device)
-        reading = self.augment.reading(preprocess)
-        self.train_loader = make_loader(config.loader, data.train, reading, accelerator)
-        self.val_loader = make_loader(config.loader, data.val, preprocess, accelerator)
-        self.shares = Shares(
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            together=self.objective.together,
+        self.micro_batching = MicroBatching(
+            sampler=self._sampler, world_size=world_size, accumulate=config.accumulate
         )
+        self.micro_batching.require_possible()
+        self._prepare_model(model)
+        self._schedule = make_schedule(
+            config.schedule, config.lr, self.steps_per_epoch, config.epochs
+        )
+        self._freezing = FreezeSchedule(
+            config.freeze, self._model, self.steps_per_epoch, config.epochs
+        )
+        self._augment = Augment(config.augment, preprocess.size)
+        self._objective = Objective(config, data, self._augment, accelerator.device)
+        reading = self._augment.reading(preprocess)
+        self._train_loader = make_loader(config.loader, data.train, reading, accelerator)
+        self._val_loader = make_loader(config.loader, data.val, preprocess, accelerator)
+        self._shards = ShardedSampler(
+            rank=accelerator.process_index,
+            world_size=world_size,
+            group_size=self._objective.group_size,
+        )
+
+    def _prepare_model(self, model: Classifier) -> None:
+        """The model with what moves and watches its weights: optimiser, averages, guard."""
+        config, accelerator = self._config, self._accelerator
+        self._sharding = Sharding(accelerator)
+        self._model = self._sharding.place(model, config.memory_format)
+        if config.sync_batch_norm and accelerator.num_processes > 1:
+            convert_sync_batch_norm(self._model, accelerator.device)
+        self._averages = WeightAverages(config, self._model)
+        freeze_by_name(config.freeze, self._model)
+        optimizer = make_optimizer(
+            config.optimizer, self._model, config.lr, sharded=self._sharding.on
+        )
+        # `_wrapped` is the model in its DDP and autocast wrappers; `_model` stays the bare one
+        self._wrapped, self._optimizer = self._sharding.prepare(
+            self._model, optimizer, self._averages.models
+        )
+        self._parameters = list(self._model.parameters())
+        self._guard = NonFiniteGuard(
+            [self._model, *self._averages.updated_each_step],
+            accelerator.device,
+            config.max_nonfinite_steps,
+            self._data.train.image_ids,
+        )
+        self._spikes = LossSpikeDetector()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch."""
+        return self._sampler.steps
 
     def train_epoch(self, epoch: int, first: int = 0) -> Iterator[StepReport]:
         """Run the steps of `epoch` (counted from 0) from its step `first` on, yielding after each.
 
         Raises DistclsError for too many skipped steps in a row.
         """
-        self.parallel.train()
-        done = epoch * self.order.steps
-        samples = self.data.train_samples
-        plan = self.shares.training(samples, self.order, epoch, first, self.accumulate)
-        batches = self.train_loader.batches(plan)
+        self._wrapped.train()
+        done = epoch * self.steps_per_epoch
+        micro_batches = self._shards.training(
+            self._data.train_samples, self._sampler, epoch, first, self.micro_batching.accumulate
+        )
+        batches = self._train_loader.batches(micro_batches)
         with contextlib.closing(batches):
-            for step in range(first, self.order.steps):
-                begin, end = self.order.bounds(step)
-                lr = self.schedule.rate(done + step)
-                loss, skipped = self._step(epoch, done + step, lr, end - begin, batches)
-                if step == self.order.steps - 1:
-                    skipped += self.guard.look()
+            for step in range(first, self.steps_per_epoch):
+                begin, end = self._sampler.bounds(step)
+                lr, waited = self._schedule.rate(done + step), self._train_loader.waited
+                loss = self._step(epoch, done + step, lr, end - begin, batches)
                 yield StepReport(
-                    step=done + step + 1, images=end - begin, loss=loss, lr=lr, skipped=skipped
+                    step=done + step + 1,
+                    images=end - begin,
+                    loss=loss,
+                    lr=lr,
+                    data_wait=self._train_loader.waited - waited,
+                    anomalies=self.poll_anomalies(flush=step == self.steps_per_epoch - 1),
                 )
-        if self.average is not None:
-            self.average.take(epoch, self.model)
+        self._averages.after_epoch(epoch, self._model)
+
+    def poll_anomalies(self, *, flush: bool = True) -> Anomalies:
+        """What went wrong in the steps that are not read yet; they wait for more unless `flush`.
+
+        All processes have to call this. Raises DistclsError for too many skipped steps in a row.
+        """
+        skipped = self._guard.poll(flush=flush)
+        return Anomalies(skipped=skipped, spikes=self._spikes.poll(flush=flush))
 
     def evaluate(self) -> dict[str, Metrics]:
-        """Metrics of each of the `candidates` on validation.
+        """Metrics on validation of each of the evaluated weights: raw, EMA, averaged.
 
-        Every process takes its share of the samples, none is padded, and the tallies are added.
+        Every process evaluates its shard of the samples, none is padded, and the tallies are added.
         """
-        candidates = self.candidates
-        share_buffers(self.model, *candidates.values())
-        tallies = {name: new_tally(self.data.task) for name in candidates}
-        plan = self.shares.evaluation(self.data.val_samples, self.evaluation_batch)
-        passes = self.shares.passes(self.data.val_samples, self.evaluation_batch)
-        models = list(candidates.values())
+        evaluated = self._averages.evaluated(self._model)
+        broadcast_buffers(self._model, *evaluated.values())
+        tallies = {name: new_tally(self._data.task) for name in evaluated}
+        samples, size = self._data.val_samples, self.micro_batching.evaluation_batch
+        passes = self._shards.evaluation_passes(samples, size)
+        models = list(evaluated.values())
         # without autocast: the figures shall be those of `distcls evaluate`
-        with self.sharding.evaluating(models, passes, self.preprocess.size) as forward:
-            for batch in self.val_loader.batches(plan):
-                outputs = forward(batch.images.to(self.accelerator.device))
+        with self._sharding.evaluating(models, passes, self._preprocess.size) as forward:
+            for batch in self._val_loader.batches(self._shards.evaluation(samples, size)):
+                outputs = forward(batch.images.to(self._accelerator.device))
                 for tally, logits in zip(tallies.values(), outputs, strict=True):
                     tally.update(logits.float().cpu().numpy(), batch.labels.numpy())
-        return {name: self._of_all(tally).metrics() for name, tally in tallies.items()}
+        return {name: self._summed(tally).metrics() for name, tally in tallies.items()}
 
-    def any_of(self, *flags: bool) -> list[bool]:
-        """For each flag, whether any process has raised it. All processes have to call this."""
-        if self._world == 1:
-            return list(flags)
-        raised = torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device)
-        return [bool(count) for count in reduce(raised, reduction="sum").tolist()]
+    def end_epoch(self, step: int, *, improved: bool) -> float | None:
+        """Tell the schedule of the epoch that ended after `step` steps.
 
-    @property
-    def candidates(self) -> dict[str, Classifier]:
-        """The models of which the better is saved, under their names in `weights_of`."""
-        if self.average is not None and self.average.taken:
-            return {"average": self.average.model}
-        averages = {} if self.ema is None else {"ema": self.ema.model}
-        return {**averages, "weights": self.model}
-
-    def total(self, part: Tensor) -> float:
-        """The sum of each process's part."""
-        return float(reduce(part, reduction="sum"))
-
-    def tensors(self) -> dict[str, Any]:
-        """Everything that changes in training, for `load_tensors` of a later run.
-
-        All processes have to call this; sharded weights are gathered for the main one alone.
+        Returns the learning rate if it falls because the monitored metric did not improve.
         """
-        scaler = self.accelerator.scaler
-        content = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+        return self._schedule.rate(step) if self._schedule.judged(step, improved) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes in training, for `load_state_dict` of a later run.
+
+        All processes have to call this, with no anomaly unread; sharded weights are gathered for
+        the main process alone.
+        """
+        scaler = self._accelerator.scaler
+        state = {
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "ema": None if self.ema is None else self.ema.model.state_dict(),
-            "ema_updates": None if self.ema is None else self.ema.updates,
-            "schedule": self.schedule.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "recent_losses": self.spikes.recent,
+            "schedule": self._schedule.state_dict(),
+            "recent_losses": self._spikes.recent,
+            **self._averages.state_dict(),
         }
-        keep = self.accelerator.is_main_process
-        return gathered(content, keep=keep) if self.sharding.on else content
+        keep = self._accelerator.is_main_process
+        return gather_full(state, keep=keep) if self._sharding.on else state
 
-    def weights_of(self, candidate: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
-        """The state dict of one of the `candidates` within what `tensors` gave."""
-        average = tensors["average"] or {}
-        places = {"weights": tensors["model"], "ema": tensors["ema"]}
-        weights: dict[str, Tensor] = {**places, "average": average.get("model")}[candidate]
-        return weights
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the state of an earlier run."""
+        load_full_state(self._model, state["model"])
+        load_full_optimizer_state(self._optimizer, state["optimizer"])
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
+        self._averages.load_state_dict(state)
+        self._schedule.load_state_dict(state["schedule"])
+        self._spikes.recent = state.get("recent_losses", self._spikes.recent)
+        self._guard.back_up()
 
-    def load_tensors(self, saved: dict[str, Any]) -> None:
-        """Go on from the tensors of an earlier run."""
-        fill(self.model, saved["model"])
-        fill_optimizer(self.optimizer, saved["optimizer"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        if self.ema is not None:
-            fill(self.ema.model, saved["ema"])
-            self.ema.updates = saved["ema_updates"]
-        if self.average is not None:
-            self.average.load_state_dict(saved["average"])
-        self.schedule.load_state_dict(saved["schedule"])
-        self.spikes.recent = saved.get("recent_losses", self.spikes.recent)
+    def summary(self) -> EngineSummary:
+        """What is trained, in numbers."""
+        return EngineSummary(
+            parameters=count_parameters(self._model),
+            macs=count_macs(self._model, self._preprocess.size),
+            stem_stride=stem_stride(self._model.backbone),
+            sharded=self._sharding.on,
+            steps_per_epoch=self.steps_per_epoch,
+            accumulate=self.micro_batching.accumulate,
+        )
 
-    def check_batch_size(self) -> None:
-        """Raise UsageError if a part of a step is too small for batch norm."""
-        if not self.can_accumulate(self.accumulate):
-            raise UsageError(
-                f"batch_size: {self.config.batch_size} is too small to share among "
-                f"{self._world} processes in {self.accumulate} parts each: batch "
-                "normalisation needs two images in every part"
-            )
+    def compile(self) -> None:
+        """Have torch.compile compile the model in place, at its next forward pass."""
+        self._model.compile()
 
-    def can_accumulate(self, parts: int) -> bool:
-        """Whether each of a process's `parts` of every step has two images or more."""
-        return self.order.smallest_batch >= 2 * parts * self._world
+    def trial_step(self, images: int) -> float:
+        """Seconds of a forward and a backward pass over `images` images of random pixels.
 
-    @property
-    def micro_batch(self) -> int:
-        """Images that a process trains on at a time, in the largest part of the largest step."""
-        largest = -(-self.order.samples // self.order.steps)
-        return -(-largest // (self._world * self.accumulate))
+        On this process alone, beside as much memory as the gradients and moments of a step take.
+        It leaves no trace: batch norm's statistics, the modules' modes and the random states are
+        put back, and no gradient is kept.
+        """
+        model, device = self._model, self._accelerator.device
+        with _unchanged(model, device):
+            model.train()
+            for module in model.modules():
+                if isinstance(module, nn.SyncBatchNorm | CpuSyncBatchNorm):
+                    module.eval()  # in training it would wait for a process out of memory
+            reserved = self._reserve()
+            began = time.perf_counter()
+            pixels = _random_pixels(images, self._augment.canvas, device)
+            indices = np.arange(images) % len(self._data.train)
+            labels = torch.from_numpy(self._data.train.labels[indices]).to(device)
+            examples = self._objective.examples(0, Batch(pixels, labels, indices))
+            loss = self._objective.losses(model(examples.images), examples).sum()
+            trainable = [p for p in self._parameters if p.requires_grad]
+            torch.autograd.grad(loss, trainable, allow_unused=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - began
+            del reserved
+        return seconds
 
-    @property
-    def _world(self) -> int:
-        return int(self.accelerator.num_processes)
+    def trial_evaluation(self) -> None:
+        """A forward pass over a batch of evaluation, without a trace as `trial_step`."""
+        model, device = self._model, self._accelerator.device
+        with _unchanged(model, device), torch.inference_mode():
+            reserved = self._reserve()
+            size = self.micro_batching.evaluation_batch
+            pixels = _random_pixels(size, self._preprocess.size, device)
+            for evaluated in self._averages.evaluated(model).values():
+                Classifier.forward(evaluated.eval(), pixels)
+            del reserved
 
-    def _of_all(self, tally: AnyTally) -> AnyTally:
-        """The sum of all processes' tallies."""
-        vector = torch.from_numpy(tally.vector()).to(self.accelerator.device)
-        total = reduce(vector, reduction="sum")
-        return tally_of(total.cpu().numpy(), self.data.task)
+    def _reserve(self) -> list[Tensor]:
+        """Memory that a step has in use besides a pass: gradients accumulated so far, moments."""
+        made = self._optimizer.optimizer.state
+        return [
+            torch.empty_like(parameter)
+            for parameter in self._parameters
+            if parameter.requires_grad
+            for _ in range(1 if parameter in made else 1 + MOMENTS)
+        ]
 
     def _step(
         self, epoch: int, step: int, lr: float, images: int, batches: Iterator[Batch]
-    ) -> tuple[Tensor, list[int]]:
-        """One optimiser step over `accumulate` batches of this process.
+    ) -> Tensor:
+        """One optimiser step over `accumulate` micro-batches of this process.
 
-        Returns this process's part of the mean loss, and the steps found out to be skipped.
+        Returns this process's term of the mean loss, [].
         """
+        world_size = self._accelerator.num_processes
         # dropout's randomness belongs to the step: nothing of it has to be saved for a resume
-        torch.manual_seed(_step_seed(self.config.seed, step, self.accelerator.process_index))
-        self.freezing.begin(step, alone=self._world == 1)
-        for group in self.optimizer.param_groups:
+        torch.manual_seed(_step_seed(self._config.seed, step, self._accelerator.process_index))
+        self._freezing.begin(step, alone=world_size == 1)
+        for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        parts: list[Tensor] = []
-        seen: list[int] = []
-        for part in range(self.accumulate):
-            # sharded gradients are added up in parts: whole ones would take the memory saved
-            add_up = self.sharding.on or part == self.accumulate - 1
-            alone = contextlib.nullcontext() if add_up else self.accelerator.no_sync(self.parallel)
-            with alone:
+        losses: list[Tensor] = []
+        samples: list[int] = []
+        accumulate = self.micro_batching.accumulate
+        for number in range(accumulate):
+            # sharded gradients are reduced with each micro-batch: in full they would take the
+            # memory that sharding saves
+            synced = self._sharding.on or number == accumulate - 1
+            local = self._accelerator.no_sync
+            with contextlib.nullcontext() if synced else local(self._wrapped):
                 batch = next(batches)
-                losses = self._losses(epoch, batch)
+                micro_losses = self._losses(epoch, batch)
                 # DDP takes the mean over processes, so each has to count for all of them
-                self.accelerator.backward(losses.sum() * (self._world / images))
-            parts.append(losses.detach())
-            seen += batch.indices.tolist()
-        self.freezing.drop_gradients(step)
-        # without a limit the norm is taken all the same: it tells whether the gradients are finite
-        limit = self.config.optimizer.clip_norm or math.inf
-        norm = whole(self.accelerator.clip_grad_norm_(self._parameters, limit))
-        scaled = self.accelerator.scaler is not None
-        bad = self.guard.step(norm, self.optimizer, scaled=scaled)
-        self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(self.model)
-        losses = torch.cat(parts)
-        skipped = self.guard.note(step + 1, bad, losses, seen)
-        mean = losses.sum() / images
-        self.spikes.note(step + 1, mean)
-        # a skipped step has no part in the epoch's mean loss
-        return torch.where(bad, 0.0, mean), skipped
+                self._accelerator.backward(micro_losses.sum() * (world_size / images))
+            losses.append(micro_losses.detach())
+            samples += batch.indices.tolist()
+        self._freezing.drop_gradients(step)
+        bad = self._update()
+        all_losses = torch.cat(losses)
+        self._guard.record(step + 1, bad, all_losses, samples)
+        mean = all_losses.sum() / images
+        self._spikes.record(step + 1, mean)
+        # a skipped step does not count in the epoch's mean loss
+        return torch.where(bad, 0.0, mean)
 
     def _losses(self, epoch: int, batch: Batch) -> Tensor:
-        """Loss of each image of a batch, [B]."""
-        examples = self.objective.examples(epoch, batch)
-        logits = self.sharding.logits(self.parallel, examples.images)
-        return self.objective.losses(logits, examples)
+        """Loss of each image of a micro-batch, [B]."""
+        examples = self._objective.examples(epoch, batch)
+        logits = self._sharding.logits(self._wrapped, examples.images)
+        return self._objective.losses(logits, examples)
+
+    def _update(self) -> Tensor:
+        """Clip the gradients and step optimiser and averages; whether it was skipped, bool []."""
+        # without a limit the norm is taken all the same: it tells whether the gradients are finite
+        limit = self._config.optimizer.clip_norm or math.inf
+        norm = full_tensor(self._accelerator.clip_grad_norm_(self._parameters, limit))
+        scaled = self._accelerator.scaler is not None
+        bad = self._guard.step(norm, self._optimizer, scaled=scaled)
+        self._optimizer.zero_grad()
+        self._averages.after_step(self._model)
+        return bad
+
+    def _summed(self, tally: AnyTally) -> AnyTally:
+        """The sum of all processes' tallies."""
+        vector = torch.from_numpy(tally.vector()).to(self._accelerator.device)
+        total = reduce(vector, reduction="sum")
+        return tally_of(total.cpu().numpy(), self._data.task)
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put back batch norm's statistics, the modules' modes and the random states afterwards."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
+
+
+def _random_pixels(count: int, size: tuple[int, int], device: torch.device) -> Tensor:
+    return torch.randint(256, (count, *size, 3), dtype=torch.uint8, device=device)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -1,4 +1,4 @@
-"""Layers that do not learn: the backbone for a while, or those of some names for good."""
+"""Frozen layers: the backbone for a while, or layers by name for the whole run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distcls.training.config import FreezeConfig
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-def freeze_for_good(config: FreezeConfig, model: nn.Module) -> None:
+def freeze_by_name(config: FreezeConfig, model: nn.Module) -> None:
     """Take the parameters that `names` match out of training; before the optimiser is made.
 
     Raises UsageError for a pattern that matches nothing, and if nothing is left to train.
@@ -32,8 +32,8 @@ def freeze_for_good(config: FreezeConfig, model: nn.Module) -> None:
         raise UsageError("freeze.names: nothing is left to train; leave out a pattern")
 
 
-class Freezing:
-    """What learns in each step, a pure function of the step.
+class FreezeSchedule:
+    """Which parameters learn in each step, a pure function of the step.
 
     A frozen batch norm keeps its running statistics and normalises by them: those of the new images
     would spoil what the layers above it were made for.
@@ -49,23 +49,23 @@ class Freezing:
         self._backbone = [p for name, p in named.items() if name not in head and p.requires_grad]
         still = {id(p) for p in named.values() if not p.requires_grad}
         self._norms: list[nn.Module] = []
-        self._norms_for_good: list[nn.Module] = []
+        self._norms_by_name: list[nn.Module] = []
         for name, module in model.named_modules():
             own = [id(parameter) for parameter in module.parameters(recurse=False)]
             if not isinstance(module, BatchNorm):
                 continue
             if own and still.issuperset(own):
-                self._norms_for_good.append(module)
+                self._norms_by_name.append(module)
             elif not any(key.startswith(f"{name}.") for key in head):
                 self._norms.append(module)
 
     def begin(self, step: int, *, alone: bool) -> None:
-        """Make `step` (counted from 0) ready, of a model in training mode.
+        """Freeze what is frozen in `step` (counted from 0) of a model in training mode.
 
-        DDP waits for the gradient of every parameter it was made for. So with other processes they
-        are computed all the same, and `drop_gradients` takes them away.
+        DDP waits for the gradient of every parameter it was made for. So unless a process is
+        `alone` they are computed all the same, and `drop_gradients` removes them.
         """
-        for norm in self._norms_for_good:
+        for norm in self._norms_by_name:
             norm.eval()
         if self._until == 0:
             return
@@ -76,8 +76,8 @@ class Freezing:
             parameter.requires_grad_(not (frozen and alone))
 
     def drop_gradients(self, step: int) -> None:
-        """Leave the optimiser no gradient of what is frozen: it then keeps no state of it either,
-        and begins with a fresh one once it learns."""
+        """Remove the gradients of what is frozen: the optimiser then holds no state of it either,
+        and begins with a new one once it learns."""
         if step < self._until:
             for parameter in self._backbone:
                 parameter.grad = None

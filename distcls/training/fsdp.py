@@ -1,11 +1,11 @@
-"""FSDP: weights, gradients and moments cut into a part for each process, gathered where needed.
+"""FSDP: weights, gradients and moments sharded over the processes, gathered where needed.
 
-Accelerate launches such a run and says how to cut (`launch/fsdp.yaml`); torch's `fully_shard`
-(FSDP2) cuts. `Accelerator.prepare` (1.15) would do it too, but on GPUs alone: on CPUs it silently
-takes DDP, and nothing here could be tried without a GPU. It also cuts single layers off, whose
-weights the module around them may read itself (torch's MultiheadAttention does), and its mixed
-precision casts the weights of batch norm away from its statistics. Autocast, as under DDP, leaves
-them as they are.
+Accelerate launches such a run and configures the sharding (`launch/fsdp.yaml`); torch's
+`fully_shard` (FSDP2) does it. `Accelerator.prepare` (1.15) would do it too, but on GPUs alone: on
+CPUs it silently takes DDP, and nothing here could be tried without a GPU. It also wraps single
+layers, whose weights the module around them may read itself (torch's MultiheadAttention does), and
+its mixed precision casts the weights of batch norm away from its statistics. Autocast, as under
+DDP, leaves them as they are.
 """
 
 from __future__ import annotations
@@ -32,51 +32,51 @@ from distcls.models.classifier import Classifier
 from distcls.training.config import USUAL, TrainConfig
 
 KERNELS = ("fused", "foreach")
-"""Keys of an optimiser's groups that say how it computes, not what."""
+"""Keys of an optimiser's parameter groups that choose its kernels, not its result."""
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, in the same memory; any other tensor itself.
+def local_shard(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, in the same memory; a tensor that is not sharded itself.
 
     To be called without gradients.
     """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, which all processes have to ask for; any other itself."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one, which all processes have to call; any other itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(value: Any, *, keep: bool) -> Any:
-    """`value`, nested as it is, with the whole of each sharded tensor, in main memory.
+def gather_full(value: Any, *, keep: bool) -> Any:
+    """`value`, nested as it is, with the full tensor of each sharded one, in main memory.
 
-    All processes have to call this. Where `keep` is False None stands for the whole, so that a
-    process that has no use for it holds one at a time.
+    All processes have to call this. Where `keep` is False None stands for the full tensor, so that
+    a process that has no use for it holds one at a time.
     """
     if isinstance(value, DTensor):
         full = value.full_tensor()
         return full.cpu() if keep else None
     if isinstance(value, dict):
         found = copy.copy(value)  # a state dict has its modules' versions with it
-        found.update({key: gathered(item, keep=keep) for key, item in value.items()})
+        found.update({key: gather_full(item, keep=keep) for key, item in value.items()})
         return found
     if isinstance(value, list | tuple):
-        return type(value)(gathered(item, keep=keep) for item in value)
+        return type(value)(gather_full(item, keep=keep) for item in value)
     return value
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """`model.load_state_dict` of whole tensors, into a model that may be sharded."""
+def load_full_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """`model.load_state_dict` of full tensors, into a model that may be sharded."""
     own = model.state_dict()
-    parts = copy.copy(own)  # with the modules' versions, which some ask for; a state holds none
-    parts.clear()
-    parts.update({name: _laid_out_like(own.get(name), item) for name, item in tensors.items()})
-    model.load_state_dict(parts)
+    shards = copy.copy(own)  # with the modules' versions, which some read; a state holds none
+    shards.clear()
+    shards.update({name: _laid_out_like(own.get(name), item) for name, item in tensors.items()})
+    model.load_state_dict(shards)
 
 
-def fill_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """`optimizer.load_state_dict` of whole tensors, whose parameters may be sharded.
+def load_full_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """`optimizer.load_state_dict` of full tensors, whose parameters may be sharded.
 
     Which kernels it computes with, and how its tensors lie in memory, stays as it is here: the
     state may come from a run that was sharded where this one is not, or the other way round.
@@ -92,7 +92,7 @@ def fill_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -
 
 
 def _laid_out_like(own: Any, value: Any) -> Any:
-    """`value` cut into parts and lying in memory as `own` does, if they are tensors of one shape.
+    """`value` sharded and lying in memory as `own` is, if they are tensors of one shape.
 
     Fused kernels walk through the memory of a parameter and its moments, whatever their strides.
     """
@@ -100,10 +100,10 @@ def _laid_out_like(own: Any, value: Any) -> Any:
     if not alike:
         return value
     if isinstance(own, DTensor):
-        # every process has read the whole, so nothing has to be sent; the copy lets go of it
+        # every process has read the full tensor, so nothing has to be sent; the copy frees it
         mesh, placements = own.device_mesh, own.placements
-        part = distribute_tensor(value.contiguous(), mesh, placements, src_data_rank=None)
-        return part.clone()
+        shard = distribute_tensor(value.contiguous(), mesh, placements, src_data_rank=None)
+        return shard.clone()
     if own.stride() == value.stride():
         return value
     return torch.empty_like(own, dtype=value.dtype, device=value.device).copy_(value)
@@ -117,14 +117,14 @@ REFUSED_SETTINGS = {
 """Settings of accelerate's `fsdp_config`, without their prefix, that must not be true."""
 
 
-def asked_for() -> bool:
-    """Whether accelerate was told to shard."""
+def is_requested() -> bool:
+    """Whether accelerate's launcher was told to shard."""
     return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 def require_shardable(config: TrainConfig, precision: str) -> None:
-    """Raise UsageError if FSDP was asked for together with what it cannot do."""
-    if asked_for():
+    """Raise UsageError if FSDP was requested together with what it cannot do."""
+    if is_requested():
         for reason in _reasons_against(config, precision):
             raise UsageError(f"FSDP: {reason}")
 
@@ -132,51 +132,53 @@ def require_shardable(config: TrainConfig, precision: str) -> None:
 def _reasons_against(config: TrainConfig, precision: str) -> Iterator[str]:
     if world_size() == 1:
         yield (
-            "one process has nobody to share its weights with; start several, or use "
-            "launch/one_process.yaml"
+            "there is one process, and nothing to shard its weights over; start two or more, or "
+            "use launch/one_process.yaml"
         )
-    together = "passes of each process alone, and sharded weights take all processes"
+    alone = "passes of each process alone, and sharded weights take all processes"
     if config.auto_micro_batch:
-        yield f"auto_micro_batch tries {together}; choose --accumulate yourself"
+        yield f"auto_micro_batch tries {alone}; choose --accumulate yourself"
     if config.compile:
-        yield f"compile times {together}; leave --compile off"
+        yield f"compile times {alone}; leave --compile off"
     if config.optimizer.name not in USUAL:
         choices = ", ".join(USUAL)
-        yield f"optimizer.name: {config.optimizer.name} may need whole weights; choose {choices}"
+        yield f"optimizer.name: {config.optimizer.name} may need full weights; choose {choices}"
     if precision == "fp16":
-        yield "precision: the gradient scaling of fp16 takes whole gradients; choose bf16 or fp32"
+        yield "precision: the gradient scaling of fp16 takes full gradients; choose bf16 or fp32"
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        yield "fsdp_version 1 is deprecated in PyTorch; say fsdp_version: 2, as launch/fsdp.yaml"
+        yield "fsdp_version 1 is deprecated in PyTorch; set fsdp_version: 2, as launch/fsdp.yaml"
     for name, reason in REFUSED_SETTINGS.items():
         if parse_flag_from_env(f"FSDP_{name.upper()}"):
-            yield f"fsdp_{name}: {reason}; say false"
+            yield f"fsdp_{name}: {reason}; set it to false"
 
 
 class Sharding:
-    """What is different for a run whose weights are sharded; `on` says whether they are.
+    """What differs in a run whose weights are sharded (`on`).
 
-    Where they are not, each method does what is usual for one process or DDP.
+    In any other run each method does what is usual for one process or DDP.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.on = asked_for()
+        self.on = is_requested()
         self._accelerator = accelerator
 
-    def place(self, model: Classifier, layout: str) -> Classifier:
-        """The model on the device and in a memory layout; where it is to be sharded still in main
-        memory (whole it need not fit on the device), and contiguous: FSDP2 cuts nothing else."""
+    def place(self, model: Classifier, memory_format: str) -> Classifier:
+        """The model on the device and in a memory format; where it is to be sharded still in main
+        memory (in full it need not fit on the device), and contiguous: FSDP2 shards nothing
+        else."""
         if self.on:
             return model.to(memory_format=torch.contiguous_format)
         model = model.to(self._accelerator.device)
-        return model.to(memory_format=torch.channels_last) if layout == "channels_last" else model
+        last = memory_format == "channels_last"
+        return model.to(memory_format=torch.channels_last) if last else model
 
     def prepare(
         self, model: Classifier, optimizer: torch.optim.Optimizer, averages: Sequence[Classifier]
     ) -> tuple[Any, Any]:
         """The model in its wrappers and its optimiser, which has not stepped yet; the averages of
-        the model are cut in the same way.
+        the model are sharded in the same way.
 
-        Raises UsageError for a network that cannot be cut.
+        Raises UsageError for a network that cannot be sharded.
         """
         if not self.on:
             wrapped, prepared = self._accelerator.prepare(model, optimizer)
@@ -184,12 +186,12 @@ class Sharding:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         held = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            group["params"] = []  # or it would keep the whole ones in memory
+            group["params"] = []  # or it would keep the full ones in memory
         for each in (model, *averages):
             self._shard(each)
-        parts = dict(model.named_parameters())
+        shards = dict(model.named_parameters())
         for group, own in zip(optimizer.param_groups, held, strict=True):
-            group["params"] = [parts[name] for name in own]
+            group["params"] = [shards[name] for name in own]
         return model, self._accelerator.prepare_optimizer(optimizer)
 
     def logits(self, parallel: nn.Module, images: Tensor) -> Any:
@@ -237,8 +239,8 @@ class Sharding:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 0:
                 raise UsageError(
-                    f"FSDP: {name} of this network is a single number, which cannot be cut into "
-                    "parts; choose another --model.name"
+                    f"FSDP: {name} of this network is a single number, which cannot be "
+                    "sharded; choose another --model.name"
                 )
         plugin = FullyShardedDataParallelPlugin()  # as the launcher's environment says
         device, processes = self._accelerator.device.type, self._accelerator.num_processes
@@ -270,7 +272,7 @@ def _no_views(module: nn.Module, inputs: Any, output: Any) -> Any:
 
 
 def _release(model: nn.Module) -> None:
-    """Let go of weights that a pass without a backward pass has left gathered: whole, they would
+    """Free weights that a pass without a backward pass has left gathered: in full, they would
     stay in memory while training goes on."""
     from torch.distributed.fsdp import FSDPModule
 

@@ -1,4 +1,4 @@
-"""What a run cannot do with its dataset's kind of answers: refused before anything is built."""
+"""The input of a run: dataset and preprocessing, and whether the config can be used with it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZES_READ = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingInput:
-    """Splits, the samples of them that are used, and class names."""
+    """The splits of a run, and the samples of them that it uses."""
 
     classes: tuple[str, ...]
     train: Split
@@ -37,14 +37,14 @@ class TrainingInput:
 
     @property
     def task(self) -> Task:
-        """What the classes are answers to."""
+        """What the model predicts."""
         return self.train.task
 
 
 def open_input(config: TrainConfig) -> TrainingInput:
-    """Open the dataset for training. Raises UsageError if it cannot be trained on so."""
+    """Open the dataset for training. Raises UsageError if the config cannot train on it."""
     dataset = Dataset.open(config.data)
-    require_possible(config, dataset.task)
+    check_compatibility(config, dataset.task)
     counts = dataset.counts()
     for name in ("train", "val"):
         if name not in counts:
@@ -57,8 +57,8 @@ def open_input(config: TrainConfig) -> TrainingInput:
         classes=dataset.classes,
         train=train,
         val=val,
-        train_samples=_some(len(train), config),
-        val_samples=_some(len(val), config),
+        train_samples=_subset(len(train), config),
+        val_samples=_subset(len(val), config),
     )
 
 
@@ -78,14 +78,14 @@ def _check_classes(dataset: Dataset, train: Split) -> None:
     if shortage := dataset.task.shortage():
         raise UsageError(f"{dataset.folder}: {shortage}; a classifier needs two or more")
     if not dataset.task.single:
-        return  # of several answers not each can be in the training images
+        return  # a label or a class of a head may have no training image
     counts = np.bincount(train.labels, minlength=len(dataset.classes))
     if (counts == 0).any():
         empty = dataset.classes[int(counts.argmin())]
         raise UsageError(f"{dataset.folder}: class {empty!r} has no training images")
 
 
-def _some(count: int, config: TrainConfig) -> Indices:
+def _subset(count: int, config: TrainConfig) -> Indices:
     if config.limit is None or config.limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(config.seed).permutation(count)[: config.limit])
@@ -104,55 +104,59 @@ def _own_size(split: Split) -> tuple[int, int]:
 
 
 LABEL_LOSSES = ("bce", "focal")
-"""Those that ask yes or no of each label (see `LabelsLoss`)."""
-SAID = {
-    "single_label": "has one class an image",
-    "multi_head": "has several heads of one class each",
-    "multi_label": "has any number of labels an image",
+"""Losses that are binary in each label (see `LabelsLoss`)."""
+DESCRIPTIONS = {
+    "single_label": "has one class per image",
+    "multi_head": "has one class per head",
+    "multi_label": "has any number of labels per image",
 }
-"""What is said of a dataset, by its kind."""
+"""A dataset in words, by its task."""
 
 
-def require_possible(config: TrainConfig, task: Task) -> None:
+def check_compatibility(config: TrainConfig, task: Task) -> None:
     """Raise UsageError, naming the key and the reason, for options that contradict the dataset."""
-    rules = {"single_label": _of_single, "multi_head": _of_heads, "multi_label": _of_labels}
-    problem = rules[task.kind](config) or ("" if task.single else _of_several(config))
+    rules = {
+        "single_label": _single_label_problem,
+        "multi_head": _multi_head_problem,
+        "multi_label": _multi_label_problem,
+    }
+    problem = rules[task.kind](config) or ("" if task.single else _multi_output_problem(config))
     if problem:
         key, _, reason = problem.partition(": ")
-        raise UsageError(f"{key}: {config.data} {SAID[task.kind]}; {reason}")
+        raise UsageError(f"{key}: {config.data} {DESCRIPTIONS[task.kind]}; {reason}")
 
 
-def _of_single(config: TrainConfig) -> str:
+def _single_label_problem(config: TrainConfig) -> str:
     if config.monitor.metric == EXACT:
-        return "monitor.metric: exact is of several answers, of one class it is top1"
+        return "monitor.metric: exact is for more than one output, with one class it is top1"
     return ""
 
 
-def _of_heads(config: TrainConfig) -> str:
+def _multi_head_problem(config: TrainConfig) -> str:
     if config.loss.name == "bce":
-        return "loss.name: bce asks yes or no of each class, choose cross_entropy or focal"
+        return "loss.name: bce is binary in each class, choose cross_entropy or focal"
     if config.augment.cutmix > 0:
         return (
-            "augment.cutmix: the pasted box hides what some heads have to read, and the shares of "
-            "its area are not those of their answers; choose augment.mixup or none"
+            "augment.cutmix: the pasted box hides what some heads have to read, and its area is "
+            "not the weight of their labels; choose augment.mixup or none"
         )
     return ""
 
 
-def _of_labels(config: TrainConfig) -> str:
+def _multi_label_problem(config: TrainConfig) -> str:
     if config.loss.name not in LABEL_LOSSES:
-        return f"loss.name: {config.loss.name} has one class win, choose bce or focal"
+        return f"loss.name: {config.loss.name} is for one class per image, choose bce or focal"
     if config.monitor.metric == "top5":
         return "monitor.metric: labels have no top5, choose exact, macro_f1 or loss"
     return ""
 
 
-def _of_several(config: TrainConfig) -> str:
+def _multi_output_problem(config: TrainConfig) -> str:
     if config.loss.class_weights is not None:
         return (
-            "loss.class_weights: an image of several classes would have several weights; weigh "
-            "images instead (loss.sample_weights)"
+            "loss.class_weights: an image with more than one class would have more than one "
+            "weight; weigh images instead (loss.sample_weights)"
         )
     if config.distill.teacher is not None:
-        return "distill.teacher: distillation is of one class an image alone"
+        return "distill.teacher: distillation is for one class per image only"
     return ""

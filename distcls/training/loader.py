@@ -1,4 +1,4 @@
-"""Loader.
+"""The loader: reads and preprocesses batches in background threads, ahead of their use.
 
 Threads, not processes: OpenCV releases the interpreter's lock while it decodes and resizes, so
 threads scale with the cores, start at once and hand arrays over without copying them between
@@ -28,8 +28,8 @@ from distcls.training.sampler import Indices
 
 NAMED = 4
 """Files that an error about a stall names at most."""
-LOOK_EVERY = 1.0
-"""Seconds between two looks at whether the reading thread still lives."""
+CHECK_EVERY = 1.0
+"""Seconds between two checks of whether the reading thread still lives."""
 LEAVE_AFTER = 5.0
 """Seconds that a loader waits at its end for a read under way; one that hangs is left behind."""
 
@@ -48,7 +48,7 @@ Item = Batch | BaseException | None
 
 
 class Loader:
-    """Reads batches of a split in the order it is told, some of them ahead."""
+    """Reads batches of a split in a given order, `prefetch` of them ahead."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Loader:
         preprocess: Preprocess,
         *,
         workers: int,
-        ahead: int,
+        prefetch: int,
         timeout: float = 300.0,
         pin: bool = False,
     ) -> None:
@@ -67,23 +67,26 @@ class Loader:
         self._pack = split.folder / PACK if split.packed else None
         self._pack_bytes = 0 if self._pack is None else self._pack.stat().st_size
         self._preprocess = preprocess
-        self._ahead = ahead
+        self._prefetch = prefetch
         self._pin = pin
         self._workers = workers
         self.waited = 0.0
         """Seconds the consumer stood waiting for data so far."""
 
-    def batches(self, plan: Iterable[Indices]) -> Generator[Batch]:
-        """Yield a batch for each array of indices in `plan`.
+    def batches(self, index_batches: Iterable[Indices]) -> Generator[Batch]:
+        """Yield a batch for each array of indices, int64 [B].
 
         Raises what reading raised (BadImage names the file) when its batch's turn comes, and
         DistclsError, naming the files that are being read, after `timeout` seconds without a batch
         and as soon as the reading threads are found dead.
         """
-        ready: queue.Queue[Item] = queue.Queue(self._ahead)
+        ready: queue.Queue[Item] = queue.Queue(self._prefetch)
         stopping = threading.Event()
         reader = threading.Thread(
-            target=self._read, args=(plan, ready, stopping), name="distcls-loader", daemon=True
+            target=self._read,
+            args=(index_batches, ready, stopping),
+            name="distcls-loader",
+            daemon=True,
         )
         reader.start()
         try:
@@ -110,7 +113,7 @@ class Loader:
         while True:
             left = deadline - time.monotonic()
             try:
-                return ready.get(timeout=max(0.0, min(left, LOOK_EVERY)))
+                return ready.get(timeout=max(0.0, min(left, CHECK_EVERY)))
             except queue.Empty:
                 if not reader.is_alive() and ready.empty():
                     raise DistclsError(f"the thread that reads {self._place} has died") from None
@@ -171,13 +174,13 @@ class Loader:
 
     def _read(
         self,
-        plan: Iterable[Indices],
+        index_batches: Iterable[Indices],
         ready: queue.Queue[Item],
         stopping: threading.Event,
     ) -> None:
         with ThreadPoolExecutor(self._workers, thread_name_prefix="distcls-decode") as pool:
             try:
-                for indices in plan:
+                for indices in index_batches:
                     if not _put(ready, self.load(indices, pool), stopping):
                         return
             except BaseException as error:
@@ -205,13 +208,13 @@ def _put(
 def make_loader(
     config: LoaderConfig, split: Split, preprocess: Preprocess, accelerator: Accelerator
 ) -> Loader:
-    """A loader with this process's part of the cores, unless the config says how many threads."""
+    """A loader with this process's fraction of the cores, unless the config sets the threads."""
     local = max(1, available_cores() // accelerator.num_processes)
     return Loader(
         split,
         preprocess,
         workers=config.workers or local,
-        ahead=config.prefetch,
+        prefetch=config.prefetch,
         timeout=config.timeout,
         pin=accelerator.device.type == "cuda",
     )

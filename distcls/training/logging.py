@@ -1,15 +1,13 @@
-"""What a run tells: banner and progress bar, metrics.jsonl, history.csv, curves.png, trackers."""
+"""What a run reports: banner, progress bar, metrics.jsonl, curves.png, experiment trackers."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -22,13 +20,14 @@ from distcls import log
 from distcls.config import dump_yaml, flatten
 from distcls.errors import UsageError, did_you_mean
 from distcls.files import require_writable, write_text
-from distcls.models.classifier import count_macs, count_parameters
-from distcls.models.factory import stem_stride
+from distcls.imaging import Preprocess
+from distcls.log import warn
 from distcls.plotting import curves
-from distcls.training.checkpointing import Progress
+from distcls.training.checkpointing import TrainingState
 from distcls.training.config import TrainConfig
-from distcls.training.engine import Engine
-from distcls.training.loader import Loader
+from distcls.training.engine import EngineSummary, StepReport
+from distcls.training.inputs import TrainingInput
+from distcls.training.stability import Anomalies
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
@@ -36,45 +35,46 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{po
 class Stopwatch:
     """Rates since the last lap, from a clock that never jumps."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._waited = loader.waited
-        self._images = 0
+        self._images, self._waited = 0, 0.0
 
-    def count(self, images: int) -> None:
-        """Take note of images that were trained on."""
-        self._images += images
+    def count(self, report: StepReport) -> None:
+        """Count a step's images and its wait for them."""
+        self._images += report.images
+        self._waited += report.data_wait
 
     def lap(self) -> tuple[float, float]:
-        """Images per second and share of time spent waiting for data, since the last lap."""
-        now, waited = time.perf_counter(), self._loader.waited
+        """Images per second and fraction of time spent waiting for data, since the last lap."""
+        now = time.perf_counter()
         seconds = max(now - self._start, 1e-9)
-        rates = self._images / seconds, min(1.0, (waited - self._waited) / seconds)
-        self._start, self._waited, self._images = now, waited, 0
+        rates = self._images / seconds, min(1.0, self._waited / seconds)
+        self._start, self._images, self._waited = now, 0, 0.0
         return rates
 
 
-def banner(config: TrainConfig, engine: Engine) -> list[str]:
+def banner(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    data: TrainingInput,
+    preprocess: Preprocess,
+    model: EngineSummary,
+) -> list[str]:
     """What runs where, in a few lines."""
-    accelerator, preprocess = engine.accelerator, engine.preprocess
     height, width = preprocess.size
-    macs = count_macs(engine.model, preprocess.size)
-    parameters = count_parameters(engine.model)
-    stride = stem_stride(engine.model.backbone) or "none"
-    data = engine.data
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     store = "pack" if data.train.packed else "files"
     processes = f"{accelerator.num_processes} process(es)"
-    layout = "contiguous, weights sharded (FSDP)" if engine.sharding.on else config.memory_format
+    layout = "contiguous, weights sharded (FSDP)" if model.sharded else config.memory_format
     counts = f"{len(data.train_samples):,} train, {len(data.val_samples):,} val"
-    size = f"{parameters / 1e6:.2f} M parameters, {macs / 1e6:.1f} M MACs at {height}x{width}"
+    stride = model.stem_stride or "none"
+    cost = f"{model.parameters / 1e6:.2f} M parameters, {model.macs / 1e6:.1f} M MACs"
     return [
         f"device     {_device(accelerator)}, {processes}, {precision}, {layout}",
-        f"model      {config.model.name}, stem stride {stride}, {size}",
+        f"model      {config.model.name}, stem stride {stride}, {cost} at {height}x{width}",
         f"data       {config.data}: {counts}, {data.task.summary()}, from {store}",
-        f"steps      {config.epochs} epochs of {engine.order.steps}, "
-        f"global batch {config.batch_size} = {processes} x {engine.accumulate} part(s)",
+        f"steps      {config.epochs} epochs of {model.steps_per_epoch}, "
+        f"global batch {config.batch_size} = {processes} x {model.accumulate} micro-batch(es)",
         f"optimiser  {config.optimizer.name}, {config.schedule.name} schedule, "
         f"learning rate up to {config.lr:g}",
         f"writes to  {config.out}",
@@ -88,25 +88,25 @@ def _device(accelerator: Accelerator) -> str:
     return f"{accelerator.device.type} ({machine}, {torch.get_num_threads()} threads)"
 
 
-def epoch_line(row: dict[str, float], epochs: int, called: str) -> str:
-    """One finished epoch, and what it is called (`best`, or nothing)."""
+def epoch_line(row: dict[str, float], epochs: int, mark: str) -> str:
+    """One finished epoch, and its mark (`best`, or nothing)."""
     exact = f"  val exact {row['val_exact']:.4f}" if "val_exact" in row else ""
     return (
         f"epoch {row['epoch']:>3.0f}/{epochs}  train loss {row['train_loss']:.4f}  "
         f"val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:.4f}{exact}  "
         f"{row['images_per_s']:,.0f} img/s  data wait {row['data_wait']:.0%}  "
-        f"{row['seconds']:.0f} s  {called}"
+        f"{row['seconds']:.0f} s  {mark}"
     ).rstrip()
 
 
 class Bar:
-    """The live bar of an epoch: step, loss, images/s, time left, share of waiting for data."""
+    """The live bar of an epoch: step, loss, images/s, time left, fraction of waiting for data."""
 
-    def __init__(self, progress: Progress, epochs: int, steps: int) -> None:
+    def __init__(self, state: TrainingState, epochs: int, steps: int) -> None:
         self._bar = tqdm(
             total=steps,
-            initial=progress.epoch_step,
-            desc=f"epoch {progress.epoch + 1}/{epochs}",
+            initial=state.epoch_step,
+            desc=f"epoch {state.epoch + 1}/{epochs}",
             disable=not log.show_progress(),
             leave=False,
             unit="step",
@@ -124,7 +124,7 @@ class Bar:
         self._bar.update()
 
     def rates(self, loss: float, images_per_s: float, data_wait: float) -> None:
-        """Show fresh figures."""
+        """Show new figures."""
         self._bar.set_postfix_str(
             f"loss {loss:.3f}, {images_per_s:,.0f} img/s, data wait {data_wait:.0%}"
         )
@@ -148,7 +148,7 @@ def require_tracker(name: str | None) -> None:
 
 
 def open_tracker(config: TrainConfig, accelerator: Accelerator, step: int) -> Track:
-    """Begin, or go on after `step` steps; what it returns does nothing if none was asked for.
+    """Begin, or go on after `step` steps; what it returns does nothing without a tracker.
 
     TensorBoard's files go to `distcls/` in the run directory; others follow their own settings.
     """
@@ -167,12 +167,11 @@ def _plain(value: object) -> bool | int | float | str:
     return value if isinstance(value, bool | int | float | str) else str(value)
 
 
-CONFIG, METRICS, HISTORY, CURVES = "config.yaml", "metrics.jsonl", "history.csv", "curves.png"
+CONFIG, METRICS, CURVES = "config.yaml", "metrics.jsonl", "curves.png"
 PLACES = ("step", "epoch")
-"""What says where a figure belongs and is none itself."""
-CURVES_SHARE = 0.005
-"""Share of the time that drawing may take: one takes 0.2 to 0.5 s, some epochs little more."""
-BEST, LAST = "best.pth", "last"
+"""Keys of a line that say when its figures were taken, and are none themselves."""
+DRAWING_TIME = 0.005
+"""Fraction of the time that drawing may take: one takes 0.2 to 0.5 s, some epochs little more."""
 
 
 def require_free(out: Path, resume: str) -> None:
@@ -184,19 +183,32 @@ def require_free(out: Path, resume: str) -> None:
 
 
 class Records:
-    """config.yaml, metrics.jsonl, history.csv and curves.png of a run directory."""
+    """config.yaml, metrics.jsonl and curves.png of a run directory, and the tracker.
 
-    def __init__(self, config: TrainConfig, step: int, track: Track | None = None) -> None:
+    The main process alone writes: on the others nothing is opened, and every method does nothing.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        step: int,
+        track: Track | None = None,
+        *,
+        main_process: bool = True,
+    ) -> None:
         """Open the records of a run that has finished `step` steps; later lines are dropped.
 
-        Numbers of later lines also go to `track`.
+        Numbers of new lines also go to `track`.
         """
+        self._metrics: TextIO | None = None
         self.folder = config.out
         self._track = track
         self._monitor = config.monitor.metric
         self._mode = config.monitor.resolved_mode
         self._undrawn: list[dict[str, float]] = []
         self._next_drawing = 0.0
+        if not main_process:
+            return
         require_writable(self.folder)
         write_text(self.folder / CONFIG, dump_yaml(config))
         path = self.folder / METRICS
@@ -208,19 +220,41 @@ class Records:
 
     def line(self, kind: str, **values: Any) -> None:
         """Append one JSON line to metrics.jsonl; it carries `kind` (step or epoch) and `step`."""
+        if self._metrics is None:
+            return
         self._metrics.write(json.dumps({"kind": kind, **values}) + "\n")
         self._metrics.flush()
         if self._track is not None:
             numbers = {f"{kind}/{name}": v for name, v in values.items() if name not in PLACES}
             self._track(numbers, values["step"])
 
-    def epochs(self, history: list[dict[str, float]]) -> None:
-        """Rewrite history.csv, and now and then curves.png, from all epochs so far."""
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(history[-1]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        write_text(self.folder / HISTORY, table.getvalue())
+    def step(self, epoch: int, report: StepReport, loss: float, speed: float, wait: float) -> None:
+        """Append the line of a step of `epoch`, counted from 1: its loss over all processes, and
+        the rates of `Stopwatch.lap`."""
+        self.line(
+            "step",
+            step=report.step,
+            epoch=epoch,
+            loss=loss,
+            lr=report.lr,
+            images_per_s=round(speed, 1),
+            data_wait=round(wait, 4),
+        )
+
+    def anomalies(self, epoch: int, found: Anomalies) -> None:
+        """Append a line for each skipped step and each spike of `epoch`, counted from 1, and warn
+        of spikes: of many in a row once."""
+        for step in found.skipped:
+            self.line("skipped", step=step, epoch=epoch)
+        for spike in found.spikes:
+            if spike.first:
+                warn(f"step {spike.step}: loss {spike.loss:.3g}, usual lately {spike.usual:.3g}")
+            self.line("spike", step=spike.step, epoch=epoch, loss=spike.loss, usual=spike.usual)
+
+    def curves(self, history: list[dict[str, float]]) -> None:
+        """Redraw curves.png now and then, from all epochs so far."""
+        if self._metrics is None:
+            return
         self._undrawn = history
         if time.monotonic() >= self._next_drawing:
             self._draw()
@@ -229,10 +263,11 @@ class Records:
         """Draw what is not drawn yet and close metrics.jsonl."""
         if self._undrawn:
             self._draw()
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
 
     def _draw(self) -> None:
         began = time.monotonic()
         curves(self._undrawn, self.folder / CURVES, self._monitor, self._mode)
         ended = time.monotonic()
-        self._undrawn, self._next_drawing = [], ended + (ended - began) / CURVES_SHARE
+        self._undrawn, self._next_drawing = [], ended + (ended - began) / DRAWING_TIME

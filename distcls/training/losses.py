@@ -291,7 +291,7 @@ class Objective:
         self._teacher = Teacher(distill, data.classes, device) if distill.teacher else None
 
     @property
-    def together(self) -> int:
+    def group_size(self) -> int:
         """Images in a row of a step that have to come in one batch."""
         return 2 if self._mixing.active else 1
 

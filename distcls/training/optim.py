@@ -10,7 +10,7 @@ from torch import nn
 from distcls.errors import UsageError, did_you_mean
 from distcls.models.classifier import depths, head_parameters
 from distcls.training.config import USUAL, OptimizerConfig
-from distcls.training.fsdp import local
+from distcls.training.fsdp import local_shard
 
 
 def parameter_groups(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
@@ -91,8 +91,8 @@ class Ranger(torch.optim.RAdam):
             if parameter.grad is not None and int(self.state[parameter]["step"]) % group["k"] == 0
         ]
         if due:
-            slow = [local(self.state[parameter]["slow"]) for parameter in due]
-            fast = [local(parameter) for parameter in due]
+            slow = [local_shard(self.state[parameter]["slow"]) for parameter in due]
+            fast = [local_shard(parameter) for parameter in due]
             torch._foreach_lerp_(slow, fast, group["alpha"])
             torch._foreach_copy_(fast, slow)
 

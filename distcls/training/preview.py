@@ -1,4 +1,4 @@
-"""The first images of an epoch exactly as the network is given them, and what they are to teach."""
+"""The first images of an epoch exactly as the network is given them, with their targets."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from distcls.training.config import DistillConfig, TrainConfig
 from distcls.training.inputs import choose_preprocess, open_input
 from distcls.training.loader import Loader
 from distcls.training.losses import Examples, Objective
-from distcls.training.sampler import DataOrder, Shares
+from distcls.training.sampler import EpochSampler, ShardedSampler
 
 LETTERS = 20
-"""Of a class's name, where several share an image."""
+"""Of a class's name, where an image has more than one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Preview:
     images: Tensor
     """[N, H, W, 3] in 0..255, uint8 or float32: before the model normalises them."""
     labels: list[str]
-    """What each is to teach: `cat`, `cat 0.7 + dog 0.3`; on a line below `weight 2`."""
+    """The target of each: `cat`, `cat 0.7 + dog 0.3`; on a line below `weight 2`."""
     steps: int
     """Steps of the epoch that they are from, counted from its first."""
 
@@ -47,8 +47,8 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
     """The first `count` images of `epoch` (counted from 0), fewer if it has no more.
 
     They are those of a run with this config, on any number of processes: the same images in the
-    same order with the same random changes, on the device that would train. Whole batches are
-    computed, as mixing has to know its neighbours. Raises UsageError as `train` would.
+    same order with the same augmentation, on the device that would train. Full batches are
+    computed, as mixup needs an image's neighbour. Raises UsageError as `train` would.
     """
     factory.require_known(config.model.name)
     data = open_input(config)
@@ -56,24 +56,24 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
     known = None if weights is None else weights.preprocess
     preprocess = choose_preprocess(config.input, data.train, known)
     augment = Augment(config.augment, preprocess.size)
-    # a teacher looks at the same images and changes none
+    # a teacher sees the same images and changes none
     config = dataclasses.replace(config, distill=DistillConfig())
     objective = Objective(config, data, augment, _training_device())
-    order = DataOrder(
+    sampler = EpochSampler(
         samples=len(data.train_samples), batch_size=config.batch_size, seed=config.seed
     )
-    shares = Shares(rank=0, world=1, together=objective.together)
-    plan = shares.training(data.train_samples, order, epoch, 0, config.accumulate)
+    shards = ShardedSampler(rank=0, world_size=1, group_size=objective.group_size)
+    micro_batches = shards.training(data.train_samples, sampler, epoch, 0, config.accumulate)
     loader = Loader(
         data.train,
         augment.reading(preprocess),
         workers=config.loader.workers or available_cores(),
-        ahead=1,
+        prefetch=1,
         timeout=config.loader.timeout,
     )
     images: list[Tensor] = []
     labels: list[str] = []
-    with contextlib.closing(loader.batches(part for part in plan if len(part))) as batches:
+    with contextlib.closing(loader.batches(filter(len, micro_batches))) as batches:
         for batch in batches:
             examples = objective.examples(epoch, batch)
             images.append(examples.images.cpu())
@@ -81,26 +81,26 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
             if len(labels) >= count:
                 break
     chosen = torch.cat(images)[:count]
-    ends = [order.bounds(step)[1] for step in range(order.steps)]
+    ends = [sampler.bounds(step)[1] for step in range(sampler.steps)]
     steps = 1 + sum(end < len(chosen) for end in ends)
     return Preview(images=chosen, labels=labels[:count], steps=steps)
 
 
 def label_text(target: Tensor, task: Task) -> str:
-    """One image's label in words, its shares with two decimals.
+    """One image's label in words, soft targets with two decimals.
 
     `target` is a class, int64 []; a class in each head, int64 [heads]; 0 or 1 for each label,
-    [labels]; or each class's share, float32 [classes].
+    [labels]; or the weight of each class, float32 [classes].
     """
     if not target.is_floating_point():
         return task.text(target.reshape(-1).tolist()) or "(no label)"
-    shares = [round(share, 2) for share in target.tolist()]
-    if set(shares) <= {0.0, 1.0}:  # not mixed
-        whole = np.array([shares], np.float32)
-        answer = shares if task.kind == "multi_label" else task.decide(whole)[0].tolist()
-        return task.text([int(part) for part in answer]) or "(no label)"
-    named = sorted(zip(shares, task.classes, strict=True), key=lambda pair: -pair[0])
-    return " + ".join(f"{shorten(name, LETTERS)} {share:g}" for share, name in named if share)
+    weights = [round(weight, 2) for weight in target.tolist()]
+    if set(weights) <= {0.0, 1.0}:  # not mixed
+        row = np.array([weights], np.float32)
+        label = weights if task.kind == "multi_label" else task.decide(row)[0].tolist()
+        return task.text([int(value) for value in label]) or "(no label)"
+    named = sorted(zip(weights, task.classes, strict=True), key=lambda pair: -pair[0])
+    return " + ".join(f"{shorten(name, LETTERS)} {weight:g}" for weight, name in named if weight)
 
 
 def _texts(examples: Examples, task: Task) -> list[str]:

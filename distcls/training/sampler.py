@@ -1,7 +1,9 @@
-"""What each process reads: its share of every step and of validation.
+"""Which images a step trains on, and which of them this process reads.
 
-It knows nothing of workers and processes, so 1, 2 or N processes take the same global batches, and
-a run resumed at a step goes on as if it had never stopped.
+`EpochSampler` draws the global batches, a pure function of (seed, epoch): it knows nothing of
+processes and workers, so 1, 2 or N processes take the same global batches, and a run resumed at a
+step goes on as if it had never stopped. `MicroBatching` says how many images a process takes at a
+time, `ShardedSampler` which ones.
 """
 
 from __future__ import annotations
@@ -13,14 +15,18 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from distcls.errors import UsageError
+
 Indices = NDArray[np.int64]
+
+EVALUATION_BATCH = 256
 
 _WEYL = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOrder:
-    """The order of `samples` images in global batches of at most `batch_size`.
+class EpochSampler:
+    """Draws the global batches of each epoch: `samples` images, at most `batch_size` a batch.
 
     An epoch is cut into ceil(samples / batch_size) batches whose sizes differ by at most one. So
     every sample is seen exactly once an epoch, and no tiny last batch upsets batch normalisation.
@@ -40,22 +46,28 @@ class DataOrder:
         """Size of the smallest global batch."""
         return self.samples // self.steps
 
+    @property
+    def largest_batch(self) -> int:
+        """Size of the largest global batch."""
+        return -(-self.samples // self.steps)
+
     def permutation(self, epoch: int) -> Indices:
         """All sample indices in the order of `epoch` (counted from 0), [samples]."""
         stream = np.random.Philox(key=[self.seed, epoch])
         return np.random.Generator(stream).permutation(self.samples)
 
     def bounds(self, step: int) -> tuple[int, int]:
-        """Where the batch of `step` begins and ends in the epoch's permutation."""
+        """Where the batch of `step` (in its epoch) begins and ends in the epoch's permutation."""
         return step * self.samples // self.steps, (step + 1) * self.samples // self.steps
 
 
-def share(batch: Indices, rank: int, world_size: int, *, together: int = 1) -> Indices:
-    """The part of a global batch that one process computes; the parts differ by at most `together`.
+def shard(batch: Indices, rank: int, world_size: int, *, group_size: int = 1) -> Indices:
+    """The samples of a global batch that one process computes, [about len(batch) / world_size].
 
-    So many samples in a row go to one process, as pairs have to that are mixed with each other.
+    The processes' shards partition the batch, and their sizes differ by at most `group_size`: so
+    many samples in a row go to one process, as pairs have to that mixup mixes with each other.
     """
-    groups = np.arange(len(batch)) // together
+    groups = np.arange(len(batch)) // group_size
     return np.compress(groups % world_size == rank, batch)
 
 
@@ -78,33 +90,71 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
+@dataclasses.dataclass(kw_only=True)
+class MicroBatching:
+    """How many images a process takes at a time.
+
+    The global batch is the config's and stays; what a process takes at a time may be fewer images,
+    where memory demands it.
+    """
+
+    sampler: EpochSampler
+    world_size: int
+    accumulate: int
+    """Micro-batches of a step, over whose gradients the optimiser steps."""
+    evaluation_batch: int = EVALUATION_BATCH
+    """Images evaluated at a time."""
+
+    @property
+    def size(self) -> int:
+        """Images of the largest micro-batch of the largest step."""
+        return -(-self.sampler.largest_batch // (self.world_size * self.accumulate))
+
+    def require_possible(self) -> None:
+        """Raise UsageError if batch norm would get a micro-batch of fewer than two images."""
+        if not self._possible(self.accumulate):
+            raise UsageError(
+                f"batch_size: {self.sampler.batch_size} is too small for {self.world_size} "
+                f"process(es) with {self.accumulate} micro-batch(es) each: batch normalisation "
+                "needs two images in every micro-batch"
+            )
+
+    @property
+    def doubled(self) -> int | None:
+        """Twice `accumulate`, or None where batch norm would get fewer than two images."""
+        return 2 * self.accumulate if self._possible(2 * self.accumulate) else None
+
+    def _possible(self, accumulate: int) -> bool:
+        return self.sampler.smallest_batch >= 2 * accumulate * self.world_size
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shares:
-    """The samples of one of `world` processes."""
+class ShardedSampler:
+    """The samples that the process of one rank reads."""
 
     rank: int
-    world: int
-    together: int
-    """Neighbours in a step that one process has to get together (see `share`)."""
+    world_size: int
+    group_size: int
+    """Neighbours in a batch that one process has to get together (see `shard`)."""
 
     def training(
-        self, samples: Indices, order: DataOrder, epoch: int, first: int, parts: int
+        self, samples: Indices, sampler: EpochSampler, epoch: int, first: int, accumulate: int
     ) -> Iterator[Indices]:
-        """The samples of each of this process's batches in `epoch`, from its step `first` on."""
-        permutation = samples[order.permutation(epoch)]
-        for step in range(first, order.steps):
-            begin, end = order.bounds(step)
-            # cut before it is shared: which images stand in a part, whose statistics batch norm
-            # takes, does not depend on the number of processes
-            for part in np.array_split(permutation[begin:end], parts):
-                yield share(part, self.rank, self.world, together=self.together)
+        """This process's micro-batches of `epoch`, `accumulate` a step, from step `first` on."""
+        permutation = samples[sampler.permutation(epoch)]
+        for step in range(first, sampler.steps):
+            begin, end = sampler.bounds(step)
+            # cut before it is sharded: which images stand in a micro-batch, whose statistics batch
+            # norm takes, does not depend on the number of processes
+            for micro_batch in np.array_split(permutation[begin:end], accumulate):
+                yield shard(micro_batch, self.rank, self.world_size, group_size=self.group_size)
 
     def evaluation(self, samples: Indices, batch_size: int) -> Iterator[Indices]:
         """Every sample on one process, none twice, in batches of at most `batch_size`."""
-        mine = share(samples, self.rank, self.world)
-        parts = np.array_split(mine, max(1, -(-len(mine) // batch_size)))
-        return (part for part in parts if len(part))
+        own = shard(samples, self.rank, self.world_size)
+        batches = np.array_split(own, max(1, -(-len(own) // batch_size)))
+        return (batch for batch in batches if len(batch))
 
-    def passes(self, samples: Indices, batch_size: int) -> int:
+    def evaluation_passes(self, samples: Indices, batch_size: int) -> int:
         """The most batches of `evaluation` that any process gets; some get one less."""
-        return -(-len(share(samples, 0, self.world)) // batch_size)
+        return -(-len(shard(samples, 0, self.world_size)) // batch_size)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted when they come, acted on at the end of a step."""
+"""Signals that stop a run: recorded when they arrive, acted on at the end of a step."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import threading
 from types import FrameType
 from typing import Any
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """A scheduler's end of time (TERM, USR1 before it) and Ctrl-C."""
 
 
 class StopSignals:
-    """While entered, takes note of the signals that ask for an end.
+    """While entered, records the signals that stop a run.
 
     Further ones change nothing while the state is being saved, but a second Ctrl-C ends at once.
     """
@@ -23,14 +23,14 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # the only one that may
-            self._before = {number: signal.signal(number, self._note) for number in ASKING}
+            self._before = {number: signal.signal(number, self._record) for number in STOPPING}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         del frame
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt

@@ -26,7 +26,7 @@ from distcls.config import leaves
 from distcls.data.dataset import MANIFEST
 from distcls.errors import DistclsError
 from distcls.training.config import TrainConfig
-from distcls.training.logging import BEST
+from distcls.training.checkpointing import BEST
 from tests import tiny_dataset
 
 CLASSES = ("red", "green", "blue")

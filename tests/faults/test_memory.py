@@ -67,7 +67,7 @@ def test_fewer_images_at_a_time_in_the_same_global_batches(
     assert parts in (2, 4, 8)
     assert row["images"] == -(-630 // parts)
     (line,) = [line for line in said.splitlines() if "do not fit" in line]
-    assert f"now {row['images']}, in {parts} parts a step" in line
+    assert f"now {row['images']}, in {parts} micro-batches a step" in line
     assert f"the global batch stays {640 * processes}" in line
     assert progress(tmp_path / "run")["accumulate"] == parts
     assert progress(tmp_path / "run")["step"] == 4 // processes
@@ -111,7 +111,7 @@ def test_a_resumed_run_takes_as_many_images_at_a_time(digits: Path, tmp_path: Pa
     assert 0 < progress(out)["step"] < 4
     said = finish(start(digits, out, *AUTO, "--auto-micro-batch", "false"))  # with memory again
     assert "do not fit" not in said
-    assert f"1 process(es) x {chosen(out)['accumulate']} part(s)" in said
+    assert f"1 process(es) x {chosen(out)['accumulate']} micro-batch(es)" in said
     assert_bit_equal(tmp_path / "unbroken", out)
 
 

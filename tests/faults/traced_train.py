@@ -77,7 +77,7 @@ def traced_losses(self: Engine, epoch: int, batch: Batch) -> torch.Tensor:
     """Write down what the network is shown, and spoil it where asked."""
     if TRACE:
         line = {"epoch": epoch, "step": current["step"], "samples": batch.indices.tolist()}
-        line["lr"] = self.optimizer.param_groups[0]["lr"]
+        line["lr"] = self._optimizer.param_groups[0]["lr"]
         with (Path(TRACE) / f"{RANK}.jsonl").open("a") as handle:
             handle.write(json.dumps(line) + "\n")
     losses = losses_of(self, epoch, batch)
