@@ -7,7 +7,7 @@ evaluation of 16 images. Contestants, each in a process of its own:
 - plain: forward, backward, clipping (part of the recipe: it changes the result), optimiser step,
   nothing else. Left out are the non-finite guard and the copy of batch norm's statistics that a
   skipped step goes back to,
-  the watch for loss spikes, the seed of each step's dropout, the look at signals, metrics.jsonl,
+  the watch for loss spikes, the seed of each step's dropout, the check for signals, metrics.jsonl,
   history.csv, curves.png and the running mean of the loss, the reader's time limit and its watch
   over the reading thread, and all states.
 - default cadence: `distcls train` as it is, a checksummed state every 10 minutes and after each
@@ -20,6 +20,7 @@ The look at the pack's length before each batch remains in all.
 from __future__ import annotations
 
 import argparse
+import atexit
 import collections
 import contextlib
 import itertools
@@ -33,23 +34,23 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 
 from benchmarks.common import Apart, Contestant, alternate, finish, ratio, table
 from distcls.data.prepare import PrepareOptions, prepare
+from distcls.imaging import Preprocess
 from distcls.models import factory
 from distcls.models.config import ModelConfig
 from distcls.system import available_cores
 from distcls.training.augment import DRAWS
-from distcls.training.checkpointing import Checkpoints, Progress
+from distcls.training.checkpointing import CheckpointManager, TrainingState
 from distcls.training.config import AugmentConfig, CheckpointConfig, TrainConfig
 from distcls.training.distributed import start
 from distcls.training.engine import Engine
 from distcls.training.inputs import TrainingInput, choose_preprocess, open_input
 from distcls.training.loader import Batch, Loader
-from distcls.training.logging import LAST, Records
-from distcls.training.run import Run, train_and_evaluate
+from distcls.training.run import decide, evaluate, open_run, save_epoch, train_steps
 from distcls.training.sampler import Indices, uniforms
-from distcls.training.signals import StopSignals
 
 PLAIN, DEFAULT = "plain", "default cadence"
 EVALUATED = 16
@@ -68,9 +69,8 @@ def recipe(data: Path, out: Path, model: str, batch: int, every: int | None = No
     )
 
 
-def make_engine(config: TrainConfig, steps: int) -> Engine:
-    """The engine of a run whose epochs have `steps` steps."""
-    accelerator = start(config)
+def make_input(config: TrainConfig, steps: int) -> tuple[TrainingInput, Preprocess]:
+    """The input of a run whose epochs have `steps` steps."""
     found = open_input(config)
     data = TrainingInput(
         classes=found.classes,
@@ -79,7 +79,13 @@ def make_engine(config: TrainConfig, steps: int) -> Engine:
         train_samples=np.resize(found.train_samples, steps * config.batch_size),
         val_samples=found.val_samples[:EVALUATED],
     )
-    preprocess = choose_preprocess(config.input, data.train, None)
+    return data, choose_preprocess(config.input, data.train, None)
+
+
+def make_engine(
+    config: TrainConfig, accelerator: Accelerator, data: TrainingInput, preprocess: Preprocess
+) -> Engine:
+    """The engine of that run."""
     torch.manual_seed(config.seed)
     model = factory.build(config.model, len(data.classes), preprocess)
     return Engine(config, accelerator, data, model, preprocess)
@@ -87,7 +93,8 @@ def make_engine(config: TrainConfig, steps: int) -> Engine:
 
 def plain(config: TrainConfig, steps: int) -> Contestant:
     """The loop that any tutorial ends with."""
-    engine = make_engine(config, steps)
+    accelerator = start(config)
+    engine = make_engine(config, accelerator, *make_input(config, steps))
     epochs = itertools.count()
 
     def run() -> float:
@@ -103,11 +110,11 @@ def _plain_epoch(engine: Engine, epoch: int) -> Iterator[int]:
     """Train an epoch; yields the images of each step."""
     model, optimizer, seed = engine._model.train(), engine._optimizer.optimizer, engine._config.seed
     permutation = engine._data.train_samples[engine._sampler.permutation(epoch)]
-    plan = [
+    index_batches = [
         permutation[slice(*engine._sampler.bounds(step))] for step in range(engine._sampler.steps)
     ]
     parameters = list(model.parameters())
-    batches = _read_ahead(engine._train_loader, plan, engine._config.loader.prefetch)
+    batches = _read_ahead(engine._train_loader, index_batches, engine._config.loader.prefetch)
     for step, batch in enumerate(batches, epoch * engine._sampler.steps):
         for group in optimizer.param_groups:
             group["lr"] = engine._schedule.rate(step)
@@ -120,11 +127,11 @@ def _plain_epoch(engine: Engine, epoch: int) -> Iterator[int]:
         yield len(batch.indices)
 
 
-def _read_ahead(loader: Loader, plan: Iterable[Indices], ahead: int) -> Iterator[Batch]:
+def _read_ahead(loader: Loader, index_batches: Iterable[Indices], ahead: int) -> Iterator[Batch]:
     """Batches in order, some of them read before they are asked for."""
     waiting: collections.deque[Future[Batch]] = collections.deque()
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(available_cores()) as pool:
-        for indices in plan:
+        for indices in index_batches:
             waiting.append(reader.submit(loader.load, indices, pool))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
@@ -134,27 +141,30 @@ def _read_ahead(loader: Loader, plan: Iterable[Indices], ahead: int) -> Iterator
 
 def safe(config: TrainConfig, steps: int) -> Contestant:
     """The epochs of `distcls train`, with their records and states."""
-    engine, progress = make_engine(config, steps), Progress()
-    records = Records(config, 0)
-    checkpoints = Checkpoints(config.out / LAST, config.checkpoint, 0)
-    run = Run(
-        config=config,
-        engine=engine,
-        progress=progress,
-        signals=StopSignals().__enter__(),  # until the process ends
-        records=records,
-        checkpoints=checkpoints,
+    accelerator = start(config)
+    data, preprocess = make_input(config, steps)
+    opened = contextlib.ExitStack()
+    atexit.register(opened.close)
+    run = opened.enter_context(
+        open_run(
+            config,
+            accelerator,
+            data=data,
+            preprocess=preprocess,
+            engine=make_engine(config, accelerator, data, preprocess),
+            checkpoints=CheckpointManager(config),
+            state=TrainingState(),
+        )
     )
 
     def epoch() -> float:
         began = time.perf_counter()
-        row = train_and_evaluate(run).row
-        progress.history.append(row)
-        records.line("epoch", **row)
-        records.epochs(progress.history)
-        run.save()
-        checkpoints.wait()
-        return engine._sampler.samples / (time.perf_counter() - began)
+        figures = train_steps(run)
+        evaluation = evaluate(run)
+        best = decide(run, figures, evaluation, time.perf_counter() - began)
+        save_epoch(run, evaluation, best=best)
+        run.checkpoints.wait()
+        return len(data.train_samples) / (time.perf_counter() - began)
 
     return epoch
 

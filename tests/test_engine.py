@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,18 @@ def make_engine(digits: Path, **changes: object) -> Engine:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 10))
     return Engine(config, accelerator, data, Classifier(backbone, preprocess), preprocess)
+
+
+def make_norm_engine(digits: Path) -> Engine:
+    """The same over a network with batch norm."""
+    config = TrainConfig(data=digits, out=digits / "unused", batch_size=100, limit=250)
+    accelerator = start(config)
+    data = open_input(config)
+    preprocess = choose_preprocess(config.input, data.train, None)
+    torch.manual_seed(0)
+    features = [nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    model = Classifier(nn.Sequential(*features, nn.Linear(16, 10)), preprocess)
+    return Engine(config, accelerator, data, model, preprocess)
 
 
 def gradients_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
@@ -151,6 +165,21 @@ def test_resized_crop_trains_on_a_larger_canvas(digits: Path) -> None:
     assert engine._augment.canvas == (32, 32)
     report = next(iter(engine.train_epoch(0)))
     assert np.isfinite(float(report.loss))
+
+
+def test_a_resumed_run_that_skips_its_first_step_keeps_its_statistics(digits: Path) -> None:
+    """They go back to what the state held, not to what a new network starts with."""
+    first, second = make_norm_engine(digits), make_norm_engine(digits)
+    list(first.train_epoch(0))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for engine in (first, second):
+        losses = engine._losses
+        engine._losses = lambda *batch, of=losses: of(*batch) * math.nan  # type: ignore[method-assign]
+        report = next(iter(engine.train_epoch(1)))
+        assert report.anomalies.skipped == [4]
+    one, other = first.state_dict()["model"], second.state_dict()["model"]
+    assert any("running_mean" in name for name in one)
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
 
 
 def test_batches_too_small_for_the_processes_are_refused(digits: Path) -> None:

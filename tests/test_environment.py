@@ -11,8 +11,8 @@ from distcls.errors import BadValue, UsageError
 from distcls.training.distributed import (
     check_processes,
     choose_precision,
-    set_threads,
     process_group_timeout,
+    set_threads,
 )
 
 VARIABLES = (

@@ -57,6 +57,28 @@ def test_a_skipped_step_leaves_no_trace(config: OptimizerConfig) -> None:
     assert equal(one, other)
 
 
+@pytest.mark.parametrize(("device", "polls"), [("cpu", 1), ("cuda", 16)])
+def test_flags_are_read_one_by_one_on_a_cpu_and_together_on_a_gpu(device: str, polls: int) -> None:
+    """Where reading a flag is cheap at once; and all that wait before a state is saved."""
+    norm = nn.BatchNorm1d(3)
+    guard: Any = NonFiniteGuard([norm], torch.device(device), 99, ["a.png", "b.png"])
+    good, bad = torch.tensor(False), torch.tensor(True)
+    losses = torch.tensor([1.0, math.nan])
+    found = []
+    for step in range(1, 17):
+        guard.record(step, bad if step == 3 else good, losses, [0, 1])
+        assert isinstance(norm.running_mean, torch.Tensor)
+        norm.running_mean.add_(1)
+        found.append(guard.poll())
+        if step == 3:
+            seen = float(norm.running_mean[0])
+    assert [bool(each) for each in found] == [number == max(3, polls) for number in range(1, 17)]
+    assert seen == (2 if device == "cpu" else 3)  # statistics of a skipped step are not kept
+    guard.record(17, bad, losses, [0, 1])
+    assert guard.poll(flush=True) == [17]
+    assert guard.poll(flush=True) == []
+
+
 def saved_and_loaded(content: Any) -> Any:
     """Through the state's own copy and a file, as a resumed run reads it."""
     buffer = io.BytesIO()

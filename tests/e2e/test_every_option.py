@@ -25,8 +25,8 @@ import distcls.commands.train
 from distcls.config import leaves
 from distcls.data.dataset import MANIFEST
 from distcls.errors import DistclsError
-from distcls.training.config import TrainConfig
 from distcls.training.checkpointing import BEST
+from distcls.training.config import TrainConfig
 from tests import tiny_dataset
 
 CLASSES = ("red", "green", "blue")
