@@ -77,12 +77,12 @@ def expected_gradients(engine: Engine) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(engine._model.parameters())))
 
 
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("accumulate", [1, 3])
 def test_accumulated_gradients_are_those_of_the_global_batch(
-    parts: int, digits: Path, monkeypatch: pytest.MonkeyPatch
+    accumulate: int, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     smooth, free = LossConfig(label_smoothing=0.1), OptimizerConfig(clip_norm=None)
-    engine = make_engine(digits, accumulate=parts, loss=smooth, optimizer=free)
+    engine = make_engine(digits, accumulate=accumulate, loss=smooth, optimizer=free)
     expected = expected_gradients(engine)
     first, *others = gradients_of(engine, monkeypatch)
     assert len(others) == 2  # 250 images in batches of at most 100

@@ -46,12 +46,12 @@ def first_batch(engine: Engine) -> tuple[Tensor, Tensor, np.ndarray]:
     return images, torch.from_numpy(split.labels[samples]), samples
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_weighted_gradients_do_not_depend_on_the_parts(
-    parts: int, weighted: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_weighted_gradients_do_not_depend_on_the_micro_batches(
+    accumulate: int, weighted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss, free = LossConfig(class_weights="balanced"), OptimizerConfig(clip_norm=None)
-    engine = make_engine(weighted, accumulate=parts, loss=loss, optimizer=free)
+    engine = make_engine(weighted, accumulate=accumulate, loss=loss, optimizer=free)
     images, labels, samples = first_batch(engine)
     # the reference from its definition: class weight times image weight, 1 on average
     used, split = engine._data.train_samples, engine._data.train

@@ -134,7 +134,7 @@ def make_optimizer(
     groups = parameter_groups(config, model)
     value = config.value
     betas, eps = (value("beta1"), value("beta2")), value("eps")
-    # the fused ones skip a step on the device, without waiting for it (see `Guard`)
+    # the fused ones skip a step on the device, without waiting for it (see `NonFiniteGuard`)
     match config.name:
         case "adamw":
             return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)

@@ -99,17 +99,17 @@ def seen(
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
-def whole(name: str, parts: list[Tensor]) -> Tensor:
-    """What the processes' parts come to: images in their places, parameters' gradients added."""
-    if parts[0].ndim == 4:
-        joined = torch.empty(IMAGES, *parts[0].shape[1:], dtype=parts[0].dtype)
-        for rank, part in enumerate(parts):
-            joined[rank :: len(parts)] = part
+def whole(name: str, shards: list[Tensor]) -> Tensor:
+    """What the processes' shards amount to: images in their places, parameters' gradients added."""
+    if shards[0].ndim == 4:
+        joined = torch.empty(IMAGES, *shards[0].shape[1:], dtype=shards[0].dtype)
+        for rank, shard_ in enumerate(shards):
+            joined[rank :: len(shards)] = shard_
         return joined
     if name.endswith("gradient"):
-        return torch.stack(parts).sum(0)
-    assert all(torch.equal(part, parts[0]) for part in parts), f"{name} differs among processes"
-    return parts[0]
+        return torch.stack(shards).sum(0)
+    assert all(torch.equal(own, shards[0]) for own in shards), f"{name} differs among processes"
+    return shards[0]
 
 
 @pytest.mark.parametrize(

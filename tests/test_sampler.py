@@ -1,21 +1,31 @@
-"""The data order: every sample once an epoch, the same for any number of processes."""
+"""The samplers: every sample once an epoch, the same order for any number of processes."""
 
 from __future__ import annotations
+
+import contextlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distcls.training.sampler import EpochSampler, Indices, shard, uniforms
+from distcls.errors import UsageError
+from distcls.training.sampler import (
+    EpochSampler,
+    Indices,
+    MicroBatching,
+    ShardedSampler,
+    shard,
+    uniforms,
+)
 
 WEYL = 0x9E3779B97F4A7C15
 MASK = 2**64 - 1
 
 
-def epoch_batches(order: EpochSampler, epoch: int) -> list[Indices]:
-    permutation = order.permutation(epoch)
-    return [permutation[slice(*order.bounds(step))] for step in range(order.steps)]
+def epoch_batches(sampler: EpochSampler, epoch: int) -> list[Indices]:
+    permutation = sampler.permutation(epoch)
+    return [permutation[slice(*sampler.bounds(step))] for step in range(sampler.steps)]
 
 
 @settings(max_examples=80, deadline=None)
@@ -23,23 +33,23 @@ def epoch_batches(order: EpochSampler, epoch: int) -> list[Indices]:
 def test_each_sample_once_in_batches_of_nearly_one_size(
     samples: int, batch_size: int, seed: int, epoch: int
 ) -> None:
-    order = EpochSampler(samples=samples, batch_size=batch_size, seed=seed)
-    batches = epoch_batches(order, epoch)
+    sampler = EpochSampler(samples=samples, batch_size=batch_size, seed=seed)
+    batches = epoch_batches(sampler, epoch)
     sizes = [len(batch) for batch in batches]
     assert sorted(np.concatenate(batches).tolist()) == list(range(samples))
     assert max(sizes) <= batch_size
     assert max(sizes) - min(sizes) <= 1
-    assert min(sizes) == order.smallest_batch
+    assert min(sizes) == sampler.smallest_batch
     assert len(batches) == -(-samples // batch_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
-def test_the_shares_of_the_processes_partition_the_batch(world_size: int) -> None:
-    order = EpochSampler(samples=103, batch_size=20, seed=3)
-    for batch in epoch_batches(order, 1):
+def test_the_shards_partition_the_batch(world_size: int) -> None:
+    sampler = EpochSampler(samples=103, batch_size=20, seed=3)
+    for batch in epoch_batches(sampler, 1):
         shards = [shard(batch, rank, world_size) for rank in range(world_size)]
         assert sorted(np.concatenate(shards).tolist()) == sorted(batch.tolist())
-        sizes = [len(part) for part in shards]
+        sizes = [len(own) for own in shards]
         assert max(sizes) - min(sizes) <= 1
         assert sizes == sorted(sizes, reverse=True)
 
@@ -53,28 +63,51 @@ def test_pairs_stay_together(world_size: int, size: int) -> None:
     pairs = {tuple(batch[start : start + 2]) for start in range(0, size, 2)}
     found = {tuple(own[start : start + 2]) for own in shards for start in range(0, len(own), 2)}
     assert found == pairs
-    sizes = [len(part) for part in shards]
+    sizes = [len(own) for own in shards]
     assert max(sizes) - min(sizes) <= 2
     assert min(sizes) >= 2
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 130), st.integers(1, 5), st.integers(1, 5))
+def test_the_micro_batch_is_the_largest_that_any_process_takes(
+    samples: int, batch_size: int, world_size: int, accumulate: int
+) -> None:
+    sampler = EpochSampler(samples=samples, batch_size=batch_size, seed=0)
+    batching = MicroBatching(sampler=sampler, world_size=world_size, accumulate=accumulate)
+    sizes = [
+        len(own)
+        for rank in range(world_size)
+        for own in ShardedSampler(rank=rank, world_size=world_size, group_size=1).training(
+            np.arange(samples), sampler, 0, 0, accumulate
+        )
+    ]
+    assert sum(sizes) == samples
+    assert max(sizes) == batching.size
+    too_small = pytest.raises(UsageError, match="needs two images in every micro-batch")
+    with too_small if min(sizes) < 2 else contextlib.nullcontext():
+        batching.require_possible()
+    possible = sampler.smallest_batch >= 4 * accumulate * world_size
+    assert batching.doubled == (2 * accumulate if possible else None)
+
+
 def test_a_pure_function_of_seed_and_epoch() -> None:
-    order = EpochSampler(samples=50, batch_size=8, seed=7)
+    sampler = EpochSampler(samples=50, batch_size=8, seed=7)
     np.random.seed(0)
-    first = order.permutation(2)
+    first = sampler.permutation(2)
     np.random.seed(1)
-    order.permutation(9)
+    sampler.permutation(9)
     again = EpochSampler(samples=50, batch_size=13, seed=7)
     assert np.array_equal(again.permutation(2), first)
-    assert not np.array_equal(order.permutation(3), first)
+    assert not np.array_equal(sampler.permutation(3), first)
     assert not np.array_equal(EpochSampler(samples=50, batch_size=8, seed=8).permutation(2), first)
 
 
 def test_permutations_are_even() -> None:
-    order = EpochSampler(samples=5, batch_size=5, seed=0)
+    sampler = EpochSampler(samples=5, batch_size=5, seed=0)
     counts = np.zeros((5, 5))
     for epoch in range(2000):
-        counts[np.arange(5), order.permutation(epoch)] += 1
+        counts[np.arange(5), sampler.permutation(epoch)] += 1
     # each count is binomial(2000, 1/5): standard deviation 17.9
     assert np.abs(counts - 400).max() < 5 * 17.9
 
