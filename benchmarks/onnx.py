@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from benchmarks.common import Apart, Contestant, alternate, finish
 from benchmarks.photographs import model_for, photographs, pixels
 from distcls import plotting
-from distcls.runtime.providers import ExecutionConfig, Precision, ProviderName, installed, versions
+from distcls.runtime.providers import PROVIDERS, ExecutionConfig, Precision, installed, versions
 from distcls.system import available_cores
 
 BATCHES = (1, 4, 16, 64)
@@ -57,13 +57,13 @@ def torch_way(model: Path, images: Images, way: str, threads: int) -> Contestant
 
 
 def provider_way(
-    model: Path, images: Images, provider: ProviderName, precision: Precision, threads: int
+    model: Path, images: Images, provider: str, precision: Precision, threads: int
 ) -> Contestant:
     """ONNX Runtime with a provider, one batch at a time."""
     from distcls.runtime.model import OnnxModel
 
-    plan = ExecutionConfig(provider=provider, precision=precision, threads=threads)
-    opened = OnnxModel(model, plan)
+    execution = ExecutionConfig(provider=provider, precision=precision, threads=threads)
+    opened = OnnxModel(model, execution)
     return _sweep(opened.logits, images)
 
 
@@ -96,8 +96,7 @@ def compare(
         for way in ("eager", "channels_last", "compiled", "bf16")
     }
     for provider in reversed(installed()):
-        precisions: tuple[Precision, ...] = ("fp32", "reduced") if provider != "cpu" else ("fp32",)
-        for precision in precisions:
+        for precision in reversed(PROVIDERS[provider].precisions):
             made = (provider_way, model, images, provider, precision, threads)
             entered[f"{provider} {precision}"] = made
     with ExitStack() as stack:

@@ -13,7 +13,6 @@ from typing import Any
 from benchmarks.common import Contestant
 from benchmarks.photographs import CROP, pixels
 from distcls.imaging import decode_file
-from distcls.runtime.providers import ProviderChoice
 from distcls.system import available_cores
 
 BATCH, WORKERS = 64, 2
@@ -89,7 +88,7 @@ def timm_way(folder: Path) -> Contestant:
     return _round(folder, classify, 2 * BATCH)
 
 
-def ours(folder: Path, model: Path, provider: ProviderChoice) -> Contestant:
+def ours(folder: Path, model: Path, provider: str) -> Contestant:
     """`distcls predict`, from its arguments to the finished file."""
     from distcls.commands.predict import main
 
@@ -136,7 +135,7 @@ def decode_only(folder: Path) -> Contestant:
     return run
 
 
-def infer_only(folder: Path, model: Path, provider: ProviderChoice) -> Contestant:
+def infer_only(folder: Path, model: Path, provider: str) -> Contestant:
     """The model alone, with the plan that `distcls predict` takes; the second limit."""
     from distcls.data.source import ImageSource
     from distcls.runtime.autotune import open_fastest

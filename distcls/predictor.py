@@ -33,9 +33,7 @@ def load_model(
     if path.suffix.lower() == ".onnx":
         from distcls.runtime.autotune import open_fastest
         from distcls.runtime.model import OnnxModel
-        from distcls.runtime.onnx_file import check_checksum
 
-        check_checksum(path)
         return OnnxModel(path) if asked is None else open_fastest(path, asked, source)
     if asked is not None and asked.provider != "auto":
         raise UsageError(

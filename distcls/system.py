@@ -16,13 +16,13 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-FOLDER = "DISTCLS_CACHE"
+CACHE_VARIABLE = "DISTCLS_CACHE"
 """Environment variable that names another folder for the cache."""
 
 
 def cache_folder() -> Path:
     """$DISTCLS_CACHE, or `distcls` in the user's cache folder (XDG base directories)."""
-    own = os.environ.get(FOLDER)
+    own = os.environ.get(CACHE_VARIABLE)
     if own:
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -40,7 +40,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _gpu_names() -> list[str]:
+def gpu_names() -> list[str]:
     """NVIDIA GPUs as the driver names them."""
     names = []
     for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 from distcls.data.prepare import PrepareOptions, prepare
-from distcls.system import FOLDER
+from distcls.system import CACHE_VARIABLE
 
 # Several processes train at once on few cores. Threads that spin at a barrier for a partner which
 # is not running take the machine from it (24 instead of 150 images/s); read when torch is loaded.
@@ -26,7 +26,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache folder of the tests' own, in this process and in those that it starts."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(FOLDER, str(folder))
+        patch.setenv(CACHE_VARIABLE, str(folder))
         yield folder
 
 

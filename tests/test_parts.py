@@ -24,7 +24,7 @@ from distcls.data.formats.detect import open_input
 from distcls.data.source import ImageSource
 from distcls.errors import BadImage, UsageError
 from distcls.runtime.model import OnnxModel
-from distcls.runtime.providers import ExecutionConfig, execution_of
+from distcls.runtime.providers import ExecutionConfig
 from tests import tiny_dataset, tiny_onnx
 from tests.test_predict_answers import with_features
 
@@ -331,9 +331,9 @@ def test_resumed_it_runs_as_before_whatever_auto_would_choose(
         predict(OnnxModel(model, plan), broken, given)
     again = dataclasses.replace(given, provider="auto", resume=True)
     opened_again = open_predictor(again, source)
-    assert execution_of(opened_again) == plan
+    assert opened_again.execution == plan
     assert predict(opened_again, source, again).resumed == 32
-    assert execution_of(open_predictor(again, source)) != plan
+    assert open_predictor(again, source).execution != plan
 
 
 def test_parts_are_whole_batches(folder: Path, model: Path, tmp_path: Path) -> None:

@@ -63,11 +63,10 @@ def test_a_bad_image_changes_no_other(model: OnnxModel) -> None:
 
 
 @dataclasses.dataclass
-class Broken:
+class Broken(tiny_onnx.FakeModel):
     """Gives infinity for bright images, and proves that it was asked for more than one."""
 
     card: ModelCard
-    provider: str = "test"
     largest: int = 0
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -151,7 +150,7 @@ def test_where_the_time_goes(model: OnnxModel, tmp_path: Path) -> None:
         time.sleep(0.01)
     told = stages.to_json()
     assert told["images"] == 64
-    assert told["threads"] == (2 if model.plan.layout == "workers" else 4)
+    assert told["threads"] == (2 if model.execution.layout == "workers" else 4)
     assert 0.256 <= stages.spent("decode") <= 2 * stages.seconds
     assert 0 < stages.spent("infer") < stages.spent("decode")
     assert 0.08 <= stages.spent("write") <= stages.seconds

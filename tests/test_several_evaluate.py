@@ -229,14 +229,13 @@ def test_other_kinds_are_refused(
         check_task(HEADS, other, "data")
 
 
-class Altered:
+class Altered(tiny_onnx.FakeModel):
     """A model whose answers are those of another but for one logit of each image."""
 
     def __init__(self, path: Path, place: int) -> None:
         self._model = OnnxModel(path)
         self._place = place
         self.card = self._model.card
-        self.provider = "altered"
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         logits = self._model.logits(images)

@@ -74,11 +74,10 @@ def test_flips_are_averaged_part_by_part(targets: Task, tmp_path: Path) -> None:
     assert np.abs(both[0] - found).max() > 0.05
 
 
-class Sure:
+class Sure(tiny_onnx.FakeModel):
     """Logits so far apart that a float32 probability is nought or one."""
 
     card = card(LABELS)
-    provider = "test"
     row = (500.0, -500.0, 0.0, 40.0, -40.0)
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -19,16 +19,15 @@ from distcls.errors import UsageError
 from distcls.imaging import Preprocess, decode
 from distcls.model_card import ModelCard
 from distcls.task import Task
+from tests import tiny_onnx
 from tests.test_writers import read
 
 CLASSES = ("red", "green", "blue")
 SMALL = Preprocess(size=(32, 32), resize="squash")
 
 
-class Brightest:
+class Brightest(tiny_onnx.FakeModel):
     """Answers with the channel that is brightest on the whole."""
-
-    provider = "arithmetic"
 
     def __init__(self, preprocess: Preprocess = SMALL) -> None:
         self.card = ModelCard(architecture={}, task=Task(classes=CLASSES), preprocess=preprocess)

@@ -14,7 +14,6 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from distcls.errors import UsageError
 from distcls.export import triton
 from distcls.runtime.model import OnnxModel
-from distcls.runtime.onnx_file import check_checksum
 from distcls.task import Head, Task
 from tests import tiny_onnx
 from tests.test_predict_answers import with_features
@@ -129,7 +128,6 @@ def test_an_output_more_for_each_head(tmp_path: Path) -> None:
     ]
     told = json.loads(config.parameters["distcls.task"].string_value)
     assert Task.from_json(told) == targets
-    check_checksum(folder / "1/model.onnx")
     copy = OnnxModel(folder / "1/model.onnx")
     assert copy.card == card
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)

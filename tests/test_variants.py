@@ -29,7 +29,6 @@ from distcls.export.reduced_precision import (
 )
 from distcls.models.checkpoint import open_checkpoint
 from distcls.runtime.model import OnnxModel
-from distcls.runtime.onnx_file import check_checksum
 from tests import tiny_dataset, tiny_onnx
 from tests.small_networks import untrained
 
@@ -265,7 +264,6 @@ def test_a_real_network(recipe: Recipe, tmp_path: Path, precision: Any) -> None:
     assert certificate.holds
     assert certificate.images == 179  # the whole split, not 64
     model = OnnxModel(out)
-    check_checksum(out)
     assert model.card.certificate == certificate.to_json()
     assert model.card.certificate["precision"] == precision
     assert out.stat().st_size < (0.6 if precision == "fp16" else 0.4) * len(before)

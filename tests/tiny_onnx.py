@@ -11,9 +11,23 @@ from onnx import TensorProto, helper, numpy_helper
 
 from distcls.imaging import Preprocess
 from distcls.model_card import ModelCard
+from distcls.runtime.providers import ExecutionConfig
 from distcls.task import Task
 
 COLOURS = ("red", "green", "blue")
+
+
+class FakeModel:
+    """What a `Model` has besides its logits; a test's own model adds `card` and `logits`."""
+
+    card: ModelCard
+    provider = "test"
+    execution = ExecutionConfig()
+
+    @property
+    def output_width(self) -> int:
+        """One logit per class."""
+        return len(self.card.classes)
 
 
 def card(classes: tuple[str, ...] = COLOURS, size: tuple[int, int] = (8, 8)) -> ModelCard:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from distcls.config import positional
 from distcls.data.formats.detect import TIMEOUT
 from distcls.errors import require
-from distcls.runtime.providers import ExecutionRequest, ProviderChoice
+from distcls.runtime.providers import ExecutionRequest, require_provider
 
 Tta = Literal["none", "flip"]
 Engine = Literal["local", "ray"]
@@ -36,7 +36,7 @@ class PredictOptions:
     """Split of a dataset directory; test unless given."""
     batch_size: int | None = None
     """Images the model takes at a time; unset, chosen with the provider (64 for a .pth)."""
-    provider: ProviderChoice = "auto"
+    provider: str = "auto"
     """What runs an ONNX model: auto takes the fastest that is installed and agrees with the CPU;
     or cpu, openvino, cuda, tensorrt."""
     top_k: int = 1
@@ -90,6 +90,7 @@ class PredictOptions:
     """Say nothing but warnings and errors."""
 
     def __post_init__(self) -> None:
+        require_provider(self.provider, or_auto=True)
         for name in ("top_k", "part_rows"):
             value = getattr(self, name)
             require(value >= 1, name, value, "at least 1")

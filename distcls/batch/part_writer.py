@@ -21,7 +21,6 @@ from distcls.files import atomic_path, digest
 from distcls.plotting import GREEN, GREY, RED, fonts, grid_columns, new_figure, save, shorten
 from distcls.runtime.model import Model, WithFeatures
 from distcls.runtime.pipeline import Chunk, Profiler, split_features, stream
-from distcls.runtime.providers import execution_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,7 +151,7 @@ class PartWriter:
         self.gallery = Gallery(options.show, self.count, options.seed)
         self.stages = Profiler()
         self._width = model.width if isinstance(model, WithFeatures) else 0
-        self._batch = options.batch_size or execution_of(model).batch_size
+        self._batch = options.batch_size or model.execution.batch_size
         self._rows = math.ceil(options.part_rows / self._batch) * self._batch
         """Rows of a part: whole batches, so that a batch is the same in a run that goes on."""
 

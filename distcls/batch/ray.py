@@ -106,7 +106,7 @@ def made_on_ray(
 
     options, plans = making.options, executions_of(making.model)
     with _cluster():
-        gpu = plans[0].provider in ("cuda", "tensorrt")
+        gpu = plans[0].gpu
         nodes = [node for node in ray.nodes() if node["Alive"]]
         fleet = Fleet.of(nodes, options.workers or available_cores(), gpu=gpu)
         workers = min(fleet.workers, len(numbers))

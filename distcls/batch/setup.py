@@ -29,7 +29,7 @@ from distcls.predictor import load_model
 from distcls.runtime.ensemble import Ensemble, FlipAveraged, executions_of
 from distcls.runtime.model import Model, WithFeatures
 from distcls.runtime.pipeline import stream
-from distcls.runtime.providers import ExecutionConfig, ExecutionRequest, execution_of
+from distcls.runtime.providers import ExecutionConfig, ExecutionRequest
 
 if TYPE_CHECKING:
     pass
@@ -70,7 +70,7 @@ def fingerprint_of(model: Model, source: ImageSource, options: PredictOptions) -
         "provider": model.provider,
         "way of computing": "; ".join(map(str, plans)),
         PLANS: [plan.to_json() for plan in plans],
-        "batch_size": options.batch_size or execution_of(model).batch_size,
+        "batch_size": options.batch_size or model.execution.batch_size,
         "part_rows": options.part_rows,
         "top_k": options.top_k,
         "probabilities": options.probabilities,
@@ -173,11 +173,11 @@ def _reopened(path: Path, plan: ExecutionConfig | None) -> Model | None:
     if plan is None or path.suffix.lower() != ".onnx" or not path.is_file():
         return None
     from distcls.runtime.model import OnnxModel
-    from distcls.runtime.onnx_file import check_checksum
+    from distcls.runtime.onnx_file import OnnxFile
 
-    check_checksum(path)
+    file = OnnxFile(path)
     try:
-        return OnnxModel(path, plan)
+        return OnnxModel(file, plan)
     except DistclsError:  # what it ran on is gone; the run is refused if that makes a difference
         return None
 

@@ -19,7 +19,7 @@ from distcls.evaluation.metrics import AnyTally, Integers, Metrics, new_tally
 from distcls.files import csv_line, write_json, write_text
 from distcls.runtime.model import Model
 from distcls.runtime.pipeline import stream
-from distcls.runtime.providers import ExecutionRequest, ProviderChoice
+from distcls.runtime.providers import ExecutionRequest, require_provider
 from distcls.task import BLANK, BLANK_SHOWN, Task
 
 
@@ -37,7 +37,7 @@ class EvaluateOptions:
     """Folder for metrics.json, per_class.csv, confusion.csv and confusion.png."""
     batch_size: int | None = None
     """Images the model takes at a time; unset, chosen with the provider (64 for a .pth)."""
-    provider: ProviderChoice = "auto"
+    provider: str = "auto"
     """What runs an ONNX model: auto takes the fastest that is installed and agrees with the CPU;
     or cpu, openvino, cuda, tensorrt."""
     limit: int | None = None
@@ -50,6 +50,7 @@ class EvaluateOptions:
     """Say nothing but warnings and errors."""
 
     def __post_init__(self) -> None:
+        require_provider(self.provider, or_auto=True)
         for name in ("batch_size", "limit", "workers"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")

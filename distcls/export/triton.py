@@ -83,10 +83,7 @@ def write_repository(options: TritonOptions) -> Path:
     """
     from distcls.files import atomic_folder
     from distcls.runtime.model import OnnxModel
-    from distcls.runtime.onnx_file import check_checksum
 
-    if options.model.is_file():
-        check_checksum(options.model)
     model = OnnxModel(options.model)
     target = options.out / options.title
     with atomic_folder(target) as part:
@@ -148,14 +145,13 @@ def _outputs(model: OnnxModel) -> list[str]:
     """What the config says of each output."""
     from distcls.export.graph import output_of
     from distcls.runtime.model import FEATURES, LOGITS, PROBABILITIES, WithFeatures
-    from distcls.runtime.onnx_file import outputs
 
     card = model.card
     classes = len(card.classes)
     found = [_output(LOGITS, classes), _output(PROBABILITIES, classes, LABELS)]
     for place, head in enumerate(card.task.heads):
         found.append(_output(output_of(head), len(head.classes), _labels_of(place)))
-    if FEATURES in outputs(model.path):
+    if FEATURES in model.output_names:
         found.append(_output(FEATURES, WithFeatures(model).width))
     return found
 

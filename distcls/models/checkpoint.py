@@ -22,15 +22,22 @@ from distcls.model_card import ModelCard
 from distcls.models import factory
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
+from distcls.runtime.providers import ExecutionConfig
 
 
 class TorchModel:
-    """A checkpoint ready to classify; the torch counterpart of `inference.session.OnnxModel`."""
+    """A checkpoint ready to classify; the torch counterpart of `runtime.model.OnnxModel`."""
 
     def __init__(self, model: Classifier, card: ModelCard, device: torch.device) -> None:
         self.model = model.to(device).to(memory_format=torch.channels_last).eval()
         self.card = card
         self.device = device
+        self.execution = ExecutionConfig()
+
+    @property
+    def output_width(self) -> int:
+        """One logit per class."""
+        return len(self.card.classes)
 
     @property
     def provider(self) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from distcls.errors import UsageError
 from distcls.model_card import ModelCard
 from distcls.runtime.model import Model
-from distcls.runtime.providers import ExecutionConfig, execution_of
+from distcls.runtime.providers import ExecutionConfig
 from distcls.task import THRESHOLD, Task, sigmoid
 
 Floats = NDArray[np.float32]
@@ -41,9 +41,14 @@ class FlipAveraged:
         return f"{self._model.provider}, with flips"
 
     @property
-    def plan(self) -> ExecutionConfig:
+    def execution(self) -> ExecutionConfig:
         """The model's own."""
-        return execution_of(self._model)
+        return self._model.execution
+
+    @property
+    def output_width(self) -> int:
+        """The model's own."""
+        return self._model.output_width
 
     def logits(self, images: Images) -> Floats:
         """Logits of the mean probabilities, float32 [N, K], of images [N, H, W, 3]."""
@@ -78,9 +83,14 @@ class Ensemble:
         return ", ".join(dict.fromkeys(model.provider for model in self.models))
 
     @property
-    def plan(self) -> ExecutionConfig:
+    def execution(self) -> ExecutionConfig:
         """The first model's."""
-        return execution_of(self.models[0])
+        return self.models[0].execution
+
+    @property
+    def output_width(self) -> int:
+        """The first model's."""
+        return self.models[0].output_width
 
     def logits(self, images: Images) -> Floats:
         """Logits of the mean probabilities, float32 [N, K], of images [N, H, W, 3]."""
@@ -91,8 +101,8 @@ class Ensemble:
 def executions_of(model: Model) -> list[ExecutionConfig]:
     """How each of the models in a model is run, in their order."""
     if isinstance(model, Ensemble):
-        return [plan for each in model.models for plan in executions_of(each)]
-    return [execution_of(model)]
+        return [execution for each in model.models for execution in executions_of(each)]
+    return [model.execution]
 
 
 def _log_mean(answers: Sequence[Floats], task: Task) -> Floats:

@@ -1,7 +1,7 @@
-"""ONNX files that distcls has not exported, used by what the user says of them.
+"""Third-party ONNX models: files that distcls did not export, described by the user.
 
-Taken is a network with one input, images in float32 [N, 3, H, W] or [N, H, W, 3] (or uint8), and an
-output [N, K] of logits or probabilities. Normalisation is done here, in NumPy.
+Supported is a network with one input, images as float32 [N, 3, H, W] or [N, H, W, 3] (or uint8),
+and an output [N, K] of logits or probabilities. Normalisation happens here, in NumPy.
 """
 
 from __future__ import annotations
@@ -14,45 +14,49 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distcls.errors import DistclsError, UsageError
+from distcls.errors import UsageError
 from distcls.imaging import Preprocess
 from distcls.model_card import PREFIX, ModelCard
-from distcls.runtime.model import open_session
-from distcls.runtime.onnx_file import check_external_data
-from distcls.runtime.providers import ExecutionConfig, ExecutionRequest
+from distcls.runtime.model import Floats, Images, batch_failed, open_session
+from distcls.runtime.onnx_file import OnnxFile
+from distcls.runtime.providers import AUTO, REFERENCE, ExecutionConfig, ExecutionRequest
 from distcls.task import Task
 
-_KINDS = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
-_SURE = 1e-3
-"""How far from 1 a sum of probabilities may be."""
-
-Floats = NDArray[np.float32]
-Images = NDArray[np.uint8]
+_INPUT_TYPES = ("tensor(float)", "tensor(uint8)")
+_SUM_TOLERANCE = 1e-3
+"""How far from 1 the sum of an image's probabilities may be."""
 
 
 class GenericOnnxModel:
-    """Such a file, ready to answer; safe to call from several threads."""
+    """A third-party ONNX model ready to classify; safe to call from several threads."""
 
     def __init__(
         self,
         path: Path,
         classes: tuple[str, ...],
-        asked: ExecutionRequest,
+        request: ExecutionRequest,
         *,
         size: tuple[int, int] | None = None,
         mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
         std: tuple[float, float, float] = (1.0, 1.0, 1.0),
     ) -> None:
-        """Raises UsageError if the file is none, is one of ours, or is not as described above."""
-        self.path = path
-        provider = "cpu" if asked.provider == "auto" else asked.provider
-        self.plan = ExecutionConfig(
-            provider=provider, batch_size=asked.batch_size or ExecutionConfig.batch_size
-        )
-        check_external_data(path)
-        self._session = open_session(path, self.plan)
-        if any(key.startswith(PREFIX) for key in self._metadata()):
+        """Open a file with its class names, in the order of its outputs.
+
+        `size` is height and width of its input in pixels, if the file leaves them open; `mean` and
+        `std` normalise the RGB channels of values scaled to 0..1. The provider `auto` is the CPU.
+        Raises UsageError if it is no ONNX file, was exported by distcls, or is not supported.
+        """
+        file = OnnxFile(path)
+        if any(key.startswith(PREFIX) for key in file.metadata):
             raise UsageError(f"classes: {path} was exported by distcls and carries its own")
+        self.path = path
+        self.sha256 = file.sha256
+        """Of the file, hexadecimal."""
+        self.execution = ExecutionConfig(
+            provider=REFERENCE if request.provider == AUTO else request.provider,
+            batch_size=request.batch_size or ExecutionConfig.batch_size,
+        )
+        self._session = open_session(file, self.execution)
         self._input, size = self._find_input(size)
         self._output = self._find_output(len(classes))
         preprocess = Preprocess(size=size, mean=mean, std=std)
@@ -61,31 +65,36 @@ class GenericOnnxModel:
         )
         self._scale = 1 / (255 * np.array(preprocess.std, np.float32))
         self._shift = np.array(preprocess.mean, np.float32) / np.array(preprocess.std, np.float32)
-        self._probabilities = self._gives_probabilities()
+        self._returns_probabilities = self._detect_probabilities()
 
     @property
     def provider(self) -> str:
         """The execution provider in use."""
         return str(self._session.get_providers()[0])
 
-    def logits(self, images: Images) -> Floats:
-        """Preprocessed images, uint8 RGB [N, H, W, 3], to logits, float32 [N, K]."""
-        found = self._answers(images)
-        if not self._probabilities:
-            return found
-        return np.asarray(np.log(np.maximum(found, np.finfo(np.float32).tiny)), np.float32)
+    @property
+    def output_width(self) -> int:
+        """See `Model`: one logit per class."""
+        return len(self.card.classes)
 
-    def _answers(self, images: Images) -> Floats:
-        """What the network gives; a fixed size of batches is filled up with black images."""
+    def logits(self, images: Images) -> Floats:
+        """See `Model`; of a network that returns probabilities, their logarithms."""
+        outputs = self._compute(images)
+        if not self._returns_probabilities:
+            return outputs
+        return np.asarray(np.log(np.maximum(outputs, np.finfo(np.float32).tiny)), np.float32)
+
+    def _compute(self, images: Images) -> Floats:
+        """The network's output [N, K]; a fixed batch size is filled up with black images."""
         fixed = self._input.shape[0]
         step = fixed if isinstance(fixed, int) else max(1, len(images))
-        found = [np.zeros((0, len(self.card.classes)), np.float32)]
+        outputs = [np.zeros((0, self.output_width), np.float32)]
         for start in range(0, len(images), step):
             batch = images[start : start + step]
             missing = step - len(batch)
             full = np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), np.uint8)])
-            found.append(self._run(full if missing else batch)[: len(batch)])
-        return np.concatenate(found)
+            outputs.append(self._run(full if missing else batch)[: len(batch)])
+        return np.concatenate(outputs)
 
     def _run(self, batch: Images) -> Floats:
         values: NDArray[Any] = batch
@@ -94,30 +103,31 @@ class GenericOnnxModel:
         if self._channels_first(self._input.shape):
             values = values.transpose(0, 3, 1, 2)
         try:
-            feed = {self._input.name: np.ascontiguousarray(values)}
-            (answers,) = self._session.run([self._output], feed)
+            inputs = {self._input.name: np.ascontiguousarray(values)}
+            (outputs,) = self._session.run([self._output], inputs)
         except Exception as error:  # the runtime has a dozen types without a common parent
-            reason = str(error).splitlines()[0]
-            raise DistclsError(f"{self.path}: a batch of {len(batch)} failed: {reason}") from error
-        if answers.shape != (len(batch), len(self.card.classes)):
+            raise batch_failed(self.path, len(batch), error) from error
+        if outputs.shape != (len(batch), self.output_width):
             raise UsageError(
-                f"{self.path}: answers {list(answers.shape)} to {len(batch)} images, expected "
-                f"[{len(batch)}, {len(self.card.classes)}] for the class names of --classes"
+                f"{self.path}: its output for {len(batch)} images has the shape "
+                f"{list(outputs.shape)}, expected [{len(batch)}, {self.output_width}] for the "
+                "class names of --classes"
             )
-        return np.asarray(answers, np.float32)
+        return np.asarray(outputs, np.float32)
 
-    def _gives_probabilities(self) -> bool:
-        """Whether answers are shares of one already; asked with noise, which tells nothing else."""
+    def _detect_probabilities(self) -> bool:
+        """Whether outputs are probabilities; those of noise are, by chance, in no other case."""
         noise = np.random.default_rng(0).integers(
             0, 256, (4, *self.card.preprocess.size, 3), np.uint8
         )
-        found = self._answers(noise)
-        return bool(found.min() >= 0 and np.abs(found.sum(axis=1) - 1).max() < _SURE)
+        outputs = self._compute(noise)
+        off = np.abs(outputs.sum(axis=1) - 1).max()
+        return bool(outputs.min() >= 0 and off < _SUM_TOLERANCE)
 
     def _find_input(self, size: tuple[int, int] | None) -> tuple[Any, tuple[int, int]]:
         inputs = self._session.get_inputs()
         found = ", ".join(f"{tensor.name} {tensor.type} {tensor.shape}" for tensor in inputs)
-        if len(inputs) != 1 or inputs[0].type not in _KINDS or len(inputs[0].shape) != 4:
+        if len(inputs) != 1 or inputs[0].type not in _INPUT_TYPES or len(inputs[0].shape) != 4:
             raise UsageError(
                 f"{self.path}: its input is {found}, expected one, float32 or uint8 [N, 3, H, W] "
                 "or [N, H, W, 3]"
@@ -150,12 +160,9 @@ class GenericOnnxModel:
             f"{classes} class names of --classes"
         )
 
-    def _metadata(self) -> dict[str, str]:
-        return dict(self._session.get_modelmeta().custom_metadata_map)
-
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Class names of a file: a JSON list, or one a line. Raises UsageError for anything else."""
+    """Class names of a file: a JSON list, or one per line. Raises UsageError for anything else."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
@@ -163,7 +170,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"classes: {path}: {reason}") from error
     if any(not isinstance(name, str) for name in names):
-        raise UsageError(f"classes: {path}: expected names, a JSON list of text or one a line")
+        raise UsageError(f"classes: {path}: expected names, a JSON list of text or one per line")
     classes = tuple(name.strip() for name in names if name.strip())
     if len(classes) < 2 or len(set(classes)) != len(classes):
         raise UsageError(f"classes: {path}: expected two or more names, each once")

@@ -1,7 +1,4 @@
-"""An exported model, `best.onnx`, in ONNX Runtime.
-
-A stream carries one array an image, so a model with features answers with both in one row.
-"""
+"""A model ready to classify, and the exported `best.onnx` as one, in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -16,105 +13,65 @@ from numpy.typing import NDArray
 
 from distcls.errors import DistclsError, UsageError
 from distcls.model_card import ModelCard
-from distcls.runtime.onnx_file import check_external_data, outputs
-from distcls.runtime.providers import EXECUTION, ExecutionConfig, use
+from distcls.runtime.onnx_file import OnnxFile
+from distcls.runtime.providers import PROVIDERS, ExecutionConfig, configure, first_line
+
+Images = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+INPUT, LOGITS, PROBABILITIES = "images", "logits", "probabilities"
+FEATURES = "features"
+"""Names in an exported graph; `features`, float32 [N, D], is an output that it may lack."""
 
 
 class Model(Protocol):
-    """A model ready to answer."""
+    """A model ready to classify; any number of threads may call it at the same time."""
 
     @property
     def card(self) -> ModelCard:
-        """Its classes and preprocessing."""
+        """Its task and preprocessing."""
 
     @property
     def provider(self) -> str:
-        """What computes, for people: an execution provider or a torch device."""
-
-    def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Preprocessed images, uint8 RGB [N, H, W, 3], to logits, float32 [N, K]."""
-
-
-def answer_width(model: Model) -> int:
-    """Numbers of an answer: a logit a class, unless the model says that it gives more."""
-    width = getattr(model, "answer_width", None)
-    return width if isinstance(width, int) else len(model.card.classes)
-
-
-FEATURES = "features"
-"""The output of an exported file, float32 [N, D]."""
-
-Floats = NDArray[np.float32]
-
-
-class WithFeatures:
-    """An exported model whose answers are its logits with its features behind them, [N, K + D]."""
-
-    def __init__(self, model: Model) -> None:
-        """Raises UsageError if the model is no exported file, or one without features."""
-        if not isinstance(model, OnnxModel):
-            raise UsageError("features: only one exported .onnx has them; export the checkpoint")
-        if FEATURES not in outputs(model.path):
-            raise UsageError(
-                f"features: {model.path} was exported without them; export its checkpoint again"
-            )
-        self._model = model
-        blank = np.zeros((1, *model.card.preprocess.size, 3), np.uint8)
-        self.width: int = model.run([FEATURES], blank)[0].shape[1]
-        """D."""
+        """What computes, in words for people: an execution provider or a torch device."""
 
     @property
-    def card(self) -> ModelCard:
-        """The model's own."""
-        return self._model.card
+    def execution(self) -> ExecutionConfig:
+        """How it is run: threads, and images per batch."""
 
     @property
-    def answer_width(self) -> int:
-        """K + D."""
-        return len(self.card.classes) + self.width
+    def output_width(self) -> int:
+        """Numbers per image that `logits` returns: one per class, unless features follow them."""
 
-    @property
-    def provider(self) -> str:
-        """The model's own."""
-        return self._model.provider
+    def logits(self, images: Images) -> Floats:
+        """Preprocessed images, uint8 RGB [N, H, W, 3], to logits, float32 [N, output_width].
 
-    @property
-    def plan(self) -> ExecutionConfig:
-        """The model's own."""
-        return self._model.plan
-
-    def logits(self, images: NDArray[np.uint8]) -> Floats:
-        """Logits and features side by side, float32 [N, K + D]."""
-        if not len(images):
-            return np.zeros((0, self.answer_width), np.float32)
-        return np.concatenate(self._model.run([LOGITS, FEATURES], images), axis=1)
-
-
-INPUT, LOGITS, PROBABILITIES = "images", "logits", "probabilities"
+        Raises DistclsError if they cannot be computed.
+        """
 
 
 class OnnxModel:
-    """A `best.onnx` ready to answer; safe to call from several threads."""
+    """A `best.onnx` ready to classify; safe to call from several threads."""
 
-    def __init__(self, path: Path, plan: ExecutionConfig | None = None) -> None:
-        """Open `path` as `plan` says; unset, on the CPU with a thread a core.
+    def __init__(self, file: Path | OnnxFile, execution: ExecutionConfig | None = None) -> None:
+        """Open a file as `execution` says; default: on the CPU with one thread per core.
 
-        Raises UsageError if it is no ONNX file, was not exported by distcls, names weights outside
-        its folder, or if the plan's provider does not work here.
+        Raises UsageError if it is no ONNX file, was not exported by distcls, was changed since,
+        names weights outside its folder, or if the execution provider does not work here.
         """
-        self.path = Path(path)
-        self.plan = plan or ExecutionConfig()
-        if not self.path.is_file():
-            raise UsageError(f"{path}: no such model file")
-        check_external_data(self.path)
-        self._session = open_session(self.path, self.plan)
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        self._card = ModelCard.from_metadata(dict(metadata), str(path))
+        file = file if isinstance(file, OnnxFile) else OnnxFile(file)
+        self.path = file.path
+        self.sha256 = file.sha256
+        """Of the file, hexadecimal."""
+        self.output_names = file.output_names
+        self.execution = execution or ExecutionConfig()
+        self._session = open_session(file, self.execution)
+        self._card = ModelCard.from_metadata(file.metadata, str(file.path))
         self._check_interface()
 
     @property
     def card(self) -> ModelCard:
-        """Classes, preprocessing and certificate, as embedded in the file."""
+        """Task, preprocessing and certificate, as embedded in the file."""
         return self._card
 
     @property
@@ -122,37 +79,49 @@ class OnnxModel:
         """The execution provider in use."""
         return str(self._session.get_providers()[0])
 
-    def replanned(self, plan: ExecutionConfig) -> OnnxModel | None:
-        """The same model under another plan, sharing the session; None if the session differs."""
-        if self.plan.session != plan.session:
+    @property
+    def output_width(self) -> int:
+        """See `Model`: one logit per class."""
+        return len(self._card.classes)
+
+    def with_execution(self, execution: ExecutionConfig) -> OnnxModel | None:
+        """The same model run in another way by the same session; None if it needs another one."""
+        if self.execution.session != execution.session:
             return None
         same = copy.copy(self)
-        same.plan = plan
+        same.execution = execution
         return same
 
-    def outputs(self) -> list[tuple[str, int]]:
-        """Names of the outputs [N, width] and their widths; 0 for one that the file leaves open."""
-        shapes = [(tensor.name, tensor.shape[-1]) for tensor in self._session.get_outputs()]
-        return [(name, width if isinstance(width, int) else 0) for name, width in shapes]
-
-    def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Preprocessed images, uint8 RGB [N, H, W, 3], to logits, float32 [N, K]."""
+    def logits(self, images: Images) -> Floats:
+        """See `Model`."""
         if not len(images):
-            return np.zeros((0, len(self._card.classes)), np.float32)
+            return np.zeros((0, self.output_width), np.float32)
         return self.run([LOGITS], images)[0]
 
-    def run(self, outputs: Sequence[str], images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        """The outputs of these names, float32, for preprocessed images, uint8 RGB [N, H, W, 3].
+    def run(self, outputs: Sequence[str], images: Images) -> list[Floats]:
+        """The outputs of these names, float32 [N, K or D] each, for preprocessed images.
 
-        Raises DistclsError if the runtime cannot compute them.
+        Raises DistclsError if the runtime cannot compute them, or answers with another shape.
         """
         batch = np.ascontiguousarray(images)
         try:
             found = self._session.run(list(outputs), {INPUT: batch})
-        except Exception as error:  # see `open_session`
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise DistclsError(f"{self.path}: a batch of {len(images)} failed: {reason}") from error
-        return [np.asarray(values, np.float32) for values in found]
+        except Exception as error:  # the runtime has a dozen types without a common parent
+            raise batch_failed(self.path, len(images), error) from error
+        return [
+            self._checked(name, np.asarray(values, np.float32), len(images))
+            for name, values in zip(outputs, found, strict=True)
+        ]
+
+    def _checked(self, name: str, values: Floats, images: int) -> Floats:
+        """The values of an output unless their shape is wrong, which NumPy might broadcast."""
+        width: int | str = self.output_width if name in (LOGITS, PROBABILITIES) else "D"
+        if values.ndim != 2 or len(values) != images or width not in (values.shape[1], "D"):
+            raise DistclsError(
+                f"{self.path}: its output {name!r} for {images} images has the shape "
+                f"{list(values.shape)}, expected [{images}, {width}]"
+            )
+        return values
 
     def _check_interface(self) -> None:
         inputs = {tensor.name: tensor for tensor in self._session.get_inputs()}
@@ -175,28 +144,85 @@ class OnnxModel:
             raise UsageError(f"{self.path}: {width} logits for {classes} class names")
 
 
-def open_session(path: Path, plan: ExecutionConfig) -> Any:
-    """An `onnxruntime.InferenceSession` as `plan` says, of which any number of threads may ask.
+class WithFeatures:
+    """An exported model whose logits have its features behind them in the same row, [N, K + D].
 
-    Raises UsageError if the file cannot be opened, or if the plan's provider does not work here.
+    Pipelines carry one array per image, so both go through them side by side.
+    """
+
+    def __init__(self, model: Model) -> None:
+        """Raises UsageError if the model is no exported file, or one without features."""
+        if not isinstance(model, OnnxModel):
+            raise UsageError("features: only an exported .onnx has them; export the checkpoint")
+        if FEATURES not in model.output_names:
+            raise UsageError(
+                f"features: {model.path} was exported without them; export its checkpoint again"
+            )
+        self._model = model
+        blank = np.zeros((1, *model.card.preprocess.size, 3), np.uint8)
+        self.width: int = model.run([FEATURES], blank)[0].shape[1]
+        """D."""
+
+    @property
+    def card(self) -> ModelCard:
+        """The model's own."""
+        return self._model.card
+
+    @property
+    def provider(self) -> str:
+        """The model's own."""
+        return self._model.provider
+
+    @property
+    def execution(self) -> ExecutionConfig:
+        """The model's own."""
+        return self._model.execution
+
+    @property
+    def output_width(self) -> int:
+        """K + D."""
+        return self._model.output_width + self.width
+
+    def logits(self, images: Images) -> Floats:
+        """Logits and features side by side, float32 [N, K + D]."""
+        if not len(images):
+            return np.zeros((0, self.output_width), np.float32)
+        return np.concatenate(self._model.run([LOGITS, FEATURES], images), axis=1)
+
+
+def open_session(file: OnnxFile, execution: ExecutionConfig) -> Any:
+    """An `onnxruntime.InferenceSession`, which any number of threads may call.
+
+    Raises UsageError if the file cannot be opened, or if the execution provider does not work here.
     """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # the runtime writes to standard error by itself; we tell, once
+    options.log_severity_level = 4  # errors are raised; the runtime would print them as well
     # Threads that spin between operators take the cores from the threads that decode images.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    providers = use(plan, options)
+    providers = configure(execution, options)
+    # From the verified bytes, so that nothing else is run than what was verified, unless there are
+    # weights beside them. MobileNetV3-Large, 22 MB, 2 cores, best of 25: 33 to 37 ms from bytes, 31
+    # from the path; resident afterwards 59 MB (53), and 80 if the wrapper goes on holding them.
+    source = str(file.path) if file.external_data else file.content
     try:
-        # without its fallback, which prints and goes on with another provider than was asked for
+        # without its fallback, which prints and goes on with another provider than requested
         session = onnxruntime.InferenceSession(
-            str(path), options, providers=providers, enable_fallback=0
+            source, options, providers=providers, enable_fallback=0
         )
     except Exception as error:  # the runtime has a dozen types without a common parent
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        where = "" if plan.provider == "cpu" else f" with {plan.provider}"
-        raise UsageError(f"{path}: ONNX Runtime cannot open it{where}: {reason}") from error
-    if EXECUTION[plan.provider] not in session.get_providers():
+        where = "" if execution.provider == "cpu" else f" with {execution.provider}"
         raise UsageError(
-            f"provider: {plan.provider} is installed but does not start on this machine "
+            f"{file.path}: ONNX Runtime cannot open it{where}: {first_line(error)}"
+        ) from error
+    session._model_bytes = None  # read by the fallback alone
+    if PROVIDERS[execution.provider].execution_provider not in session.get_providers():
+        raise UsageError(
+            f"provider: {execution.provider} is installed but does not start on this machine "
             "(its driver or its libraries are missing)"
         )
     return session
+
+
+def batch_failed(path: Path, images: int, error: Exception) -> DistclsError:
+    """The error of a model that cannot compute a batch of so many images."""
+    return DistclsError(f"{path}: a batch of {images} failed: {first_line(error)}")

@@ -1,14 +1,7 @@
-"""Whether an exported file is what was exported: a digest of its graph and weights, in itself.
+"""One `.onnx` file: read once, verified, and what it says without a session.
 
-The metadata, in which the digest stands, is left out of it; the graph with its weights counts,
-and so do the operator sets and functions.
-Read from the protobuf wire format, because the inference side installs without `onnx`.
-
-An ONNX file may keep weights in other files. A hostile one names `../../secret` or a link, and
-older runtimes follow it. The few fields that matter are read from the protobuf wire format here,
-because the inference side installs without the `onnx` package.
-
-Field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
+The protobuf wire format is read here, because the inference side installs without `onnx`. Field
+numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 """
 
 from __future__ import annotations
@@ -20,8 +13,12 @@ from pathlib import Path
 
 from distcls.errors import UsageError
 
+KEY = "distcls.sha256"
+"""Metadata key under which an exported file carries its checksum, as JSON like all of them."""
+
 _CHILDREN: dict[str, dict[int, str]] = {
-    "model": {7: "graph", 25: "function"},
+    "model": {7: "main graph", 14: "metadata", 25: "function"},
+    "main graph": {1: "node", 5: "tensor", 12: "output", 15: "sparse"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
     "function": {7: "node"},
     "node": {5: "attribute"},
@@ -34,32 +31,91 @@ _CHILDREN: dict[str, dict[int, str]] = {
         23: "sparse",
     },
     "sparse": {1: "tensor", 2: "tensor"},
-    "tensor": {13: "entry"},
+    "tensor": {13: "external data"},
 }
-"""By message: the fields that hold, at some depth, a tensor's external data."""
+"""By message: the fields that are, or hold at some depth, one of `_LEAVES`."""
+
+_LEAVES = ("metadata", "output", "external data")
+_METADATA = 14
+"""The field of ModelProto that holds the metadata."""
 
 
-def check_external_data(path: Path) -> None:
-    """Raise UsageError if the ONNX file at `path` is none, or names data outside its folder."""
-    folder = path.resolve().parent
-    try:
-        locations = sorted(set(_locations(memoryview(path.read_bytes()), "model")))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not an ONNX file") from error
-    for location in locations:
-        if "\0" in location or not (folder / location).resolve().is_relative_to(folder):
-            raise UsageError(f"{path}: keeps weights in {location!r}, outside its folder; refused")
+class OnnxFile:
+    """The content of an `.onnx` file, read once and verified.
 
+    Two things are verified. A file that carries the checksum of its graph and weights, as every
+    export does, has to match it; one without a checksum passes. And weights kept in other files
+    have to lie in the file's own folder: a hostile model names `../../secret` or a link, and older
+    runtimes follow it.
+    """
 
-def _locations(message: memoryview, kind: str) -> Iterator[str]:
-    for field, value in fields(message):
-        child = _CHILDREN[kind].get(field)
-        if child == "entry":
+    def __init__(self, path: Path) -> None:
+        """Raises UsageError if the file cannot be read, is no ONNX file, or fails verification."""
+        self.path = Path(path)
+        self.content = _read(self.path)
+        """All of its bytes, a serialised ModelProto."""
+        self.sha256 = hashlib.sha256(self.content).hexdigest()
+        """Of the whole file, hexadecimal."""
+        self.metadata: dict[str, str] = {}
+        """Its metadata_props."""
+        self.output_names: tuple[str, ...] = ()
+        """The outputs of its graph, in order."""
+        self.external_data: tuple[str, ...] = ()
+        """Locations of the weights that it keeps in other files, relative to its folder."""
+        try:
+            self._parse()
+            self._verify_checksum()
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path} is not an ONNX file") from error
+        self._verify_external_data()
+
+    def _parse(self) -> None:
+        """Collect metadata, outputs and locations in one pass. Raises ValueError if it is none."""
+        outputs, locations = [], set()
+        for leaf, value in _leaves(memoryview(self.content), "model"):
             entry = dict(fields(value))
-            if bytes(entry.get(1, b"")) == b"location":
-                yield bytes(entry.get(2, b"")).decode("utf-8")
-        elif child is not None:
-            yield from _locations(value, child)
+            name = bytes(entry.get(1, b"")).decode("utf-8")
+            if leaf == "output":
+                outputs.append(name)
+            elif leaf == "metadata":
+                self.metadata[name] = bytes(entry.get(2, b"")).decode("utf-8")
+            elif name == "location":
+                locations.add(bytes(entry.get(2, b"")).decode("utf-8"))
+        self.output_names, self.external_data = tuple(outputs), tuple(sorted(locations))
+
+    def _verify_checksum(self) -> None:
+        carried = self.metadata.get(KEY)
+        if carried is not None and carried != json.dumps(checksum(self.content)):
+            raise UsageError(
+                f"{self.path}: wrong checksum, its graph or weights are not what was exported; "
+                "copy or export it again"
+            )
+
+    def _verify_external_data(self) -> None:
+        folder = self.path.resolve().parent
+        for location in self.external_data:
+            if "\0" in location or not (folder / location).resolve().is_relative_to(folder):
+                raise UsageError(
+                    f"{self.path}: keeps weights in {location!r}, outside its folder; refused"
+                )
+
+
+def checksum(model: bytes) -> str:
+    """SHA-256 of a serialised ModelProto without its metadata_props, hexadecimal.
+
+    Graph, weights, operator sets and functions count; the metadata, in which the checksum stands,
+    does not, nor does the order of the fields, since a writer may choose it. Raises ValueError if
+    the bytes are no message.
+    """
+    found = sorted(
+        (number, hashlib.sha256(value).digest())
+        for number, value in fields(memoryview(model))
+        if number != _METADATA
+    )
+    total = hashlib.sha256()
+    for number, value in found:
+        total.update(number.to_bytes(4, "big") + value)
+    return total.hexdigest()
 
 
 def fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
@@ -92,65 +148,19 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
     raise ValueError("number without an end")
 
 
-KEY = "distcls.sha256"
-"""Metadata key under which an exported file carries the digest, as JSON like all of them."""
-
-_GRAPH, _METADATA, _OUTPUT = 7, 14, 12
-"""Fields of ModelProto, and one of GraphProto; https://github.com/onnx/onnx/blob/main/onnx/onnx.proto"""
-
-
-def checksum(model: bytes) -> str:
-    """SHA-256 of a serialised ModelProto without its metadata_props, hexadecimal.
-
-    The order of the fields does not count, since a writer may choose it. Raises ValueError if the
-    bytes are no message.
-    """
-    found = sorted(
-        (number, hashlib.sha256(value).digest())
-        for number, value in fields(memoryview(model))
-        if number != _METADATA
-    )
-    total = hashlib.sha256()
-    for number, value in found:
-        total.update(number.to_bytes(4, "big") + value)
-    return total.hexdigest()
+def _leaves(message: memoryview, kind: str) -> Iterator[tuple[str, memoryview]]:
+    for field, value in fields(message):
+        child = _CHILDREN[kind].get(field)
+        if child in _LEAVES:
+            yield child, value
+        elif child is not None:
+            yield from _leaves(value, child)
 
 
-def check_checksum(path: Path) -> None:
-    """Raise UsageError if the ONNX file at `path` carries a digest that is not its own.
-
-    A file without one (of others, or of an earlier version) passes.
-    """
-    content = path.read_bytes()
+def _read(path: Path) -> bytes:
     try:
-        carried = _metadata(content).get(KEY)
-        if carried is None or carried == json.dumps(checksum(content)):
-            return
-    except ValueError as error:
-        raise UsageError(f"{path} is not an ONNX file") from error
-    raise UsageError(
-        f"{path}: wrong checksum, its graph or weights are not what was exported; copy or export "
-        "it again"
-    )
-
-
-def outputs(path: Path) -> list[str]:
-    """Names of the outputs of the ONNX file at `path`. Raises UsageError if it is none."""
-    try:
-        model = memoryview(path.read_bytes())
-        return [
-            bytes(dict(fields(value)).get(1, b"")).decode()
-            for part, graph in fields(model)
-            if part == _GRAPH
-            for number, value in fields(graph)
-            if number == _OUTPUT
-        ]
-    except ValueError as error:
-        raise UsageError(f"{path} is not an ONNX file") from error
-
-
-def _metadata(model: bytes) -> dict[str, str]:
-    entries = [dict(fields(v)) for number, v in fields(memoryview(model)) if number == _METADATA]
-    return {
-        bytes(entry.get(1, b"")).decode(): bytes(entry.get(2, b"")).decode() for entry in entries
-    }
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such model file") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error

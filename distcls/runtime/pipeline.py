@@ -33,8 +33,7 @@ from distcls.data.source import ImageSource
 from distcls.errors import BadImage
 from distcls.imaging import Preprocess
 from distcls.plotting import draw_profile
-from distcls.runtime.model import Floats, Model, answer_width
-from distcls.runtime.providers import execution_of
+from distcls.runtime.model import Floats, Model
 from distcls.system import available_cores
 
 Images = NDArray[np.uint8]
@@ -174,7 +173,7 @@ def stream(
     that of the model's plan unless given; `stages` is told where the time goes.
     """
     indices = range(len(source)) if indices is None else indices
-    size = batch_size or execution_of(model).batch_size
+    size = batch_size or model.execution.batch_size
     stages = stages or Profiler()
     crew = _crew(model, size, workers, stages)
     waiting: collections.deque[Future[Chunk]] = collections.deque()
@@ -248,7 +247,7 @@ class _Crew:
 
     def _infer(self, batch: InputBatch, images: Images, errors: list[str | None]) -> Chunk:
         good = np.array([error is None for error in errors])
-        logits = np.full((len(good), answer_width(self._model)), np.nan, np.float32)
+        logits = np.full((len(good), self._model.output_width), np.nan, np.float32)
         if good.any():
             with self._stages.measure("infer"):
                 logits[good] = self._model.logits(images if good.all() else images[good])
@@ -295,10 +294,10 @@ class _Staged(_Crew):
 
 
 def _crew(model: Model, size: int, workers: int | None, stages: Profiler) -> _Crew:
-    plan = execution_of(model)
-    if plan.layout == "workers":
-        return _Crew(model, stages, workers or plan.streams)
-    return _Staged(model, stages, workers or available_cores(), plan.streams, size)
+    execution = model.execution
+    if execution.layout == "workers":
+        return _Crew(model, stages, workers or execution.streams)
+    return _Staged(model, stages, workers or available_cores(), execution.streams, size)
 
 
 def split_features(chunk: Chunk, width: int) -> tuple[Chunk, Floats]:

@@ -1,4 +1,4 @@
-"""ONNX files of others work once the user says what they are."""
+"""Third-party ONNX models: any layout, batch size and kind of output, described by flags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGES = tiny_dataset.coloured(COUNT)[0]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.5)
 
 
-def foreign(
+def third_party(
     path: Path,
     *,
     first: bool = True,
@@ -85,7 +85,7 @@ def expected(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
 def test_layouts_batches_and_outputs(
     folder: Path, tmp_path: Path, first: bool, batch: int | str, probabilities: bool
 ) -> None:
-    model = foreign(tmp_path / "f.onnx", first=first, batch=batch, probabilities=probabilities)
+    model = third_party(tmp_path / "f.onnx", first=first, batch=batch, probabilities=probabilities)
     rows = run(folder, model, "--mean", "0.4,0.5,0.6", "--std", "0.2,0.25,0.5", "--probabilities")
     found = [[float(row[f"p:{name}"]) for name in tiny_onnx.COLOURS] for row in rows]
     np.testing.assert_allclose(found, expected(MEAN, STD), rtol=1e-3, atol=1e-6)
@@ -96,24 +96,24 @@ def test_layouts_batches_and_outputs(
 
 
 def test_any_size_has_to_be_given(folder: Path, tmp_path: Path) -> None:
-    model = foreign(tmp_path / "f.onnx", sides=("h", "w"))
+    model = third_party(tmp_path / "f.onnx", sides=("h", "w"))
     with pytest.raises(UsageError, match="takes any size; give --size"):
         run(folder, model)
     assert len(run(folder, model, "--size", "8,8")) == COUNT
     with pytest.raises(UsageError, match="9,8 does not fit"):
-        run(folder, foreign(tmp_path / "g.onnx"), "--size", "9,8")
+        run(folder, third_party(tmp_path / "g.onnx"), "--size", "9,8")
 
 
-def test_what_cannot_be_used_is_told(folder: Path, tmp_path: Path) -> None:
+def test_unsupported_models_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"expected one \[N, 3\] for the 3 class names"):
-        run(folder, foreign(tmp_path / "f.onnx", classes=4))
+        run(folder, third_party(tmp_path / "f.onnx", classes=4))
     with pytest.raises(UsageError, match="was exported by distcls and carries its own"):
         run(folder, tiny_onnx.write(tmp_path / "own.onnx"))
     (tmp_path / "m.pth").write_bytes(b"")
     with pytest.raises(UsageError, match="is no ONNX file"):
         run(folder, tmp_path / "m.pth")
     out = ["--out", str(tmp_path / "x.csv")]
-    model = foreign(tmp_path / "f.onnx")
+    model = third_party(tmp_path / "f.onnx")
     with pytest.raises(UsageError, match="or tell distcls predict of it with --classes"):
         main([str(folder), "--model", str(model), *out])
     with pytest.raises(UsageError, match=r"mean: \(0\.5, .* nothing without --classes"):

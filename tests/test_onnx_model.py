@@ -1,8 +1,8 @@
-"""ONNX files are opened when they are ours, and refused with a reason when they are not."""
+"""An exported model answers as NumPy does; any other file is refused with a reason."""
 
 from __future__ import annotations
 
-import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,12 +11,16 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from distcls.errors import UsageError
+from distcls.data.source import ImageSource
+from distcls.errors import DistclsError, UsageError
+from distcls.files import digest
 from distcls.runtime.model import OnnxModel
-from distcls.runtime.onnx_file import check_external_data
+from distcls.runtime.onnx_file import OnnxFile
+from distcls.runtime.pipeline import stream
 from distcls.runtime.providers import ExecutionConfig
 from distcls.task import softmax
 from tests import tiny_onnx
+from tests.test_onnx_file import with_external_weights
 
 
 def images(count: int) -> np.ndarray:
@@ -61,7 +65,7 @@ def test_card_and_provider(tmp_path: Path) -> None:
     assert model.provider.endswith("ExecutionProvider")
 
 
-def test_several_threads_may_ask(tmp_path: Path) -> None:
+def test_threads_share_a_model(tmp_path: Path) -> None:
     model = OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"))
     batches = [images(count) for count in range(1, 40)]
     with ThreadPoolExecutor(4) as pool:
@@ -69,7 +73,7 @@ def test_several_threads_may_ask(tmp_path: Path) -> None:
             np.testing.assert_allclose(logits, tiny_onnx.expected_logits(batch), rtol=1e-5)
 
 
-def test_softmax_is_the_graph_s(tmp_path: Path) -> None:
+def test_probabilities_are_those_of_the_graph(tmp_path: Path) -> None:
     model = OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"))
     batch = images(5)
     expected = model._session.run(["probabilities"], {"images": batch})[0]
@@ -90,7 +94,7 @@ def test_missing_file_and_truncated_file(tmp_path: Path) -> None:
     assert "not an ONNX file" in refused(tmp_path / "cut.onnx")
 
 
-def test_a_foreign_model_is_told_so(tmp_path: Path) -> None:
+def test_a_third_party_model_is_refused(tmp_path: Path) -> None:
     assert "no distcls metadata" in refused(save(tmp_path / "m.onnx", tiny_onnx.proto()))
 
 
@@ -127,43 +131,54 @@ def test_shape_and_classes_have_to_fit_the_card(tmp_path: Path) -> None:
     assert "shape" in refused(save(tmp_path / "fixed.onnx", fixed))
 
 
-def outside(folder: Path, location: str) -> Path:
-    """A model whose weights lie in the file `location`."""
-    model = tiny_onnx.proto(tiny_onnx.card())
-    tensor = next(t for t in model.graph.initializer if t.name == "weights")
-    onnx.external_data_helper.set_external_data(tensor, location)
-    tensor.ClearField("raw_data")
-    return save(folder / "m.onnx", model)
-
-
-def test_external_data_inside_the_folder_is_read(tmp_path: Path) -> None:
+def test_external_weights_are_used(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(tiny_onnx.weights(3).tobytes())
     batch = images(3)
-    logits = OnnxModel(outside(tmp_path, "weights.bin")).logits(batch)
+    logits = OnnxModel(with_external_weights(tmp_path, "weights.bin")).logits(batch)
     np.testing.assert_allclose(logits, tiny_onnx.expected_logits(batch), rtol=1e-5)
 
 
-@pytest.mark.parametrize("location", ["../secret.bin", "sub/../../secret.bin", "ABSOLUTE", "link"])
-def test_external_data_outside_the_folder_is_refused(tmp_path: Path, location: str) -> None:
-    folder = tmp_path / "models"
-    (folder / "sub").mkdir(parents=True)
-    secret = tmp_path / "secret.bin"
-    secret.write_bytes(tiny_onnx.weights(3).tobytes())
-    if location == "link":
-        (folder / "link").symlink_to(os.path.relpath(secret, folder))
-    path = outside(folder, str(secret) if location == "ABSOLUTE" else location)
-    with pytest.raises(UsageError, match="outside its folder"):
-        check_external_data(path)
-    assert "outside its folder" in refused(path)
+def test_the_session_does_not_hold_the_file(tmp_path: Path) -> None:
+    file = OnnxFile(tiny_onnx.write(tmp_path / "m.onnx"))
+    before = sys.getrefcount(file.content)
+    model = OnnxModel(file)
+    after = sys.getrefcount(file.content)  # `assert` itself would hold it
+    assert after == before
+    assert model.sha256 == file.sha256 == digest(file.path)
 
 
-def test_external_data_in_a_subgraph_is_found(tmp_path: Path) -> None:
-    value = onnx.helper.make_tensor("hidden", TensorProto.FLOAT, [1], [0.0])
-    value.data_location = TensorProto.EXTERNAL
-    value.external_data.add(key="location", value="../../etc/passwd")
-    constant = onnx.helper.make_node("Constant", [], ["c"], value=value)
-    branch = onnx.helper.make_graph([constant], "branch", [], [])
-    node = onnx.helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
-    with pytest.raises(UsageError, match="outside its folder"):
-        check_external_data(save(tmp_path / "m.onnx", model))
+@pytest.mark.parametrize("count", [2, 5])
+def test_another_number_of_rows_than_images_is_an_error(tmp_path: Path, count: int) -> None:
+    """The mean over the batch too: one row, which NumPy would give to each of the images."""
+    model = tiny_onnx.proto(tiny_onnx.card())
+    axes = next(t for t in model.graph.initializer if t.name == "axes")
+    axes.CopyFrom(onnx.numpy_helper.from_array(np.array([0, 1, 2], np.int64), "axes"))
+    mean = next(node for node in model.graph.node if node.op_type == "ReduceMean")
+    mean.output[0] = "row"
+    row = onnx.helper.make_tensor("shape of a row", TensorProto.INT64, [2], [1, 3])
+    model.graph.initializer.append(row)
+    reshape = onnx.helper.make_node("Reshape", ["row", row.name], ["means"])
+    model.graph.node.insert(2, reshape)
+    averaged = OnnxModel(save(tmp_path / "m.onnx", model))
+    assert averaged.logits(images(1)).shape == (1, 3)
+    expected = rf"m\.onnx: its output 'logits' for {count} images has the shape \[1, 3\], "
+    with pytest.raises(DistclsError, match=expected + rf"expected \[{count}, 3\]"):
+        averaged.logits(images(count))
+    source = ImageSource(image_ids=["a", "b"], load=lambda index: images(2)[index])
+    with pytest.raises(DistclsError, match="expected \\[2, 3\\]"):
+        list(stream(source, averaged))
+
+
+def test_another_number_of_logits_than_classes_is_an_error(tmp_path: Path) -> None:
+    model = tiny_onnx.proto(tiny_onnx.card())
+    product = next(node for node in model.graph.node if node.op_type == "MatMul")
+    product.output[0] = "all logits"
+    chosen = onnx.helper.make_tensor("chosen", TensorProto.BOOL, [3], [True, True, False])
+    model.graph.initializer.append(chosen)
+    compress = onnx.helper.make_node("Compress", ["all logits", "chosen"], ["logits"], axis=1)
+    model.graph.node.insert(3, compress)  # its width is not known before it is computed
+    for output in model.graph.output:
+        output.type.tensor_type.shape.dim[1].dim_param = "K"
+    opened = OnnxModel(save(tmp_path / "m.onnx", model))
+    with pytest.raises(DistclsError, match=r"has the shape \[2, 2\], expected \[2, 3\]"):
+        opened.logits(images(2))
