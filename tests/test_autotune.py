@@ -357,7 +357,7 @@ def test_a_provider_that_is_not_installed_is_refused(path: Path) -> None:
 def test_checkpoints_run_in_pytorch(tmp_path: Path) -> None:
     (tmp_path / "best.pth").write_bytes(b"never read")
     with pytest.raises(UsageError, match=r"provider: openvino runs exported models; .*best\.pth"):
-        load_model(tmp_path / "best.pth", asked=ExecutionRequest(provider="openvino"))
+        load_model(tmp_path / "best.pth", "auto", ExecutionRequest(provider="openvino"))
 
 
 @pytest.mark.skipif(PROVIDERS["openvino"].missing() is not None, reason="OpenVINO is not installed")

@@ -175,5 +175,5 @@ def test_opening_reads_once(path: Path, images: int, monkeypatch: pytest.MonkeyP
     path.read_bytes()
     assert reads.count == 1  # it does count
     for attempt in range(2):  # the second finds the cached choice, where there is one
-        load_model(path, asked=ExecutionRequest(images=images))
+        load_model(path, "auto", ExecutionRequest(images=images))
         assert reads.count == 2 + attempt
