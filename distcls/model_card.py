@@ -83,8 +83,8 @@ class ModelCard:
         own = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
         if not own:
             raise UsageError(
-                f"{where}: carries no distcls metadata; export it with export.onnx, or tell "
-                "distcls predict of it with --classes, --size, --mean and --std"
+                f"{where}: carries no distcls metadata; export it with export.onnx, or "
+                "describe it to distcls predict with --classes, --size, --mean and --std"
             )
         try:
             values = {key: json.loads(value) for key, value in own.items()}

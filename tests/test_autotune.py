@@ -53,7 +53,7 @@ def source(count: int = 40) -> ImageSource:
 
 
 class Elsewhere(OnnxModel):
-    """The CPU under another provider's name, with what that one does to the answers."""
+    """The CPU under another provider's name, with that one's numerical error."""
 
     def __init__(self, path: Path, execution: ExecutionConfig, noise: float) -> None:
         super().__init__(path, dataclasses.replace(execution, provider="cpu"))
@@ -147,8 +147,8 @@ def test_the_fastest_is_picked_and_explained(capsys: pytest.CaptureFixture[str])
     failed = Measurement(execution=ExecutionConfig(provider="cuda"), problem="no driver")
     assert choose([slow, failed, fast, wider]) is fast
     assert capsys.readouterr().err == "warning: cuda is not used: no driver\n"
-    told = explain(fast, [slow, failed, fast, wider])
-    assert told == "250 images/s here, 120 with CPU (workers)"
+    reason = explain(fast, [slow, failed, fast, wider])
+    assert reason == "250 images/s here, 120 with CPU (workers)"
     with pytest.raises(DistclsError, match="provider: cuda is not used: no driver"):
         choose([failed])
 

@@ -114,7 +114,7 @@ def test_unsupported_models_are_refused(folder: Path, tmp_path: Path) -> None:
         run(folder, tmp_path / "m.pth")
     out = ["--out", str(tmp_path / "x.csv")]
     model = third_party(tmp_path / "f.onnx")
-    with pytest.raises(UsageError, match="or tell distcls predict of it with --classes"):
+    with pytest.raises(UsageError, match="or describe it to distcls predict with --classes"):
         main([str(folder), "--model", str(model), *out])
     with pytest.raises(UsageError, match=r"mean: \(0\.5, .* nothing without --classes"):
         main([str(folder), "--model", str(model), *out, "--mean", "0.5"])
@@ -126,9 +126,13 @@ def test_files_of_class_names(tmp_path: Path) -> None:
     assert read_classes(path) == ("a b", "ü")
     path.write_text("a b\n\n ü \n")
     assert read_classes(path) == ("a b", "ü")
-    for text, told in [("a\na\n", "each once"), ("a", "two or more"), ("[1, 2]", "expected names")]:
+    for text, message in [
+        ("a\na\n", "each once"),
+        ("a", "two or more"),
+        ("[1, 2]", "expected names"),
+    ]:
         path.write_text(text)
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             read_classes(path)
     path.write_text("[")
     with pytest.raises(UsageError, match="classes: "):

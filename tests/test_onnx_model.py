@@ -1,4 +1,4 @@
-"""An exported model answers as NumPy does; any other file is refused with a reason."""
+"""An exported model computes what NumPy does; any other file is refused with a reason."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_damaged_metadata(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"input_name": "pixels"}, "pixels tensor(uint8), expected images uint8"),
         ({"kind": TensorProto.FLOAT}, "tensor(float)"),
@@ -115,9 +115,9 @@ def test_damaged_metadata(tmp_path: Path) -> None:
         ({"outputs": ("probabilities",)}, "'logits' is missing"),
     ],
 )
-def test_wrong_interfaces(tmp_path: Path, wrong: dict[str, object], told: str) -> None:
+def test_wrong_interfaces(tmp_path: Path, wrong: dict[str, object], message: str) -> None:
     model = tiny_onnx.proto(tiny_onnx.card(), **wrong)  # type: ignore[arg-type]
-    assert told in refused(save(tmp_path / "m.onnx", model))
+    assert message in refused(save(tmp_path / "m.onnx", model))
 
 
 def test_shape_and_classes_have_to_fit_the_card(tmp_path: Path) -> None:

@@ -292,6 +292,20 @@ def test_gpus_have_two_streams_and_larger_batches(name: str) -> None:
     assert provider.default_execution(8, (224, 224)) == default
 
 
+def test_what_a_gpu_cannot_compute_falls_back() -> None:
+    def configured(name: str, precision: providers.Precision) -> list[Any]:
+        execution = ExecutionConfig(provider=name, precision=precision)
+        return PROVIDERS[name].configure(execution, options=None)
+
+    exact = {"use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
+    cuda = [("CUDAExecutionProvider", exact), "CPUExecutionProvider"]
+    assert configured("cuda", "fp32") == cuda
+    tensorrt = ("TensorrtExecutionProvider", {"trt_fp16_enable": False})
+    assert configured("tensorrt", "fp32") == [tensorrt, *cuda]
+    assert configured("tensorrt", "reduced")[0][1] == {"trt_fp16_enable": True}
+    assert configured("cuda", "reduced")[0][1]["use_tf32"] == 1
+
+
 @pytest.mark.parametrize(
     ("size", "batch"), [((224, 224), 8), ((28, 28), 64), ((384, 384), 2), ((3000, 3000), 1)]
 )
@@ -341,11 +355,12 @@ def test_all_heads_and_labels_have_to_agree() -> None:
     moved = expected.copy()
     moved[:3, 3] = -1  # the greatest of all four stays where it is
     reduced = ExecutionConfig(provider="openvino", precision="reduced")
-    for task, told in [
+    for task, expected_problem in [
         (several.heads(2, 2), "997 of 1000"),
         (several.labels(4), "997 of 1000"),
         (several.labels(4, (0.5, 0.5, 0.5, 0.1)), None),
         (Task(classes=tuple("abcd")), None),
     ]:
         found = disagreement(expected, moved, reduced, task=task, tolerance=1e-3)
-        assert (told in str(found)) if told else found is None
+        assert (expected_problem is None) == (found is None)
+        assert str(expected_problem) in str(found)

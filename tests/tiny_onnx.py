@@ -45,7 +45,7 @@ def weights(num_classes: int) -> NDArray[np.float32]:
 
 
 def expected_logits(images: NDArray[np.uint8], num_classes: int = 3) -> NDArray[np.float32]:
-    """What the model answers, in NumPy."""
+    """What the model returns, in NumPy."""
     return images.astype(np.float32).mean(axis=(1, 2)) @ weights(num_classes)
 
 

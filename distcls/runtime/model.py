@@ -101,7 +101,7 @@ class OnnxModel:
     def run(self, outputs: Sequence[str], images: Images) -> list[Floats]:
         """The outputs of these names, float32 [N, K or D] each, for preprocessed images.
 
-        Raises DistclsError if the runtime cannot compute them, or answers with another shape.
+        Raises DistclsError if the runtime cannot compute them, or returns another shape.
         """
         batch = np.ascontiguousarray(images)
         try:

@@ -44,7 +44,7 @@ class OnnxFile:
     """The content of an `.onnx` file, read once and verified.
 
     Two things are verified. A file that carries the checksum of its graph and weights, as every
-    export does, has to match it; one without a checksum passes. And weights kept in other files
+    export does, has to match it; one without a checksum passes. And weights stored in other files
     have to lie in the file's own folder: a hostile model names `../../secret` or a link, and older
     runtimes follow it.
     """
@@ -61,7 +61,7 @@ class OnnxFile:
         self.output_names: tuple[str, ...] = ()
         """The outputs of its graph, in order."""
         self.external_data: tuple[str, ...] = ()
-        """Locations of the weights that it keeps in other files, relative to its folder."""
+        """Locations of the weights that it stores in other files, relative to its folder."""
         try:
             self._parse()
             self._verify_checksum()
@@ -96,7 +96,7 @@ class OnnxFile:
         for location in self.external_data:
             if "\0" in location or not (folder / location).resolve().is_relative_to(folder):
                 raise UsageError(
-                    f"{self.path}: keeps weights in {location!r}, outside its folder; refused"
+                    f"{self.path}: stores weights in {location!r}, outside its folder; refused"
                 )
 
 
@@ -148,9 +148,9 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
     raise ValueError("number without an end")
 
 
-def _leaves(message: memoryview, kind: str) -> Iterator[tuple[str, memoryview]]:
+def _leaves(message: memoryview, message_type: str) -> Iterator[tuple[str, memoryview]]:
     for field, value in fields(message):
-        child = _CHILDREN[kind].get(field)
+        child = _CHILDREN[message_type].get(field)
         if child in _LEAVES:
             yield child, value
         elif child is not None:

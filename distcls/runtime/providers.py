@@ -30,7 +30,7 @@ Precision = Literal["fp32", "reduced"]
 Layout = Literal["workers", "stages"]
 
 AUTO = "auto"
-"""What the user asks for instead of a provider: the fastest of those installed."""
+"""In place of a provider's name: the fastest of those installed."""
 REFERENCE = "cpu"
 """The provider that is always installed, and whose outputs in fp32 the others are compared with."""
 BATCH_SIZE = 64
@@ -57,8 +57,8 @@ class ExecutionConfig:
 
     def __post_init__(self) -> None:
         require_provider(self.provider)
-        for name, kind in (("precision", Precision), ("layout", Layout)):
-            value, choices = getattr(self, name), get_args(kind)
+        for name, literal in (("precision", Precision), ("layout", Layout)):
+            value, choices = getattr(self, name), get_args(literal)
             require(value in choices, name, value, f"one of {', '.join(choices)}")
         for name, least in (("threads", 0), ("streams", 1), ("batch_size", 1)):
             value = getattr(self, name)
@@ -297,7 +297,7 @@ def configure(execution: ExecutionConfig, options: Any) -> list[Any]:
     Raises UsageError for a provider that is not installed or cannot be loaded.
     """
     require_installed(execution.provider)
-    # one thread: that of the caller, without a pool; the default would pin threads to cores
+    # 1 is the calling thread itself, without a pool; the default would pin threads to cores
     options.intra_op_num_threads = execution.threads or available_cores()
     return PROVIDERS[execution.provider].configure(execution, options)
 
@@ -357,8 +357,8 @@ class OpenVino(Provider):
     def _device(self) -> tuple[Any, str | None]:
         """The plug-in's device for this machine's CPU, or why there is none.
 
-        Registers the plug-in. A failure is remembered like a success: ONNX Runtime answers a second
-        registration with "already registered", which would hide the first reason.
+        Registers the plug-in, once. A failure is cached like a success: ONNX Runtime refuses a
+        second registration as "already registered", which would hide the first reason.
         """
         import onnxruntime
 
@@ -377,7 +377,7 @@ class OpenVino(Provider):
 
 
 class _Gpu(Provider):
-    """What CUDA and TensorRT share."""
+    """What CUDA and TensorRT have in common."""
 
     packages = ("onnxruntime-gpu",)
     gpu = True
