@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto
 
+from distcls.commands.predict import main
 from distcls.errors import UsageError
 from distcls.export.graph import write
 from distcls.predictor import load_model
@@ -23,7 +24,7 @@ from distcls.runtime.autotune import MIN_IMAGES
 from distcls.runtime.model import OnnxModel
 from distcls.runtime.onnx_file import KEY, OnnxFile, checksum
 from distcls.runtime.providers import ExecutionRequest
-from tests import tiny_onnx
+from tests import tiny_dataset, tiny_onnx
 
 
 @pytest.fixture
@@ -177,3 +178,13 @@ def test_opening_reads_once(path: Path, images: int, monkeypatch: pytest.MonkeyP
     for attempt in range(2):  # the second finds the cached choice, where there is one
         load_model(path, "auto", ExecutionRequest(images=images))
         assert reads.count == 2 + attempt
+
+
+@pytest.mark.parametrize("more", [[], ["--tta", "flip"], ["--provider", "cpu"]])
+def test_predict_reads_once(
+    path: Path, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = tiny_dataset.write_images(tmp_path / "in", tiny_dataset.coloured(3)[0])
+    reads = Reads(path, monkeypatch)
+    main([str(pictures), "--model", str(path), "--out", str(tmp_path / "pre.csv"), *more])
+    assert reads.count == 1

@@ -26,8 +26,9 @@ from distcls.errors import BadValue, DistclsError, UsageError
 from distcls.files import digest
 from distcls.imaging import decode
 from distcls.predictor import load_model
-from distcls.runtime.ensemble import Ensemble, FlipAveraged, executions_of
-from distcls.runtime.model import Model, WithFeatures
+from distcls.runtime.ensemble import Ensemble, FlipAveraged, executions_of, opened_models
+from distcls.runtime.generic_onnx import GenericOnnxModel, read_classes
+from distcls.runtime.model import Model, OnnxModel, WithFeatures
 from distcls.runtime.pipeline import stream
 from distcls.runtime.providers import ExecutionConfig, ExecutionRequest
 
@@ -59,7 +60,11 @@ def fingerprint_of(model: Model, source: ImageSource, options: PredictOptions) -
     these count as well.
     """
     plans = executions_of(model)
-    files = [digest(path) for path in options.models]
+    opened = zip(opened_models(model), options.models, strict=True)
+    files = [
+        each.sha256 if isinstance(each, OnnxModel | GenericOnnxModel) else digest(path)
+        for each, path in opened
+    ]
     if options.classes is not None:
         files.append(digest(options.classes))
     return {
@@ -172,19 +177,13 @@ def _reopened(path: Path, plan: ExecutionConfig | None) -> Model | None:
     """An exported model run as before, for a run that goes on; None if that cannot be."""
     if plan is None or path.suffix.lower() != ".onnx" or not path.is_file():
         return None
-    from distcls.runtime.model import OnnxModel
-    from distcls.runtime.onnx_file import OnnxFile
-
-    file = OnnxFile(path)
     try:
-        return OnnxModel(file, plan)
+        return OnnxModel(path, plan)
     except DistclsError:  # what it ran on is gone; the run is refused if that makes a difference
         return None
 
 
 def _open_foreign(path: Path, options: PredictOptions, asked: ExecutionRequest) -> Model:
-    from distcls.runtime.generic_onnx import GenericOnnxModel, read_classes
-
     if path.suffix.lower() != ".onnx" or not path.is_file():
         raise UsageError(f"classes: {path} is no ONNX file; others carry their classes")
     assert options.classes is not None

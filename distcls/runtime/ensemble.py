@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from distcls.errors import UsageError
 from distcls.model_card import ModelCard
-from distcls.runtime.model import Model
+from distcls.runtime.model import Model, WithFeatures
 from distcls.runtime.providers import ExecutionConfig
 from distcls.task import THRESHOLD, Task, sigmoid
 
@@ -98,11 +98,18 @@ class Ensemble:
         return _log_mean(answers, self._card.task)
 
 
+def opened_models(model: Model) -> list[Model]:
+    """The models that were opened from files, in their order, whatever wraps them."""
+    if isinstance(model, Ensemble):
+        return [opened for each in model.models for opened in opened_models(each)]
+    if isinstance(model, FlipAveraged):
+        return opened_models(model._model)
+    return opened_models(model.model) if isinstance(model, WithFeatures) else [model]
+
+
 def executions_of(model: Model) -> list[ExecutionConfig]:
     """How each of the models in a model is run, in their order."""
-    if isinstance(model, Ensemble):
-        return [execution for each in model.models for execution in executions_of(each)]
-    return [model.execution]
+    return [each.execution for each in opened_models(model)]
 
 
 def _log_mean(answers: Sequence[Floats], task: Task) -> Floats:

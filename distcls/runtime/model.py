@@ -158,7 +158,7 @@ class WithFeatures:
             raise UsageError(
                 f"features: {model.path} was exported without them; export its checkpoint again"
             )
-        self._model = model
+        self.model = model
         blank = np.zeros((1, *model.card.preprocess.size, 3), np.uint8)
         self.width: int = model.run([FEATURES], blank)[0].shape[1]
         """D."""
@@ -166,28 +166,28 @@ class WithFeatures:
     @property
     def card(self) -> ModelCard:
         """The model's own."""
-        return self._model.card
+        return self.model.card
 
     @property
     def provider(self) -> str:
         """The model's own."""
-        return self._model.provider
+        return self.model.provider
 
     @property
     def execution(self) -> ExecutionConfig:
         """The model's own."""
-        return self._model.execution
+        return self.model.execution
 
     @property
     def output_width(self) -> int:
         """K + D."""
-        return self._model.output_width + self.width
+        return self.model.output_width + self.width
 
     def logits(self, images: Images) -> Floats:
         """Logits and features side by side, float32 [N, K + D]."""
         if not len(images):
             return np.zeros((0, self.output_width), np.float32)
-        return np.concatenate(self._model.run([LOGITS, FEATURES], images), axis=1)
+        return np.concatenate(self.model.run([LOGITS, FEATURES], images), axis=1)
 
 
 def open_session(file: OnnxFile, execution: ExecutionConfig) -> Any:
