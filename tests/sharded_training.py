@@ -19,7 +19,7 @@ from distcls.models.checkpoint import load_tensors, save_tensors
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
 from distcls.training.config import (
-    USUAL,
+    OPTIMIZERS,
     AverageConfig,
     EmaConfig,
     FreezeConfig,
@@ -45,7 +45,7 @@ FSDP = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
 """What accelerate's launcher says of a config such as launch/fsdp.yaml."""
-OTHERS = sorted(USUAL.keys() - {"adamw", "sgd"})
+OTHERS = sorted(set(OPTIMIZERS.names()) - {"adamw", "sgd"})
 IN_FULL: dict[str, dict[str, Any]] = {
     **{name: {"optimizer": OptimizerConfig(name=name)} for name in OTHERS},
     "adamw in parts": {"accumulate": 3, "sync_batch_norm": True, "ema": EmaConfig(decay=0.9)},
@@ -155,7 +155,9 @@ def held(engine: Engine) -> list[tuple[str, int, int]]:
     """Each parameter, moment and averaged weight: name, bytes on this process, bytes of it all."""
     found = list(engine._model.named_parameters())
     names = {id(parameter): name for name, parameter in found}
-    for parameter, moments in engine._optimizer.optimizer.state.items():
+    optimizer = engine._optimizer.optimizer
+    base = getattr(optimizer, "_base_optimizer", optimizer)  # Lookahead's own state is empty
+    for parameter, moments in base.state.items():
         found += [(f"{names[id(parameter)]} {key}", value) for key, value in moments.items()]
     for model in engine._averages.updated_each_step:
         found += [(f"ema {name}", value) for name, value in model.named_parameters()]

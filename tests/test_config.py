@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from distcls.config import build, dump_yaml, flatten, leaves, parse, positional, read_yaml
 from distcls.config.load import Given
-from distcls.config.schema import Usual
 from distcls.errors import UsageError, require
-from distcls.training import config, schedule
-from distcls.training.config import TrainConfig
+from distcls.registry import Registry
+from distcls.training.config import OPTIMIZERS, TrainConfig
+from distcls.training.schedule import SCHEDULES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,9 +211,9 @@ def test_bad_value_of_a_nested_key_names_the_full_key(tmp_path: Path) -> None:
         ("--lr", "0"),
         ("--lr", "nan"),
         ("--loader.workers", "0"),
-        ("--augment.policy", "autoaugment"),
+        ("--augment.randaugment_magnitude", "31"),
         ("--augment.mixup", "-1"),
-        ("--loss.name", "crossentropy"),
+        ("--loss.focal_gamma", "-1"),
         ("--distill.temperature", "2"),
         ("--loss.class_weights", "cat=two"),
         ("--loss.class_weights", "cat=-2"),
@@ -320,9 +320,10 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     }[kind]
 
 
-def unread(usual: Usual, name: str) -> set[str]:
-    """Keys that the optimiser or schedule of that name does not read, and others do."""
-    return {key for row in usual.values() for key in row} - usual[name].keys()
+def unread(registry: Registry[Any], name: str) -> set[str]:
+    """Options that the optimiser or schedule of that name does not read, and others do."""
+    options = {key for other in registry.names() for key in registry.find(other).defaults}
+    return options - registry.find(name).defaults.keys()
 
 
 SPECIAL = {
@@ -343,8 +344,8 @@ SPECIAL = {
     "optimizer.name": st.just("adamw"),
     "schedule.name": st.just("cosine"),
     "freeze.backbone": st.sampled_from([None, "2 epochs", "10%"]),
-    **{f"optimizer.{key}": st.none() for key in unread(config.USUAL, "adamw")},
-    **{f"schedule.{key}": st.none() for key in unread(schedule.USUAL, "cosine")},
+    **{f"optimizer.{key}": st.none() for key in unread(OPTIMIZERS, "adamw")},
+    **{f"schedule.{key}": st.none() for key in unread(SCHEDULES, "cosine")},
 }
 
 

@@ -13,32 +13,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAD = re.compile(r"# (distcls/\S+\.py)(?:, (before|in place of) `(.+)`)?")
-"""The comment over the lines of a file."""
+EXAMPLE = re.compile(r"```python\n# (distcls/\S+\.py)\n(.*?)```", re.DOTALL)
+"""A block whose first line names the file that the rest is added to."""
 
 
-def examples() -> list[tuple[re.Match[str], str]]:
-    """What goes where: the head, and the text under it."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
-    found: list[tuple[re.Match[str], str]] = []
-    for line in "".join(blocks).splitlines(keepends=True):
-        if head := HEAD.fullmatch(line.rstrip("\n")):
-            found.append((head, ""))
-        else:
-            found[-1] = found[-1][0], found[-1][1] + line
-    return found
-
-
-def carry_out(folder: Path, head: re.Match[str], text: str) -> None:
-    """Change the file below `folder` as the example says."""
-    path, how, place = folder / head[1], head[2], head[3]
-    lines = path.read_text().splitlines(keepends=True)
-    if how is None:
-        lines += ["\n\n", text]
-    else:
-        at = next(i for i, line in enumerate(lines) if line.strip().startswith(place))
-        lines[at : at + (how == "in place of")] = [text]
-    path.write_text("".join(lines))
+def examples() -> list[tuple[str, str]]:
+    """The file and the text of each."""
+    return EXAMPLE.findall((ROOT / "CONTRIBUTING.md").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -46,21 +27,28 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the code with all examples in it."""
     folder = tmp_path_factory.mktemp("changed")
     shutil.copytree(ROOT / "distcls", folder / "distcls")
-    for head, text in examples():
-        carry_out(folder, head, text)
+    for name, text in examples():
+        path = folder / name
+        path.write_text(f"{path.read_text()}\n\n{text}")
     return folder
 
 
-def test_each_touches_one_room() -> None:
-    rooms = {str(Path(head[1]).parent) for head, _ in examples()}
-    assert rooms == {"distcls/models", "distcls/training", "distcls/training/losses"}
-    assert len(examples()) == 7
+def test_each_touches_one_file() -> None:
+    files = ["models/simple.py", "training/losses.py", "training/optim.py", "training/schedule.py"]
+    assert [name for name, _ in examples()] == [f"distcls/{name}" for name in files]
 
 
 def test_a_run_with_all_of_them(changed: Path, digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     chosen = ["--model.name", "logistic", "--loss.name", "poly", "--optimizer.name", "adamax"]
-    chosen += ["--schedule.name", "line", "--schedule.warmup", "2 steps", "--schedule.final", "0.1"]
+    chosen += [
+        "--schedule.name",
+        "linear",
+        "--schedule.warmup",
+        "2 steps",
+        "--schedule.final",
+        "0.1",
+    ]
     run: list[object] = ["--data", digits, "--out", out, "--lr", "1e-4", "--log-every", "1"]
     run += ["--epochs", "2", "--limit", "320", "--batch-size", "32"]
     call = [sys.executable, "-m", "distcls.train", *map(str, run), *chosen]

@@ -12,7 +12,7 @@ from tests.house import arrows, cycles, figures, folder, modules
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "errors log cli",
+    "errors log cli registry",
     "files system config",
     "imaging task plotting",
     "model_card",
@@ -33,6 +33,7 @@ HEIGHT = {f"distcls.{name}": at for at, row in enumerate(LAYERS) for name in row
 WITHOUT_TORCH = [
     "distcls.cli",
     "distcls.config",
+    "distcls.registry",
     "distcls.imaging",
     "distcls.model_card",
     "distcls.data.prepare",

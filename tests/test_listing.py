@@ -15,7 +15,7 @@ from distcls.imaging import Preprocess
 from distcls.models.classifier import count_macs, count_parameters
 from distcls.models.config import ModelConfig
 from distcls.models.factory import build
-from distcls.models.registry import NAMED
+from distcls.models.registry import listed
 
 
 @pytest.mark.parametrize(
@@ -118,5 +118,5 @@ def test_without_a_pattern_the_named_ones(
     monkeypatch.setattr(models, "_figures", lambda *_: (1_000_000, 2_000_000))
     distcls.commands.models.main([])
     rows = capsys.readouterr().out.splitlines()[1:]
-    assert [row.split()[0] for row in rows] == list(NAMED)
+    assert [row.split()[0] for row in rows] == list(listed())
     assert not set(timm.list_models()) <= {row.split()[0] for row in rows}

@@ -13,8 +13,8 @@ from timm.loss import BinaryCrossEntropy
 from torch import Tensor
 
 from distcls.errors import BadValue
-from distcls.training.config import LossConfig
-from distcls.training.losses import LOSSES, Loss
+from distcls.training.config import LOSSES, LossConfig
+from distcls.training.losses import Loss
 
 CPU = torch.device("cpu")
 WEIGHTS = np.array([0.5, 2.0, 1.0, 0.0, 1.5])
@@ -119,7 +119,7 @@ def test_bce_of_mixed_labels_is_pytorchs_with_the_images_weight() -> None:
     same(make(WEIGHTS, name="bce")(logits(), mixed()), each.mean(1) * weight)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", LOSSES.names())
 def test_a_sure_right_answer_costs_less_and_types_stay(name: str) -> None:
     loss = make(WEIGHTS, name=name, label_smoothing=0.1)
     single = logits(dtype=torch.float32)
@@ -132,7 +132,6 @@ def test_a_sure_right_answer_costs_less_and_types_stay(name: str) -> None:
     ("options", "key"),
     [
         ({"label_smoothing": 1.0}, "label_smoothing"),
-        ({"focal_gamma": 2.0}, "focal_gamma"),
         ({"name": "focal", "focal_gamma": -1.0}, "focal_gamma"),
         ({"name": "focal", "focal_gamma": math.nan}, "focal_gamma"),
         ({"class_weights": (1.0, -1.0)}, "class_weights"),
@@ -143,3 +142,10 @@ def test_a_sure_right_answer_costs_less_and_types_stay(name: str) -> None:
 def test_what_cannot_be_is_refused(options: dict[str, Any], key: str) -> None:
     with pytest.raises(BadValue, match=f"^{key}: "):
         LossConfig(**options)
+
+
+def test_what_a_loss_does_not_read_is_refused() -> None:
+    with pytest.raises(BadValue, match=r"^focal_gamma: 2\.0 .* cross_entropy does not read it"):
+        LOSSES.check(LossConfig(focal_gamma=2.0))
+    with pytest.raises(BadValue, match=r"^name: 'crossentropy' .*did you mean 'cross_entropy'"):
+        LOSSES.check(LossConfig(name="crossentropy"))

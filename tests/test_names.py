@@ -7,7 +7,7 @@ import timm
 import torchvision
 
 from distcls.errors import UsageError
-from distcls.models.registry import ALIASES, NAMED, Origin, known, matching, resolve
+from distcls.models.registry import ALIASES, Origin, known, listed, matching, resolve
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_an_unknown_library_and_an_unknown_tag() -> None:
 
 
 def test_patterns() -> None:
-    assert matching(None) == list(NAMED)
+    assert matching(None) == list(listed())
     assert matching("simple_?nn") == ["simple_cnn"]
     found = matching("resnext50_32x4d")
     assert {"resnext50_32x4d", "se_resnext50_32x4d", "timm:resnext50_32x4d"} <= set(found)
@@ -89,4 +89,4 @@ def test_patterns() -> None:
 def test_other_names_are_of_networks_that_exist() -> None:
     for name in ALIASES:
         assert resolve(name).library == "timm"
-        assert name in NAMED
+        assert name in listed()

@@ -17,17 +17,19 @@ from distcls.models.checkpoint import open_checkpoint, save_checkpoint
 from distcls.models.classifier import count_parameters
 from distcls.models.config import ModelConfig
 from distcls.models.factory import build
-from distcls.models.registry import NAMED
+from distcls.models.registry import listed
 from distcls.runtime.model import OnnxModel
 from distcls.task import Task
 from tests.pictures import smooth
 
 SMALL = Preprocess(size=(64, 64), resize="squash")
 CHEAP = ("simple_cnn", "simple_nn")
-EXPORTED = [name if name in CHEAP else pytest.param(name, marks=pytest.mark.slow) for name in NAMED]
+EXPORTED = [
+    name if name in CHEAP else pytest.param(name, marks=pytest.mark.slow) for name in listed()
+]
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", listed())
 def test_two_images_pass_at_64_pixels(name: str) -> None:
     torch.manual_seed(0)
     model = build(ModelConfig(name=name), 7, SMALL)

@@ -14,7 +14,7 @@ from torch import nn
 
 from distcls.errors import UsageError
 from distcls.training.checkpointing import _copied
-from distcls.training.config import USUAL, OptimizerConfig
+from distcls.training.config import OPTIMIZERS, OptimizerConfig
 from distcls.training.optim import require_usable
 from distcls.training.stability import NonFiniteGuard
 from tests.optimizing import OURS, equal, gradients, made, network, train
@@ -126,7 +126,7 @@ def test_all_of_timms_that_are_not_refused_resume_exactly() -> None:
     assert not inexact
 
 
-@pytest.mark.parametrize("name", USUAL)
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
 def test_groups_carry_their_scale_through_a_state(name: str) -> None:
     config = OptimizerConfig(name=name, layer_decay=0.5, head_lr_scale=3.0)
     model = network()

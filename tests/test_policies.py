@@ -11,8 +11,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from distcls.errors import BadValue
-from distcls.training.augment import DRAWS, NAMES, Augment, Policy
-from distcls.training.config import AugmentConfig
+from distcls.training.augment import DRAWS, NAMES, Augment, make_policy
+from distcls.training.config import POLICIES, AugmentConfig
 from distcls.training.sampler import uniforms
 from tests.test_operations import photographs
 
@@ -51,7 +51,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 def test_randaugment_of_one_operation(name: str, level: int, sign: float) -> None:
     config = AugmentConfig(policy="randaugment", randaugment_ops=1, randaugment_magnitude=level)
     draws = torch.tensor([layer(THEIRS.index(name), sign)])
-    found = Policy(config)(photographs()[:1], draws)[0]
+    found = make_policy(config)(photographs()[:1], draws)[0]
     assert_same(found, by_torchvision(v2.RandAugment(), name, level, sign))
 
 
@@ -60,16 +60,16 @@ def test_randaugment_of_one_operation(name: str, level: int, sign: float) -> Non
 @pytest.mark.parametrize("level", [0, 7, 17, 30])
 def test_trivialaugment(name: str, level: int, sign: float) -> None:
     draws = torch.tensor([layer(THEIRS.index(name), sign, (level + 0.5) / 31)])
-    policy = Policy(AugmentConfig(policy="trivialaugment"))
+    policy = make_policy(AugmentConfig(policy="trivialaugment"))
     assert policy.layers == 1
     found = policy(photographs()[:1], draws)[0]
     assert_same(found, by_torchvision(v2.TrivialAugmentWide(), name, level, sign))
 
 
 def test_layers_come_one_after_the_other() -> None:
-    two = Policy(AugmentConfig(policy="randaugment"))
+    two = make_policy(AugmentConfig(policy="randaugment"))
     assert (two.layers, two.draws) == (2, 6)
-    one = Policy(AugmentConfig(policy="randaugment", randaugment_ops=1))
+    one = make_policy(AugmentConfig(policy="randaugment", randaugment_ops=1))
     first, second = torch.tensor([layer(5, 1)]), torch.tensor([layer(11, 1)])
     image = photographs()[:1]
     assert torch.equal(two(image, torch.cat([first, second], 1)), one(one(image, first), second))
@@ -77,7 +77,7 @@ def test_layers_come_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("policy", ["randaugment", "trivialaugment"])
 def test_each_image_has_its_own_and_depends_on_no_other(policy: Any) -> None:
-    chosen = Policy(AugmentConfig(policy=policy))
+    chosen = make_policy(AugmentConfig(policy=policy))
     images = photographs().repeat(5, 1, 1, 1)
     before = images.clone()
     draws = torch.from_numpy(uniforms(0, 0, np.arange(40), chosen.draws))
@@ -106,7 +106,7 @@ def test_within_the_augmentation() -> None:
     assert (plain.draws, whole.draws) == (DRAWS, DRAWS + 6)
     draws = torch.from_numpy(uniforms(0, 0, np.arange(8), whole.draws))
     flipped = plain(photographs(), draws[:, :DRAWS])
-    expected = Policy(whole.config)(flipped, draws[:, DRAWS:])
+    expected = make_policy(whole.config)(flipped, draws[:, DRAWS:])
     assert torch.equal(whole(photographs(), draws), expected)
     # after a warp, which leaves fractions
     turned = Augment(AugmentConfig(rotate=10, policy="trivialaugment", erase=1.0), (90, 120))
@@ -117,8 +117,6 @@ def test_within_the_augmentation() -> None:
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"randaugment_ops": 2}, "randaugment_ops"),
-        ({"policy": "trivialaugment", "randaugment_magnitude": 9}, "randaugment_magnitude"),
         ({"policy": "randaugment", "randaugment_magnitude": 31}, "randaugment_magnitude"),
         ({"policy": "randaugment", "randaugment_ops": 0}, "randaugment_ops"),
     ],
@@ -126,3 +124,25 @@ def test_within_the_augmentation() -> None:
 def test_what_cannot_be_is_refused(options: dict[str, Any], key: str) -> None:
     with pytest.raises(BadValue, match=f"^{key}: "):
         AugmentConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (
+            {"randaugment_ops": 2},
+            "randaugment_ops: 2 is not valid, expected null without augment.policy",
+        ),
+        (
+            {"policy": "trivialaugment", "randaugment_magnitude": 9},
+            "trivialaugment does not read it",
+        ),
+        (
+            {"policy": "autoaugment"},
+            "policy: 'autoaugment' is not valid, .*did you mean 'randaugment'",
+        ),
+    ],
+)
+def test_what_a_policy_does_not_read_is_refused(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(BadValue, match=f"{why}"):
+        POLICIES.check(AugmentConfig(**options))

@@ -23,7 +23,7 @@ from distcls.config.schema import duration_in_steps
 from distcls.errors import BadValue
 from distcls.training.checkpointing import TrainingState
 from distcls.training.config import MonitorConfig
-from distcls.training.schedule import KINDS, USUAL, Schedule, ScheduleConfig, make_schedule
+from distcls.training.schedule import SCHEDULES, Schedule, ScheduleConfig, make_schedule
 
 PEAK = 0.3
 
@@ -144,7 +144,7 @@ def judge(
     progress, found, falls = TrainingState(), [], []
     for epoch, score in enumerate(scores, start=1):
         progress.epoch = epoch
-        falls.append(one.judged(epoch, progress.judge(score, monitor)))
+        falls.append(one.after_evaluation(epoch, progress.judge(score, monitor)))
         found.append(one.rate(epoch))
     return found, falls
 
@@ -202,22 +202,22 @@ def test_plateau_goes_on_from_its_state() -> None:
         second = schedule(name="plateau", warmup="0%", patience=3)
         second.load_state_dict(first.state_dict())
         for epoch in range(cut, 12):
-            second.judged(epoch + 1, better=False)
+            second.after_evaluation(epoch + 1, improved=False)
         assert second.rate(12) == expected[-1] < PEAK
         assert second.state_dict() == whole.state_dict()
 
 
-@pytest.mark.parametrize("name", sorted(set(KINDS) - {"plateau"}))
+@pytest.mark.parametrize("name", sorted(set(SCHEDULES.names()) - {"plateau"}))
 def test_all_others_are_functions_of_the_step(name: str) -> None:
     one = schedule(name=name)
     before = rates(one, 60)
     assert one.state_dict() == {}
-    assert not any(one.judged(step, better=False) for step in range(60))
+    assert not any(one.after_evaluation(step, improved=False) for step in range(60))
     one.load_state_dict({})
     assert rates(one, 60) == before
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", SCHEDULES.names())
 def test_as_usual_no_rate_is_above_the_peak_or_below_zero(name: str) -> None:
     found = rates(schedule(7, 9, name=name), 80)  # some steps beyond the end too
     assert max(found) == pytest.approx(PEAK)
@@ -225,11 +225,10 @@ def test_as_usual_no_rate_is_above_the_peak_or_below_zero(name: str) -> None:
     assert found[0] < PEAK
 
 
-def test_usual_values_are_those_of_the_docs() -> None:
-    """Each key of `USUAL` is a field, and each field that may be null is a key of it."""
+def test_options_are_fields() -> None:
+    """Each option of a schedule is a field, and each field that may be null is an option."""
     fields = {f.name for f in dataclasses.fields(ScheduleConfig) if f.default is None}
-    assert {key for row in USUAL.values() for key in row} == fields
-    assert set(USUAL) == set(KINDS)
+    assert {key for name in SCHEDULES.names() for key in SCHEDULES.find(name).defaults} == fields
 
 
 def test_the_shape_of_a_run() -> None:

@@ -16,6 +16,7 @@ from torchvision.ops import sigmoid_focal_loss
 from distcls.errors import UsageError
 from distcls.models.classifier import Classifier
 from distcls.training.config import (
+    LOSSES,
     AugmentConfig,
     DistillConfig,
     LossConfig,
@@ -26,7 +27,7 @@ from distcls.training.distributed import start
 from distcls.training.engine import Engine
 from distcls.training.inputs import choose_preprocess, open_input
 from distcls.training.loader import Batch
-from distcls.training.losses import given, make_loss
+from distcls.training.losses import make_loss, multi_hot
 from tests import several
 
 CPU = torch.device("cpu")
@@ -75,12 +76,13 @@ def test_heads_are_the_mean_of_their_losses(config: LossConfig) -> None:
             label_smoothing=config.label_smoothing,
         )
         if config.name == "focal":
-            plain = (1 - torch.exp(-plain)) ** config.gamma * plain
+            gamma = LOSSES.filled(config).focal_gamma
+            plain = (1 - torch.exp(-plain)) ** gamma * plain
         expected.append(plain)
     loss = make_loss(config, HEADS, None, CPU)
     torch.testing.assert_close(loss(own, labels), (expected[0] + expected[1]) / 2)
     # the same labels as shares
-    torch.testing.assert_close(loss(own, given(labels, HEADS).float()), loss(own, labels))
+    torch.testing.assert_close(loss(own, multi_hot(labels, HEADS).float()), loss(own, labels))
 
 
 def test_labels_are_bce_and_torchvisions_sigmoid_focal_loss() -> None:
@@ -142,10 +144,10 @@ def test_mixed_heads_have_shares_that_add_up_to_one_each(texts: Path) -> None:
     for part in engine._data.task.slices:
         torch.testing.assert_close(examples.targets[:, part].sum(1), torch.ones(11))
     # the last of an odd number stays as it is
-    expected = given(batch.labels, engine._data.task)[-1].float()
+    expected = multi_hot(batch.labels, engine._data.task)[-1].float()
     torch.testing.assert_close(examples.targets[-1], expected)
     # image and labels are the same mean of two
-    flat = given(batch.labels, engine._data.task).float()
+    flat = multi_hot(batch.labels, engine._data.task).float()
     one = next(index for index in range(0, 10, 2) if not torch.equal(flat[index], flat[index + 1]))
     other = one + 1
     place = int((flat[one] - flat[other]).abs().argmax())

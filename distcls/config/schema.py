@@ -11,11 +11,10 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from distcls.errors import BadValue, did_you_mean, require
+from distcls.errors import BadValue
 
 MISSING = dataclasses.MISSING
 
@@ -210,28 +209,6 @@ def _mapping(raw: Any, kind: Any) -> dict[str, Any]:
     if not isinstance(raw, dict) or not raw or "" in raw:
         raise Mismatch
     return {str(name): convert(value, kind) for name, value in raw.items()}
-
-
-Usual = Mapping[str, Mapping[str, Any]]
-"""For each name the keys that it reads, with the values they have where the config says null."""
-
-
-def require_choice(name: str, usual: Usual, what: str) -> None:
-    """Raise BadValue unless `name` is one of the choices, naming the nearest."""
-    require(name in usual, "name", name, f"a known {what}{did_you_mean(name, usual)}")
-
-
-def refuse_unread(config: Any, usual: Usual) -> None:
-    """Raise BadValue for a key that is given although `config.name` does not read it.
-
-    Keys that stand in no row of `usual` are read whatever the name is.
-    """
-    own = usual[config.name]
-    others = {key: None for row in usual.values() for key in row if key not in own}
-    for key in others:
-        value = getattr(config, key)
-        why = f"null, as {config.name} does not read it (it reads {', '.join(own)})"
-        require(value is None, key, value, why)
 
 
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(%|epochs?|steps?)")

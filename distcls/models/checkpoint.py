@@ -22,6 +22,7 @@ from distcls.model_card import ModelCard
 from distcls.models import factory
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
+from distcls.models.registry import require_loaded
 from distcls.runtime.providers import ExecutionConfig
 
 
@@ -77,7 +78,9 @@ def open_checkpoint(path: Path, device: str = "auto") -> TorchModel:
     card, tensors = read_checkpoint(path)
     keys = current_names(flatten(card.architecture), "model.")
     given = {key: Given(value, str(path)) for key, value in keys.items()}
-    model = factory.build(build_config(ModelConfig, given), len(card.classes), card.preprocess)
+    config = build_config(ModelConfig, given)
+    require_loaded(config.name, path)
+    model = factory.build(config, len(card.classes), card.preprocess)
     try:
         model.load_state_dict(tensors)
     except (RuntimeError, TypeError, AttributeError) as error:

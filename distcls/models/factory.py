@@ -16,7 +16,7 @@ from distcls.errors import UsageError
 from distcls.imaging import Preprocess
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
-from distcls.models.registry import Origin, resolve
+from distcls.models.registry import NETWORKS, Origin, resolve
 
 
 class Built(NamedTuple):
@@ -56,11 +56,20 @@ def torchvision_parameters(name: str) -> set[str]:
     return set(inspect.signature(kind).parameters)
 
 
-def _ours(name: str, classes: int, size: tuple[int, int], dropout: float | None) -> Built:
-    from distcls.models.simple import NETWORKS
+def takes_dropout(name: str) -> bool:
+    """Whether one of torchvision's constructors takes the dropout before the last layer."""
+    known = torchvision_parameters(name)
+    # where attention has a dropout of its own, `dropout` is that of every block
+    return "dropout" in known and "attention_dropout" not in known
 
-    kind = NETWORKS[name]
-    return Built(kind(classes, size) if dropout is None else kind(classes, size, dropout), True)
+
+def _ours(name: str, classes: int, size: tuple[int, int], dropout: float | None) -> Built:
+    entry = NETWORKS.find(name)
+    make = entry.value
+    if not (entry.registered or (inspect.isclass(make) and issubclass(make, nn.Module))):
+        raise UsageError(f"model.name: {name} is neither a registered network nor an nn.Module")
+    network = make(classes, size) if dropout is None else make(classes, size, dropout)
+    return Built(network, True)
 
 
 def _from_torchvision(
@@ -82,8 +91,7 @@ def _from_torchvision(
         options["image_size"] = size[0]
     if "input_size" in known:
         options["input_size"] = size
-    # where attention has a dropout of its own, `dropout` is that of every block
-    takes = "dropout" in known and "attention_dropout" not in known
+    takes = takes_dropout(name)
     if takes and dropout is not None:
         options["dropout"] = dropout
     return Built(get_model(name, weights=None, **options), takes)

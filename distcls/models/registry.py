@@ -1,17 +1,23 @@
-"""Which networks there are, here, in torchvision and in timm, and the nearest to a wrong name."""
+"""The networks by name: registered ones, torchvision's and timm's."""
 
 from __future__ import annotations
 
 import fnmatch
 import functools
-from typing import Literal, NamedTuple
+import os
+import sys
+from typing import Any, Literal, NamedTuple
 
 from distcls.errors import UsageError, did_you_mean
+from distcls.registry import IMPORTS, Registry, import_modules
 
 Library = Literal["distcls", "torchvision", "timm"]
 
-OWN = ("simple_cnn", "simple_nn")
-"""Networks of distcls/models/simple.py."""
+NETWORKS: Registry[Any] = Registry(
+    "model", "model.name", home="distcls.models.simple", prefixes=("torchvision", "timm")
+)
+"""Networks of neither library: called with (classes, size, dropout), whose dropout has a default,
+they give an nn.Module from float [N, 3, H, W] to logits [N, classes]."""
 ALIASES = {
     "adv-efficientnet-b0": "timm:tf_efficientnet_b0.ap_in1k",
     "adv-efficientnet-b1": "timm:tf_efficientnet_b1.ap_in1k",
@@ -19,9 +25,8 @@ ALIASES = {
     "se_resnext50_32x4d": "timm:seresnext50_32x4d",
     "xception": "timm:legacy_xception",
 }
-"""Names that these networks go by elsewhere."""
-NAMED = (
-    *OWN,
+"""Other names of networks of the libraries."""
+POPULAR = (
     "mobilenet_v2",
     "mobilenet_v3_small",
     "mobilenet_v3_large",
@@ -43,27 +48,36 @@ NAMED = (
     "convnext_tiny",
     "swin_t",
 )
-"""Those that `distcls models` lists without being asked for others; each is tested to export."""
+"""The libraries' networks that `distcls models` lists without a pattern; each is tested to
+export."""
 
 
 class Origin(NamedTuple):
-    """Where a network comes from."""
+    """The library of a network, and its name."""
 
     library: Library
+    """distcls: registered in `NETWORKS`, or an import path."""
     name: str
     """Its name there; timm's may end in the tag of its weights: `resnet50.a1_in1k`."""
 
 
+def listed() -> tuple[str, ...]:
+    """What `distcls models` lists without a pattern: the registered networks and `POPULAR`."""
+    return (*NETWORKS.names(), *POPULAR)
+
+
 @functools.cache
 def resolve(name: str) -> Origin:
-    """Find a network: one of ours, torchvision's, timm's, or as `timm:NAME`, `torchvision:NAME`.
+    """Find a network: a registered one, torchvision's, timm's, or as `timm:NAME`,
+    `torchvision:NAME` or, of the user's own, `module:attribute`.
 
     Raises UsageError for an unknown name, with the nearest known.
     """
     spec = ALIASES.get(name, name)
-    if spec in OWN:
-        return Origin("distcls", spec)
     library, colon, rest = spec.partition(":")
+    if spec in NETWORKS:
+        NETWORKS.find(spec)
+        return Origin("distcls", spec)
     if colon and library not in ("torchvision", "timm"):
         raise UsageError(
             f"model.name: unknown library {library!r} in {name!r} (choices: torchvision, timm)"
@@ -81,12 +95,12 @@ def resolve(name: str) -> Origin:
 
 @functools.cache
 def known() -> tuple[str, ...]:
-    """All names: the best known ones, then torchvision's, then what timm adds.
+    """All names: the listed ones, then torchvision's, then what timm adds.
 
     A name of timm's that torchvision has too carries its prefix, `timm:resnet50`.
     """
-    ours, theirs = list(NAMED), _torchvision_names()
-    ours += [name for name in theirs if name not in NAMED]
+    ours, theirs = list(listed()), _torchvision_names()
+    ours += [name for name in theirs if name not in ours]
     taken = {*ours, *ALIASES}
     return (*ours, *(f"timm:{name}" if name in taken else name for name in _timm_names()))
 
@@ -94,10 +108,10 @@ def known() -> tuple[str, ...]:
 def matching(pattern: str | None) -> list[str]:
     """The known names that match a glob, or that contain a text without wildcards.
 
-    None stands for `NAMED`. Raises UsageError if there are none.
+    None stands for `listed()`. Raises UsageError if there are none.
     """
     if pattern is None:
-        return list(NAMED)
+        return list(listed())
     glob = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
     found = [name for name in known() if fnmatch.fnmatchcase(name, glob)]
     if not found:
@@ -134,3 +148,17 @@ def _in_timm(name: str) -> str | None:
         hint = did_you_mean(name, tagged)
         raise UsageError(f"model.name: timm's {architecture} has no weights {tag!r}{hint}")
     return present
+
+
+def require_loaded(name: str, path: object) -> None:
+    """Raise UsageError for a network of a model file whose code this process has not imported.
+
+    A file that names code does not get it imported: it may come from anywhere.
+    """
+    module = name.partition(":")[0]
+    import_modules(os.environ.get(IMPORTS, ""))
+    if NETWORKS.is_import_path(name) and module not in sys.modules:
+        raise UsageError(
+            f"{path}: its network is {name}, code that is not part of distcls; if you trust it, "
+            f"set {IMPORTS}={module}"
+        )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
+
+from distcls.models.registry import NETWORKS
 
 SMALLEST = 10
 """Pixels a side, below which nothing is left after the convolutions of `SimpleCnn`."""
 
 
+@NETWORKS.register("simple_cnn")
 class SimpleCnn(nn.Module):
     """Two convolutions with pooling and a linear layer: Keras' "Simple MNIST convnet", in colour.
 
@@ -36,6 +37,7 @@ class SimpleCnn(nn.Module):
         return logits
 
 
+@NETWORKS.register("simple_nn")
 class SimpleNn(nn.Module):
     """Three linear layers: the network of PyTorch's quickstart tutorial, in colour.
 
@@ -59,7 +61,3 @@ class SimpleNn(nn.Module):
         """Classify."""
         logits: Tensor = self.layers(pixels)
         return logits
-
-
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"simple_cnn": SimpleCnn, "simple_nn": SimpleNn}
-"""By name: (classes, size, dropout, whose default is the network's own) to a network."""

@@ -15,13 +15,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distcls.imaging import Preprocess
-from distcls.training.config import AugmentConfig
+from distcls.training.config import POLICIES, AugmentConfig
 
 GREY = (0.2989, 0.587, 0.114)
 """Luminance of red, green and blue (ITU-R BT.601), with torchvision's digits."""
@@ -145,14 +146,48 @@ COLOURS: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-class Policy:
-    """Applies `layers` random operations to each image, one after the other."""
+class Policy(Protocol):
+    """An augmentation policy; a registered one is a function of the config that makes it."""
 
-    def __init__(self, config: AugmentConfig) -> None:
-        self._wide = config.policy == "trivialaugment"
-        ops, magnitude = config.randaugment_ops, config.randaugment_magnitude
-        self.layers = 1 if self._wide else 2 if ops is None else ops
-        self._level = 9 if magnitude is None else magnitude
+    @property
+    def draws(self) -> int:
+        """Random numbers that one image needs."""
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Change images [B, H, W, 3] in 0..255 by draws [B, `draws`] in [0, 1); returns uint8.
+
+        A pure function of both, image by image. The draws lie on the CPU.
+        """
+
+
+def make_policy(config: AugmentConfig) -> Policy | None:
+    """The configured policy, if any."""
+    if config.policy is None:
+        return None
+    made: Policy = POLICIES.find(config.policy).value(POLICIES.filled(config))
+    return made
+
+
+@POLICIES.register("randaugment", randaugment_ops=2, randaugment_magnitude=9)
+def randaugment(config: AugmentConfig) -> RandomOperations:
+    """Cubuk et al.: RandAugment, 2019."""
+    return RandomOperations(config.randaugment_ops or 0, config.randaugment_magnitude)
+
+
+@POLICIES.register("trivialaugment")
+def trivialaugment(config: AugmentConfig) -> RandomOperations:
+    """Mueller, Hutter: TrivialAugment, 2021; the wide space."""
+    return RandomOperations(1, None)
+
+
+class RandomOperations:
+    """Applies `layers` random operations to each image, one after the other, all of one magnitude,
+    or of a random one out of a wider space where it is None."""
+
+    def __init__(self, layers: int, magnitude: int | None) -> None:
+        self.layers = layers
+        self._wide = magnitude is None
+        self._level = magnitude or 0
 
     @property
     def draws(self) -> int:
@@ -174,7 +209,7 @@ class Policy:
         return images
 
     def _amounts(self, ops: Tensor, layer: Tensor, height: int, width: int) -> Tensor:
-        """What each image's operation is to be told, float32 [B]."""
+        """The argument of each image's operation, float32 [B]."""
         level = torch.full_like(layer[:, 2], self._level)
         if self._wide:
             level = (layer[:, 2] * (LEVELS + 1)).floor()
@@ -187,7 +222,7 @@ class Policy:
         return torch.where(ops == 11, 255 * (LEVELS - level) / LEVELS, amounts)
 
     def _reach(self, height: int, width: int) -> list[float]:
-        """The greatest amount of each operation: slopes, pixels, degrees, shares, bits lost."""
+        """The greatest amount of each operation: slopes, pixels, degrees, fractions, bits lost."""
         if self._wide:
             geometric = [0.99, 0.99, 32.0, 32.0, 135.0]
             return [0.0, *geometric, 0.99, 0.99, 0.99, 0.99, 6.0, 0.0, 0.0, 0.0]
@@ -245,7 +280,7 @@ class Augment:
     def __init__(self, config: AugmentConfig, size: tuple[int, int]) -> None:
         self.config = config
         self.size = size
-        self._policy = Policy(config) if config.policy is not None else None
+        self._policy = make_policy(config)
 
     @property
     def draws(self) -> int:

@@ -154,9 +154,14 @@ class CheckpointManager:
     All processes read a state, the main one alone writes: on the others saving does nothing.
     """
 
-    def __init__(self, config: TrainConfig, *, main_process: bool = True) -> None:
-        """Remove what a killed run was writing."""
-        self._config = config
+    def __init__(
+        self, config: TrainConfig, *, given: TrainConfig | None = None, main_process: bool = True
+    ) -> None:
+        """Remove what a killed run was writing.
+
+        `config` is resolved; `given` is it as the user wrote it, which states of 0.1.0 hold.
+        """
+        self._config, self._given = config, given or config
         self._main_process = main_process
         self._folder = config.out / LAST
         self._saved_step, self._saved_at = 0, time.monotonic()
@@ -182,7 +187,7 @@ class CheckpointManager:
             newest = newest_whole(source)
             if newest is None:
                 return None
-            found = _read_state(*newest, self._config)
+            found = _read_state(*newest, self._config, self._given)
         else:
             source = Path(resume)
             content = load_tensors(source)
@@ -191,7 +196,7 @@ class CheckpointManager:
                     f"{source}: holds no state to resume from "
                     "(checkpoint.save_training_state writes it)"
                 )
-            found = _read_state(source, content["state"], self._config)
+            found = _read_state(source, content["state"], self._config, self._given)
         state, _ = found
         self._saved_step, self._saved_at = state.step, time.monotonic()
         say(f"resumed from {source} after step {state.step}, epoch {state.epoch}")
@@ -338,22 +343,24 @@ def _to_content(
 
 
 def _read_state(
-    path: Path, content: object, config: TrainConfig
+    path: Path, content: object, config: TrainConfig, given: TrainConfig
 ) -> tuple[TrainingState, dict[str, Any]]:
     if not isinstance(content, dict) or set(content) != {"config", "progress", "tensors"}:
         raise UsageError(f"{path}: not the state of a run; remove it to start anew")
-    _require_same_config(content["config"], dump_yaml(config), path)
+    _require_same_config(content["config"], config, given, path)
     return TrainingState.from_plain(content["progress"], path), content["tensors"]
 
 
-def _require_same_config(saved: str, now: str, path: Path) -> None:
+def _require_same_config(saved: str, config: TrainConfig, given: TrainConfig, path: Path) -> None:
     before = current_names(flatten(yaml.safe_load(saved)))
-    after = flatten(yaml.safe_load(now))
+    after, unresolved = (flatten(yaml.safe_load(dump_yaml(each))) for each in (config, given))
     for key in {**after, **before}:  # a mapping's keys may be in one of them alone
-        if key.startswith(MAY_CHANGE) or before.get(key) == after.get(key):
+        known = before.get(key)
+        if key.startswith(MAY_CHANGE) or known in (after.get(key), unresolved.get(key)):
             continue
+        how = "given" if after.get(key) == unresolved.get(key) else "is the default now"
         raise UsageError(
-            f"{key}: {after.get(key)!r} given, but {path} was written with {before.get(key)!r}; "
+            f"{key}: {after.get(key)!r} {how}, but {path} was written with {known!r}; "
             "a resumed run keeps its config"
         )
 

@@ -8,12 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from distcls.config.schema import refuse_unread, require_duration
+from distcls.config.schema import require_duration
 from distcls.errors import require
 from distcls.evaluation.metrics import MONITORED, default_mode
 from distcls.imaging.preprocess import Interpolation, Resize
 from distcls.models.config import ModelConfig
+from distcls.registry import Registry
 from distcls.training.schedule import ScheduleConfig
+
+# filled by the modules that implement them, which load torch
+LOSSES: Registry[Any] = Registry("loss", "loss.name", home="distcls.training.losses")
+OPTIMIZERS: Registry[Any] = Registry(
+    "optimiser", "optimizer.name", home="distcls.training.optim", prefixes=("timm",)
+)
+POLICIES: Registry[Any] = Registry("policy", "augment.policy", home="distcls.training.augment")
 
 SMALL_IMAGE = 64
 """Images of up to this many pixels a side are trained on at their own size by default."""
@@ -80,13 +88,14 @@ class AugmentConfig:
     erase: float = 0.0
     """Probability of erasing a rectangle of 2 to 33 % of the area with one random colour
     (Zhong et al.: Random Erasing Data Augmentation, 2017)."""
-    policy: Literal["randaugment", "trivialaugment"] | None = None
-    """Random operations out of torchvision's fourteen: randaugment (Cubuk et al., 2019) several of
-    one strength, trivialaugment (Mueller, Hutter, 2021) one of any strength; null is off."""
+    policy: str | None = None
+    """Random operations out of torchvision's fourteen: randaugment (Cubuk et al., 2019) applies
+    several of one magnitude, trivialaugment (Mueller, Hutter, 2021) one of a random magnitude; or
+    module:attribute of your own; null is off."""
     randaugment_ops: int | None = None
-    """With randaugment: operations one after the other; null is 2."""
+    """randaugment: operations applied one after the other; default 2."""
     randaugment_magnitude: int | None = None
-    """With randaugment: their strength, 0 to 30; null is 9."""
+    """randaugment: magnitude of the operations, 0 to 30; default 9."""
     mixup: float = 0.0
     """Alpha of mixup (Zhang et al., 2017): each image becomes a mean of two, weighted by
     Beta(alpha, alpha), and its label too; 0 is off, 0.2 usual."""
@@ -118,10 +127,8 @@ class AugmentConfig:
         for name, low, high in (("ops", 1, 14), ("magnitude", 0, 30)):
             key = f"randaugment_{name}"
             value = getattr(self, key)
-            if value is not None:
-                require(low <= value <= high, key, value, f"{low} to {high}, or null")
-                used = self.policy == "randaugment"
-                require(used, key, value, "null; it belongs to policy: randaugment")
+            valid = value is None or low <= value <= high
+            require(valid, key, value, f"{low} to {high}, or null")
 
     def _check_mixing(self) -> None:
         for name in ("mixup", "cutmix"):
@@ -146,8 +153,6 @@ class AugmentConfig:
 
 
 DEFAULT_TEMPERATURE, DEFAULT_TEACHER_WEIGHT = 4.0, 0.5
-DEFAULT_GAMMA = 2.0
-"""Focusing that Lin et al. found best."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,7 +162,7 @@ class LossConfig:
     The evaluation's `val_loss` is plain cross-entropy (of labels, BCE) whatever is said here.
     """
 
-    name: Literal["cross_entropy", "focal", "bce"] = "cross_entropy"
+    name: str = "cross_entropy"
     """cross_entropy; focal, which turns to the images still wrong (Lin et al.: Focal Loss for Dense
     Object Detection, 2017); bce, yes or no for each class on its own, the mean over the classes
     (Wightman et al.: ResNet strikes back, 2021). Of heads the mean of theirs, without bce; labels
@@ -180,8 +185,6 @@ class LossConfig:
         require(0 <= smoothing < 1, "label_smoothing", smoothing, "a number from 0 to below 1")
         valid = gamma is None or (math.isfinite(gamma) and gamma >= 0)
         require(valid, "focal_gamma", gamma, "a number of 0 or more, or null")
-        used = gamma is None or self.name == "focal"
-        require(used, "focal_gamma", gamma, f"null with {self.name}; it belongs to name: focal")
         weights = self.class_weights
         numbers = weights.values() if isinstance(weights, dict) else weights
         if numbers is not None and not isinstance(numbers, str):
@@ -190,11 +193,6 @@ class LossConfig:
             # classes that a mapping leaves out weigh 1
             some = isinstance(weights, dict) or any(numbers)
             require(some, "class_weights", weights, "at least one number above 0")
-
-    @property
-    def gamma(self) -> float:
-        """The focusing of the focal loss."""
-        return DEFAULT_GAMMA if self.focal_gamma is None else self.focal_gamma
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,24 +220,13 @@ class DistillConfig:
 
     @property
     def resolved_temperature(self) -> float:
-        """The temperature, as given or usual."""
+        """The temperature, set or default."""
         return DEFAULT_TEMPERATURE if self.temperature is None else self.temperature
 
     @property
     def resolved_weight(self) -> float:
-        """The weight of the teacher's term, as given or the default."""
+        """The weight of the teacher's term, set or default."""
         return DEFAULT_TEACHER_WEIGHT if self.weight is None else self.weight
-
-
-USUAL: dict[str, dict[str, Any]] = {
-    "adamw": {"weight_decay": 0.05, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
-    "adam": {"weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
-    "sgd": {"weight_decay": 1e-4, "momentum": 0.9, "nesterov": False},
-    "rmsprop": {"weight_decay": 1e-5, "beta2": 0.99, "eps": 1e-8, "momentum": 0.0},
-    "adabelief": {"weight_decay": 0.05, "beta1": 0.9, "beta2": 0.999, "eps": 1e-16},
-    "ranger": {"weight_decay": 0.05, "beta1": 0.95, "beta2": 0.999, "eps": 1e-5},
-}
-"""Our optimisers: the keys that each reads, and their values where the config says null."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,8 +261,6 @@ class OptimizerConfig:
     """Gradients are scaled down to this norm, after unscaling; null leaves them."""
 
     def __post_init__(self) -> None:
-        if self.name in USUAL:  # timm's are checked when timm is loaded
-            refuse_unread(self, USUAL)
         decay = self.weight_decay
         require(decay is None or decay >= 0, "weight_decay", decay, "0 or more, or null")
         for name in ("beta1", "beta2", "momentum"):
@@ -293,11 +278,6 @@ class OptimizerConfig:
         require(scale > 0, "head_lr_scale", scale, "a number above 0")
         clip = self.clip_norm
         require(clip is None or clip > 0, "clip_norm", clip, "a number above 0, or null")
-
-    def value(self, key: str) -> Any:
-        """The value of a key: what is given, or else what is usual with the optimiser."""
-        value = getattr(self, key)
-        return USUAL.get(self.name, {}).get(key) if value is None else value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -363,8 +343,8 @@ class MonitorConfig:
         require(self.min_delta >= 0, "min_delta", self.min_delta, "0 or more")
 
     @property
-    def resolved_mode(self) -> str:
-        """`min` or `max`."""
+    def resolved_mode(self) -> Literal["min", "max"]:
+        """Whether less or more of the metric is better."""
         return default_mode(self.metric) if self.mode == "auto" else self.mode
 
     def best_of(self, scores: Mapping[str, float]) -> str:

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from distcls.errors import UsageError, did_you_mean
 from distcls.log import world_size
 from distcls.models.classifier import Classifier
-from distcls.training.config import USUAL, TrainConfig
+from distcls.training.config import OPTIMIZERS, TrainConfig
 
 KERNELS = ("fused", "foreach")
 """Keys of an optimiser's parameter groups that choose its kernels, not its result."""
@@ -140,8 +140,8 @@ def _reasons_against(config: TrainConfig, precision: str) -> Iterator[str]:
         yield f"auto_micro_batch tries {alone}; choose --accumulate yourself"
     if config.compile:
         yield f"compile times {alone}; leave --compile off"
-    if config.optimizer.name not in USUAL:
-        choices = ", ".join(USUAL)
+    if config.optimizer.name not in OPTIMIZERS.names():
+        choices = ", ".join(OPTIMIZERS.names())
         yield f"optimizer.name: {config.optimizer.name} may need full weights; choose {choices}"
     if precision == "fp16":
         yield "precision: the gradient scaling of fp16 takes full gradients; choose bf16 or fp32"

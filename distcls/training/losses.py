@@ -1,8 +1,8 @@
 """Losses of each image, class and sample weights, and what a batch is trained on.
 
-So the loss of a step stays the mean over the images of its global batch: what a batch's images
-weigh together does not enter, and the result depends on neither processes nor accumulation.
-(PyTorch's weighted mean divides by the batch's sum of weights instead.)
+The loss of a step is the mean over the images of its global batch: the sum of a batch's weights
+does not enter, so the result depends on neither processes nor gradient accumulation. (PyTorch's
+weighted mean divides by the batch's sum of weights instead.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distcls.data.dataset import Split
 from distcls.errors import UsageError, did_you_mean
 from distcls.task import Task
 from distcls.training.augment import Augment
-from distcls.training.config import LossConfig, TrainConfig
+from distcls.training.config import LOSSES, LossConfig, TrainConfig
 from distcls.training.distillation import Teacher
 from distcls.training.inputs import TrainingInput
 from distcls.training.loader import Batch
@@ -34,25 +34,27 @@ class Loss:
     def __init__(
         self, config: LossConfig, class_weights: Weights | None, device: torch.device
     ) -> None:
-        self._config = config
-        self._function = LOSSES[config.name]
+        self._config = LOSSES.filled(config)
+        self._function = LOSSES.find(config.name).value
         weights = None if class_weights is None else torch.from_numpy(class_weights)
         self._weights = None if weights is None else weights.to(device, torch.float32)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of each image, [B].
 
-        Logits float [B, classes]; targets are labels int64 [B], or each class's share of the label
-        float [B, classes], which adds up to 1 unless an image may be of several classes (bce).
+        Logits float [B, classes]; targets are labels int64 [B], or soft labels float [B, classes],
+        which add up to 1 unless an image may be of several classes (bce).
         """
         weights = None if self._weights is None else self._weights.to(logits.dtype)
-        return self._function(logits, targets, self._config, weights)
+        losses: Tensor = self._function(logits, targets, self._config, weights)
+        return losses
 
 
+@LOSSES.register("cross_entropy")
 def cross_entropy(
     logits: Tensor, targets: Tensor, config: LossConfig, weights: Tensor | None
 ) -> Tensor:
-    """PyTorch's own; a class's weight multiplies that class's part of the sum."""
+    """PyTorch's own; a class's weight multiplies that class's term of the sum."""
     if targets.is_floating_point():
         targets = targets.to(logits.dtype)
     return F.cross_entropy(
@@ -64,49 +66,44 @@ def cross_entropy(
     )
 
 
+@LOSSES.register("focal", focal_gamma=2.0)  # the value that Lin et al. found best
 def focal(logits: Tensor, targets: Tensor, config: LossConfig, weights: Tensor | None) -> Tensor:
-    """Sum over the classes of share * (1 - p)^gamma * -log p (Lin et al., 2017, equation 4).
+    """Sum over the classes of y * (1 - p)^gamma * -log p (Lin et al., 2017, equation 4).
 
     With gamma 0 it is `cross_entropy`; the weights are the paper's alpha.
     """
     log_p = F.log_softmax(logits, dim=1)
     # 1 - p without cancellation; kept off 0, where a power below 1 has no slope
     rest = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).eps)
-    shares = _smoothed(_shares(logits, targets), config.label_smoothing)
-    parts = shares * rest**config.gamma * -log_p
-    return (parts if weights is None else parts * weights).sum(1)
+    soft = _smoothed(soft_labels(logits, targets), config.label_smoothing)
+    terms = soft * rest ** (config.focal_gamma or 0.0) * -log_p
+    return (terms if weights is None else terms * weights).sum(1)
 
 
+@LOSSES.register("bce")
 def bce(logits: Tensor, targets: Tensor, config: LossConfig, weights: Tensor | None) -> Tensor:
     """Binary cross-entropy of each class's sigmoid, the mean over the classes (as timm's).
 
     The weights are those of the image's own classes: by class they would weigh yes and no alike,
-    which makes up for no rare class.
+    which does not correct class imbalance.
     """
-    shares = _shares(logits, targets)
-    smooth = _smoothed(shares, config.label_smoothing)
+    soft = soft_labels(logits, targets)
+    smooth = _smoothed(soft, config.label_smoothing)
     losses = F.binary_cross_entropy_with_logits(logits, smooth, reduction="none").mean(1)
-    return losses if weights is None else losses * (shares * weights).sum(1)
+    return losses if weights is None else losses * (soft * weights).sum(1)
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor, LossConfig, Tensor | None], Tensor]] = {
-    "cross_entropy": cross_entropy,
-    "focal": focal,
-    "bce": bce,
-}
-"""By the name in the config: (logits, targets, config, class weights [classes]) to losses [B]."""
-
-
-def _shares(logits: Tensor, targets: Tensor) -> Tensor:
-    """Labels as shares, [B, classes] in the logits' type."""
+def soft_labels(logits: Tensor, targets: Tensor) -> Tensor:
+    """Labels int64 [B] as one-hot ones, or soft labels as they are: [B, classes] in the logits'
+    type."""
     if not targets.is_floating_point():
         targets = F.one_hot(targets, logits.shape[1])
     return targets.to(logits.dtype)
 
 
-def _smoothed(shares: Tensor, smoothing: float) -> Tensor:
-    """A part of each label spread over all classes (Szegedy et al.: Rethinking Inception, 2015)."""
-    return shares * (1 - smoothing) + smoothing / shares.shape[1]
+def _smoothed(soft: Tensor, smoothing: float) -> Tensor:
+    """Label smoothing (Szegedy et al.: Rethinking the Inception Architecture, 2015)."""
+    return soft * (1 - smoothing) + smoothing / soft.shape[1]
 
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -115,7 +112,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 def make_loss(
     config: LossConfig, task: Task, class_weights: Weights | None, device: torch.device
 ) -> LossFunction:
-    """The configured loss for this kind of answers: logits [B, classes] and targets to losses [B].
+    """The configured loss for the task: logits [B, classes] and targets to losses [B].
 
     Which targets, see `Loss`, `HeadsLoss` and `LabelsLoss`.
     """
@@ -128,24 +125,25 @@ class HeadsLoss:
     """The mean of the configured loss over the heads, each with its own logits."""
 
     def __init__(self, config: LossConfig, task: Task) -> None:
-        self._config = config
-        self._parts = task.slices
+        self._config = LOSSES.filled(config)
+        self._function = LOSSES.find(config.name).value
+        self._heads = task.slices
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of each image, [B].
 
-        Logits float [B, classes]; targets are the class in each head int64 [B, heads], or each
-        class's share float [B, classes], which adds up to 1 in each head.
+        Logits float [B, classes]; targets are the class in each head int64 [B, heads], or soft
+        labels float [B, classes], which add up to 1 in each head.
         """
-        shares = targets.is_floating_point()
+        soft = targets.is_floating_point()
         losses = [
-            LOSSES[self._config.name](
-                logits[:, part],
-                targets[:, part] if shares else targets[:, place],
+            self._function(
+                logits[:, head],
+                targets[:, head] if soft else targets[:, index],
                 self._config,
                 None,
             )
-            for place, part in enumerate(self._parts)
+            for index, head in enumerate(self._heads)
         ]
         return torch.stack(losses).mean(0)
 
@@ -155,32 +153,32 @@ class LabelsLoss:
 
     def __init__(self, config: LossConfig) -> None:
         self._smoothing = config.label_smoothing
-        self._gamma = config.gamma if config.name == "focal" else 0.0
+        self._gamma = LOSSES.filled(config).focal_gamma or 0.0
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of each image, [B]. Logits float [B, labels]; targets 0 to 1, [B, labels].
 
-        Smoothing moves yes and no towards 1/2. Focal is share * (1 - p)^gamma * -log p and the same
-        of no (Lin et al., 2017, equation 4, of a sigmoid); with gamma 0 it is BCE.
+        Smoothing moves yes and no towards 1/2. Focal is y * (1 - p)^gamma * -log p and the same of
+        no (Lin et al., 2017, equation 4, of a sigmoid); with gamma 0 it is BCE.
         """
-        shares = targets.to(logits.dtype) * (1 - self._smoothing) + self._smoothing / 2
+        soft = targets.to(logits.dtype) * (1 - self._smoothing) + self._smoothing / 2
         if not self._gamma:
-            return F.binary_cross_entropy_with_logits(logits, shares, reduction="none").mean(1)
+            return F.binary_cross_entropy_with_logits(logits, soft, reduction="none").mean(1)
         # kept off 0, where a power below 1 has no slope
         tiny = torch.finfo(logits.dtype).eps
         miss, hit = (torch.sigmoid(x).clamp(min=tiny) for x in (-logits, logits))
-        yes = shares * miss**self._gamma * -F.logsigmoid(logits)
-        no = (1 - shares) * hit**self._gamma * -F.logsigmoid(-logits)
+        yes = soft * miss**self._gamma * -F.logsigmoid(logits)
+        no = (1 - soft) * hit**self._gamma * -F.logsigmoid(-logits)
         return (yes + no).mean(1)
 
 
-def given(labels: Tensor, task: Task) -> Tensor:
+def multi_hot(labels: Tensor, task: Task) -> Tensor:
     """0 and 1 for each class, int64 [B, classes], from labels int64 as a split has them."""
     if task.kind == "multi_label":
         return labels
     if task.single:
         return F.one_hot(labels, len(task.classes))
-    sizes = [part.stop - part.start for part in task.slices]
+    sizes = [head.stop - head.start for head in task.slices]
     return torch.cat([F.one_hot(labels[:, i], size) for i, size in enumerate(sizes)], dim=1)
 
 
@@ -208,23 +206,23 @@ def find_weights(
 
 
 def _by_class(config: LossConfig, classes: Sequence[str], labels: Indices) -> Weights | None:
-    given = config.class_weights
-    if given is None:
+    weights = config.class_weights
+    if weights is None:
         return None
-    if given == "balanced":
+    if weights == "balanced":
         return balanced(labels, len(classes))
-    if isinstance(given, dict):
-        for name in given:
+    if isinstance(weights, dict):
+        for name in weights:
             if name not in classes:
                 hint = did_you_mean(name, classes)
                 raise UsageError(f"loss.class_weights: the dataset has no class {name!r}{hint}")
-        return np.array([given.get(name, 1.0) for name in classes])
-    if len(given) != len(classes):
+        return np.array([weights.get(name, 1.0) for name in classes])
+    if len(weights) != len(classes):
         raise UsageError(
-            f"loss.class_weights: {len(given)} numbers for {len(classes)} classes "
+            f"loss.class_weights: {len(weights)} numbers for {len(classes)} classes "
             f"({', '.join(classes[:3])}, ...); give one for each, in label order"
         )
-    return np.array([float(weight) for weight in given])
+    return np.array([float(weight) for weight in weights])
 
 
 def balanced(labels: Indices, classes: int) -> Weights:
@@ -263,9 +261,9 @@ class Examples:
     """[B, H, W, 3] in 0..255, uint8 or float32."""
     targets: Tensor
     """Labels int64 as a split has them ([B], [B, heads] or [B, labels]), or where images are mixed
-    each class's share, float32 [B, classes]."""
+    soft labels, float32 [B, classes]."""
     weights: Tensor | None
-    """How much each image counts, float32 [B]; None where all are 1."""
+    """Sample weights, float32 [B]; None where all are 1."""
 
 
 class Objective:
@@ -308,7 +306,7 @@ class Objective:
         if not self._mixing.active:
             return Examples(images, labels, weights)
         mixed = self._mixing(images, draws[:, -MIX_DRAWS:].to(self._device))
-        targets = mixed.shares(given(labels, self._task))
+        targets = mixed.soft_labels(multi_hot(labels, self._task))
         return Examples(mixed.images, targets, None if weights is None else mixed.blend(weights))
 
     def losses(self, logits: Tensor, examples: Examples) -> Tensor:

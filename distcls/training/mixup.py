@@ -1,4 +1,4 @@
-"""mixup and CutMix: training images two by two, and their labels in the same shares.
+"""mixup and CutMix: training images in pairs, and their soft labels.
 
 Images are mixed with their neighbour in the batch: 0 and 1, 2 and 3, and so on; the last of an odd
 number stays as it is. The sampler keeps neighbours on one process, and every image's random numbers
@@ -30,21 +30,21 @@ class Mixed:
     images: Tensor
     """[B, H, W, 3] in 0..255."""
     own: Tensor
-    """Share of each image's own label, float32 [B]; its partner's is the rest."""
+    """Weight of each image's own label, float32 [B]; its partner's is 1 minus it."""
     partner: Tensor
     """Place of each image's partner in the batch, int64 [B]."""
 
     def targets(self, labels: Tensor, classes: int) -> Tensor:
-        """Shares of the classes, float32 [B, classes], from labels int64 [B]."""
-        return self.shares(F.one_hot(labels, classes))
+        """Soft labels, float32 [B, classes], from labels int64 [B]."""
+        return self.soft_labels(F.one_hot(labels, classes))
 
-    def shares(self, given: Tensor) -> Tensor:
-        """Shares of the classes, float32 [B, classes], from 0 and 1 for each, int64 [B, classes].
+    def soft_labels(self, labels: Tensor) -> Tensor:
+        """Soft labels, float32 [B, classes], from 0 and 1 for each class, int64 [B, classes].
 
-        An image may have several: one in each head, or any number of labels.
+        An image may have several ones: one in each head, or any number of labels.
         """
-        first = given * self.own[:, None]
-        second = given[self.partner] * (1 - self.own)[:, None]
+        first = labels * self.own[:, None]
+        second = labels[self.partner] * (1 - self.own)[:, None]
         return first + second
 
     def blend(self, values: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Mixing:
     def __init__(self, config: AugmentConfig, device: torch.device) -> None:
         self.active = config.mixup > 0 or config.cutmix > 0
         self._probability = config.mix_probability
-        self._cut_share = config.resolved_cutmix_probability
+        self._cutmix_probability = config.resolved_cutmix_probability
         self._mixup = _Beta(config.mixup, device) if config.mixup else None
         self._cutmix = _Beta(config.cutmix, device) if config.cutmix else None
 
@@ -71,7 +71,7 @@ class Mixing:
         partner = places ^ 1
         partner = torch.where(partner < len(images), partner, places)
         chosen = draws[:, 0] < self._probability
-        cut = chosen & (draws[:, 1] < self._cut_share)
+        cut = chosen & (draws[:, 1] < self._cutmix_probability)
         others, own = images[partner], torch.ones_like(draws[:, 0])
         if self._cutmix is not None:
             boxes = _boxes(self._cutmix(draws[:, 2]), draws[:, 3:5], images.shape[1:3])
@@ -90,7 +90,7 @@ def _boxes(own: Tensor, places: Tensor, size: torch.Size) -> Tensor:
     """Which pixels each image takes from its partner, bool [B, *size].
 
     A box of 1 - own of the area has its centre anywhere in the image and is cut off at the rim, so
-    the label's share has to follow the pixels (Yun et al.: CutMix, 2019, and its code).
+    the label's weight has to follow the pixels (Yun et al.: CutMix, 2019, and its code).
     """
     inside = []
     for axis, side in enumerate(size):

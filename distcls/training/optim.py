@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -9,8 +10,7 @@ from torch import nn
 
 from distcls.errors import UsageError, did_you_mean
 from distcls.models.classifier import depths, head_parameters
-from distcls.training.config import USUAL, OptimizerConfig
-from distcls.training.fsdp import local_shard
+from distcls.training.config import OPTIMIZERS, OptimizerConfig
 
 
 def parameter_groups(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
@@ -23,11 +23,12 @@ def parameter_groups(config: OptimizerConfig, model: nn.Module) -> list[dict[str
     scales = learning_rate_scales(config, model)
     named: set[str] = getattr(getattr(model, "backbone", model), "no_weight_decay", set)()
     exempt = named | {f"backbone.{name}" for name in named}
+    filled = OPTIMIZERS.filled(config)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decayed = parameter.ndim > 1 and name not in exempt
-            decay = (config.value("weight_decay") or 0.0) if decayed else 0.0
+            decay = (filled.weight_decay or 0.0) if decayed else 0.0
             groups.setdefault((scales[name], decay), []).append(parameter)
     return [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
@@ -49,54 +50,6 @@ def learning_rate_scales(config: OptimizerConfig, model: nn.Module) -> dict[str,
     return scales
 
 
-class Ranger(torch.optim.RAdam):
-    """RAdam (Liu et al.: On the Variance of the Adaptive Learning Rate and Beyond, 2019) with
-    Lookahead (Zhang et al.: Lookahead Optimizer: k steps forward, 1 step back, 2019) around it, as
-    Wright put them together (lessw2020/Ranger-Deep-Learning-Optimizer, 2019), and without the
-    centred gradients that he added in 2020.
-
-    Every `k` steps the slow weights go the share `alpha` of the way to the weights, which then
-    start from there. The slow weights begin as the initial weights, as in the paper; timm's
-    Lookahead (1.0) begins with those after `k` steps, so that its first pull back does nothing.
-    """
-
-    def __init__(self, params: Any, *, alpha: float = 0.5, k: int = 6, **options: Any) -> None:
-        super().__init__(params, decoupled_weight_decay=True, **options)
-        self.defaults |= {"alpha": alpha, "k": k}
-        for group in self.param_groups:
-            group.setdefault("alpha", alpha)
-            group.setdefault("k", k)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One step of RAdam; every `k`-th time the weights are pulled back."""
-        initial = {
-            parameter: parameter.clone()
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter not in self.state
-        }
-        loss = super().step(closure)
-        for parameter, weights in initial.items():
-            if parameter in self.state:  # it had a gradient
-                self.state[parameter]["slow"] = weights
-        for group in self.param_groups:
-            self._pull_back(group)
-        return loss
-
-    def _pull_back(self, group: dict[str, Any]) -> None:
-        due = [
-            parameter
-            for parameter in group["params"]
-            if parameter.grad is not None and int(self.state[parameter]["step"]) % group["k"] == 0
-        ]
-        if due:
-            slow = [local_shard(self.state[parameter]["slow"]) for parameter in due]
-            fast = [local_shard(parameter) for parameter in due]
-            torch._foreach_lerp_(slow, fast, group["alpha"])
-            torch._foreach_copy_(fast, slow)
-
-
 class SGD(torch.optim.SGD):
     """torch's SGD, whose momentum is zero at first instead of absent.
 
@@ -116,6 +69,81 @@ class SGD(torch.optim.SGD):
         return super().step(closure)
 
 
+Groups = list[dict[str, Any]]
+
+
+# fused optimisers skip a non-finite step on the device, without waiting for it (see `NonFiniteGuard`)
+@OPTIMIZERS.register("adamw", weight_decay=0.05, beta1=0.9, beta2=0.999, eps=1e-8)
+def adamw(groups: Groups, lr: float, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay (Loshchilov, Hutter, 2017)."""
+    return torch.optim.AdamW(groups, lr=lr, betas=_betas(config), eps=_eps(config), fused=True)
+
+
+@OPTIMIZERS.register("adam", weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8)
+def adam(groups: Groups, lr: float, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Kingma, Ba: Adam, 2014."""
+    return torch.optim.Adam(groups, lr=lr, betas=_betas(config), eps=_eps(config), fused=True)
+
+
+@OPTIMIZERS.register("sgd", weight_decay=1e-4, momentum=0.9, nesterov=False)
+def sgd(
+    groups: Groups, lr: float, config: OptimizerConfig, *, sharded: bool = False
+) -> torch.optim.Optimizer:
+    """Stochastic gradient descent with momentum."""
+    # torch's fused SGD (2.14) is the one that takes no sharded parameters
+    how = {"foreach": True} if sharded else {"fused": True}
+    momentum, nesterov = config.momentum or 0.0, bool(config.nesterov)
+    return SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, **how)
+
+
+@OPTIMIZERS.register("rmsprop", weight_decay=1e-5, beta2=0.99, eps=1e-8, momentum=0.0)
+def rmsprop(groups: Groups, lr: float, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Hinton: Neural Networks for Machine Learning, lecture 6e, 2012; `beta2` is its alpha."""
+    alpha, momentum = config.beta2 or 0.0, config.momentum or 0.0
+    return torch.optim.RMSprop(groups, lr=lr, alpha=alpha, eps=_eps(config), momentum=momentum)
+
+
+@OPTIMIZERS.register("adabelief", weight_decay=0.05, beta1=0.9, beta2=0.999, eps=1e-16)
+def adabelief(groups: Groups, lr: float, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Zhuang et al.: AdaBelief Optimizer, 2020, by timm; RAdam's rectification, which is not part
+    of the paper's algorithm, is had by `timm:radabelief`."""
+    from timm.optim import AdaBelief
+
+    made: torch.optim.Optimizer = AdaBelief(
+        groups, lr=lr, betas=_betas(config), eps=_eps(config), rectify=False
+    )
+    return made
+
+
+@OPTIMIZERS.register("ranger", weight_decay=0.05, beta1=0.95, beta2=0.999, eps=1e-5)
+def ranger(groups: Groups, lr: float, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """RAdam (Liu et al.: On the Variance of the Adaptive Learning Rate and Beyond, 2019) in timm's
+    Lookahead (Zhang et al.: Lookahead Optimizer: k steps forward, 1 step back, 2019), as Wright put
+    them together (lessw2020/Ranger-Deep-Learning-Optimizer, 2019), without the centred gradients
+    that he added in 2020.
+
+    Every 6 steps the slow weights move halfway to the weights, which continue from there. timm's
+    (1.0) start as the weights after 6 steps, the paper's as the initial weights.
+    """
+    from timm.optim import Lookahead
+
+    options: dict[str, Any] = {"betas": _betas(config), "eps": _eps(config)}
+    radam = torch.optim.RAdam(groups, lr=lr, decoupled_weight_decay=True, **options)
+    made: torch.optim.Optimizer = Lookahead(radam, alpha=0.5, k=6)
+    return made
+
+
+def _betas(config: OptimizerConfig) -> tuple[float, float]:
+    assert config.beta1 is not None
+    assert config.beta2 is not None
+    return config.beta1, config.beta2
+
+
+def _eps(config: OptimizerConfig) -> float:
+    assert config.eps is not None
+    return config.eps
+
+
 TIMM = "timm:"
 LOOKAHEAD = "lookahead_"
 """What timm takes before a name to put Lookahead around that optimiser."""
@@ -128,38 +156,23 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimiser over the trainable parameters, in groups that each have an `lr_scale`.
 
-    It can step parameters that are `sharded` afterwards, if that is said; timm's cannot.
+    `sharded`: whether the parameters will be sharded afterwards, which timm's cannot step.
     Raises UsageError as `require_usable` does.
     """
     groups = parameter_groups(config, model)
-    value = config.value
-    betas, eps = (value("beta1"), value("beta2")), value("eps")
-    # the fused ones skip a step on the device, without waiting for it (see `NonFiniteGuard`)
-    match config.name:
-        case "adamw":
-            return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-        case "adam":
-            return torch.optim.Adam(groups, lr=lr, betas=betas, eps=eps, fused=True)
-        case "sgd":
-            momentum, nesterov = value("momentum"), value("nesterov")
-            # torch's fused SGD (2.14) is the one that takes no sharded parameters
-            how = {"foreach": True} if sharded else {"fused": True}
-            return SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, **how)
-        case "rmsprop":
-            alpha, momentum = value("beta2"), value("momentum")
-            return torch.optim.RMSprop(groups, lr=lr, alpha=alpha, eps=eps, momentum=momentum)
-        case "adabelief":
-            return _adabelief(groups, lr=lr, betas=betas, eps=eps)
-        case "ranger":
-            return Ranger(groups, lr=lr, betas=betas, eps=eps)
-        case _:
-            return _from_timm(config, groups, lr)
+    if config.name not in OPTIMIZERS:
+        return _from_timm(config, groups, lr)
+    make, filled = OPTIMIZERS.find(config.name).value, OPTIMIZERS.filled(config)
+    more = {"sharded": sharded} if make is sgd else {}
+    made: torch.optim.Optimizer = make(groups, lr, filled, **more)
+    return made
 
 
 def require_usable(config: OptimizerConfig) -> None:
     """Raise UsageError for an unknown optimiser, naming the nearest, for one of timm's that cannot
     work here, and for an option that one of timm's does not read."""
-    if config.name in USUAL:
+    if config.name in OPTIMIZERS:
+        OPTIMIZERS.check(config)
         return
     from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
 
@@ -167,7 +180,9 @@ def require_usable(config: OptimizerConfig) -> None:
     plain = name.removeprefix(LOOKAHEAD)
     if plain not in known:
         prefix = TIMM if config.name.startswith(TIMM) else ""
-        choices = [*USUAL, *known] if not prefix else [prefix + choice for choice in known]
+        choices = (
+            [*OPTIMIZERS.names(), *known] if not prefix else [prefix + choice for choice in known]
+        )
         hint = did_you_mean(config.name, choices)
         raise UsageError(f"optimizer.name: unknown optimiser {config.name!r}{hint}")
     info = get_optimizer_info(plain)
@@ -185,21 +200,47 @@ def require_usable(config: OptimizerConfig) -> None:
     _require_read_by_timm(config, name, info)
 
 
-def _require_read_by_timm(config: OptimizerConfig, name: str, info: Any) -> None:
+def _read_by_timm(info: Any) -> dict[str, bool]:
+    """Which keys one of timm's optimisers reads."""
     two = info.has_betas and info.num_betas == 2
-    reads = {
+    return {
         "beta1": two,
         "beta2": two,
         "eps": info.has_eps,
         "momentum": info.has_momentum,
         "nesterov": False,
     }
-    given = {key: getattr(config, key) for key in reads if getattr(config, key) is not None}
-    for key, value in given.items():
+
+
+def _require_read_by_timm(config: OptimizerConfig, name: str, info: Any) -> None:
+    reads = _read_by_timm(info)
+    options = {key: getattr(config, key) for key in reads if getattr(config, key) is not None}
+    for key, value in options.items():
         if not reads[key]:
             raise UsageError(f"optimizer.{key}: {value!r} given, but {name} does not read it")
-    if len({"beta1", "beta2"} & given.keys()) == 1:
+    if len({"beta1", "beta2"} & options.keys()) == 1:
         raise UsageError(f"optimizer.beta1 and beta2: {name} takes both or none")
+
+
+def filled_optimizer(config: OptimizerConfig) -> OptimizerConfig:
+    """The config with each null key that the optimiser reads set to its default, those of timm's
+    optimisers as far as a made one shows them."""
+    if config.name in OPTIMIZERS:
+        return OPTIMIZERS.filled(config)
+    from timm.optim import get_optimizer_info
+
+    name = _timm_name(config).removeprefix(LOOKAHEAD)
+    reads = _read_by_timm(get_optimizer_info(name))
+    settings = make_optimizer(config, nn.Linear(2, 2), lr=1.0).param_groups[0]
+    beta1, beta2 = settings["betas"] if reads["beta1"] and "betas" in settings else (None, None)
+    found: dict[str, Any] = {
+        "weight_decay": settings.get("weight_decay"),
+        "beta1": beta1,
+        "beta2": beta2,
+    }
+    found |= {key: settings.get(key) for key in ("eps", "momentum") if reads[key]}
+    unset = {key: value for key, value in found.items() if getattr(config, key) is None}
+    return dataclasses.replace(config, **unset)
 
 
 def _timm_name(config: OptimizerConfig) -> str:
@@ -218,13 +259,4 @@ def _from_timm(
     made: torch.optim.Optimizer = create_optimizer_v2(
         groups, opt=_timm_name(config), lr=lr, **options, **betas
     )
-    return made
-
-
-def _adabelief(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-    """Zhuang et al.: AdaBelief Optimizer, 2020, by timm; RAdam's rectification, which is not part
-    of the paper's algorithm, is had by `timm:radabelief`."""
-    from timm.optim import AdaBelief
-
-    made: torch.optim.Optimizer = AdaBelief(groups, rectify=False, **options)
     return made

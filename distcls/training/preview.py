@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distcls.models import factory
 from distcls.models.pretrained import find_weights
 from distcls.plotting import shorten
 from distcls.system import available_cores
@@ -20,6 +19,7 @@ from distcls.training.config import DistillConfig, TrainConfig
 from distcls.training.inputs import choose_preprocess, open_input
 from distcls.training.loader import Loader
 from distcls.training.losses import Examples, Objective
+from distcls.training.resolve import require_usable
 from distcls.training.sampler import EpochSampler, ShardedSampler
 
 LETTERS = 20
@@ -50,7 +50,7 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
     same order with the same augmentation, on the device that would train. Full batches are
     computed, as mixup needs an image's neighbour. Raises UsageError as `train` would.
     """
-    factory.require_known(config.model.name)
+    require_usable(config)
     data = open_input(config)
     weights = find_weights(config.model)
     known = None if weights is None else weights.preprocess

@@ -46,7 +46,7 @@ from distcls.training.logging import (
     require_tracker,
 )
 from distcls.training.memory import compile_step, explain_out_of_memory, fit_into_memory
-from distcls.training.optim import require_usable
+from distcls.training.resolve import require_usable, resolved
 from distcls.training.signals import StopSignals
 from distcls.training.weight_averaging import select_weights
 
@@ -108,15 +108,19 @@ def train(config: TrainConfig) -> TrainResult:
     Raises UsageError for a config, dataset or output folder that cannot work, before the first
     step; Stopped when a signal ended the run and its state is saved.
     """
-    factory.require_known(config.model.name)
-    require_usable(config.optimizer)
+    require_usable(config)
     require_tracker(config.tracker)
     require_free(config.out, config.resume)
     accelerator = start(config)
     data = open_input(config)
     model, preprocess = _build_model(config, data)
+    precision = accelerator.mixed_precision
+    given, config = config, resolved(
+        config, data=data, preprocess=preprocess, model=model, precision=precision
+    )
     engine = Engine(config, accelerator, data, model, preprocess)
-    checkpoints = CheckpointManager(config, main_process=accelerator.is_main_process)
+    main = accelerator.is_main_process
+    checkpoints = CheckpointManager(config, given=given, main_process=main)
     state = _resume(engine, checkpoints)
     if config.auto_micro_batch:
         fit_into_memory(engine)

@@ -279,7 +279,7 @@ def test_so_many_threads_decode(trained: Train, monkeypatch: pytest.MonkeyPatch)
             pools.append(workers)
             super().__init__(workers, **more)
 
-    monkeypatch.setattr("concurrent.futures.ThreadPoolExecutor", Spy)
+    monkeypatch.setattr("distcls.training.loader.ThreadPoolExecutor", Spy)
     trained({**USUAL, "loader.workers": 3})
     assert set(pools) == {3}
 

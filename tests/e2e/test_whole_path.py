@@ -34,18 +34,16 @@ from distcls.export import onnx as exporting
 from distcls.export import triton
 from distcls.export.onnx import ExportOptions
 from distcls.export.triton import TritonOptions
-from distcls.training.config import USUAL as OPTIMIZERS
-from distcls.training.config import DistillConfig, OptimizerConfig, TrainConfig
+from distcls.training.config import OPTIMIZERS, DistillConfig, OptimizerConfig, TrainConfig
 from distcls.training.distillation import Teacher
 from distcls.training.optim import make_optimizer
-from distcls.training.schedule import USUAL as SCHEDULES
-from distcls.training.schedule import ScheduleConfig, make_schedule
+from distcls.training.schedule import SCHEDULES, ScheduleConfig, make_schedule
 
 OPTIONS = (
     *(PrepareOptions, ModelsOptions, TrainConfig, ExportOptions, TritonOptions),
     *(EvaluateOptions, PredictOptions),
 )
-BOOKKEEPING = ("dataclasses.py", "load.py", "schema.py", "training/choice.py")
+BOOKKEEPING = ("dataclasses.py", "load.py", "schema.py", "distcls/registry.py")
 """Files that read every field, whatever it is for: writing the config down is no use of a key."""
 
 
@@ -120,9 +118,9 @@ def whole_path(folder: Path) -> None:
 
 def every_choice() -> None:
     """Keys that only some optimisers and schedules read."""
-    for name in OPTIMIZERS:
+    for name in OPTIMIZERS.names():
         make_optimizer(OptimizerConfig(name=name), torch.nn.Linear(2, 2), 0.1)
-    for name in SCHEDULES:
+    for name in SCHEDULES.names():
         make_schedule(ScheduleConfig(name=name), 0.1, 10, 10)
 
 

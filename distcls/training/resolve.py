@@ -1,0 +1,151 @@
+"""What a run uses: the names and options of its config checked, its defaults filled in.
+
+`config.yaml` and the training states hold the resolved config, so that a later version with other
+defaults gives the same run from it. Resolved is what changes the result, `precision` included.
+Null (or auto) stay:
+- `threads`, `processes`, `loader.workers`, `loader.pack`: they follow the machine and do not change
+  the data order or the arithmetic of a step beyond the order of sums;
+- `accumulate` under `auto_micro_batch`, which fits it to the machine's memory in each run;
+- `model.dropout` of timm's networks and of those that have none, and a `model.stem_stride` that
+  cannot be set: the network's own, in which distcls has no default;
+- what null switches off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from torch import nn
+
+from distcls.errors import BadValue
+from distcls.imaging import Preprocess
+from distcls.models import factory
+from distcls.models.classifier import Classifier
+from distcls.models.config import ModelConfig
+from distcls.models.registry import NETWORKS, resolve
+from distcls.training import optim
+from distcls.training.config import (
+    LOSSES,
+    POLICIES,
+    AugmentConfig,
+    DistillConfig,
+    LossConfig,
+    TrainConfig,
+)
+from distcls.training.inputs import TrainingInput
+from distcls.training.schedule import SCHEDULES
+
+PRECISIONS: dict[str, Literal["fp32", "bf16", "fp16"]] = {
+    "no": "fp32",
+    "bf16": "bf16",
+    "fp16": "fp16",
+}
+"""Values of `precision` by accelerate's names."""
+
+
+def require_usable(config: TrainConfig) -> None:
+    """Raise UsageError for a network, loss, optimiser or augmentation policy that is not known, and
+    for an option that the chosen one does not read.
+
+    `TrainConfig` cannot check these, as the implementations load torch.
+    """
+    factory.require_known(config.model.name)
+    with _section("optimizer"):
+        optim.require_usable(config.optimizer)
+    with _section("loss"):
+        LOSSES.check(config.loss)
+    with _section("augment"):
+        POLICIES.check(config.augment)
+
+
+@contextmanager
+def _section(name: str) -> Iterator[None]:
+    """Have errors of a section's field name the whole key."""
+    try:
+        yield
+    except BadValue as error:
+        raise BadValue(f"{name}.{error.field}", error.value, error.expected) from None
+
+
+def resolved(
+    config: TrainConfig,
+    *,
+    data: TrainingInput,
+    preprocess: Preprocess,
+    model: Classifier,
+    precision: str,
+) -> TrainConfig:
+    """The config with the values that the defaults, the weights and the dataset filled in.
+
+    `model` is built from the config, `precision` as accelerate calls it. Resolving a resolved
+    config changes nothing.
+    """
+    height, width = preprocess.size
+    return dataclasses.replace(
+        config,
+        precision=PRECISIONS[precision],
+        model=_model(config.model, model),
+        input=dataclasses.replace(
+            config.input,
+            size=(height, width),
+            resize=preprocess.resize,
+            interpolation=preprocess.interpolation,
+            crop_fraction=preprocess.crop_fraction,
+        ),
+        augment=_augment(config.augment),
+        optimizer=optim.filled_optimizer(config.optimizer),
+        schedule=SCHEDULES.filled(config.schedule),
+        loss=_loss(config.loss, data),
+        distill=_distill(config.distill),
+        monitor=dataclasses.replace(config.monitor, mode=config.monitor.resolved_mode),
+    )
+
+
+def _model(config: ModelConfig, model: Classifier) -> ModelConfig:
+    stride = factory.stem_stride(model.backbone)
+    if config.stem_stride == "auto" and stride in (1, 2):
+        config = dataclasses.replace(config, stem_stride=1 if stride == 1 else 2)
+    if config.dropout is None:
+        config = dataclasses.replace(config, dropout=_own_dropout(config.name, model.backbone))
+    return config
+
+
+def _own_dropout(name: str, network: nn.Module) -> float | None:
+    """The dropout that the network's constructor takes, by default; None where that is not
+    known."""
+    origin = resolve(name)
+    if origin.library == "distcls":
+        parameter = inspect.signature(NETWORKS.find(origin.name).value).parameters.get("dropout")
+        return parameter.default if parameter and isinstance(parameter.default, float) else None
+    if origin.library == "timm" or not factory.takes_dropout(origin.name):
+        return None
+    rates = [module.p for module in network.modules() if isinstance(module, nn.Dropout)]
+    return float(rates[-1]) if rates else None
+
+
+def _augment(config: AugmentConfig) -> AugmentConfig:
+    config = POLICIES.filled(config)
+    if config.mixup > 0 and config.cutmix > 0:
+        probability = config.resolved_cutmix_probability
+        config = dataclasses.replace(config, cutmix_probability=probability)
+    return config
+
+
+def _distill(config: DistillConfig) -> DistillConfig:
+    if config.teacher is None:
+        return config
+    return dataclasses.replace(
+        config, temperature=config.resolved_temperature, weight=config.resolved_weight
+    )
+
+
+def _loss(config: LossConfig, data: TrainingInput) -> LossConfig:
+    config = LOSSES.filled(config)
+    if config.sample_weights == "auto":
+        there = data.train.weights is not None
+        config = dataclasses.replace(config, sample_weights="on" if there else "off")
+    return config
