@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from distcls.config.load import RENAMED
 from distcls.errors import UsageError
 from distcls.models.checkpoint import load_tensors, open_checkpoint
 from distcls.models.config import ModelConfig
-from distcls.training.checkpointing import load_kept_state, load_state
+from distcls.training.checkpointing import CheckpointManager
 from distcls.training.config import TrainConfig
 
 OLD = Path(__file__).parent / "fixtures" / "v076daf9"
@@ -123,14 +124,17 @@ def old_run(**changes: Any) -> TrainConfig:
 
 
 def test_a_state_of_an_old_run_fits_its_config(tmp_path: Path) -> None:
-    found = load_state(OLD / "run" / "last", old_run())
+    shutil.copytree(OLD / "run", tmp_path / "run")
+    found = CheckpointManager(old_run(out=tmp_path / "run", resume="auto")).resume()
     assert found is not None
     assert found[0].step == 7
-    [kept] = (OLD / "whole").glob("*_e4_*.pth")
-    assert load_kept_state(kept, old_run())[0].epoch == 4
+    [model] = (OLD / "whole").glob("*_e4_*.pth")
+    found = CheckpointManager(old_run(out=tmp_path / "new", resume=str(model))).resume()
+    assert found is not None
+    assert found[0].epoch == 4
     other = dataclasses.replace(old_run().model, batch_norm_momentum=0.5)
     with pytest.raises(UsageError, match=r"^model\.batch_norm_momentum: 0\.5 given"):
-        load_state(OLD / "run" / "last", old_run(model=other))
+        CheckpointManager(old_run(out=tmp_path / "run", resume="auto", model=other)).resume()
 
 
 @pytest.mark.parametrize("run", ["whole", "run_heads", "run_labels"])

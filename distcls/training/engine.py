@@ -213,7 +213,8 @@ class Engine:
 
         Returns the learning rate if it falls because the monitored metric did not improve.
         """
-        return self._schedule.rate(step) if self._schedule.after_evaluation(step, improved) else None
+        reduced = self._schedule.after_evaluation(step, improved)
+        return self._schedule.rate(step) if reduced else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes in training, for `load_state_dict` of a later run.

@@ -72,7 +72,7 @@ class SGD(torch.optim.SGD):
 Groups = list[dict[str, Any]]
 
 
-# fused optimisers skip a non-finite step on the device, without waiting for it (see `NonFiniteGuard`)
+# fused optimisers skip a step on the device, without waiting for it (see `NonFiniteGuard`)
 @OPTIMIZERS.register("adamw", weight_decay=0.05, beta1=0.9, beta2=0.999, eps=1e-8)
 def adamw(groups: Groups, lr: float, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay (Loshchilov, Hutter, 2017)."""

@@ -115,8 +115,9 @@ def train(config: TrainConfig) -> TrainResult:
     data = open_input(config)
     model, preprocess = _build_model(config, data)
     precision = accelerator.mixed_precision
-    given, config = config, resolved(
-        config, data=data, preprocess=preprocess, model=model, precision=precision
+    given, config = (
+        config,
+        resolved(config, data=data, preprocess=preprocess, model=model, precision=precision),
     )
     engine = Engine(config, accelerator, data, model, preprocess)
     main = accelerator.is_main_process
