@@ -13,7 +13,7 @@ from distcls.models.checkpoint import save_checkpoint
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
 from distcls.models.factory import build
-from distcls.models.pretrained import Report, apply_weights, find_weights
+from distcls.models.pretrained import LoadReport, apply_weights, find_weights
 from distcls.task import Task
 
 PROCESS = Preprocess(size=(32, 32), mean=(0.5, 0.4, 0.3))
@@ -28,13 +28,13 @@ def plain(classes: int = 5) -> dict[str, Tensor]:
     return dict(network(classes, seed=1).backbone.state_dict())
 
 
-def load(source: str | Path, model: Classifier, name: str = "mobilenet_v3_small") -> Report:
+def load(source: str | Path, model: Classifier, name: str = "mobilenet_v3_small") -> LoadReport:
     weights = find_weights(ModelConfig(name=name, pretrained=str(source)))
     assert weights is not None
     return apply_weights(model, weights)
 
 
-def assert_taken(model: Classifier, tensors: dict[str, Tensor], report: Report) -> None:
+def assert_taken(model: Classifier, tensors: dict[str, Tensor], report: LoadReport) -> None:
     own = model.backbone.state_dict()
     assert report.loaded
     for name in report.loaded:

@@ -1,1 +1,1 @@
-"""Networks: built by name, fitted with a head, filled with weights, saved and opened again."""
+"""Networks: built by name, with pretrained weights, saved to and loaded from checkpoints."""

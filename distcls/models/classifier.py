@@ -1,4 +1,4 @@
-"""Where in a network a parameter stands: in the head, or in which of the layers below it."""
+"""The model: a backbone with its normalisation, and the layer of each of its parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be said about the network."""
+"""The config of the network."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ class ModelConfig:
 
     name: str = "mobilenet_v3_small"
     """Architecture, as `distcls models` lists them: torchvision's names, then timm's; `timm:NAME`
-    and `torchvision:NAME` choose."""
+    and `torchvision:NAME` choose the library; `module:attribute` is one of your own."""
     stem_stride: Literal["auto", 1, 2] = "auto"
     """Stride of the first convolution; auto is the architecture's own, but 1 where that is 2 and
     the input has up to 64 pixels, whose detail five halvings would leave nothing of."""
     dropout: float | None = None
-    """Share of features dropped before the last layer, in training; unset, the architecture's own
-    (0.2 in MobileNets, none in ResNets)."""
+    """Probability that a feature before the last layer is dropped in training; default: the
+    architecture's own (0.2 in MobileNets, none in ResNets)."""
     pool: Literal["avg", "columns"] = "avg"
-    """What the linear layers see of the last feature map: avg is one mean over the picture, columns
-    the mean of each column, side by side: for texts, whose heads have to know what stands left of
-    what. In MobileNetV3, EfficientNet, ResNet, RegNet, torchvision's ConvNeXt, Swin, and others."""
+    """Pooling of the last feature map: avg is the mean over the image, columns the mean of each
+    column, concatenated: for texts, whose heads depend on the order from left to right. In
+    MobileNetV3, EfficientNet, ResNet, RegNet, torchvision's ConvNeXt, Swin, and others."""
     batch_norm_momentum: float = 0.1
-    """How fast batch norm's running statistics follow. torchvision's MobileNetV3 has 0.01, made for
+    """Momentum of batch norm's running statistics. torchvision's MobileNetV3 has 0.01, made for
     600 epochs of ImageNet: after 100 steps its evaluation still sees mostly the initial zeros and
     ones (FashionMNIST, 94 steps: val top-1 0.10; with 0.1 it is 0.72)."""
     pretrained: str | None = None
-    """Weights to start from: a file (.pth, .safetensors), or `library` for the best ones that the
-    architecture's own library publishes (`torchvision`, `timm`: the same, from that one only)."""
+    """Pretrained weights, for transfer learning and fine-tuning: a file (.pth, .safetensors), or
+    `library` for the best ones that the architecture's own library publishes (`torchvision`,
+    `timm`: the same, from that one only)."""
     allow_partial: bool = False
-    """Take a file whose weights fill less than half of the network; off, it is refused as one of
-    another architecture."""
+    """Accept a file whose weights fill less than half of the network, which is otherwise refused as
+    one of another architecture."""
     init: Literal["library", "xavier", "he"] = "library"
-    """Weights before any are loaded: the library's own choice, Xavier's (uniform) or He's (normal)
-    for all convolutions and linear layers."""
+    """Initialisation: the library's own, Xavier's (uniform) or He's (normal) for all convolutions
+    and linear layers."""
 
     def __post_init__(self) -> None:
         dropout = self.dropout

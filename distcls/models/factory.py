@@ -20,7 +20,7 @@ from distcls.models.registry import NETWORKS, Origin, resolve
 
 
 class Built(NamedTuple):
-    """A fresh network."""
+    """A network before any weights are loaded."""
 
     network: nn.Module
     """float [N, 3, H, W] to logits [N, classes]."""
@@ -31,7 +31,7 @@ class Built(NamedTuple):
 def construct(
     origin: Origin, classes: int, size: tuple[int, int], dropout: float | None = None
 ) -> Built:
-    """Build a network for inputs of `size` (height, width), with its library's fresh weights.
+    """Build a network for inputs of `size` (height, width), with its library's initialisation.
 
     `dropout` goes before the last layer where the constructor knows of it; None is its own.
     Raises UsageError if the network cannot be built for that size.
@@ -49,11 +49,11 @@ def construct(
 
 
 def torchvision_parameters(name: str) -> set[str]:
-    """What the class behind one of torchvision's models can be told."""
+    """Names of the parameters of a torchvision model's class."""
     from torchvision.models import get_model_builder
 
-    kind = typing.get_type_hints(get_model_builder(name))["return"]
-    return set(inspect.signature(kind).parameters)
+    network = typing.get_type_hints(get_model_builder(name))["return"]
+    return set(inspect.signature(network).parameters)
 
 
 def takes_dropout(name: str) -> bool:
@@ -84,7 +84,7 @@ def _from_torchvision(
             False  # heads of GoogLeNet and Inception that train deep layers only
         )
     if "init_weights" in known:
-        options["init_weights"] = True  # unset, it is the same with a warning
+        options["init_weights"] = True  # the default is the same with a warning
     if "image_size" in known:
         if size[0] != size[1]:
             raise ValueError("it takes square images only")
@@ -135,7 +135,7 @@ def initialise(network: nn.Module, how: Literal["library", "xavier", "he"]) -> N
 
 
 def set_batch_norm_momentum(network: nn.Module, momentum: float) -> None:
-    """Let all batch norms' running statistics follow at this rate."""
+    """Set the momentum of all batch norms' running statistics."""
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = momentum
@@ -173,7 +173,7 @@ def drop_before_last(network: nn.Module, classes: int, dropout: float) -> None:
     if last is None:
         raise UsageError(
             f"model.dropout: {dropout} given, but this network has no linear last layer to drop "
-            "features before; leave it unset"
+            "features before; leave it null"
         )
     parent, name, child = last
     setattr(parent, name, DroppedLinear.of(child, dropout))
@@ -281,7 +281,7 @@ def _columns(model: Classifier, pool: nn.Module, size: tuple[int, int]) -> int:
 
 
 def build(config: ModelConfig, classes: int, preprocess: Preprocess) -> Classifier:
-    """A network with fresh weights, in training mode.
+    """A network with its initialisation, in training mode.
 
     Raises UsageError for an unknown name, with the nearest known, for options that the network
     cannot follow, and for a size of input that it cannot take.
@@ -331,10 +331,10 @@ def _failure(model: nn.Module, classes: int, size: tuple[int, int]) -> str | Non
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(1, *size, 3, dtype=torch.uint8))
-    except Exception as error:  # hundreds of networks of others, and as many ways to fail
+    except Exception as error:  # hundreds of third-party networks, and as many ways to fail
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     finally:
         model.train()
     if not isinstance(logits, Tensor) or logits.shape != (1, classes):
-        return "it does not answer with one logit a class"
+        return "its output is not one logit per class"
     return None

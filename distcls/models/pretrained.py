@@ -177,11 +177,11 @@ WRAPPERS = (
 DENSE = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 """torchvision's DenseNet files are older than PyTorch's ban on dots within a name."""
 MOST_NAMED = 20
-"""Tensors of a kind that a report names; the rest are counted."""
+"""Tensors that a report names of each table row; the rest are counted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
+class LoadReport:
     """What became of each tensor, as (name, number of values)."""
 
     source: str
@@ -189,14 +189,14 @@ class Report:
     skipped: dict[str, int]
     """In the file, not taken: `name (why)`."""
     missing: dict[str, int]
-    """In the network, not in the file; these keep their fresh values."""
+    """In the network, not in the file; these keep their initialisation."""
 
     def lines(self) -> list[str]:
         """For people: a table, then a line for each tensor that was not simply loaded."""
-        kinds = {"loaded": self.loaded, "skipped": self.skipped, "missing": self.missing}
+        rows = {"loaded": self.loaded, "skipped": self.skipped, "missing": self.missing}
         table = [
-            f"  {kind:<8}{len(found):>5,} tensors {sum(found.values()):>13,} values"
-            for kind, found in kinds.items()
+            f"  {row:<8}{len(found):>5,} tensors {sum(found.values()):>13,} values"
+            for row, found in rows.items()
         ]
         names = [*_named("skipped", self.skipped), *_named("missing", self.missing)]
         return [f"pretrained: {self.source}", *table, *names]
@@ -217,7 +217,9 @@ def find_weights(config: ModelConfig) -> Weights | None:
     return library_weights(origin)
 
 
-def apply_weights(model: Classifier, weights: Weights, *, allow_partial: bool = False) -> Report:
+def apply_weights(
+    model: Classifier, weights: Weights, *, allow_partial: bool = False
+) -> LoadReport:
     """Copy every tensor that fits by name and shape into the backbone.
 
     Raises UsageError if they fill less than half of the backbone's values (batch norm's statistics
@@ -243,12 +245,12 @@ def apply_weights(model: Classifier, weights: Weights, *, allow_partial: bool = 
         elif target is not None:
             fitting[target] = tensor
     loaded = {name: tensor.numel() for name, tensor in fitting.items()}
-    _check_share(weights.source, loaded, own, allow_partial)
+    _require_half(weights.source, loaded, own, allow_partial)
     with torch.no_grad():
         for name, tensor in fitting.items():
             own[name].copy_(tensor)
     missing = {name: tensor.numel() for name, tensor in own.items() if name not in met}
-    return Report(source=weights.source, loaded=loaded, skipped=skipped, missing=missing)
+    return LoadReport(source=weights.source, loaded=loaded, skipped=skipped, missing=missing)
 
 
 def _from_file(path: Path, model: str) -> Weights:
@@ -294,7 +296,7 @@ def _own_name(name: str, own: Container[str]) -> str | None:
     return name
 
 
-def _check_share(
+def _require_half(
     source: str, loaded: dict[str, int], own: dict[str, Tensor], allow_partial: bool
 ) -> None:
     """Raise UsageError if the tensors that fit are too few to be of this network."""
@@ -308,7 +310,7 @@ def _check_share(
     )
 
 
-def _named(kind: str, tensors: dict[str, int]) -> list[str]:
-    rows = [f"  {kind} {name}" for name in list(tensors)[:MOST_NAMED]]
+def _named(row: str, tensors: dict[str, int]) -> list[str]:
+    rows = [f"  {row} {name}" for name in list(tensors)[:MOST_NAMED]]
     more = len(tensors) - MOST_NAMED
-    return [*rows, f"  ... and {more} more {kind}"] if more > 0 else rows
+    return [*rows, f"  ... and {more} more {row}"] if more > 0 else rows

@@ -1,4 +1,4 @@
-"""The config of a training run: everything `distcls train` can be told."""
+"""The config of a training run: every key of `distcls train`, in sections."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ LARGE_INPUT = 224
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputConfig:
-    """How an image becomes the network's input; travels inside the model file."""
+    """Preprocessing, from an image to the network's input; saved with the model."""
 
     size: tuple[int, int] | None = None
-    """Height and width in pixels; unset, the weights' own, else the images' own up to 64, else
-    224."""
+    """Height and width in pixels; default: those of the pretrained weights, else of the images up
+    to 64, else 224."""
     resize: Resize | None = None
     """squash ignores the aspect ratio; crop fills the frame and cuts the centre; pad shows all of
-    the image on black; unset, the weights' own, else crop."""
+    the image on black; default: that of the pretrained weights, else crop."""
     interpolation: Interpolation | None = None
-    """Resampling; area averages when shrinking and is linear when enlarging; unset, the weights'
-    own, else area."""
+    """Resampling; area averages when shrinking and is linear when enlarging; default: that of the
+    pretrained weights, else area."""
     crop_fraction: float | None = None
-    """With crop: the part of the resized image that is kept; unset, the weights' own, else 1."""
+    """crop: fraction of the resized image's sides that is cut out; default: that of the pretrained
+    weights, else 1."""
 
     def __post_init__(self) -> None:
         size, fraction = self.size, self.crop_fraction
@@ -54,12 +55,12 @@ class InputConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How images are read."""
+    """Data loading; none of it changes the result."""
 
     pack: Literal["auto", "on", "off"] = "auto"
     """Read decoded images from the dataset's pack: where there is one, always, or never."""
     workers: int | None = None
-    """Threads that decode; unset, the cores of this process."""
+    """Decoding threads; default: the cores of this process."""
     prefetch: int = 3
     """Batches read ahead of the step that needs them."""
     timeout: float = 300.0
@@ -74,15 +75,14 @@ class LoaderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes to training images, drawn per image from (seed, epoch, image)."""
+    """Data augmentation of training images, drawn per image from (seed, epoch, image)."""
 
     flip: float = 0.0
     """Probability of a horizontal mirror image."""
     crop_padding: int = 0
     """Random crop: shift by up to this many pixels either way; black moves in."""
     resized_crop: tuple[float, float] | None = None
-    """Random resized crop: smallest and largest share of the area that is kept, such as
-    0.35,1."""
+    """Random resized crop: smallest and largest fraction of the area, such as 0.35,1."""
     rotate: float = 0.0
     """Random rotation by up to this many degrees either way."""
     erase: float = 0.0
@@ -98,15 +98,14 @@ class AugmentConfig:
     """randaugment: magnitude of the operations, 0 to 30; default 9."""
     mixup: float = 0.0
     """Alpha of mixup (Zhang et al., 2017): each image becomes a mean of two, weighted by
-    Beta(alpha, alpha), and its label too; 0 is off, 0.2 usual."""
+    Beta(alpha, alpha), and its label too; 0 is off, 0.2 is common."""
     cutmix: float = 0.0
     """Alpha of CutMix (Yun et al., 2019): a box of another image is pasted over each, 1 minus
-    Beta(alpha, alpha) of its area, and the label's share is that of the pixels; 0 is off, 1
-    usual."""
+    Beta(alpha, alpha) of its area, and the labels are weighted by area; 0 is off, 1 is common."""
     mix_probability: float = 1.0
-    """With mixup or cutmix: share of the images that are mixed."""
+    """mixup, cutmix: probability that an image is mixed."""
     cutmix_probability: float | None = None
-    """With both: probability that a mixed image takes CutMix; null is 0.5."""
+    """With both: probability that a mixed image takes CutMix; default 0.5."""
 
     def __post_init__(self) -> None:
         for name in ("flip", "erase"):
@@ -117,7 +116,7 @@ class AugmentConfig:
         if self.resized_crop is not None:
             low, high = self.resized_crop
             valid = 0 < low <= high <= 1
-            require(valid, "resized_crop", self.resized_crop, "two shares, 0 < low <= high <= 1")
+            require(valid, "resized_crop", self.resized_crop, "two fractions, 0 < low <= high <= 1")
             clash = self.crop_padding == 0
             require(clash, "crop_padding", self.crop_padding, "0 where resized_crop is on")
         self._check_policy()
@@ -157,28 +156,29 @@ DEFAULT_TEMPERATURE, DEFAULT_TEACHER_WEIGHT = 4.0, 0.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The loss of an image, and how much each class and each image counts.
+    """The loss, and the weights of classes and samples, against class imbalance.
 
-    The evaluation's `val_loss` is plain cross-entropy (of labels, BCE) whatever is said here.
+    The evaluation's `val_loss` is plain cross-entropy (of multi-label tasks, BCE) in any case.
     """
 
     name: str = "cross_entropy"
-    """cross_entropy; focal, which turns to the images still wrong (Lin et al.: Focal Loss for Dense
-    Object Detection, 2017); bce, yes or no for each class on its own, the mean over the classes
-    (Wightman et al.: ResNet strikes back, 2021). Of heads the mean of theirs, without bce; labels
-    take bce, or focal of each one's sigmoid."""
+    """cross_entropy; focal, which gives hard images more weight (Lin et al.: Focal Loss for Dense
+    Object Detection, 2017); bce, binary cross-entropy of each class, the mean over the classes
+    (Wightman et al.: ResNet strikes back, 2021); or module:attribute of your own. Multi-head tasks
+    take the mean over the heads, without bce; multi-label ones bce, or focal of each sigmoid."""
     label_smoothing: float = 0.0
-    """Share of each label's weight that is spread over all classes."""
+    """Label smoothing: weight of each label that is spread over all classes."""
     focal_gamma: float | None = None
-    """With focal: how strongly images that are right already are passed over; 0 is cross-entropy,
-    null is 2."""
+    """focal: exponent that lowers the weight of images classified right already; 0 is
+    cross-entropy; default 2."""
     class_weights: Literal["balanced"] | tuple[float, ...] | dict[str, float] | None = None
-    """How much images of each class count: `balanced` (inversely to the class's training images, as
-    scikit-learn has it), a list in label order, or some classes by name, such as cat=2,dog=0.5,
-    where the others are 1. Scaled so that the training images weigh 1 on average."""
+    """Weight of each class in the loss, against class imbalance: `balanced` (inversely to the
+    class's training images, as scikit-learn has it), a list in label order, or some classes by
+    name, such as cat=2,dog=0.5, where the others are 1. Scaled to 1 on average over the training
+    images."""
     sample_weights: Literal["auto", "on", "off"] = "auto"
-    """Whether each image counts by its weight in the dataset: where it has weights, always, or
-    never. Scaled so that the training images weigh 1 on average."""
+    """Weigh each image by its weight in the dataset: auto where it has weights, always, or never.
+    Scaled to 1 on average over the training images."""
 
     def __post_init__(self) -> None:
         smoothing, gamma = self.label_smoothing, self.focal_gamma
@@ -197,16 +197,16 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Distillation (Hinton et al., 2015): learning a trained model's answers beside the labels."""
+    """Knowledge distillation (Hinton et al., 2015) from a trained model, beside the labels."""
 
     teacher: Path | None = None
-    """Trained model to learn from, best.pth or best.onnx, of the same classes; null is off."""
+    """Teacher, a trained model (best.pth or best.onnx) of the same classes; null is off."""
     temperature: float | None = None
-    """With a teacher: both models' logits are divided by it, so that the small probabilities tell
-    more; null is 4."""
+    """With a teacher: both models' logits are divided by it, so that the small probabilities
+    matter more; default 4."""
     weight: float | None = None
-    """With a teacher: weight of its term of the loss; the term of the labels has 1 minus it; null
-    is 0.5."""
+    """With a teacher: weight of its term of the loss; the term of the labels has 1 minus it;
+    default 0.5."""
 
     def __post_init__(self) -> None:
         temperature, weight = self.temperature, self.weight
@@ -233,32 +233,32 @@ class DistillConfig:
 class OptimizerConfig:
     """The optimiser, and the learning rates of the layers.
 
-    Null stands for what is usual with the optimiser; a key that it does not read is refused.
+    Null stands for the optimiser's default; a key that it does not read is refused.
     """
 
     name: str = "adamw"
-    """adamw, adam, sgd, rmsprop, adabelief, ranger, or any that timm knows, such as `lamb` or
-    `timm:adamw` (timm's own where both know the name)."""
+    """adamw, adam, sgd, rmsprop, adabelief, ranger; any of timm's, such as `lamb` or `timm:adamw`
+    (timm's own where both have the name); or module:attribute of your own."""
     weight_decay: float | None = None
-    """Weight decay; norms and biases are spared. Decoupled, usually 0.05, with adamw, adabelief and
+    """Weight decay, not of norms and biases. Decoupled, default 0.05, with adamw, adabelief and
     ranger; added to the gradient with sgd (1e-4), rmsprop (1e-5) and adam (0); timm's: 0."""
     beta1: float | None = None
-    """Decay of the mean of gradients; usually 0.9, of ranger 0.95."""
+    """Decay of the mean of gradients; default 0.9, of ranger 0.95."""
     beta2: float | None = None
-    """Decay of the mean of squared gradients; usually 0.999, of rmsprop (its alpha) 0.99."""
+    """Decay of the mean of squared gradients; default 0.999, of rmsprop (its alpha) 0.99."""
     eps: float | None = None
-    """Added to the divisor; usually 1e-8, of adabelief 1e-16, of ranger 1e-5."""
+    """Added to the divisor; default 1e-8, of adabelief 1e-16, of ranger 1e-5."""
     momentum: float | None = None
-    """Momentum of sgd (usually 0.9) and rmsprop (0)."""
+    """Momentum of sgd (default 0.9) and rmsprop (0)."""
     nesterov: bool | None = None
-    """Nesterov's momentum with sgd; usually false."""
+    """Nesterov's momentum with sgd; default false."""
     layer_decay: float | None = None
-    """Each layer's learning rate is this times that of the layer above it, the head's being `lr`;
-    null: all learn alike."""
+    """Layer-wise learning rate decay, for fine-tuning: each layer's learning rate is this times
+    that of the layer above it, the head's being `lr`; null: one for all."""
     head_lr_scale: float = 1.0
     """Learning rate of the head (the last layer), as a multiple of `lr`."""
     clip_norm: float | None = 1.0
-    """Gradients are scaled down to this norm, after unscaling; null leaves them."""
+    """Gradient clipping: largest norm of all gradients, after unscaling; null is off."""
 
     def __post_init__(self) -> None:
         decay = self.weight_decay
@@ -286,7 +286,7 @@ class EmaConfig:
     themselves, and the better of both is saved."""
 
     decay: float | None = None
-    """Share of the average that a step keeps, such as 0.999; null is off."""
+    """Decay of the average in each step, such as 0.999; null is off."""
 
     def __post_init__(self) -> None:
         value = self.decay
@@ -295,13 +295,14 @@ class EmaConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FreezeConfig:
-    """What does not learn; its batch norms keep their statistics, too."""
+    """Frozen layers, for transfer learning and fine-tuning; their batch norms keep their
+    statistics, too."""
 
     backbone: str | None = None
-    """How long all but the head stays as it is, such as `3 epochs` or `10%`; null: not at all."""
+    """Duration in which all but the head is frozen, such as `3 epochs` or `10%`; null: none."""
     names: tuple[str, ...] = ()
-    """Layers or parameters that never learn, as the backbone calls them: `features.0`, `layer[12]`,
-    `*.bias`."""
+    """Layers or parameters that stay frozen, by their names in the backbone: `features.0`,
+    `layer[12]`, `*.bias`."""
 
     def __post_init__(self) -> None:
         if self.backbone is not None:
@@ -323,15 +324,15 @@ class AverageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
-    """What decides which epoch is best and when to stop."""
+    """Which epoch is best, and early stopping."""
 
     metric: str = "top1"
-    """Validation metric that chooses the best epoch; exact counts images of whose several answers
-    all are right."""
+    """Validation metric of the best epoch; exact is the rate of images of a multi-output task with
+    all labels right."""
     mode: Literal["auto", "min", "max"] = "auto"
-    """Whether less or more of it is better; auto knows."""
+    """Whether less or more of it is better; auto: by the metric."""
     patience: int | None = None
-    """Epochs without improvement after which training stops early; null never does."""
+    """Early stopping: epochs without improvement after which training stops; null is off."""
     min_delta: float = 0.0
     """Smallest change that counts as an improvement."""
 
@@ -355,13 +356,13 @@ class MonitorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """The full states in `last/`, which a resumed run starts from (each epoch ends with one), and
-    the models kept under names of their own beside `best.pth`."""
+    """The training states in `last/`, which a resumed run starts from (each epoch ends with one),
+    and the best models by score, saved beside `best.pth`."""
 
     every_steps: int | None = None
-    """Optimiser steps between two states within an epoch; null: none by steps."""
+    """Optimiser steps between two training states within an epoch; null: none by steps."""
     every_minutes: float | None = 10.0
-    """Minutes between two states within an epoch; null: none by time."""
+    """Minutes between two training states within an epoch; null: none by time."""
     keep_last: int = 2
     """Training states that are not deleted, the newest ones; a damaged one is passed over for the
     one before."""
@@ -413,12 +414,12 @@ class TrainConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     seed: int = 0
-    """Of the data order, the augmentation, fresh weights and dropout."""
+    """Seed of the data order, the augmentation, the initialisation and dropout."""
     limit: int | None = None
     """Train and evaluate on at most this many images of each split, to try things out."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward pass; auto is bf16 on GPUs that have it, fp16 with gradient
-    scaling on others, fp32 on CPUs (where bf16 measured slower in training)."""
+    """Mixed precision (AMP): type of the forward pass; auto is bf16 on GPUs that have it, fp16 with
+    gradient scaling on others, fp32 on CPUs (where bf16 measured slower in training)."""
     memory_format: Literal["channels_last", "contiguous"] = "channels_last"
     """Memory format of activations and weights; channels_last trains MobileNetV3 3 times as
     fast on CPUs. Sharded weights (FSDP) are contiguous."""
@@ -427,20 +428,21 @@ class TrainConfig:
     bare step of MobileNetV3-Large on 2 CPU cores: 445 to 463 img/s at 28 px after 52 s, 42 to 40 at
     224 after 59 s)."""
     accumulate: int = 1
-    """Batches whose gradients add up to one optimiser step; each takes less memory."""
+    """Gradient accumulation: micro-batches per optimiser step; each takes less memory."""
     auto_micro_batch: bool = False
-    """Try a step before the first one and double `accumulate` until it fits into memory. Off, as
-    batch norm learns from each part alone: the same config shall train alike on every machine."""
+    """Try a step before the first one and double `accumulate` until it fits into memory. Off by
+    default, as batch norm takes its statistics from each micro-batch: the result then depends on
+    the machine's memory."""
     sync_batch_norm: bool = False
     """Batch norm over the images of all processes instead of each one's own, so that the number of
-    processes does not change the result; with `accumulate`, over one part at a time."""
+    processes does not change the result; with `accumulate`, over one micro-batch at a time."""
     processes: int | None = None
-    """Processes this run has to get; it stops if it gets another number. Null takes what comes."""
+    """Number of processes that the run requires; null accepts any."""
     threads: int | None = None
-    """Compute threads per process on CPUs; null shares the cores among the processes."""
+    """Compute threads per process on CPUs; null divides the cores between the processes."""
     resume: str = "none"
     """auto continues the run in `out` from its last state, if there is one; a file's name continues
-    from that file, which `checkpoint.save_training_state` has written."""
+    from that file, which `checkpoint.save_training_state` wrote."""
     max_nonfinite_steps: int = 20
     """Steps in a row with a loss or gradient that is not finite, after which the run stops; each is
     skipped by all processes."""
