@@ -1,7 +1,8 @@
-"""Every figure: fonts and colours, image grids, training curves, confusion matrix, profile."""
+"""Every figure: image grids, confusion matrix, training curves, the profile of a prediction."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -51,7 +52,7 @@ def save(figure: Figure, path: Path, dpi: int = 120) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     with atomic_path(path) as part, warnings.catch_warnings():
-        # a box in the picture tells that a letter has no font; a warning a letter says no more
+        # a letter without a font is drawn as a box; a warning for each adds nothing
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         FigureCanvasAgg(figure)
         figure.savefig(part, format="png", dpi=dpi)
@@ -91,56 +92,81 @@ SMALL = 100
 """Images with fewer pixels a side are drawn pixel by pixel."""
 
 
-def draw_grid(
-    images: NDArray[np.uint8], texts: Sequence[str], path: Path, *, title: str = ""
-) -> None:
-    """Write RGB images [N, h, w, 3], one or more, and a text for each as a PNG, atomically.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Tile:
+    """One image of a grid."""
+
+    image: NDArray[np.uint8]
+    """RGB [h, w, 3]."""
+    text: str
+    """Below the image; its lines are cut where they do not fit."""
+    name: str = ""
+    """Below the text in small grey letters; of a long one the end is shown."""
+    color: str | None = None
+    """Of its frame: GREY, GREEN, or RED, which stands out; without, it has no frame."""
+
+    @functools.cached_property
+    def lines(self) -> list[str]:
+        """The text in lines that fit; a sum that does not is broken after its plus signs."""
+        lines = []
+        for line in self.text.split("\n"):
+            terms = line.split(" + ") if len(line) > LETTERS else [line]
+            lines += [f"{term} +" for term in terms[:-1]] + terms[-1:]
+        return [shorten(line, LETTERS) for line in lines]
+
+
+def draw_grid(tiles: Sequence[Tile], path: Path, *, title: str = "") -> None:
+    """Write one image or more, each with its text, as a PNG, atomically.
 
     Raises UsageError without matplotlib.
     """
-    number, height, width = images.shape[:3]
-    columns = grid_columns(number)
-    rows = math.ceil(number / columns)
-    tall = WIDTH * min(height / width, TALLEST)
-    below = [_lines(text) for text in texts]
-    pitch = tall + LINE * max(map(len, below)) + 2 * GAP
+    columns = grid_columns(len(tiles))
+    rows = math.ceil(len(tiles) / columns)
+    ratios = [tile.image.shape[0] / tile.image.shape[1] for tile in tiles]
+    tall = WIDTH * min(max(ratios), TALLEST)
+    most = max(len(tile.lines) + bool(tile.name) for tile in tiles)
+    pitch = tall + LINE * most + 2 * GAP
     wide = columns * (WIDTH + GAP) - GAP
-    whole = (max(NARROWEST, wide + 2 * GAP), rows * pitch + TITLE)
-    figure = new_figure(*whole)
+    width, height = max(NARROWEST, wide + 2 * GAP), rows * pitch + TITLE
+    figure = new_figure(width, height)
     # places are computed here: a layout engine would take a second for each dozen of images
     figure.set_layout_engine("none")
-    figure.text(0.5, 1 - TITLE / 2 / whole[1], title, ha="center", va="center", fontsize=11)
-    style: dict[str, Any] = {"fontfamily": fonts(), "parse_math": False}
-    smooth = "nearest" if max(height, width) < SMALL else "antialiased"
-    for place, (image, lines) in enumerate(zip(images, below, strict=True)):
-        row, column = divmod(place, columns)
-        left = (whole[0] - wide) / 2 + column * (WIDTH + GAP)
-        bottom = whole[1] - TITLE - row * pitch - tall
-        axes = figure.add_axes(
-            (left / whole[0], bottom / whole[1], WIDTH / whole[0], tall / whole[1])
-        )
-        axes.imshow(image, interpolation=smooth)
-        axes.axis("off")
-        figure.text(
-            (left + WIDTH / 2) / whole[0],
-            (bottom - 0.05) / whole[1],
-            "\n".join(lines),
-            ha="center",
-            va="top",
-            fontsize=8,
-            color="#111827",
-            **style,
-        )
+    figure.text(0.5, 1 - TITLE / 2 / height, title, ha="center", va="center", fontsize=11)
+    for index, tile in enumerate(tiles):
+        row, column = divmod(index, columns)
+        left = (width - wide) / 2 + column * (WIDTH + GAP)
+        bottom = height - TITLE - row * pitch - tall
+        axes = figure.add_axes((left / width, bottom / height, WIDTH / width, tall / height))
+        _draw_image(axes, tile)
+        center = (left + WIDTH / 2) / width
+        _draw_text(figure, tile, center, bottom - 0.05, height)
     save(figure, path)
 
 
-def _lines(text: str) -> list[str]:
-    """A text in lines that fit; a sum that does not is broken after its plus signs."""
-    lines = []
-    for line in text.split("\n"):
-        parts = line.split(" + ") if len(line) > LETTERS else [line]
-        lines += [f"{part} +" for part in parts[:-1]] + parts[-1:]
-    return [shorten(line, LETTERS) for line in lines]
+def _draw_image(axes: Axes, tile: Tile) -> None:
+    smooth = "nearest" if max(tile.image.shape[:2]) < SMALL else "antialiased"
+    axes.imshow(tile.image, interpolation=smooth)
+    axes.set_anchor("S")  # beside its text, where others are taller
+    if tile.color is None:
+        axes.axis("off")
+        return
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(color=tile.color, linewidth=3 if tile.color == RED else 1.5)
+
+
+def _draw_text(figure: Figure, tile: Tile, center: float, top: float, height: float) -> None:
+    """`center` is a part of the figure's width, `top` and `height` (the figure's) are inches."""
+    style: dict[str, Any] = {"fontfamily": fonts(), "parse_math": False, "ha": "center"}
+    color = RED if tile.color == RED else "#111827"
+    text = "\n".join(tile.lines)
+    figure.text(center, top / height, text, va="top", fontsize=8, color=color, **style)
+    if tile.name:
+        end = tile.name if len(tile.name) <= LETTERS else "…" + tile.name[1 - LETTERS :]
+        below = (top - LINE * len(tile.lines)) / height
+        name = shorten(end, LETTERS)
+        figure.text(center, below, name, va="top", fontsize=7, color=GREY, **style)
 
 
 COUNTS_UP_TO = 20
@@ -154,7 +180,7 @@ Integers = NDArray[np.int64]
 def confusion(matrix: Integers, classes: Sequence[str], path: Path) -> None:
     """Draw a confusion matrix, int64 [K, K] with the true classes as rows, as a PNG.
 
-    The colour is the share of the true class, so that rare classes are seen as well, on a scale
+    The colour is the fraction of the true class, so that rare classes are seen as well, on a scale
     of its square root, so that rare mistakes are.
     """
     number = len(classes)
@@ -162,12 +188,12 @@ def confusion(matrix: Integers, classes: Sequence[str], path: Path) -> None:
     side = max(4.0, inch * number)
     longest = max(len(shorten(name, 24)) for name in classes)
     figure = new_figure(side + 1.6 + 0.08 * longest, side + 0.9 + 0.06 * longest)
-    from matplotlib.colors import PowerNorm  # after new_figure, which tells if it is missing
+    from matplotlib.colors import PowerNorm  # after new_figure, which raises if it is missing
 
     axes = figure.add_subplot()
     support = matrix.sum(axis=1, keepdims=True)
-    parts = matrix / np.maximum(support, 1)
-    image = axes.imshow(parts, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    fractions = matrix / np.maximum(support, 1)
+    image = axes.imshow(fractions, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     hits = int(np.trace(matrix))
     total = int(matrix.sum())
     axes.set_title(f"{hits:,} of {total:,} right: {hits / max(1, total):.2%}", fontsize=12)
@@ -175,9 +201,9 @@ def confusion(matrix: Integers, classes: Sequence[str], path: Path) -> None:
     axes.set_ylabel("true class")
     _name_ticks(axes, classes, size=10 if number <= COUNTS_UP_TO else max(4.0, inch * 55))
     if number <= COUNTS_UP_TO:
-        _write_counts(axes, matrix, parts)
+        _write_counts(axes, matrix, fractions)
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02, shrink=0.85)
-    bar.set_label("share of the true class")
+    bar.set_label("fraction of the true class")
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     save(figure, path, dpi=130)
 
@@ -194,12 +220,12 @@ def _name_ticks(axes: Axes, classes: Sequence[str], size: float) -> None:
         spine.set_color("#d0d5dd")
 
 
-def _write_counts(axes: Axes, matrix: Integers, parts: Floats) -> None:
+def _write_counts(axes: Axes, matrix: Integers, fractions: Floats) -> None:
     for row, column in np.ndindex(*matrix.shape):
         count = int(matrix[row, column])
         if not count:
             continue  # empty cells stay empty, so that the mistakes stand out
-        color = "white" if parts[row, column] > 0.35 else "#1f2937"
+        color = "white" if fractions[row, column] > 0.35 else "#1f2937"
         text = f"{count:,}" if count < 100_000 else f"{count:.1e}"
         size = 9 if len(text) < 5 else 7
         axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
@@ -295,34 +321,42 @@ def _finite(value: float | None) -> bool:
 
 
 PHASES = {"decode": BLUE, "infer": ORANGE, "write": GREEN, "wait": GREY}
-"""Colours of where the time of a prediction goes."""
+"""Colours of the phases of a prediction."""
 
 
-def draw_profile(
-    rows: Mapping[str, tuple[float, Mapping[str, float]]], path: Path, *, title: str, below: str
-) -> None:
-    """Draw stacked bars of a prediction's phases as a PNG.
+def draw_profile(profile: Mapping[str, float], path: Path, *, title: str) -> None:
+    """Draw a bar for the working threads and one for the thread that writes, as a PNG.
 
-    `rows` has for each bar its total and the seconds of its phases. Raises UsageError without
-    matplotlib.
+    `profile` is `Profiler.to_json()`: images, threads, seconds, and the seconds of each phase.
+    Raises UsageError without matplotlib.
     """
+    seconds = max(profile["seconds"], 1e-9)
+    threads, images = int(profile["threads"]), int(profile["images"])
+    working = {phase: profile[phase] for phase in ("decode", "infer", "wait")}
+    writing = {"write": profile["write"], "wait": max(0.0, seconds - profile["write"])}
     figure = new_figure(8, 2.8)
     axes = figure.subplots()
-    for place, (total, phases) in enumerate(rows.values()):
-        left = 0.0
-        for name, seconds in phases.items():
-            percent = 100 * seconds / total if total else 0.0
-            axes.barh(place, percent, left=left, color=PHASES[name], edgecolor="white")
-            if percent >= 6:
-                label = f"{name}\n{percent:.0f} %, {seconds:.2f} s"
-                at = left + percent / 2
-                axes.text(at, place, label, ha="center", va="center", color="white", size=8)
-            left += percent
-    axes.set_yticks(range(len(rows)), list(rows))
+    _draw_phases(axes, 0, working, threads * seconds)
+    _draw_phases(axes, 1, writing, seconds)
+    axes.set_yticks([0, 1], [f"{threads} working thread" + "s" * (threads != 1), "writing thread"])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel(below)
+    rate = f"{images:,} images, {images / seconds:,.0f} images/s"
+    axes.set_xlabel(f"percent of {seconds:.2f} s, {rate}")
     axes.set_title(title, fontfamily=fonts(), size=10)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     save(figure, path)
+
+
+def _draw_phases(axes: Axes, row: int, phases: Mapping[str, float], total: float) -> None:
+    """A stacked bar of seconds as percents of `total`."""
+    left = 0.0
+    for name, seconds in phases.items():
+        percent = 100 * seconds / total if total else 0.0
+        axes.barh(row, percent, left=left, color=PHASES[name], edgecolor="white")
+        if percent >= 6:
+            label = f"{name}\n{percent:.0f} %, {seconds:.2f} s"
+            center = left + percent / 2
+            axes.text(center, row, label, ha="center", va="center", color="white", size=8)
+        left += percent

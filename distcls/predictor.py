@@ -1,30 +1,151 @@
-"""What the doors open: a model by its ending, an input that may be a dataset directory."""
+"""`load_model` and `Predictor`: a model file, and images through it.
+
+Decode, preprocess, logits, finite?, task: pulled over a source of images (`Predictor.stream`), as
+batch prediction and evaluation do, or pushed image by image (`Predictor.submit`), as a server does.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Generator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+
+import numpy as np
 
 from distcls.data.source import ImageSource
 from distcls.errors import UsageError
 from distcls.runtime.model import Model
-from distcls.runtime.providers import ExecutionRequest
+from distcls.runtime.pipeline import Chunk, ImageQueue, Profiler, stream
+from distcls.runtime.providers import ExecutionRequest, execution_of
+from distcls.task import Floats, Task
 
-if TYPE_CHECKING:
-    pass
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Prediction:
+    """What a model says about one image."""
+
+    error: str | None
+    """Why there is no prediction: the image cannot be decoded, or the output is not finite."""
+    logits: Floats
+    """[K]; NaN with an error."""
+    probabilities: Floats
+    """Of each class, float32 [K]: softmax, in each head by itself, or sigmoid of labels; NaN with
+    an error."""
+    label: str | None
+    """The predicted class, or classes (see `Task.text`); None with an error."""
+    probability: float | None
+    """Of the label, of several classes all together as if independent; None with an error."""
+    features: Floats | None
+    """[D], the input of the network's last layer, of a model that gives them."""
+
+
+class Predictor:
+    """A model with the threads that feed it images. A context manager; close it after `submit`."""
+
+    def __init__(
+        self, model: Model, *, batch_size: int | None = None, workers: int | None = None
+    ) -> None:
+        """`batch_size` and the threads that decode are the model's own choice unless given."""
+        self.model = model
+        self.batch_size = batch_size or execution_of(model).batch_size
+        """Images that the model takes at a time, at most."""
+        self._workers = workers
+        self._queue = ImageQueue(
+            model, self._predictions, batch_size=self.batch_size, workers=workers
+        )
+
+    @property
+    def task(self) -> Task:
+        """The classes, and what the logits mean."""
+        return self.model.card.task
+
+    def stream(
+        self,
+        source: ImageSource,
+        *,
+        indices: range | None = None,
+        profiler: Profiler | None = None,
+    ) -> Generator[Chunk, None, None]:
+        """The model's output for the images of `source` at `indices` (all by default), in order.
+
+        See `distcls.runtime.pipeline.stream`; each stream has threads of its own, which end with it
+        or when it is closed.
+        """
+        return stream(
+            source,
+            self.model,
+            indices=indices,
+            batch_size=self.batch_size,
+            workers=self._workers,
+            profiler=profiler,
+        )
+
+    def submit(self, data: bytes) -> Future[Prediction]:
+        """Predict an encoded image (JPEG, PNG, ...); returns at once, safe to call from any thread.
+
+        A bad image is a prediction with an error, like a row of a table. The future raises
+        DistclsError if the model cannot compute or the predictor is closed before the image's turn.
+        There is no limit to what may wait (see `waiting`). Raises DistclsError after `close`.
+        """
+        return self._queue.submit(data)
+
+    @property
+    def waiting(self) -> int:
+        """Submitted images that no thread has taken yet."""
+        return self._queue.waiting
+
+    def close(self) -> None:
+        """Finish what is being computed; futures that still wait raise DistclsError."""
+        self._queue.close()
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _predictions(self, chunk: Chunk) -> list[Prediction]:
+        task = self.task
+        good = np.array([error is None for error in chunk.errors])
+        probabilities = np.full_like(chunk.logits, np.nan)
+        probabilities[good] = task.probabilities(chunk.logits[good])
+        decided = task.decide(chunk.logits[good])
+        confidence = task.confidence(probabilities[good], decided).tolist()
+        named = iter(zip(task.texts(decided), confidence, strict=True))
+        results = []
+        for position, error in enumerate(chunk.errors):
+            label, probability = next(named) if error is None else (None, None)
+            results.append(
+                Prediction(
+                    error=error,
+                    logits=chunk.logits[position],
+                    probabilities=probabilities[position],
+                    label=label,
+                    probability=probability,
+                    features=None if chunk.features is None else chunk.features[position],
+                )
+            )
+        return results
 
 
 def load_model(
     path: Path,
     device: str = "auto",
-    asked: ExecutionRequest | None = None,
+    execution: ExecutionRequest | None = None,
     source: ImageSource | None = None,
 ) -> Model:
     """Open `best.onnx` in ONNX Runtime or `best.pth` in PyTorch, by the ending.
 
-    `device` is PyTorch's. With `asked` an ONNX model runs on the provider asked for, or on the
-    fastest one here, measured on images of `source`; without, on the CPU. Raises UsageError for a
-    file that is missing, another kind or damaged, and for a provider that is not installed.
+    `device` is PyTorch's. With `execution` an ONNX model runs on the provider that it requests, or
+    on the fastest one here, measured on images of `source`; without, on the CPU. Raises UsageError
+    for a file that is missing, another format or damaged, and for a provider that is not installed.
     """
     if path.suffix.lower() not in (".onnx", ".pth"):
         raise UsageError(f"model: {str(path)!r} has no known ending, expected .onnx or .pth")
@@ -34,11 +155,12 @@ def load_model(
         from distcls.runtime.autotune import open_fastest
         from distcls.runtime.model import OnnxModel
 
-        return OnnxModel(path) if asked is None else open_fastest(path, asked, source)
-    if asked is not None and asked.provider != "auto":
+        check_checksum(path)
+        return OnnxModel(path) if execution is None else open_fastest(path, execution, source)
+    if execution is not None and execution.provider != "auto":
         raise UsageError(
-            f"provider: {asked.provider} runs exported models; {path} runs in PyTorch, export it "
-            "with python -m export.onnx"
+            f"provider: {execution.provider} runs exported models; {path} runs in PyTorch, export "
+            "it with python -m export.onnx"
         )
     try:
         from distcls.models.checkpoint import open_checkpoint

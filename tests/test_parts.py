@@ -16,9 +16,9 @@ import pytest
 from numpy.typing import NDArray
 
 from distcls.batch.job import check_output, predict
+from distcls.batch.loading import load_models
 from distcls.batch.options import PredictOptions
-from distcls.batch.parts import folder_of, opened
-from distcls.batch.setup import open_predictor
+from distcls.batch.parts import open_parts, parts_folder
 from distcls.commands.predict import main
 from distcls.data.formats.detect import open_input
 from distcls.data.source import ImageSource
@@ -86,13 +86,13 @@ def test_the_same_bytes_after_interruptions(
     expected = run(options(folder, model, whole, **more))
     for place in at:
         interrupt(options(folder, model, out, resume=True, **more), place)
-        assert folder_of(out).is_dir() == (place >= ROWS)
+        assert parts_folder(out).is_dir() == (place >= ROWS)
     result = run(options(folder, model, out, resume=True, **more))
     assert out.read_bytes() == whole.read_bytes()
     assert result.resumed == max(at) // ROWS * ROWS
     assert (result.images, result.errors) == (expected.images, expected.errors) == (COUNT, 1)
     assert result.abstained == expected.abstained
-    assert not folder_of(out).exists()
+    assert not parts_folder(out).exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "in",
         "m.onnx",
@@ -179,12 +179,12 @@ def test_changed_inputs_and_models_are_refused(
 ) -> None:
     given = options(folder, model, tmp_path / "pre.csv", resume=True)
     interrupt(given, 40)
-    kept = sorted(path.name for path in folder_of(given.out).iterdir())
+    kept = sorted(path.name for path in parts_folder(given.out).iterdir())
     change(folder, model)
     with pytest.raises(UsageError, match=f"was begun with {told} .*, now it is {told} ") as caught:
         run(given)
     assert "\n" not in str(caught.value)
-    assert sorted(path.name for path in folder_of(given.out).iterdir()) == kept
+    assert sorted(path.name for path in parts_folder(given.out).iterdir()) == kept
     assert not given.out.exists()
 
 
@@ -208,7 +208,7 @@ def test_damaged_parts_are_made_again(
     whole, out = tmp_path / "whole.csv", tmp_path / "pre.csv"
     run(options(folder, model, whole))
     interrupt(options(folder, model, out), 40)
-    path = folder_of(out) / "00000001.csv"
+    path = parts_folder(out) / "00000001.csv"
     data = path.read_bytes()
     if damage == "cut":
         path.write_bytes(data[:-20])
@@ -230,8 +230,8 @@ def test_a_part_without_its_record_does_not_count(
     whole, out = tmp_path / "whole.csv", tmp_path / "pre.csv"
     run(options(folder, model, whole))
     interrupt(options(folder, model, out), 40)
-    (folder_of(out) / "00000001.json").unlink()
-    (folder_of(out) / ".00000002.csv.abcd.part").write_text("half")
+    (parts_folder(out) / "00000001.json").unlink()
+    (parts_folder(out) / ".00000002.csv.abcd.part").write_text("half")
     assert run(options(folder, model, out, resume=True)).resumed == ROWS
     assert out.read_bytes() == whole.read_bytes()
 
@@ -249,11 +249,11 @@ def test_killed_between_delivering_and_clearing_away(
         with pytest.raises(PowerCut):
             run(given)
     before = given.out.read_bytes()
-    assert folder_of(given.out).is_dir()
+    assert parts_folder(given.out).is_dir()
     result = run(given)
     assert result.resumed == COUNT
     assert given.out.read_bytes() == before
-    assert not folder_of(given.out).exists()
+    assert not parts_folder(given.out).exists()
 
 
 def test_a_whole_output_is_not_resumed(folder: Path, model: Path, tmp_path: Path) -> None:
@@ -265,8 +265,8 @@ def test_a_whole_output_is_not_resumed(folder: Path, model: Path, tmp_path: Path
 
 def test_two_runs_at_once(folder: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "pre.csv"
-    folder_of(out).mkdir()
-    descriptor = os.open(folder_of(out), os.O_RDONLY)
+    parts_folder(out).mkdir()
+    descriptor = os.open(parts_folder(out), os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         with pytest.raises(UsageError, match="another run is writing"):
@@ -280,12 +280,12 @@ def test_a_folder_of_something_else_is_left_alone(
     folder: Path, model: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "pre.csv"
-    folder_of(out).mkdir()
-    (folder_of(out) / "thesis.txt").write_text("precious")
+    parts_folder(out).mkdir()
+    (parts_folder(out) / "thesis.txt").write_text("precious")
     for more in ({}, {"overwrite": True}, {"resume": True}):
         with pytest.raises(UsageError, match=r"thesis\.txt is in the way"):
             run(options(folder, model, out, **more))
-    assert (folder_of(out) / "thesis.txt").read_text() == "precious"
+    assert (parts_folder(out) / "thesis.txt").read_text() == "precious"
 
 
 def test_nothing_readable_leaves_nothing(tmp_path: Path, model: Path) -> None:
@@ -330,17 +330,17 @@ def test_resumed_it_runs_as_before_whatever_auto_would_choose(
     with pytest.raises(PowerCut):
         predict(OnnxModel(model, plan), broken, given)
     again = dataclasses.replace(given, provider="auto", resume=True)
-    opened_again = open_predictor(again, source)
-    assert opened_again.execution == plan
+    opened_again = load_models(again, source)
+    assert execution_of(opened_again) == plan
     assert predict(opened_again, source, again).resumed == 32
-    assert open_predictor(again, source).execution != plan
+    assert execution_of(load_models(again, source)) != plan
 
 
 def test_parts_are_whole_batches(folder: Path, model: Path, tmp_path: Path) -> None:
     given = options(folder, model, tmp_path / "pre.csv", part_rows=10)
     interrupt(given, 40)
     records = [
-        json.loads(path.read_text()) for path in sorted(folder_of(given.out).glob("0*.json"))
+        json.loads(path.read_text()) for path in sorted(parts_folder(given.out).glob("0*.json"))
     ]
     assert [record["rows"] for record in records] == [16, 16]
 
@@ -352,7 +352,7 @@ def test_resume_and_overwrite_contradict(folder: Path, model: Path, tmp_path: Pa
 
 
 def test_an_empty_folder_of_parts_goes(tmp_path: Path) -> None:
-    with opened(tmp_path / "pre.csv", resume=False, overwrite=False) as parts:
+    with open_parts(tmp_path / "pre.csv", resume=False, overwrite=False) as parts:
         assert parts.folder.is_dir()
     assert not any(tmp_path.iterdir())
 

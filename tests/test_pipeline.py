@@ -16,6 +16,7 @@ from distcls.data.dataset import Dataset
 from distcls.data.source import ImageSource, from_split
 from distcls.errors import BadImage
 from distcls.model_card import ModelCard
+from distcls.plotting import draw_profile
 from distcls.runtime.model import OnnxModel
 from distcls.runtime.pipeline import Profiler, stream
 from distcls.runtime.providers import ExecutionConfig
@@ -139,24 +140,24 @@ def test_the_batch_size_is_the_plan_s_unless_given(model: OnnxModel) -> None:
 
 def test_where_the_time_goes(model: OnnxModel, tmp_path: Path) -> None:
     images, _ = tiny_dataset.coloured(64)
-    stages = Profiler()
+    profiler = Profiler()
 
     def load(index: int) -> NDArray[np.uint8]:
         time.sleep(0.004)
         return images[index]
 
     source = ImageSource(image_ids=[""] * 64, load=load)
-    for _ in stream(source, model, workers=2, stages=stages):
+    for _ in stream(source, model, workers=2, profiler=profiler):
         time.sleep(0.01)
-    told = stages.to_json()
-    assert told["images"] == 64
-    assert told["threads"] == (2 if model.execution.layout == "workers" else 4)
-    assert 0.256 <= stages.spent("decode") <= 2 * stages.seconds
-    assert 0 < stages.spent("infer") < stages.spent("decode")
-    assert 0.08 <= stages.spent("write") <= stages.seconds
-    whole = stages.spent("decode") + stages.spent("infer") + stages.spent("wait")
-    assert whole == pytest.approx(stages.threads * stages.seconds)
-    stages.draw(tmp_path / "profile.png", "8x8")
+    found = profiler.to_json()
+    assert found["images"] == 64
+    assert found["threads"] == (2 if model.plan.layout == "workers" else 4)
+    assert 0.256 <= profiler.spent("decode") <= 2 * profiler.seconds
+    assert 0 < profiler.spent("infer") < profiler.spent("decode")
+    assert 0.08 <= profiler.spent("write") <= profiler.seconds
+    whole = profiler.spent("decode") + profiler.spent("infer") + profiler.spent("wait")
+    assert whole == pytest.approx(profiler.threads * profiler.seconds)
+    draw_profile(found, tmp_path / "profile.png", title="8x8")
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
 
 

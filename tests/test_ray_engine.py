@@ -20,8 +20,8 @@ import pytest
 
 from distcls.batch.job import check_output
 from distcls.batch.options import PredictOptions
-from distcls.batch.parts import folder_of
-from distcls.batch.ray import Fleet
+from distcls.batch.parts import parts_folder
+from distcls.batch.ray import WorkerAllocation
 from distcls.errors import UsageError
 from tests import tiny_dataset
 from tests.e2e.commands import ROOT
@@ -66,15 +66,16 @@ def node(*, alive: bool = True, **resources: float) -> dict[str, Any]:
 
 
 def test_workers_fill_the_nodes() -> None:
+    fit = WorkerAllocation.fit
     nodes = [node(CPU=16), node(CPU=8), node(CPU=0), node(alive=False, CPU=64)]
-    assert Fleet.of(nodes, 4, gpu=False) == Fleet(workers=6, cpus=4, gpus=0)
-    assert Fleet.of(nodes, 32, gpu=False) == Fleet(workers=3, cpus=8, gpus=0)
+    assert fit(nodes, 4, gpu=False) == WorkerAllocation(workers=6, cpus=4, gpus=0)
+    assert fit(nodes, 32, gpu=False) == WorkerAllocation(workers=3, cpus=8, gpus=0)
     with_gpus = [node(CPU=16, GPU=8), node(CPU=8), node(CPU=4, GPU=1)]
-    assert Fleet.of(with_gpus, 4, gpu=True) == Fleet(workers=9, cpus=1, gpus=1)
+    assert fit(with_gpus, 4, gpu=True) == WorkerAllocation(workers=9, cpus=1, gpus=1)
     with pytest.raises(UsageError, match="no node of the Ray cluster has a GPU"):
-        Fleet.of(nodes, 4, gpu=True)
+        fit(nodes, 4, gpu=True)
     with pytest.raises(UsageError, match="no node of the Ray cluster has a CPU"):
-        Fleet.of([node(CPU=0)], 4, gpu=False)
+        fit([node(CPU=0)], 4, gpu=False)
 
 
 CLUSTER = """
@@ -174,7 +175,7 @@ def test_a_killed_run_goes_on(cluster: str, model: Path, folder: Path, tmp_path:
     finish(start(folder, model, alone))
     process = start(folder, model, shared, "--engine", "ray", address=cluster)
     deadline = time.monotonic() + 60
-    while not list(folder_of(shared).glob("0*.json")):
+    while not list(parts_folder(shared).glob("0*.json")):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.002)
@@ -194,7 +195,7 @@ def test_another_input_on_the_workers_is_one_line(
     """A worker looks later than whoever asks, and finds one image more."""
     process = start(folder, model, tmp_path / "pre.csv", "--engine", "ray", address=cluster)
     deadline = time.monotonic() + 60
-    while not folder_of(tmp_path / "pre.csv").exists():  # the input is known by now
+    while not parts_folder(tmp_path / "pre.csv").exists():  # the input is known by now
         assert time.monotonic() < deadline
         time.sleep(0.001)
     extra = folder / "9999.png"

@@ -134,9 +134,9 @@ def test_other_questions_are_not_merged(folder: Path, tmp_path: Path) -> None:
     model = tiny_onnx.write(tmp_path / "m.onnx", card(HEADS))
     renamed = Task.of_heads([HEADS.heads[0], Head("z", HEADS.heads[1].classes)])
     for targets, told in [
-        (several.labels(7), r"has 2 heads of several .*, .* 7 labels; .* the same question"),
-        (Task(classes=HEADS.classes), "has 2 heads .*, .* 7 classes; .* the same question"),
-        (several.heads(4, 3), r"\(a 3, b 4\), .* \(a 4, b 3\); .* the same question"),
+        (several.labels(7), r"has 2 heads of several .*, .* 7 labels; .* the same task"),
+        (Task(classes=HEADS.classes), "has 2 heads .*, .* 7 classes; .* the same task"),
+        (several.heads(4, 3), r"\(a 3, b 4\), .* \(a 4, b 3\); .* the same task"),
         (renamed, "class 3 is 'b:c0' in .* and 'z:c0' in"),
     ]:
         own = card(targets) if not targets.single else tiny_onnx.card(targets.classes)

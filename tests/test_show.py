@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from distcls.cli import dispatch
 from distcls.commands.show import main
 from distcls.errors import UsageError
-from distcls.plotting import LINE, TITLE, draw_grid
+from distcls.plotting import LINE, TITLE, Tile, draw_grid
 from tests.e2e.commands import run
 
 RECIPE = """
@@ -91,13 +91,17 @@ def test_bad_places(digits: Path, tmp_path: Path) -> None:
         main([str(digits), "--config", str(recipe), "--out", str(tmp_path / "a.png")])
 
 
+def tiles(images: NDArray[np.uint8], texts: list[str]) -> list[Tile]:
+    return [Tile(image=image, text=text) for image, text in zip(images, texts, strict=True)]
+
+
 @pytest.mark.parametrize("number", [1, 2, 7, 32])
 def test_every_image_is_in_the_picture(tmp_path: Path, number: int) -> None:
     rng = np.random.default_rng(0)
     colours = rng.integers(0, 256, (number, 3), dtype=np.uint8)
     images = np.broadcast_to(colours[:, None, None], (number, 8, 12, 3))
     texts = ["$a$ + b" * (place % 9) + "\nweight 2" for place in range(number)]
-    draw_grid(images, texts, tmp_path / "grid.png", title="猫")
+    draw_grid(tiles(images, texts), tmp_path / "grid.png", title="猫")
     found = read(tmp_path / "grid.png")
     for colour in colours.astype(int):
         seen = np.abs(found.astype(int) - colour).max(axis=-1) <= 1
@@ -108,7 +112,7 @@ def test_text_gets_the_room_it_needs(tmp_path: Path) -> None:
     images = np.zeros((3, 8, 8, 3), np.uint8)
     heights = []
     for text in ("cat", "cat\nweight 2"):
-        draw_grid(images, [text, "dog", "dog"], tmp_path / "grid.png")
+        draw_grid(tiles(images, [text, "dog", "dog"]), tmp_path / "grid.png")
         heights.append(read(tmp_path / "grid.png").shape[0] / 120)
     assert heights[0] > TITLE
     assert heights[1] - heights[0] == pytest.approx(LINE * 1, abs=0.02)

@@ -1,4 +1,4 @@
-"""What batch prediction can be told, and what it tells when it is done."""
+"""The options of batch prediction, and its result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Engine = Literal["local", "ray"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """What `distcls predict` is asked."""
+    """Options of `distcls predict`."""
 
     input: str = positional()
     """Folder (searched with all below it), glob, image, manifest (.csv or .parquet with a column
@@ -25,30 +25,30 @@ class PredictOptions:
     or a glob), http://, https://, s3:// or gs:// (an image, folder, glob or manifest), or - for
     a list on standard input, one path or URL a line."""
     model: str
-    """Model file: best.onnx, or a checkpoint best.pth. Several, as in a.onnx,b.onnx, answer with
-    the mean of their probabilities."""
+    """Model file: best.onnx, or a checkpoint best.pth. An ensemble, as in a.onnx,b.onnx, predicts
+    the mean of the probabilities."""
     out: Path = Path("pre.csv")
     """File to write; .csv, .jsonl or .parquet by its ending."""
     features: Path | None = None
-    """Parquet file to write as well: the features of each image, which is what the last layer of
-    the network is given."""
+    """Parquet file to write as well: the features of each image, the input of the network's last
+    layer."""
     split: str | None = None
     """Split of a dataset directory; test unless given."""
     batch_size: int | None = None
-    """Images the model takes at a time; unset, chosen with the provider (64 for a .pth)."""
-    provider: str = "auto"
+    """Images the model takes at a time; by default chosen with the provider (64 for a .pth)."""
+    provider: ProviderChoice = "auto"
     """What runs an ONNX model: auto takes the fastest that is installed and agrees with the CPU;
     or cpu, openvino, cuda, tensorrt."""
     top_k: int = 1
-    """Classes to name for each image, the likeliest first; 1 of a model of heads or labels."""
+    """Classes to name for each image, the likeliest first; 1 for multi-head and multi-label."""
     probabilities: bool = False
     """Add a column p:CLASS with the probability of each class."""
     threshold: float | None = None
     """Least probability of a class, in each head by itself; below it the label stays empty and the
-    column `abstained` says true. Not for labels, which have a threshold each."""
+    column `abstained` is true. Not for multi-label models, which have a threshold per label."""
     tta: Tta = "none"
-    """Test-time augmentation: flip answers with the mean of the probabilities of each image and of
-    its mirror image."""
+    """Test-time augmentation: flip predicts the mean of the probabilities of each image and of its
+    mirror image."""
     show: int = 0
     """Draw that many random images with their predictions as a PNG."""
     show_out: Path | None = None
@@ -60,34 +60,34 @@ class PredictOptions:
     workers: int | None = None
     """Threads that decode; one a core unless given."""
     engine: Engine = "local"
-    """What computes: this machine, or with ray the nodes of a Ray cluster (that of RAY_ADDRESS),
-    where input and model have to be seen by all."""
+    """Where to compute: on this machine, or with ray on the nodes of a Ray cluster (that of
+    RAY_ADDRESS), all of which need access to input and model."""
     scaled_decode: bool = False
     """Decode large JPEGs at a half, a quarter or an eighth of their size, as far as they are scaled
-    down anyway: faster, with slightly other pixels; refused if it changes answers."""
+    down anyway: faster, with slightly other pixels; refused if it changes labels."""
     profile: Path | None = None
     """PNG to write: where the time went, decoding, waiting, computing and writing."""
     fetch_timeout: float = TIMEOUT
     """Seconds that one attempt to download an image may take; there are four."""
     classes: Path | None = None
     """For an ONNX file that distcls has not exported: file with its class names, one a line or a
-    JSON list; --size, --mean and --std say the rest."""
+    JSON list; --size, --mean and --std give its preprocessing."""
     size: tuple[int, int] | None = None
-    """With --classes: height and width of the model's input; unset, as the file says."""
+    """With --classes: height and width of the model's input; by default the file's."""
     mean: tuple[float, float, float] | None = None
     """With --classes: mean of each RGB channel, of values scaled to 0..1; 0,0,0 unless given."""
     std: tuple[float, float, float] | None = None
     """With --classes: standard deviation of each RGB channel, likewise; 1,1,1 unless given."""
     part_rows: int = 4096
-    """Rows after which the work done is safe from a kill; rounded up to whole batches."""
+    """Rows of a part, after each of which the run can be resumed; rounded up to whole batches."""
     resume: bool = False
     """Continue a run that was killed; its inputs, model and options have to be the same."""
     overwrite: bool = False
-    """Replace --out if it exists, and forget an unfinished run."""
+    """Replace --out if it exists, and discard an unfinished run."""
     json: bool = False
     """Print one JSON object on standard output, for machines."""
     quiet: bool = False
-    """Say nothing but warnings and errors."""
+    """Print warnings and errors only."""
 
     def __post_init__(self) -> None:
         require_provider(self.provider, or_auto=True)
@@ -112,18 +112,18 @@ class PredictOptions:
         require(bool(self.models), "model", self.model, "the name of a model file")
         for name in ("size", "mean", "std"):
             given = getattr(self, name) is not None
-            require(not given or self.classes is not None, name, getattr(self, name), _FOREIGN)
+            require(not given or self.classes is not None, name, getattr(self, name), _GENERIC)
 
     @property
     def models(self) -> tuple[Path, ...]:
-        """The model files; a comma that is part of an existing file's name parts nothing."""
+        """The model files; the name of an existing file may hold a comma."""
         whole = Path(self.model)
         if "," not in self.model or whole.exists():
             return (whole,)
         return tuple(Path(name.strip()) for name in self.model.split(",") if name.strip())
 
-    def asked(self, images: int) -> ExecutionRequest:
-        """How the model is to be run, on a source of so many images."""
+    def execution_request(self, images: int) -> ExecutionRequest:
+        """How to run the model, on a source of so many images."""
         return ExecutionRequest.of(self, images)
 
     @property
@@ -132,22 +132,22 @@ class PredictOptions:
         return self.show_out or self.out.with_suffix(".png")
 
 
-_FOREIGN = "nothing without --classes: a file exported by distcls says it itself"
+_GENERIC = "nothing without --classes: a file exported by distcls holds its own"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictResult:
-    """What was done."""
+    """What a batch prediction did."""
 
     images: int
     errors: int
     abstained: int
     resumed: int
-    """Images that an earlier run, which was killed, had answered."""
+    """Images that an earlier run, which was interrupted, had predicted."""
     seconds: float
     provider: str
-    stages: dict[str, float | int]
-    """Where the time of this run went, in seconds (see `distcls.runtime.pipeline`)."""
+    profile: dict[str, float | int]
+    """Seconds of this run by phase (see `distcls.runtime.pipeline.Profiler`)."""
     out: Path
     features: Path | None
     shown: Path | None
@@ -167,7 +167,7 @@ class PredictResult:
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 1),
             "provider": self.provider,
-            "stages": self.stages,
+            "profile": self.profile,
             "out": str(self.out),
             "features": None if self.features is None else str(self.features),
             "shown": None if self.shown is None else str(self.shown),

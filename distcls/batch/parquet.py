@@ -1,6 +1,6 @@
-"""Parquet files of predictions and features; the one place on the way of a prediction for pyarrow.
+"""Parquet files of predictions and features; the only module of batch prediction with pyarrow.
 
-Its 170 MB are an extra, distcls[parquet]: who writes CSV or JSON lines does without.
+Its 170 MB are an extra, distcls[parquet]: CSV and JSON lines do without.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROW_GROUP = 8192
 def open_table(
     path: Path, names: Sequence[str], numbers: set[str], booleans: Collection[str]
 ) -> Iterator[Callable[[Columns], None]]:
-    """Open `path` for a table, as `distcls.batch.table.open_writer` says."""
+    """Open `path` for a table, see `distcls.batch.table.open_writer`."""
     schema = _schema(names, numbers, booleans)
     with _gathered(path, schema) as append:
 

@@ -1,12 +1,12 @@
-"""The finished parts of an output that is being made: what survives a kill, and what it is of.
+"""The finished parts of an unfinished output, which survive a kill, and their fingerprint.
 
 pre.csv.parts/
-    identity.json    what the rows are made from: digests of inputs and models, and the options
-    00000000.csv     rows 0 to 4095, and so on; .features.parquet beside it where asked for
-    00000000.json    how many rows and errors, and the files' SHA-256; written last
+    fingerprint.json    what decides the rows: digests of inputs and models, and the options
+    00000000.csv        rows 0 to 4095, and so on; with --features .features.parquet beside it
+    00000000.json       how many rows and errors, and the files' SHA-256; written last
 
-A part counts once its record (the .json) is there and its files are what it says. Rows belong to
-a part by their number alone, so a run that was killed goes on with the same parts.
+A part counts once its record (the .json) is there and its files match it. Rows belong to a part by
+their number alone, so a resumed run continues with the same parts.
 """
 
 from __future__ import annotations
@@ -29,16 +29,36 @@ from distcls.errors import UsageError
 from distcls.files import atomic_path, digest, remove_stale_parts, sync_folder, writable, write_json
 
 ENDING = ".parts"
-IDENTITY = "identity.json"
-_OURS = re.compile(r"\.?(identity\.json|\d{8}\.[\w.]+|whole\.[\w.]+)(\..*\.part)?")
+FINGERPRINT = "fingerprint.json"
+EXECUTION = "execution configs"
+"""Key of a fingerprint: how each model is run, as plain values."""
+_OURS = re.compile(r"\.?(fingerprint\.json|\d{8}\.[\w.]+|whole\.[\w.]+)(\..*\.part)?")
 
-Identity = dict[str, Any]
-"""Plain values by what they are called to the user; equal ones give equal rows."""
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """What decides the rows of an output; runs with equal fingerprints write equal bytes."""
+
+    values: dict[str, Any]
+    """Plain values, by names that an error can show."""
+
+    def difference(self, begun: Fingerprint) -> tuple[str, str] | None:
+        """What `begun` has and what this has at the first key that differs; None if equal."""
+        for key in {**begun.values, **self.values}:
+            if begun.values.get(key) != self.values.get(key):
+                return begun._describe(key), self._describe(key)
+        return None
+
+    def _describe(self, key: str) -> str:
+        value = self.values.get(key)
+        if value is None:
+            return f"no {key}"
+        return f"{key} {str(value)[:12] if key in ('inputs', 'model') else value}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PartRecord:
-    """What is known of one finished part."""
+    """One finished part."""
 
     rows: int
     errors: int
@@ -46,17 +66,17 @@ class PartRecord:
     first_error: str
     """Name and reason of the first bad image; empty if there is none."""
     picked: list[list[Any]]
-    """What `Gallery` has chosen of it."""
+    """Its images picked for the gallery (see `Gallery.picked_in`)."""
     files: dict[str, str]
     """SHA-256 of each file, by its name."""
 
 
 class Parts:
-    """The folder beside an output; `opened` makes one."""
+    """The folder of parts beside an output; `open_parts` makes one."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.folder = folder_of(out)
+        self.folder = parts_folder(out)
         self.records: list[PartRecord] = []
         """Of the finished parts, in order, without a gap."""
 
@@ -66,51 +86,50 @@ class Parts:
         return sum(record.rows for record in self.records)
 
     def path(self, number: int, ending: str) -> Path:
-        """Where the rows of part `number` are kept, by ending: .csv, .features.parquet."""
-        return self.folder / name_of(number, ending)
+        """The file of part `number` with an ending: .csv, .features.parquet, .json."""
+        return self.folder / part_name(number, ending)
 
     def files(self, ending: str) -> list[Path]:
-        """The finished files of an ending, in order."""
+        """The files of the finished parts with an ending, in order."""
         return [self.path(number, ending) for number in range(len(self.records))]
 
-    def begin(self, identity: Identity) -> None:
-        """Say what the parts are made from; once, before the first is finished."""
-        write_json(self.folder / IDENTITY, identity)
+    def begin(self, fingerprint: Fingerprint) -> None:
+        """Write the fingerprint; once, before the first part is finished."""
+        write_json(self.folder / FINGERPRINT, fingerprint.values)
 
     def finish(self, record: PartRecord) -> None:
-        """Add the next part, whose files are written, to the finished ones."""
+        """Write the record of the next part, whose files are written."""
         write_json(self.path(len(self.records), ".json"), dataclasses.asdict(record))
         self.records.append(record)
 
-    def check(self, identity: Identity) -> None:
-        """Raise UsageError unless the finished parts are made from the same."""
-        begun = begun_with(self.out)
-        if not begun:
-            raise UsageError(f"{self.folder / IDENTITY} cannot be read; --overwrite starts anew")
-        for key in {**begun, **identity}:
-            if begun.get(key) != identity.get(key):
-                raise UsageError(
-                    f"{self.folder}: was begun with {_said(key, begun.get(key))}, now it is "
-                    f"{_said(key, identity.get(key))}; --resume needs the same, --overwrite "
-                    "starts anew"
-                )
+    def check(self, fingerprint: Fingerprint) -> None:
+        """Raise UsageError unless the finished parts have the same fingerprint."""
+        begun = read_fingerprint(self.out)
+        if not begun.values:
+            raise UsageError(f"{self.folder / FINGERPRINT} cannot be read; --overwrite starts anew")
+        difference = fingerprint.difference(begun)
+        if difference is not None:
+            raise UsageError(
+                f"{self.folder}: was begun with {difference[0]}, now it is {difference[1]}; "
+                "--resume needs the same, --overwrite starts anew"
+            )
 
     def load(self) -> None:
-        """Find the finished parts, and clear away what is none."""
+        """Find the finished parts, and delete every other file."""
         self.records = []
         while (record := self._read(len(self.records))) is not None:
             self.records.append(record)
-        known = {IDENTITY} if self.records else set()
+        known = {FINGERPRINT} if self.records else set()
         for number, record in enumerate(self.records):
-            known |= {name_of(number, ".json"), *record.files}
+            known |= {part_name(number, ".json"), *record.files}
         for path in self.folder.iterdir():
             if path.name not in known:
                 path.unlink()
 
     def deliver(self, ending: str, out: Path, names: Sequence[str] = ()) -> None:
-        """Make the files of an ending one table and put it at `out`, in one step.
+        """Join the files of an ending and put the table at `out`, in one step.
 
-        It is made in the folder, where a run that is killed leaves nothing that stays.
+        It is written in the folder, so that a kill leaves no half table at `out`.
         """
         whole = self.folder / f"whole{ending}"
         with atomic_path(whole) as part:
@@ -126,7 +145,7 @@ class Parts:
             sync_folder(out.parent)
 
     def remove(self) -> None:
-        """Delete the folder; to anybody who looks it is gone at once."""
+        """Delete the folder, in one step."""
         with writable(self.folder.parent):
             gone = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.part")
             self.folder.replace(gone)
@@ -147,35 +166,35 @@ class Parts:
         return None
 
 
-def name_of(number: int, ending: str) -> str:
-    """The name of a file of a part."""
+def part_name(number: int, ending: str) -> str:
+    """The file name of a part."""
     return f"{number:08d}{ending}"
 
 
-def folder_of(out: Path) -> Path:
-    """Where the parts of the output `out` are kept."""
+def parts_folder(out: Path) -> Path:
+    """The folder of the parts of the output `out`."""
     return out.with_name(out.name + ENDING)
 
 
-def begun_with(out: Path) -> Identity:
-    """What an unfinished run of `out` was begun with; empty if there is none that can be read."""
+def read_fingerprint(out: Path) -> Fingerprint:
+    """The fingerprint of an unfinished run of `out`; empty if there is none that can be read."""
     try:
-        found = json.loads((folder_of(out) / IDENTITY).read_text(encoding="utf-8"))
+        found = json.loads((parts_folder(out) / FINGERPRINT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return Fingerprint({})
+    return Fingerprint(found if isinstance(found, dict) else {})
 
 
 @contextlib.contextmanager
-def opened(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Parts]:
-    """The parts of `out`, for this process alone until the end of the block.
+def open_parts(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Parts]:
+    """The parts of `out`, locked for this process until the end of the block.
 
     Raises UsageError if another run writes them, if there are finished ones and neither `resume`
-    nor `overwrite` says what to do with them, or if the folder holds something else.
+    nor `overwrite` is given, or if the folder holds something else.
     """
     parts = Parts(out)
     remove_stale_parts(parts.folder)
-    with _claimed(parts.folder, out):
+    with _locked(parts.folder, out):
         foreign = [path for path in parts.folder.iterdir() if not _OURS.fullmatch(path.name)]
         if foreign:
             raise UsageError(f"{foreign[0]} is in the way of what --out {out} writes beside it")
@@ -196,8 +215,8 @@ def opened(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Parts]:
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path, out: Path) -> Iterator[None]:
-    """Make `folder` and hold a lock on it; the system drops it when the process dies."""
+def _locked(folder: Path, out: Path) -> Iterator[None]:
+    """Make `folder` and hold a lock on it; the system releases it when the process dies."""
     with writable(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -213,11 +232,3 @@ def _claimed(folder: Path, out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _said(key: str, value: Any) -> str:
-    if value is None:
-        return f"no {key}"
-    if key in ("inputs", "model"):
-        return f"{key} {str(value)[:12]}"
-    return f"{key} {value}"

@@ -1,9 +1,9 @@
-"""Batch prediction over a Ray cluster: its workers make the parts of the output, in any order.
+"""Batch prediction on a Ray cluster: its workers write the parts of the output, in any order.
 
-Each worker opens input and models itself, by the same names, so these have to be where all nodes
-see them: on a shared file system or in an object store. A part is the same whoever makes it, so
-the output is byte-equal to that of one machine that computes in the same way, and a run that was
-killed goes on with either. A worker or node that dies is made up for by Ray.
+Each worker opens input and models itself, by the same names, so these have to be on a shared file
+system or in an object store that all nodes can read. A part is the same whichever node writes it,
+so the output is byte-equal to that of one machine with the same execution config, and a run that
+was killed can be resumed on either. Ray replaces a worker or node that dies.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from distcls import log
+from distcls.batch.loading import fingerprint_of
 from distcls.batch.options import PredictOptions
 from distcls.batch.part_writer import PartWriter
-from distcls.batch.parts import Identity, PartRecord
-from distcls.batch.setup import fingerprint_of
+from distcls.batch.parts import Fingerprint, PartRecord
 from distcls.data.formats.remote import is_url
 from distcls.data.source import ImageSource
 from distcls.errors import DistclsError, UsageError
@@ -31,24 +31,24 @@ from distcls.runtime.model import Model
 from distcls.runtime.providers import ExecutionConfig
 from distcls.system import available_cores
 
-MOST_BLOCKS = 4096
-"""Ray keeps count of every block; of more parts than this several share one."""
+MAX_BLOCKS = 4096
+"""Ray tracks every block; with more parts than this a block holds more than one."""
 
-AHEAD = 2
-"""Parts that wait at a worker: enough that it never does, few enough that all have some."""
+PREFETCH = 2
+"""Parts queued at a worker: enough that it never idles, few enough that all have some."""
 
-SAME = ("distcls", "model", "inputs", "images")
-"""What of an identity is compared between nodes."""
+COMPARED = ("distcls", "model", "inputs", "images")
+"""Keys of the fingerprint that have to agree between nodes."""
 
-Made = tuple[PartRecord, dict[str, bytes]]
+WrittenPart = tuple[PartRecord, dict[str, bytes]]
 """A part: its record, and the content of its files by name."""
 
 Reopen = Callable[[PredictOptions, list[ExecutionConfig]], tuple[Model, ImageSource]]
-"""Opens what is asked for, run as planned; a function that another process can import."""
+"""Opens model and source of the options, the models run as given; another process imports it."""
 
 
 def check_ray(options: PredictOptions) -> None:
-    """Raise UsageError, before any work, if Ray is missing or cannot do what is asked."""
+    """Raise UsageError, before any work, if Ray is missing or cannot run with these options."""
     if options.input == "-":
         raise UsageError(
             "engine: ray cannot hand standard input to other machines; write the list into a "
@@ -57,7 +57,7 @@ def check_ray(options: PredictOptions) -> None:
     if options.profile is not None:
         raise UsageError("profile: measures the threads of one machine, use it with --engine local")
     try:
-        import ray.data  # noqa: F401 - is it there?
+        import ray.data  # noqa: F401 - is it installed?
     except ModuleNotFoundError as error:
         raise UsageError(
             f'engine: {error.name} is not installed; pip install "distcls[ray]"'
@@ -65,19 +65,19 @@ def check_ray(options: PredictOptions) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fleet:
-    """How many workers there are, and what each takes of its node."""
+class WorkerAllocation:
+    """How many workers there are, and the resources of each."""
 
     workers: int
     cpus: int
     gpus: int
 
     @classmethod
-    def of(cls, nodes: Sequence[dict[str, Any]], cores: int, *, gpu: bool) -> Fleet:
-        """As many workers as the nodes (as `ray.nodes()` lists them) have room for.
+    def fit(cls, nodes: Sequence[dict[str, Any]], cores: int, *, gpu: bool) -> WorkerAllocation:
+        """As many workers as fit on the nodes (as `ray.nodes()` lists them).
 
-        Each has the `cores` that its plan was made for, or all of the smallest node; with `gpu`
-        a GPU of its own. Raises UsageError if no node has any.
+        Each has the `cores` of its execution config, or all of the smallest node; with `gpu` a GPU
+        of its own. Raises UsageError if no node has any.
         """
         resources = [node["Resources"] for node in nodes if node["Alive"]]
         if gpu:
@@ -93,10 +93,10 @@ class Fleet:
         return cls(workers=sum(size // each for size in sizes), cpus=each, gpus=0)
 
 
-def made_on_ray(
-    making: PartWriter, identity: Identity, numbers: range, reopen: Reopen
-) -> Iterator[Made]:
-    """The parts of these numbers in order, each as soon as it and those before it are made.
+def write_on_ray(
+    writer: PartWriter, fingerprint: Fingerprint, numbers: range, reopen: Reopen
+) -> Iterator[WrittenPart]:
+    """The parts of these numbers in order, each as soon as it and those before it are written.
 
     Works on the cluster of RAY_ADDRESS or of this machine, or starts one here. Raises
     DistclsError for what goes wrong on a worker.
@@ -104,29 +104,29 @@ def made_on_ray(
     import ray
     from ray.data import ActorPoolStrategy
 
-    options, plans = making.options, executions_of(making.model)
+    options, executions = writer.options, executions_of(writer.model)
     with _cluster():
-        gpu = plans[0].gpu
+        gpu = executions[0].provider in ("cuda", "tensorrt")
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        fleet = Fleet.of(nodes, options.workers or available_cores(), gpu=gpu)
-        workers = min(fleet.workers, len(numbers))
+        allocation = WorkerAllocation.fit(nodes, options.workers or available_cores(), gpu=gpu)
+        workers = min(allocation.workers, len(numbers))
         log.say(f"Ray: {workers} worker(s), {len(nodes)} node(s) in the cluster")
         # items, no range: reading a range takes CPUs, and the workers have them all
         items = ray.data.from_items(
             [{"number": number} for number in numbers],
-            override_num_blocks=min(len(numbers), MOST_BLOCKS),
+            override_num_blocks=min(len(numbers), MAX_BLOCKS),
         )
-        made = items.map_batches(
+        written = items.map_batches(
             Worker,
             batch_size=1,
-            fn_constructor_args=[reopen, _everywhere(options), plans, identity],
-            compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=AHEAD),
-            num_cpus=fleet.cpus,
-            num_gpus=fleet.gpus,
+            fn_constructor_args=[reopen, _with_absolute_paths(options), executions, fingerprint],
+            compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=PREFETCH),
+            num_cpus=allocation.cpus,
+            num_gpus=allocation.gpus,
         )
         failed = ""
-        # closed before Ray is left: what still runs then would abort this process
-        with contextlib.closing(_generator(made.iter_rows())) as rows:
+        # closed before Ray shuts down: what still runs then would abort this process
+        with contextlib.closing(_generator(written.iter_rows())) as rows:
             for row in rows:
                 failed = row["failed"]
                 if failed:
@@ -141,30 +141,30 @@ def _generator(rows: Iterable[dict[str, Any]]) -> Generator[dict[str, Any], None
 
 
 class Worker:
-    """What runs on a node: input and models, opened once, and parts made from them."""
+    """Runs on a node: opens input and models once, and writes parts from them."""
 
     def __init__(
         self,
         reopen: Reopen,
         options: PredictOptions,
-        plans: list[ExecutionConfig],
-        identity: Identity,
+        executions: list[ExecutionConfig],
+        fingerprint: Fingerprint,
     ) -> None:
         log.set_quiet(True)
         self._failed = ""
         try:
-            self._making = _opened(reopen, options, plans, identity)
-        except DistclsError as error:  # told by the first part: Ray would start us again and again
+            self._writer = _open_writer(reopen, options, executions, fingerprint)
+        except DistclsError as error:  # raised with the first part: Ray would restart us forever
             self._failed = f"{os.uname().nodename}: {error}"
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Make the part of `batch["number"]`, [1]: its record and files, or why that failed."""
+        """Write the part of `batch["number"]`, [1]: its record and files, or why that failed."""
         [number] = batch["number"].tolist()
         record, names, content = "", [], []
         if not self._failed:
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    [found] = self._making.in_order(range(number, number + 1), Path(folder))
+                    [found] = self._writer.write(range(number, number + 1), Path(folder))
                     record, names = json.dumps(dataclasses.asdict(found)), list(found.files)
                     content = [Path(folder, name).read_bytes() for name in names]
                 except DistclsError as error:
@@ -178,29 +178,32 @@ class Worker:
         }
 
 
-def _opened(
-    reopen: Reopen, options: PredictOptions, plans: list[ExecutionConfig], identity: Identity
+def _open_writer(
+    reopen: Reopen,
+    options: PredictOptions,
+    executions: list[ExecutionConfig],
+    fingerprint: Fingerprint,
 ) -> PartWriter:
-    """Input and models as this node sees them.
+    """A writer with input and models as this node sees them.
 
-    Raises DistclsError if they are not those of whoever asks, or cannot be run in the same way.
+    Raises DistclsError if they differ from those of the run, or cannot be run in the same way.
     """
-    model, source = reopen(options, plans)
-    own = fingerprint_of(model, source, options)
-    for key in SAME:
-        if own[key] != identity[key]:
+    model, source = reopen(options, executions)
+    own, expected = fingerprint_of(model, source, options).values, fingerprint.values
+    for key in COMPARED:
+        if own[key] != expected[key]:
             raise DistclsError(
-                f"{key} {str(own[key])[:12]} here, {str(identity[key])[:12]} where the run was "
+                f"{key} {str(own[key])[:12]} here, {str(expected[key])[:12]} where the run was "
                 "started; input, models and distcls have to be the same on all nodes"
             )
-    if executions_of(model) != plans:
-        ways = "; ".join(map(str, plans))
-        raise DistclsError(f"cannot compute as planned here ({ways}); choose another --provider")
+    if executions_of(model) != executions:
+        ways = "; ".join(map(str, executions))
+        raise DistclsError(f"cannot run on {ways} here; choose another --provider")
     return PartWriter(model, source, options)
 
 
 def _files(row: dict[str, Any]) -> dict[str, bytes]:
-    """The files that a worker has sent as one string of bytes."""
+    """The files of a part, which a worker sends joined."""
     content, start, files = bytes(row["content"]), 0, {}
     for name, size in zip(json.loads(row["names"]), json.loads(row["sizes"]), strict=True):
         files[name] = content[start : start + size]
@@ -208,8 +211,8 @@ def _files(row: dict[str, Any]) -> dict[str, bytes]:
     return files
 
 
-def _everywhere(options: PredictOptions) -> PredictOptions:
-    """The same options with absolute paths: workers run in folders of their own."""
+def _with_absolute_paths(options: PredictOptions) -> PredictOptions:
+    """The same options: workers run in folders of their own."""
     changes: dict[str, Any] = {"model": ",".join(str(path.absolute()) for path in options.models)}
     if not is_url(options.input):
         changes["input"] = str(Path(options.input).absolute())
@@ -220,7 +223,7 @@ def _everywhere(options: PredictOptions) -> PredictOptions:
 
 @contextlib.contextmanager
 def _cluster() -> Iterator[None]:
-    """Connect to Ray, quietly, and turn what becomes of it into one line."""
+    """Connect to Ray, quietly, and turn its errors into one line."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings look like errors of ours
     import ray
     from ray.data import DataContext

@@ -18,20 +18,20 @@ from distcls.runtime.pipeline import Chunk
 from distcls.task import Task
 
 ABSTAINED = "abstained"
-"""The column that says that an answer, or part of it, was not likely enough; with a threshold."""
+"""Column with --threshold: whether a label, or that of any head, was not likely enough."""
 
 Floats = NDArray[np.float32]
-Answer = tuple[list[str | None], Floats]
-"""Texts and probabilities of some images, for one pair of columns."""
+LabelColumns = tuple[list[str | None], Floats]
+"""Labels and probabilities of some images, for one pair of columns."""
 
 
-class Rows:
-    """Turns answered chunks into columns of a table.
+class RowBuilder:
+    """Turns chunks into columns of a table.
 
-    image_id, label, probability, then for one class an image the next likely ones (label_2,
-    probability_2, ...), for heads each one's own (label:HEAD, probability:HEAD), then where asked
-    for p:CLASS, with a threshold abstained, and error. The probability of several answers is that
-    of all of them together, as if they were independent.
+    image_id, label, probability, then for a single label the next likely ones (label_2,
+    probability_2, ...), for heads each one's own (label:HEAD, probability:HEAD), then on request
+    p:CLASS, with a threshold abstained, and error. The probability of a multi-head or multi-label
+    prediction is that of all its classes together, as if they were independent.
     """
 
     def __init__(
@@ -42,13 +42,14 @@ class Rows:
         probabilities: bool = False,
         threshold: float | None = None,
     ) -> None:
-        """Raises UsageError for what the kind of answer does not have.
+        """Raises UsageError for what the task does not have.
 
-        That is more classes than there are, several of heads or labels, a threshold of labels.
+        That is a `top_k` of more classes than there are, or of heads or labels at all, and a
+        threshold of labels.
         """
         if not task.single and top_k > 1:
             raise UsageError(
-                f"top_k: {top_k} is for one class an image, the model has {task.summary()}; "
+                f"top_k: {top_k} is for a single label per image, the model has {task.summary()}; "
                 "--probabilities gives them all"
             )
         if top_k > len(task.classes):
@@ -56,7 +57,7 @@ class Rows:
             raise UsageError(f"top_k: {top_k} is more than the model's {number} classes")
         if task.kind == "multi_label" and threshold is not None:
             raise UsageError(
-                f"threshold: {threshold:g} is for one class an image or in each head, the model "
+                f"threshold: {threshold:g} is for a single label per image or head, the model "
                 f"has {task.summary()}, each with its own threshold; --probabilities gives "
                 "them all"
             )
@@ -85,78 +86,76 @@ class Rows:
         return set() if self._threshold is None else {ABSTAINED}
 
     def __call__(self, chunk: Chunk, image_ids: Sequence[str]) -> Columns:
-        """The rows of a chunk; a bad image's are empty but for its name and the error.
+        """The rows of a chunk; a bad image's is empty but for its name and the error.
 
-        With a threshold, a class that is less likely is not named; its probability stays. An answer
-        of heads is named if each of its classes is.
+        With a threshold, a class that is less likely is not named; its probability stays. The label
+        of all heads is named if each head's class is.
         """
         good = np.array([error is None for error in chunk.errors])
         logits = chunk.logits[good]
         probabilities = self._task.probabilities(logits)
-        answer = self._ranked if self._task.single else self._several
-        found, unsure = answer(logits, probabilities)
+        labels = self._top_classes if self._task.single else self._multi_output
+        found, abstained = labels(logits, probabilities)
         columns: Columns = {"image_id": [image_ids[index] for index in chunk.indices]}
         for (label, probability), (texts, values) in zip(self._pairs, found, strict=True):
             columns[label] = _spread(good, texts)
             columns[probability] = _spread(good, shortest(values))
-        for place, name in enumerate(self._all):
-            columns[name] = _spread(good, shortest(probabilities[:, place]))
+        for index, name in enumerate(self._all):
+            columns[name] = _spread(good, shortest(probabilities[:, index]))
         if self._threshold is not None:
-            columns[ABSTAINED] = _spread(good, unsure.tolist())
+            columns[ABSTAINED] = _spread(good, abstained.tolist())
         columns["error"] = chunk.errors
         return columns
 
-    def _ranked(
+    def _top_classes(
         self, logits: Floats, probabilities: Floats
-    ) -> tuple[list[Answer], NDArray[np.bool_]]:
-        """Names and probabilities of the likeliest class, the next, and so on; who abstains."""
+    ) -> tuple[list[LabelColumns], NDArray[np.bool_]]:
+        """The likeliest class, the next, and so on; and which images are abstained from, [N]."""
         if self._top_k == 1:
             ranked = self._task.decide(logits)
         else:  # of equal logits the lower class comes first
             ranked = np.argsort(-logits, axis=1, kind="stable")[:, : self._top_k]
         of_rank = np.take_along_axis(probabilities, ranked, axis=1)
-        unsure = self._unsure(of_rank[:, 0])
+        abstained = self._below_threshold(of_rank[:, 0])
         named = np.array(self._task.classes, object)[ranked]
-        named[unsure, 0] = None
-        return [(named[:, rank].tolist(), of_rank[:, rank]) for rank in range(self._top_k)], unsure
+        named[abstained, 0] = None
+        columns = [(named[:, rank].tolist(), of_rank[:, rank]) for rank in range(self._top_k)]
+        return columns, abstained
 
-    def _several(
+    def _multi_output(
         self, logits: Floats, probabilities: Floats
-    ) -> tuple[list[Answer], NDArray[np.bool_]]:
-        """Text and probability of the whole answer, then of each head's; who abstains."""
-        answers = self._task.decide(logits)
-        whole = self._task.confidence(probabilities, answers)
-        unsure = np.zeros(len(logits), np.bool_)
-        parts: list[Answer] = []
+    ) -> tuple[list[LabelColumns], NDArray[np.bool_]]:
+        """All heads or labels as one text, then each head's; and which are abstained from, [N]."""
+        decided = self._task.decide(logits)
+        joint = self._task.confidence(probabilities, decided)
+        abstained = np.zeros(len(logits), np.bool_)
+        heads: list[LabelColumns] = []
         if self._task.heads:
-            own = self._task.of_answers(probabilities, answers)
-            for place, head in enumerate(self._task.heads):
-                doubtful = self._unsure(own[:, place])
-                names = [head.classes[index] for index in answers[:, place].tolist()]
-                parts.append((_without(names, doubtful), own[:, place]))
-                unsure |= doubtful
-        return [(_without(self._task.texts(answers), unsure), whole), *parts], unsure
+            own = self._task.of_answers(probabilities, decided)
+            for position, head in enumerate(self._task.heads):
+                below = self._below_threshold(own[:, position])
+                names = [head.classes[index] for index in decided[:, position].tolist()]
+                heads.append((_blank_where(names, below), own[:, position]))
+                abstained |= below
+        return [(_blank_where(self._task.texts(decided), abstained), joint), *heads], abstained
 
-    def _unsure(self, likeliest: Floats) -> NDArray[np.bool_]:
-        """Whether each class is less likely than the threshold, [N]."""
+    def _below_threshold(self, probabilities: Floats) -> NDArray[np.bool_]:
+        """Whether each of [N] is less than the threshold; with none, no one is."""
         if self._threshold is None:
-            return np.zeros(len(likeliest), np.bool_)
-        return np.asarray(likeliest < self._threshold, np.bool_)
+            return np.zeros(len(probabilities), np.bool_)
+        return np.asarray(probabilities < self._threshold, np.bool_)
 
 
-def _without(texts: list[str], unsure: NDArray[np.bool_]) -> list[str | None]:
-    """The texts, None where an answer is unsure."""
-    return [
-        None if doubtful else text for text, doubtful in zip(texts, unsure.tolist(), strict=True)
-    ]
+def _blank_where(texts: list[str], abstained: NDArray[np.bool_]) -> list[str | None]:
+    return [None if blank else text for text, blank in zip(texts, abstained.tolist(), strict=True)]
 
 
 def _spread(good: NDArray[np.bool_], values: list[Any]) -> list[Any]:
-    """`values` at the places that are good, None at the others."""
+    """`values` for the images that are good, None for the others."""
     if good.all():
         return values
     left = iter(values)
-    return [next(left) if fine else None for fine in good.tolist()]
+    return [next(left) if is_good else None for is_good in good.tolist()]
 
 
 Columns = dict[str, Sequence[Any]]
@@ -171,7 +170,7 @@ def check_ending(path: Path) -> None:
         choices = ", ".join(_OPENERS)
         raise UsageError(f"out: {str(path)!r} has no known ending, expected one of {choices}")
     if path.suffix.lower() == ".parquet":
-        pass
+        import distcls.batch.parquet  # noqa: F401 - raises now if pyarrow is missing
 
 
 @contextlib.contextmanager
@@ -193,9 +192,9 @@ def open_writer(
 
 
 def join(parts: Sequence[Path], path: Path, kind: str, names: Sequence[str] = ()) -> None:
-    """Make one table of tables with the same columns `names`, written by `open_writer`.
+    """Join tables with the same columns `names`, written by `open_writer`, into one.
 
-    `kind` is the ending that says their format. The result depends on the parts' rows alone.
+    `kind` is the ending that decides their format. The result depends on the parts' rows alone.
     """
     if kind.lower() == ".parquet":
         from distcls.batch.parquet import join_tables

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from distcls import log
 from distcls.batch.job import check_output, predict
+from distcls.batch.loading import check_scaled_decoding, load_models, reopen, scale_decoding
 from distcls.batch.options import PredictOptions
-from distcls.batch.setup import check_shrunk, open_predictor, reopen, shrunk
 from distcls.cli import run
 from distcls.config import parse
 from distcls.data.formats.detect import open_source
@@ -17,19 +17,19 @@ ABOUT = "Predict the class of many images; one row each, in input order, bad ima
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, predict, tell."""
+    """Parse, predict, print."""
     options = parse(PredictOptions, arguments, prog="distcls predict", about=ABOUT)
     log.set_quiet(options.quiet)
     source = open_source(options.input, options.split, options.fetch_timeout)
     check_output(options)
-    model = open_predictor(options, source)
+    model = load_models(options, source)
     if options.scaled_decode:
-        usual, source = source, shrunk(source, model)
-        check_shrunk(usual, source, model)
+        original, source = source, scale_decoding(source, model)
+        check_scaled_decoding(original, source, model)
     result = predict(model, source, options, reopen)
-    unsure = f"{result.abstained:,} abstained, " if options.threshold is not None else ""
+    abstained = f"{result.abstained:,} abstained, " if options.threshold is not None else ""
     log.say(
-        f"{result.images:,} images, {result.errors:,} errors, {unsure}"
+        f"{result.images:,} images, {result.errors:,} errors, {abstained}"
         f"{result.images_per_second:,.0f} images/s on {result.provider}: {result.out}"
     )
     if result.features is not None:

@@ -43,20 +43,22 @@ class ShowConfig(TrainConfig):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, look, draw."""
+    """Parse, read the images, draw."""
     config = parse(
         ShowConfig, arguments, prog="distcls show", about=ABOUT, config=True, aside=("out",)
     )
     log.set_quiet(config.quiet)
     check_output(config)
-    from distcls.plotting import draw_grid
+    from distcls.plotting import Tile, draw_grid
     from distcls.training.preview import preview  # torch loads for a right command only
 
     found = preview(config, epoch=config.epoch - 1, count=config.count)
     steps = "step 1" if found.steps == 1 else f"steps 1 to {found.steps}"
     height, width = found.images.shape[1:3]
     title = f"epoch {config.epoch}, {steps}: {len(found.labels)} images of {height}x{width}"
-    draw_grid(found.pixels(), found.labels, config.out, title=title)
+    images = zip(found.pixels(), found.labels, strict=True)
+    tiles = [Tile(image=image, text=label) for image, label in images]
+    draw_grid(tiles, config.out, title=title)
     log.say(f"{title}; wrote {config.out}")
     if config.json:
         result = {"out": str(config.out), "images": len(found.labels), "steps": found.steps}
@@ -72,7 +74,7 @@ def check_output(config: ShowConfig) -> None:
         raise UsageError(f"out: {config.out} is a folder, expected the name of a file")
     if config.out.exists() and not config.overwrite:
         raise UsageError(f"{config.out} exists already; choose another --out or add --overwrite")
-    new_figure(1, 1)  # tells now if matplotlib is missing
+    new_figure(1, 1)  # raises now if matplotlib is missing
     require_writable(config.out.parent)
 
 

@@ -1,6 +1,6 @@
-"""Several answers to one image made into one: several models, or an image and its mirror image.
+"""Ensembling: the mean over several models, or over an image and its mirror image.
 
-What is averaged is the probabilities; the answer is their logarithm, whose softmax gives them
+What is averaged is the probabilities; the output is their logarithm, whose softmax gives them
 back, and of labels their log-odds, whose sigmoid does. Averages of logits would let one
 overconfident model outvote the others.
 """
@@ -37,7 +37,7 @@ class FlipAveraged:
 
     @property
     def provider(self) -> str:
-        """The model's own, and that it is asked twice."""
+        """The model's own, with a word on the second pass."""
         return f"{self._model.provider}, with flips"
 
     @property
@@ -53,33 +53,32 @@ class FlipAveraged:
     def logits(self, images: Images) -> Floats:
         """Logits of the mean probabilities, float32 [N, K], of images [N, H, W, 3]."""
         mirrored = np.ascontiguousarray(images[:, :, ::-1])
-        answers = [self._model.logits(images), self._model.logits(mirrored)]
-        return _log_mean(answers, self.card.task)
+        outputs = [self._model.logits(images), self._model.logits(mirrored)]
+        return _log_mean(outputs, self.card.task)
 
 
 class Ensemble:
     """Several models with the same classes and the same preprocessing of images."""
 
     def __init__(self, models: Sequence[Model], names: Sequence[str]) -> None:
-        """`names` say which is which in an error: UsageError if they do not go together."""
+        """Raises UsageError, with the models' `names`, if classes or preprocessing differ."""
         self.models = list(models)
         first = self.models[0].card
         for model, name in zip(self.models[1:], names[1:], strict=True):
             _check_same(first, model.card, names[0], name)
-        self._card = _merged_card([model.card for model in self.models])
+        self._card = _ensemble_card([model.card for model in self.models])
 
     @property
     def card(self) -> ModelCard:
-        """The first model's, without its certificate, which says nothing of the mean.
+        """The first model's, without its certificate, which does not cover the mean.
 
-        Labels are given from the mean of the models' thresholds on, as their probabilities are
-        means.
+        The thresholds of labels are the means of the models', as the probabilities are.
         """
         return self._card
 
     @property
     def provider(self) -> str:
-        """What computes, each once."""
+        """The models' providers, each once."""
         return ", ".join(dict.fromkeys(model.provider for model in self.models))
 
     @property
@@ -94,8 +93,8 @@ class Ensemble:
 
     def logits(self, images: Images) -> Floats:
         """Logits of the mean probabilities, float32 [N, K], of images [N, H, W, 3]."""
-        answers = [model.logits(images) for model in self.models]
-        return _log_mean(answers, self._card.task)
+        outputs = [model.logits(images) for model in self.models]
+        return _log_mean(outputs, self._card.task)
 
 
 def opened_models(model: Model) -> list[Model]:
@@ -108,32 +107,34 @@ def opened_models(model: Model) -> list[Model]:
 
 
 def executions_of(model: Model) -> list[ExecutionConfig]:
-    """How each of the models in a model is run, in their order."""
-    return [each.execution for each in opened_models(model)]
+    """The execution config of each model of an ensemble in order, or of the one model."""
+    if isinstance(model, Ensemble):
+        return [config for each in model.models for config in executions_of(each)]
+    return [execution_of(model)]
 
 
-def _log_mean(answers: Sequence[Floats], task: Task) -> Floats:
+def _log_mean(outputs: Sequence[Floats], task: Task) -> Floats:
     """The logits that give the mean of the probabilities of [N, K] each."""
-    if not len(answers[0]):
-        return answers[0]
+    if not len(outputs[0]):
+        return outputs[0]
     with np.errstate(invalid="ignore"):  # infinite logits become NaN, which the stream reports
         if task.kind != "multi_label":
-            return _log([task.probabilities(logits) for logits in answers])
-        # yes and no by themselves: one minus a probability near one would be nought
-        broken = np.any([~np.isfinite(logits) for logits in answers], axis=0)
-        odds = _log([sigmoid(logits) for logits in answers])
-        odds -= _log([sigmoid(-logits) for logits in answers])
+            return _log([task.probabilities(logits) for logits in outputs])
+        # yes and no by themselves: one minus a probability near one would be zero
+        broken = np.any([~np.isfinite(logits) for logits in outputs], axis=0)
+        odds = _log([sigmoid(logits) for logits in outputs])
+        odds -= _log([sigmoid(-logits) for logits in outputs])
     odds[broken] = np.nan
     return odds
 
 
 def _log(probabilities: Sequence[NDArray[Any]]) -> Floats:
-    """Logarithm of the mean, float32; of an impossible class finite: infinity is a broken model."""
+    """Logarithm of the mean, float32; finite where the mean is 0: infinity is a broken model."""
     mean = np.mean([values.astype(np.float64) for values in probabilities], axis=0)
     return np.asarray(np.log(np.maximum(mean, np.finfo(np.float32).tiny)), np.float32)
 
 
-def _merged_card(cards: Sequence[ModelCard]) -> ModelCard:
+def _ensemble_card(cards: Sequence[ModelCard]) -> ModelCard:
     task = cards[0].task
     if task.kind == "multi_label":
         known = [_thresholds(card.task) for card in cards]
@@ -147,28 +148,28 @@ def _thresholds(task: Task) -> tuple[float, ...]:
 
 
 def _check_same(first: ModelCard, other: ModelCard, name: str, other_name: str) -> None:
-    own_kind, other_kind = first.task, other.task
-    same_heads = not own_kind.heads or own_kind.slices == other_kind.slices
-    if own_kind.kind != other_kind.kind or not same_heads:
+    own_task, other_task = first.task, other.task
+    same_heads = not own_task.heads or own_task.slices == other_task.slices
+    if own_task.kind != other_task.kind or not same_heads:
         raise UsageError(
-            f"model: {name} has {own_kind.summary()}, {other_name} {other_kind.summary()}; models "
-            "are merged if they answer the same question"
+            f"model: {name} has {own_task.summary()}, {other_name} {other_task.summary()}; the "
+            "models of an ensemble have the same task"
         )
     if len(first.classes) != len(other.classes):
         raise UsageError(
             f"model: {name} has {len(first.classes)} classes, {other_name} {len(other.classes)}; "
-            "models are merged if their classes are the same"
+            "the models of an ensemble have the same classes"
         )
-    for place, (own, given) in enumerate(zip(first.classes, other.classes, strict=True)):
+    for index, (own, given) in enumerate(zip(first.classes, other.classes, strict=True)):
         if own != given:
             raise UsageError(
-                f"model: class {place} is {own!r} in {name} and {given!r} in {other_name}; models "
-                "are merged if their classes are the same in the same order"
+                f"model: class {index} is {own!r} in {name} and {given!r} in {other_name}; the "
+                "models of an ensemble have the same classes in the same order"
             )
     ours, theirs = first.preprocess, other.preprocess
     for key in ("size", "resize", "interpolation", "crop_fraction"):
         if getattr(ours, key) != getattr(theirs, key):
             raise UsageError(
                 f"model: {name} takes images by {key} {getattr(ours, key)}, {other_name} by "
-                f"{getattr(theirs, key)}; models are merged if they see the same pixels"
+                f"{getattr(theirs, key)}; the models of an ensemble have the same preprocessing"
             )

@@ -1,17 +1,19 @@
-"""Features.
+"""Images through a model: threads that decode, preprocess and compute.
 
-OpenCV and ONNX Runtime release the GIL, so threads decode and compute side by side. The model's
-plan says how they share the work (see `distcls.runtime.providers`):
+`stream` pulls a source through the model; `ImageQueue` takes encoded images one by one, from any
+number of threads. Both decode, compute and check alike, so an image has the same logits either way.
+
+OpenCV and ONNX Runtime release the GIL, so threads decode and compute side by side. The layout of
+the model's execution config (see `distcls.runtime.providers`) says how they divide the work:
 
 - workers: each thread takes a batch, decodes it and computes it. Nothing is handed over, and as
   many threads as cores keep all cores busy.
 - stages: threads decode the next batches while others compute; for GPUs, and for models that
-  answer one batch with all cores.
+  compute one batch with all cores.
 
-Only a few batches are under way at a time, whatever the number of images.
-
-A batch is always the same run of consecutive inputs, so its content depends neither on timing nor
-on which images are bad; a bad image makes its batch smaller and leaves the others as they are.
+A batch of `stream` is always the same run of consecutive inputs, so its content depends neither on
+timing nor on which images are bad; a bad image makes its batch smaller and leaves the others as
+they are. Only a few batches are under way at a time, whatever the number of images.
 """
 
 from __future__ import annotations
@@ -22,48 +24,152 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distcls.data.source import ImageSource
-from distcls.errors import BadImage
-from distcls.imaging import Preprocess
-from distcls.plotting import draw_profile
-from distcls.runtime.model import Floats, Model
+from distcls.errors import BadImage, DistclsError
+from distcls.imaging import Preprocess, decode
+from distcls.runtime.model import Floats, Model, answer_width
+from distcls.runtime.providers import execution_of
 from distcls.system import available_cores
 
 Images = NDArray[np.uint8]
+T = TypeVar("T")
+
+DECODE_TASK = 8
+"""Images that a thread takes at a time: handing over costs 20 to 30 us, decoding a 28x28 PNG 30."""
+NOT_FINITE = "the model's output is not finite"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """The model's output for a run of inputs."""
+
+    indices: range
+    """Which inputs of the source."""
+    logits: Floats
+    """[n, K]; NaN where there is an error."""
+    errors: list[str | None]
+    """Why an image has no logits: it cannot be decoded, or they are not finite."""
+    features: Floats | None = None
+    """[n, D] of a model that gives them; NaN where there is an error."""
+
+
+class Profiler:
+    """Seconds of each phase, added up over the threads; any thread may measure.
+
+    decode: reading, decoding and resizing. infer: the model. write: what the consumer of a stream
+    does with its chunks, in its own thread. wait: the rest of the threads' time. A phase that
+    shares a core with another takes longer by the clock, so with more threads than cores the
+    seconds say where threads were, not what the work would cost alone.
+    """
+
+    def __init__(self) -> None:
+        self.threads = 0
+        """Threads that decode or infer."""
+        self.images = 0
+        """Images that were predicted."""
+        self.seconds = 0.0
+        """From the first image read to the last chunk consumed, by the clock."""
+        self._spent = {"decode": 0.0, "infer": 0.0, "write": 0.0}
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        """Add the time of a block to a phase."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            with self._lock:
+                self._spent[phase] += spent
+
+    def spent(self, phase: str) -> float:
+        """Seconds of a phase; of `wait` those in which the threads did neither."""
+        if phase == "wait":
+            busy = self._spent["decode"] + self._spent["infer"]
+            return max(0.0, self.threads * self.seconds - busy)
+        return self._spent[phase]
+
+    def to_json(self) -> dict[str, float | int]:
+        """Plain values, in seconds."""
+        phases = {name: round(self.spent(name), 3) for name in ("decode", "wait", "infer", "write")}
+        return {
+            "images": self.images,
+            "threads": self.threads,
+            "seconds": round(self.seconds, 3),
+            **phases,
+        }
+
+
+def stream(
+    source: ImageSource,
+    model: Model,
+    *,
+    indices: range | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    profiler: Profiler | None = None,
+) -> Generator[Chunk, None, None]:
+    """Run the inputs at `indices` (all by default) through the model, `batch_size` at a time.
+
+    Yields chunks in the order of `indices`. An image that cannot be decoded, or for which the model
+    gives no finite numbers, is an error in its chunk; nothing is raised for it. The batch size is
+    that of the model's execution config unless given, and so is the number of threads.
+    """
+    indices = range(len(source)) if indices is None else indices
+    size = batch_size or execution_of(model).batch_size
+    profiler = profiler or Profiler()
+    pool = _open_pool(model, size, workers, profiler)
+    pending: collections.deque[Future[Chunk]] = collections.deque()
+    began = time.perf_counter()
+    try:
+        for batch in _batches(source, model.card.preprocess, indices, size):
+            pending.append(pool.submit(batch))
+            if len(pending) > pool.prefetch:
+                yield from _next_chunk(pending, profiler)
+        while pending:
+            yield from _next_chunk(pending, profiler)
+    finally:
+        pool.shutdown()
+        profiler.seconds = time.perf_counter() - began
+
+
+def _next_chunk(pending: collections.deque[Future[Chunk]], profiler: Profiler) -> Iterator[Chunk]:
+    chunk = pending.popleft().result()
+    profiler.images += len(chunk.indices)
+    with profiler.measure("write"):
+        yield chunk
 
 
 @dataclasses.dataclass(frozen=True)
-class InputBatch:
-    """A run of inputs, and how to load the one at a place of it."""
+class _Batch:
+    """A run of inputs of a source."""
 
+    source: ImageSource
     indices: range
-    """Which inputs."""
-    load: Callable[[int], Images]
-    """Decodes the one at a place of the batch."""
-    ready: Images | None = None
+    ready: Images | None
     """All of them, [n, H, W, 1 or 3], if they need no preprocessing."""
 
+    def load(self, position: int) -> Images:
+        """The input at a position of the batch, decoded, uint8 RGB [h, w, 3]."""
+        return self.source.load(self.indices[position])
 
-def of_source(
+
+def _batches(
     source: ImageSource, preprocess: Preprocess, indices: range, size: int
-) -> Iterator[InputBatch]:
-    """The inputs at `indices`, `size` at a time."""
+) -> Iterator[_Batch]:
     ready = _ready_array(source, preprocess)
     for start in range(0, len(indices), size):
         run = indices[start : start + size]
-
-        def load(place: int, run: range = run) -> Images:
-            return source.load(run[place])
-
         rows = None if ready is None else ready[run.start : run.stop : run.step]
-        yield InputBatch(run, load, ready=rows)
+        yield _Batch(source, run, rows)
 
 
 def _ready_array(source: ImageSource, preprocess: Preprocess) -> Images | None:
@@ -74,234 +180,286 @@ def _ready_array(source: ImageSource, preprocess: Preprocess) -> Images | None:
     return source.uniform if preprocess(first) is first else None
 
 
-class Profiler:
-    """Seconds of each stage, added up over the threads; safe to be used by all of them.
-
-    decode: reading, decoding and resizing. infer: the model. write: what whoever takes the answers
-    does with them, in its own thread. wait: what is left of the threads' time. A stage that shares
-    a core with others takes longer by the clock, so with more threads than cores the seconds say
-    where threads were, not what the work would cost alone.
-    """
-
-    def __init__(self) -> None:
-        self.threads = 0
-        """Threads that decode or infer."""
-        self.images = 0
-        """Images that were answered."""
-        self.seconds = 0.0
-        """From the first image asked for to the last answer taken, by the clock."""
-        self._spent = {"decode": 0.0, "infer": 0.0, "write": 0.0}
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        """Add the time of a block to a stage."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - began
-            with self._lock:
-                self._spent[stage] += spent
-
-    def spent(self, stage: str) -> float:
-        """Seconds of a stage; of `wait` those in which the working threads did neither."""
-        if stage == "wait":
-            busy = self._spent["decode"] + self._spent["infer"]
-            return max(0.0, self.threads * self.seconds - busy)
-        return self._spent[stage]
-
-    def draw(self, path: Path, title: str = "") -> None:
-        """Draw a bar for the working threads and one for the thread that writes, as a PNG.
-
-        Raises UsageError without matplotlib.
-        """
-        whole = max(self.seconds, 1e-9)
-        working = f"{self.threads} working thread" + "s" * (self.threads != 1)
-        write = self.spent("write")
-        rows = {
-            working: (
-                self.threads * whole,
-                {name: self.spent(name) for name in ("decode", "infer", "wait")},
-            ),
-            "writing thread": (whole, {"write": write, "wait": max(0.0, whole - write)}),
-        }
-        rate = f"{self.images:,} images, {self.images / whole:,.0f} images/s"
-        below = f"percent of {whole:.2f} s, {rate}"
-        draw_profile(rows, path, title=title or "where the time goes", below=below)
-
-    def to_json(self) -> dict[str, float | int]:
-        """Plain values, in seconds."""
-        stages = {name: round(self.spent(name), 3) for name in ("decode", "wait", "infer", "write")}
-        return {
-            "images": self.images,
-            "threads": self.threads,
-            "seconds": round(self.seconds, 3),
-            **stages,
-        }
+def _open_pool(model: Model, size: int, workers: int | None, profiler: Profiler) -> _WorkerPool:
+    execution = execution_of(model)
+    if execution.layout == "workers":
+        return _WorkerPool(model, profiler, workers or execution.streams)
+    return _StagedPool(model, profiler, workers or available_cores(), execution.streams, size)
 
 
-TASK = 8
-"""Images that a thread takes at a time: handing over costs 20 to 30 us, decoding a 28x28 PNG 30."""
+class _WorkerPool:
+    """Threads that turn batches into chunks, each from beginning to end (layout `workers`)."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """The answers to a run of inputs."""
-
-    indices: range
-    """Which inputs of the source."""
-    logits: NDArray[np.float32]
-    """[n, K]; NaN where there is an error."""
-    errors: list[str | None]
-    """Why an image has no answer."""
-
-
-def stream(
-    source: ImageSource,
-    model: Model,
-    *,
-    indices: range | None = None,
-    batch_size: int | None = None,
-    workers: int | None = None,
-    stages: Profiler | None = None,
-) -> Generator[Chunk, None, None]:
-    """Run the inputs at `indices` (all by default) through the model, `batch_size` at a time.
-
-    Yields chunks in the order of `indices`. An image that cannot be decoded, or for which the model
-    gives no finite numbers, is an error in its chunk; nothing is raised for it. The batch size is
-    that of the model's plan unless given; `stages` is told where the time goes.
-    """
-    indices = range(len(source)) if indices is None else indices
-    size = batch_size or model.execution.batch_size
-    stages = stages or Profiler()
-    crew = _crew(model, size, workers, stages)
-    waiting: collections.deque[Future[Chunk]] = collections.deque()
-    began = time.perf_counter()
-    try:
-        for batch in of_source(source, model.card.preprocess, indices, size):
-            waiting.append(crew.submit(batch))
-            if len(waiting) > crew.ahead:
-                yield from _hand_over(waiting.popleft(), stages)
-        while waiting:
-            yield from _hand_over(waiting.popleft(), stages)
-    finally:
-        crew.shutdown()
-        stages.seconds = time.perf_counter() - began
-
-
-def _hand_over(future: Future[Chunk], stages: Profiler) -> Iterator[Chunk]:
-    chunk = future.result()
-    stages.images += len(chunk.indices)
-    with stages.measure("write"):
-        yield chunk
-
-
-class _Crew:
-    """Threads that turn batches into chunks; this one's each do all of it (layout `workers`)."""
-
-    def __init__(self, model: Model, stages: Profiler, threads: int) -> None:
+    def __init__(self, model: Model, profiler: Profiler, threads: int) -> None:
         self._model = model
         self._preprocess = model.card.preprocess
-        self._stages = stages
-        self._own = threading.local()
+        self._profiler = profiler
+        self._local = threading.local()
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        stages.threads = threads
-        self.ahead = 2 * threads
+        profiler.threads = threads
+        self.prefetch = 2 * threads
         """Batches under way; one a thread, and as many finished or about to begin."""
 
-    def submit(self, batch: InputBatch) -> Future[Chunk]:
+    def submit(self, batch: _Batch) -> Future[Chunk]:
         """Begin with a batch as soon as a thread is free."""
-        return self._decoders.submit(self._whole, batch)
+        return self._decoders.submit(self._run, batch)
 
     def shutdown(self) -> None:
         """Finish what is under way, drop what has not begun."""
         self._decoders.shutdown(cancel_futures=True)
 
-    def _whole(self, batch: InputBatch) -> Chunk:
+    def _run(self, batch: _Batch) -> Chunk:
         number = len(batch.indices)
-        buffer = getattr(self._own, "buffer", None)
-        if buffer is None or len(buffer) < number:  # kept: fresh memory costs a fault a page
-            buffer = self._own.buffer = self._empty(number)
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < number:  # reused: fresh memory costs a fault a page
+            buffer = self._local.buffer = self._empty(number)
         images = buffer[:number]
         errors: list[str | None] = [None] * number
         self._decode(batch, images, errors, range(number))
-        return self._infer(batch, images, errors)
+        return _infer(self._model, batch.indices, images, errors, self._profiler)
 
     def _empty(self, number: int) -> Images:
         return np.empty((number, *self._preprocess.size, 3), np.uint8)
 
     def _decode(
-        self, batch: InputBatch, images: Images, errors: list[str | None], places: range
+        self, batch: _Batch, images: Images, errors: list[str | None], positions: range
     ) -> None:
-        with self._stages.measure("decode"):
+        with self._profiler.measure("decode"):
             if batch.ready is not None:
-                here = slice(places.start, places.stop)
-                images[here] = batch.ready[here]  # repeats a grey channel
+                run = slice(positions.start, positions.stop)
+                images[run] = batch.ready[run]  # repeats a grey channel
                 return
-            for place in places:
+            for position in positions:
                 try:
-                    images[place] = self._preprocess(batch.load(place))
+                    images[position] = self._preprocess(batch.load(position))
                 except BadImage as error:
-                    errors[place] = str(error)
-
-    def _infer(self, batch: InputBatch, images: Images, errors: list[str | None]) -> Chunk:
-        good = np.array([error is None for error in errors])
-        logits = np.full((len(good), self._model.output_width), np.nan, np.float32)
-        if good.any():
-            with self._stages.measure("infer"):
-                logits[good] = self._model.logits(images if good.all() else images[good])
-        for place in np.flatnonzero(good & ~np.isfinite(logits).all(axis=1)):
-            errors[place] = "the model's output is not finite"
-            logits[place] = np.nan
-        return Chunk(batch.indices, logits, errors)
+                    errors[position] = str(error)
 
 
-class _Staged(_Crew):
+class _StagedPool(_WorkerPool):
     """Some threads decode, others compute (layout `stages`)."""
 
     def __init__(
-        self, model: Model, stages: Profiler, threads: int, streams: int, size: int
+        self, model: Model, profiler: Profiler, threads: int, streams: int, size: int
     ) -> None:
-        super().__init__(model, stages, threads)
-        self._callers = ThreadPoolExecutor(streams, thread_name_prefix="infer")
-        stages.threads = threads + streams
-        self.ahead = streams + math.ceil(2 * threads * TASK / size)
+        super().__init__(model, profiler, threads)
+        self._streams = ThreadPoolExecutor(streams, thread_name_prefix="infer")
+        profiler.threads = threads + streams
+        self.prefetch = streams + math.ceil(2 * threads * DECODE_TASK / size)
 
-    def submit(self, batch: InputBatch) -> Future[Chunk]:
+    def submit(self, batch: _Batch) -> Future[Chunk]:
         number = len(batch.indices)
         images = self._empty(number)
         errors: list[str | None] = [None] * number
-        step = number if batch.ready is not None else TASK
+        step = number if batch.ready is not None else DECODE_TASK
         tasks = [
             self._decoders.submit(
                 self._decode, batch, images, errors, range(start, min(start + step, number))
             )
             for start in range(0, number, step)
         ]
-        return self._callers.submit(self._gather, tasks, batch, images, errors)
+        return self._streams.submit(self._gather, tasks, batch, images, errors)
 
     def shutdown(self) -> None:
-        super().shutdown()  # first: a caller may be waiting for what is decoded, or cancelled, here
-        self._callers.shutdown(cancel_futures=True)
+        super().shutdown()  # first: a stream may be waiting for decoders, or be cancelled, here
+        self._streams.shutdown(cancel_futures=True)
 
     def _gather(
-        self, tasks: list[Future[None]], batch: InputBatch, images: Images, errors: list[str | None]
+        self, tasks: list[Future[None]], batch: _Batch, images: Images, errors: list[str | None]
     ) -> Chunk:
         for task in tasks:
             task.result()
-        return self._infer(batch, images, errors)
+        return _infer(self._model, batch.indices, images, errors, self._profiler)
 
 
-def _crew(model: Model, size: int, workers: int | None, stages: Profiler) -> _Crew:
-    execution = model.execution
-    if execution.layout == "workers":
-        return _Crew(model, stages, workers or execution.streams)
-    return _Staged(model, stages, workers or available_cores(), execution.streams, size)
+def _infer(
+    model: Model, indices: range, images: Images, errors: list[str | None], profiler: Profiler
+) -> Chunk:
+    """The model's output for images [n, H, W, 3]; fills `errors` for what is not finite."""
+    good = np.array([error is None for error in errors])
+    output = np.full((len(good), answer_width(model)), np.nan, np.float32)
+    if good.any():
+        with profiler.measure("infer"):
+            output[good] = model.logits(images if good.all() else images[good])
+    for position in np.flatnonzero(good & ~np.isfinite(output).all(axis=1)):
+        errors[position] = NOT_FINITE
+        output[position] = np.nan
+    classes = len(model.card.classes)
+    features = output[:, classes:] if output.shape[1] > classes else None
+    return Chunk(indices=indices, logits=output[:, :classes], errors=errors, features=features)
 
 
-def split_features(chunk: Chunk, width: int) -> tuple[Chunk, Floats]:
-    """A chunk of such answers as a plain chunk and the features, [n, width]; NaN for bad images."""
-    classes = chunk.logits.shape[1] - width
-    plain = dataclasses.replace(chunk, logits=chunk.logits[:, :classes])
-    return plain, chunk.logits[:, classes:]
+class ImageQueue(Generic[T]):
+    """Threads that predict encoded images as they come, batched with whatever else is waiting.
+
+    No timer holds an image back: a free thread takes what is there, up to the batch size. Where
+    several threads compute they divide a burst between them. Safe to use from any thread.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        convert: Callable[[Chunk], Sequence[T]],
+        *,
+        batch_size: int | None = None,
+        workers: int | None = None,
+    ) -> None:
+        """`convert` turns a chunk into a result for each of its images, in the worker threads."""
+        execution = execution_of(model)
+        size = batch_size or execution.batch_size
+        self._model = model
+        self._convert = convert
+        self._profiler = Profiler()
+        self._batchers: list[_Batcher[_Request[T]]]
+        if execution.layout == "workers":
+            threads = workers or execution.streams
+            self._batchers = [_Batcher(self._run, threads, size, "predict")]
+        else:
+            threads = workers or available_cores()
+            computing = _Batcher(self._compute, execution.streams, size, "infer")
+            decoding = _Batcher(self._decode_for(computing), threads, 1, "decode")
+            self._batchers = [decoding, computing]
+
+    def submit(self, data: bytes) -> Future[T]:
+        """Predict an encoded image; returns at once.
+
+        The future ends with the result, or raises what the model raised, or DistclsError if the
+        queue was closed before the image's turn. Raises DistclsError if it is closed already.
+        """
+        request: _Request[T] = _Request(data)
+        self._batchers[0].put(request)
+        return request.future
+
+    @property
+    def waiting(self) -> int:
+        """Images that no thread has taken yet."""
+        return sum(batcher.waiting for batcher in self._batchers)
+
+    def close(self) -> None:
+        """Finish the batches under way; the futures of images still waiting raise DistclsError."""
+        for batcher in self._batchers:
+            for request in batcher.close():
+                request.fail(DistclsError(CLOSED))
+
+    def _run(self, requests: list[_Request[T]]) -> None:
+        self._compute([request for request in requests if self._decode(request)])
+
+    def _decode_for(self, computing: _Batcher[_Request[T]]) -> Callable[[list[_Request[T]]], None]:
+        def decode_then_put(requests: list[_Request[T]]) -> None:
+            for request in requests:
+                if self._decode(request):
+                    try:
+                        computing.put(request)
+                    except RuntimeError as error:  # the interpreter is shutting down
+                        request.fail(error)
+
+        return decode_then_put
+
+    def _decode(self, request: _Request[T]) -> bool:
+        """Whether the request is to be computed; not if it was cancelled or has failed."""
+        if not request.future.set_running_or_notify_cancel():
+            return False
+        preprocess = self._model.card.preprocess
+        try:
+            with self._profiler.measure("decode"):
+                request.image = preprocess(decode(request.data))
+        except BadImage as error:
+            request.error = str(error)
+        except Exception as error:  # a bug, and this image's alone: its neighbours go on
+            request.fail(error)
+            return False
+        request.data = b""
+        return True
+
+    def _compute(self, requests: list[_Request[T]]) -> None:
+        if not requests:
+            return
+        try:
+            blank = np.zeros((*self._model.card.preprocess.size, 3), np.uint8)
+            images = np.stack([blank if r.image is None else r.image for r in requests])
+            errors = [request.error for request in requests]
+            indices = range(len(requests))
+            chunk = _infer(self._model, indices, images, errors, self._profiler)
+            results = self._convert(chunk)
+        except Exception as error:  # the threads live on, whatever a batch does
+            for request in requests:
+                request.fail(error)
+            return
+        for request, result in zip(requests, results, strict=True):
+            request.future.set_result(result)
+
+
+CLOSED = "the predictor is closed"
+
+
+class _Request(Generic[T]):
+    """An encoded image on its way, with the future of its result."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.image: Images | None = None
+        """Preprocessed, [H, W, 3]."""
+        self.error: str | None = None
+        self.future: Future[T] = Future()
+
+    def fail(self, error: Exception) -> None:
+        """End the future with an error, unless whoever waited has cancelled it."""
+        if self.future.running() or self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+
+class _Batcher(Generic[T]):
+    """A queue whose threads each take what is waiting, up to a number of items.
+
+    A thread runs only while something waits, so an idle batcher that nobody closes keeps no
+    process from ending.
+    """
+
+    def __init__(
+        self, handle: Callable[[list[T]], None], threads: int, most: int, name: str
+    ) -> None:
+        """`handle` must not raise."""
+        self._handle = handle
+        self._threads = threads
+        self._most = most
+        self._items: collections.deque[T] = collections.deque()
+        self._active = 0
+        self._closed = False
+        self._lock = threading.Lock()
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
+
+    @property
+    def waiting(self) -> int:
+        """Items that no thread has taken yet."""
+        return len(self._items)
+
+    def put(self, item: T) -> None:
+        """Add an item. Raises DistclsError after `close`."""
+        with self._lock:
+            if self._closed:
+                raise DistclsError(CLOSED)
+            if self._active < self._threads:
+                self._executor.submit(self._drain)
+                self._active += 1
+            self._items.append(item)
+
+    def close(self) -> list[T]:
+        """Take nothing more, wait for what is under way, and return what was not taken."""
+        with self._lock:
+            self._closed = True
+            left = list(self._items)
+            self._items.clear()
+        self._executor.shutdown()
+        return left
+
+    def _drain(self) -> None:
+        while items := self._take():
+            self._handle(items)
+
+    def _take(self) -> list[T]:
+        with self._lock:
+            # divided among the threads: one that took all would leave the others idle meanwhile
+            number = min(self._most, math.ceil(len(self._items) / self._threads))
+            if not number:
+                self._active -= 1
+            return [self._items.popleft() for _ in range(number)]

@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from distcls.batch.job import predict
+from distcls.batch.loading import COMPARED, check_scaled_decoding, scale_decoding
 from distcls.batch.options import PredictOptions
-from distcls.batch.setup import CHECKED, check_shrunk, shrunk
 from distcls.data.formats.detect import open_input
 from distcls.data.source import ImageSource, from_encoded
 from distcls.errors import UsageError
@@ -104,8 +104,8 @@ def test_a_photo_on_its_side_keeps_enough_of_both_sides() -> None:
 
 def test_the_answers_stay(folder: Path, tmp_path: Path) -> None:
     model, source = Brightest(), open_input(str(folder))
-    fast = shrunk(source, model)
-    check_shrunk(source, fast, model)
+    fast = scale_decoding(source, model)
+    check_scaled_decoding(source, fast, model)
     assert fast.load(0).shape == (75, 100, 3)
     path, tables = tmp_path / "m.onnx", []
     path.write_bytes(b"")  # only its digest is asked for
@@ -119,25 +119,25 @@ def test_the_answers_stay(folder: Path, tmp_path: Path) -> None:
 
 def test_changed_answers_are_refused(folder: Path) -> None:
     source, model = open_input(str(folder)), Precise()
-    with pytest.raises(UsageError, match=r"scaled_decode: the answer of \d+ of 12 images changes"):
-        check_shrunk(source, shrunk(source, model), model)
+    with pytest.raises(UsageError, match=r"scaled_decode: the label of \d+ of 12 images changes"):
+        check_scaled_decoding(source, scale_decoding(source, model), model)
 
 
 def test_the_images_that_are_checked_are_of_the_whole_input() -> None:
     data = jpeg(photo(0))
-    source = from_encoded([""] * (CHECKED + 60), lambda index: data)
+    source = from_encoded([""] * (COMPARED + 60), lambda index: data)
     seen: list[int] = []
 
     def load(index: int) -> NDArray[np.uint8]:
         seen.append(index)
         return decode(data)
 
-    check_shrunk(source, dataclasses.replace(source, load=load), Brightest())
-    assert len(seen) <= CHECKED
-    assert max(seen) >= CHECKED + 50
+    check_scaled_decoding(source, dataclasses.replace(source, load=load), Brightest())
+    assert len(seen) <= COMPARED
+    assert max(seen) >= COMPARED + 50
 
 
 def test_without_files_there_is_nothing_to_scale() -> None:
     source = ImageSource(image_ids=["a"], load=photo)
     with pytest.raises(UsageError, match="scaled_decode: this input is decoded already"):
-        shrunk(source, Brightest())
+        scale_decoding(source, Brightest())
