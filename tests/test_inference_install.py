@@ -13,7 +13,7 @@ import pytest
 
 from tests.e2e.commands import ROOT
 from tests.sources import write_manifest
-from tests.test_predict_answers import with_features
+from tests.test_predict_rows import with_features
 from tests.test_writers import read
 
 EXTRA = ("torch", "torchvision", "accelerate", "onnx", "matplotlib", "sklearn", "timm", "ray")

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, and tallies that add up."""
+"""Metrics against scikit-learn, states that add up, and the registry."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from sklearn.metrics import (
     accuracy_score,
     confusion_matrix,
     log_loss,
+    matthews_corrcoef,
     precision_recall_fscore_support,
     top_k_accuracy_score,
 )
 
-from distcls.evaluation.metrics import HIGHER_IS_BETTER, Tally, default_mode
+from distcls.evaluation.metrics import (
+    METRICS,
+    Metrics,
+    SingleLabelState,
+    default_mode,
+    register_metric,
+)
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -43,10 +50,10 @@ def test_equals_scikit_learn(case: tuple[NDArray[np.float32], NDArray[np.int64]]
     logits, labels = case
     classes = list(range(logits.shape[1]))
     predicted = logits.argmax(axis=1)
-    tally = Tally(len(classes))
+    state = SingleLabelState(len(classes))
     for start in range(0, len(labels), 7):
-        tally.update(logits[start : start + 7], labels[start : start + 7])
-    metrics = tally.metrics()
+        state.update(logits[start : start + 7], labels[start : start + 7])
+    metrics = state.compute()
     np.testing.assert_array_equal(
         metrics.confusion, confusion_matrix(labels, predicted, labels=classes)
     )
@@ -77,47 +84,48 @@ def test_equals_scikit_learn(case: tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 def test_loss_is_stable_where_exp_overflows() -> None:
-    tally = Tally(2)
-    tally.update(np.array([[5000, 0], [-5000, 0]], np.float32), np.array([0, 0]))
-    assert tally.metrics().loss == pytest.approx(2500.0)
+    state = SingleLabelState(2)
+    state.update(np.array([[5000, 0], [-5000, 0]], np.float32), np.array([0, 0]))
+    assert state.compute().loss == pytest.approx(2500.0)
 
 
 def test_ties_are_no_hits() -> None:
-    tally = Tally(8)
-    tally.update(np.zeros((2, 8), np.float32), np.array([7, 0]))
-    metrics = tally.metrics()
+    state = SingleLabelState(8)
+    state.update(np.zeros((2, 8), np.float32), np.array([7, 0]))
+    metrics = state.compute()
     assert (metrics.top1, metrics.top5) == (0.5, 0.5)
 
 
-def test_vectors_of_several_processes_add_up() -> None:
+def test_states_of_processes_add_up() -> None:
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(101, 7)).astype(np.float32)
     labels = rng.integers(0, 7, 101)
-    whole = Tally(7)
+    whole = SingleLabelState(7)
     whole.update(logits, labels)
     parts = []
     for rank in range(3):
-        part = Tally(7)
+        part = SingleLabelState(7)
         part.update(logits[rank::3], labels[rank::3])
-        parts.append(part.vector())
+        parts.append(part.state())
     assert parts[0].dtype == np.float64
-    added = Tally.from_vector(np.sum(parts, axis=0), 7)
+    added = SingleLabelState(7)
+    added.merge(np.sum(parts, axis=0))
     np.testing.assert_array_equal(added.confusion, whole.confusion)
     assert added.confusion.dtype == np.int64
     assert added.top5_hits == whole.top5_hits
-    assert added.metrics().scalars() == pytest.approx(whole.metrics().scalars(), rel=1e-12)
+    assert added.compute().scalars() == pytest.approx(whole.compute().scalars(), rel=1e-12)
 
 
-def test_nothing_tallied_is_zero() -> None:
-    tally = Tally(3)
-    tally.update(np.zeros((0, 3), np.float32), np.zeros(0, np.int64))
-    assert set(tally.metrics().scalars().values()) == {0.0}
+def test_no_samples_give_zero() -> None:
+    state = SingleLabelState(3)
+    state.update(np.zeros((0, 3), np.float32), np.zeros(0, np.int64))
+    assert set(state.compute().scalars().values()) == {0.0}
 
 
 def test_a_nan_is_seen_in_the_loss() -> None:
-    tally = Tally(2)
-    tally.update(np.array([[np.nan, 1], [1, np.inf]], np.float32), np.array([0, 1]))
-    assert np.isnan(tally.metrics().loss)
+    state = SingleLabelState(2)
+    state.update(np.array([[np.nan, 1], [1, np.inf]], np.float32), np.array([0, 1]))
+    assert np.isnan(state.compute().loss)
 
 
 @pytest.mark.parametrize(
@@ -126,12 +134,47 @@ def test_a_nan_is_seen_in_the_loss() -> None:
 )
 def test_what_does_not_fit_is_refused(logits: tuple[int, int], labels: list[int]) -> None:
     with pytest.raises(ValueError, match="classes"):
-        Tally(3).update(np.zeros(logits, np.float32), np.array(labels))
+        SingleLabelState(3).update(np.zeros(logits, np.float32), np.array(labels))
 
 
 def test_modes() -> None:
     assert default_mode("loss") == "min"
     assert default_mode("macro_f1") == "max"
-    assert list(Tally(2).metrics().scalars()) == list(HIGHER_IS_BETTER)
+    names = [name for name in METRICS if name != "exact"]  # of a single label it is top-1
+    assert list(SingleLabelState(2).compute().scalars()) == names
     with pytest.raises(ValueError, match="did you mean 'macro_f1'"):
         default_mode("macrof1")
+
+
+def test_a_registered_metric_is_computed_and_monitored(monkeypatch: pytest.MonkeyPatch) -> None:
+    from distcls.training.config import MonitorConfig
+
+    for name, metric in dict(METRICS).items():  # puts the registry back afterwards
+        monkeypatch.setitem(METRICS, name, metric)
+    monkeypatch.setitem(METRICS, "matthews", METRICS["loss"])
+    del METRICS["matthews"]
+
+    @register_metric("matthews")
+    def matthews(metrics: Metrics) -> float:
+        """Matthews' correlation coefficient (Gorodkin, 2004) from the confusion matrix."""
+        matrix = metrics.confusion.astype(np.float64)
+        truth, predicted, count = matrix.sum(1), matrix.sum(0), matrix.sum()
+        spread = (count**2 - truth @ truth) * (count**2 - predicted @ predicted)
+        return float((np.trace(matrix) * count - truth @ predicted) / np.sqrt(spread))
+
+    rng = np.random.default_rng(0)
+    labels, logits = rng.integers(0, 4, 50), rng.normal(size=(50, 4)).astype(np.float32)
+    state = SingleLabelState(4)
+    state.update(logits, labels)
+    expected = matthews_corrcoef(labels, logits.argmax(axis=1))
+    assert state.compute().scalars()["matthews"] == pytest.approx(expected, rel=1e-12)
+    assert MonitorConfig(metric="matthews").resolved_mode == "max"
+    with pytest.raises(ValueError, match="'matthews' exists already"):
+        register_metric("matthews")(matthews)
+
+
+def test_a_metric_may_be_best_at_its_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "error", METRICS["loss"])
+    del METRICS["error"]
+    register_metric("error", higher_is_better=False)(lambda metrics: 1 - metrics.top1)
+    assert default_mode("error") == "min"

@@ -26,7 +26,7 @@ from distcls.errors import BadImage, UsageError
 from distcls.runtime.model import OnnxModel
 from distcls.runtime.providers import ExecutionConfig
 from tests import tiny_dataset, tiny_onnx
-from tests.test_predict_answers import with_features
+from tests.test_predict_rows import with_features
 
 COUNT, ROWS = 50, 16
 ENDINGS = [".csv", ".jsonl", ".parquet"]

@@ -83,7 +83,7 @@ def test_best_epoch_follows_the_direction_of_the_metric(monitor: str, epoch: int
         {"epoch": 2.0, "val_loss": 0.3, "val_top1": 0.7},
         {"epoch": 3.0, "val_loss": 0.4, "val_top1": 0.8},
     ]
-    best = plotting._best_row(rows, monitor)
+    best = plotting._best_row(rows, monitor, None)
     assert best is not None
     assert best["epoch"] == epoch
 
@@ -92,7 +92,7 @@ def test_missing_matplotlib_names_the_extra() -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
         "from distcls.errors import UsageError\n"
-        "from distcls.evaluation import plots\n"
+        "from distcls import plotting\n"
         "import numpy as np, pathlib\n"
         "for draw in (lambda p: plotting.curves([{'epoch': 1.0}], p),\n"
         "             lambda p: plotting.confusion(np.eye(2, dtype=int), ['a', 'b'], p)):\n"
@@ -103,10 +103,13 @@ def test_missing_matplotlib_names_the_extra() -> None:
     assert done.stdout.count('pip install "distcls[plot]"') == 2
 
 
-def test_torch_free_rooms_load_neither_torch_nor_matplotlib() -> None:
+def test_inference_loads_neither_torch_nor_matplotlib() -> None:
     modules = [
-        *(f"distcls.inference.{p.stem}" for p in Path("distcls/inference").glob("*.py")),
-        *(f"distcls.evaluation.{p.stem}" for p in Path("distcls/evaluation").glob("*.py")),
+        *(
+            f"distcls.{folder}.{path.stem}"
+            for folder in ("runtime", "batch", "evaluation")
+            for path in Path("distcls", folder).glob("*.py")
+        ),
         "distcls.commands.predict",
         "distcls.evaluate",
         "distcls.predictor",

@@ -25,7 +25,7 @@ from distcls.batch.ray import WorkerAllocation
 from distcls.errors import UsageError
 from tests import tiny_dataset
 from tests.e2e.commands import ROOT
-from tests.test_predict_answers import with_features
+from tests.test_predict_rows import with_features
 
 PARTS, ROWS = 12, 4
 

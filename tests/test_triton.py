@@ -16,7 +16,7 @@ from distcls.export import triton
 from distcls.runtime.model import OnnxModel
 from distcls.task import Head, Task
 from tests import tiny_onnx
-from tests.test_predict_answers import with_features
+from tests.test_predict_rows import with_features
 
 CLASSES = ("red", 'gr\nee"n', "blü \\ x")
 

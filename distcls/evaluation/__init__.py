@@ -1,1 +1,1 @@
-"""How good a model is: metrics, the evaluation of a split, and their plots."""
+"""How good a model is: metrics, and the evaluation of a split."""

@@ -1,15 +1,21 @@
-"""Tallies of images with several answers: a class in each head, or any number of labels.
+"""Classification metrics: states that processes sum up, and the figures computed from them.
 
-Like `distcls.evaluation.metrics.Tally` they are sums, so that several processes can add them up.
-
-A tally is a handful of sums, so that every sample counts once whatever the number of processes and
+A state is a handful of sums, so that every sample counts once whatever the number of processes and
 the size of the last batch. NumPy alone: the metrics of a checkpoint and of its ONNX file come from
 the same lines.
+
+    metric_state(task)    an empty state: SingleLabelState, MultiHeadState or MultiLabelState
+    state.update(...)     add a batch of logits and labels
+    state.state()         all sums as one vector; those of all processes add up
+    state.merge(vector)   add such a vector
+    state.compute()       Metrics
+    METRICS               the figures by name; `register_metric` adds one
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import numpy as np
@@ -22,51 +28,28 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Mode = Literal["min", "max"]
 
-HIGHER_IS_BETTER = {
-    "loss": False,
-    "top1": True,
-    "top5": True,
-    "macro_precision": True,
-    "macro_recall": True,
-    "macro_f1": True,
-    "weighted_precision": True,
-    "weighted_recall": True,
-    "weighted_f1": True,
-}
-"""The metrics that early stopping and the choice of the best epoch may watch."""
-EXACT = "exact"
-"""One more, where an image has several answers; of one class it is top-1."""
-MONITORED = {**HIGHER_IS_BETTER, EXACT: True}
-
-
-def default_mode(name: str) -> Mode:
-    """Whether a metric is best at its least or greatest. Raises ValueError for an unknown one."""
-    if name not in MONITORED:
-        raise ValueError(f"unknown metric {name!r}{did_you_mean(name, MONITORED)}")
-    return "max" if MONITORED[name] else "min"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Metrics:
-    """The figures of one evaluation. A quotient of nothing by nothing is 0, as in scikit-learn.
+    """The figures of one evaluation. 0 divided by 0 is 0, as in scikit-learn.
 
-    K classes are all that the model has names for: those of heads one after the other, or labels.
+    K counts all classes: those of the heads one after the other, or the labels.
     """
 
     loss: float
     """Mean cross-entropy in nats, over the heads too; of labels the mean binary one."""
     top1: float
-    """Part of the samples whose class has the greatest logit; of several answers an image the part
-    of all answers (a head's class, a label's yes or no) that are right."""
+    """Fraction of the samples whose class has the greatest logit; for multi-head and multi-label
+    the fraction of all decisions (a head's class, a label's yes or no) that are right."""
     top5: float | None
-    """Part of the samples whose class is among the greatest five logits (all of them if fewer), the
-    mean over the heads; None for labels."""
+    """Fraction of the samples whose class is among the greatest five logits (all of them if fewer),
+    the mean over the heads; None for labels."""
     count: int
     """Samples."""
     precision: Floats
-    """Of the samples predicted as a class, the part that is one; [K]."""
+    """Of the samples predicted as a class, the fraction that is one; [K]."""
     recall: Floats
-    """Of the samples of a class, the part that was predicted so; [K]."""
+    """Of the samples of a class, the fraction that was predicted so; [K]."""
     f1: Floats
     """Harmonic mean of precision and recall, [K]."""
     support: Integers
@@ -75,12 +58,12 @@ class Metrics:
     """Samples by true class (rows) and predicted class (columns), [K, K], of heads block by block;
     of labels for each one by no and yes, [K, 2, 2]."""
     exact: float | None = None
-    """Part of the samples of whose several answers all are right; None for one class an image."""
+    """Fraction of the samples with all heads or labels right; None for a single label."""
     thresholds: tuple[float, ...] | None = None
     """Of labels: the probability that gives each the greatest F1 on these samples, [K]."""
 
     # Macro means run over the classes that occur, as truth or as prediction: scikit-learn does the
-    # same (but not for labels), and a class that a split lacks says nothing about the model.
+    # same (but not for labels), and a class absent from a split is no evidence about the model.
 
     @property
     def macro_precision(self) -> float:
@@ -113,8 +96,8 @@ class Metrics:
         return self._weighted(self.f1)
 
     def scalars(self) -> dict[str, float]:
-        """Every single figure that there is by name, in the order of `MONITORED`."""
-        figures = {name: getattr(self, name) for name in MONITORED}
+        """The figures that the task has by name, in the order of `METRICS`."""
+        figures = {name: metric.compute(self) for name, metric in METRICS.items()}
         return {name: float(value) for name, value in figures.items() if value is not None}
 
     def _macro(self, values: Floats) -> float:
@@ -127,8 +110,86 @@ class Metrics:
         return float((values * self.support).sum() / max(1, int(self.support.sum())))
 
 
-class Tally:
-    """Sums over samples of one class each, from which all metrics follow."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One figure of an evaluation, which early stopping and the choice of the best may monitor."""
+
+    compute: Callable[[Metrics], float | None]
+    """From an evaluation; None where the task has no such figure."""
+    higher_is_better: bool = True
+
+
+METRICS = {
+    "loss": Metric(compute=lambda metrics: metrics.loss, higher_is_better=False),
+    "top1": Metric(compute=lambda metrics: metrics.top1),
+    "top5": Metric(compute=lambda metrics: metrics.top5),
+    "macro_precision": Metric(compute=lambda metrics: metrics.macro_precision),
+    "macro_recall": Metric(compute=lambda metrics: metrics.macro_recall),
+    "macro_f1": Metric(compute=lambda metrics: metrics.macro_f1),
+    "weighted_precision": Metric(compute=lambda metrics: metrics.weighted_precision),
+    "weighted_recall": Metric(compute=lambda metrics: metrics.weighted_recall),
+    "weighted_f1": Metric(compute=lambda metrics: metrics.weighted_f1),
+    "exact": Metric(compute=lambda metrics: metrics.exact),
+}
+"""Every figure by name, as in metrics.json, history.csv and `monitor.metric`."""
+MONITORED = METRICS
+EXACT = "exact"
+"""The one that a single-label task does not have."""
+
+
+def register_metric(
+    name: str, *, higher_is_better: bool = True
+) -> Callable[[Callable[[Metrics], float | None]], Callable[[Metrics], float | None]]:
+    """A decorator that adds a function of `Metrics` to `METRICS`.
+
+    Every evaluation then has the figure, and training may monitor it. Raises ValueError if the name
+    is taken.
+    """
+
+    def register(compute: Callable[[Metrics], float | None]) -> Callable[[Metrics], float | None]:
+        if name in METRICS:
+            raise ValueError(f"metric {name!r} exists already")
+        METRICS[name] = Metric(compute=compute, higher_is_better=higher_is_better)
+        return compute
+
+    return register
+
+
+def default_mode(name: str) -> Mode:
+    """Whether a metric is best at its least or greatest. Raises ValueError for an unknown one."""
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}{did_you_mean(name, METRICS)}")
+    return "max" if METRICS[name].higher_is_better else "min"
+
+
+class MetricState(Protocol):
+    """Sums over samples from which all metrics follow, whatever the task."""
+
+    def update(self, logits: NDArray[np.float32], labels: Integers) -> None:
+        """Add a batch: logits [N, classes], and labels as `distcls.data.dataset.Split` has them.
+
+        Raises ValueError if the shapes do not fit or a label is no class.
+        """
+
+    def state(self) -> Floats:
+        """All sums as one vector; counts are exact in float64 up to 2**53."""
+
+    def merge(self, state: Floats) -> None:
+        """Add the vector of another process, or the sum of such."""
+
+    def compute(self) -> Metrics:
+        """The metrics so far."""
+
+
+def metric_state(task: Task) -> MetricState:
+    """An empty state for a task."""
+    if task.single:
+        return SingleLabelState(len(task.classes))
+    return MultiHeadState(task) if task.heads else MultiLabelState(task)
+
+
+class SingleLabelState:
+    """See `MetricState`; one class per sample."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -161,23 +222,17 @@ class Tally:
         self.loss_sum += float((_log_sum_exp(exact) - of_truth).sum())
         self.top5_hits += _hits(exact, of_truth, labels, k=5)
 
-    def vector(self) -> Floats:
-        """All sums as float64 [K * K + 2]; vectors of several processes add up to the whole.
-
-        Counts are exact in float64 up to 2**53.
-        """
+    def state(self) -> Floats:
+        """All sums as float64 [K * K + 2]."""
         return np.concatenate([self.confusion.ravel(), [self.loss_sum, self.top5_hits]])
 
-    @classmethod
-    def from_vector(cls, vector: Floats, num_classes: int) -> Tally:
-        """The tally of a (summed) `vector`."""
-        tally = cls(num_classes)
-        tally.confusion = np.rint(vector[:-2]).astype(np.int64).reshape(num_classes, num_classes)
-        tally.loss_sum = float(vector[-2])
-        tally.top5_hits = round(float(vector[-1]))
-        return tally
+    def merge(self, state: Floats) -> None:
+        """Add the vector of another process, or the sum of such."""
+        self.confusion += np.rint(state[:-2]).astype(np.int64).reshape(self.confusion.shape)
+        self.loss_sum += float(state[-2])
+        self.top5_hits += round(float(state[-1]))
 
-    def metrics(self) -> Metrics:
+    def compute(self) -> Metrics:
         """The metrics so far."""
         hits = np.diag(self.confusion).astype(np.float64)
         support = self.confusion.sum(axis=1)
@@ -188,60 +243,20 @@ class Tally:
             top1=float(hits.sum()) / max(1, count),
             top5=self.top5_hits / max(1, count),
             count=count,
-            precision=quotient(hits, predicted),
-            recall=quotient(hits, support),
-            f1=quotient(2 * hits, support + predicted),
+            precision=_quotient(hits, predicted),
+            recall=_quotient(hits, support),
+            f1=_quotient(2 * hits, support + predicted),
             support=support,
             confusion=self.confusion.copy(),
         )
 
 
-def _log_sum_exp(logits: Floats) -> Floats:
-    """log(sum(exp(logits))) of each row, without overflow, [N]."""
-    peak = logits.max(axis=1, keepdims=True)
-    with np.errstate(invalid="ignore"):  # a row with inf or NaN gives NaN, which the caller sees
-        return np.asarray(np.log(np.exp(logits - peak).sum(axis=1)) + peak[:, 0], np.float64)
-
-
-def _hits(logits: Floats, of_truth: Floats, labels: Integers, k: int) -> int:
-    """How many rows have their true class among the greatest `k`.
-
-    Of equal logits the lower class comes first, as in argmax, so that ties never help.
-    """
-    above = (logits > of_truth[:, None]).sum(axis=1)
-    earlier = np.arange(logits.shape[1]) < labels[:, None]
-    tied = ((logits == of_truth[:, None]) & earlier).sum(axis=1)
-    return int(((above + tied < k) & ~np.isnan(of_truth)).sum())
-
-
-def quotient(numerator: Floats, denominator: Integers) -> Floats:
-    """Elementwise; nothing by nothing is 0."""
-    return np.asarray(np.where(denominator > 0, numerator / np.maximum(denominator, 1), 0.0))
-
-
-BINS = 1000
-"""Thresholds are found to one part in so many."""
-
-
-class AnyTally(Protocol):
-    """Sums over samples from which all metrics follow, whatever the kind of answer."""
-
-    def update(self, logits: NDArray[np.float32], labels: Integers) -> None:
-        """Add a batch: logits [N, classes], and labels as `distcls.data.dataset.Split` has them."""
-
-    def vector(self) -> Floats:
-        """All sums as float64; vectors of several processes add up to the whole."""
-
-    def metrics(self) -> Metrics:
-        """The metrics so far."""
-
-
-class HeadsTally:
-    """A tally for each head, and how often all of them were right."""
+class MultiHeadState:
+    """See `MetricState`; a state for each head, and the samples with all heads right."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._heads = [Tally(len(head.classes)) for head in task.heads]
+        self._heads = [SingleLabelState(len(head.classes)) for head in task.heads]
         self._exact = 0
 
     def update(self, logits: NDArray[np.float32], labels: Integers) -> None:
@@ -253,30 +268,24 @@ class HeadsTally:
             raise ValueError(f"labels {labels.shape} for {len(self._heads)} heads of classes")
         if logits.ndim != 2 or logits.shape[1] != len(self._task.classes):
             raise ValueError(f"logits {logits.shape}, {len(self._task.classes)} classes")
-        for place, (tally, part) in enumerate(zip(self._heads, self._task.slices, strict=True)):
-            tally.update(logits[:, part], labels[:, place])
+        for position, (head, part) in enumerate(zip(self._heads, self._task.slices, strict=True)):
+            head.update(logits[:, part], labels[:, position])
         self._exact += int((self._task.decide(logits) == labels).all(axis=1).sum())
 
-    def vector(self) -> Floats:
-        """The heads' vectors one after the other, and the exact ones."""
-        return np.concatenate([*(tally.vector() for tally in self._heads), [self._exact]])
+    def state(self) -> Floats:
+        """The heads' vectors one after the other, and the exact matches."""
+        return np.concatenate([*(head.state() for head in self._heads), [self._exact]])
 
-    @classmethod
-    def from_vector(cls, vector: Floats, task: Task) -> HeadsTally:
-        """The tally of a (summed) `vector`."""
-        tally = cls(task)
-        sizes = [len(own.vector()) for own in tally._heads]
-        parts = np.split(vector, np.cumsum(sizes))
-        tally._heads = [
-            Tally.from_vector(part, own.num_classes)
-            for part, own in zip(parts, tally._heads, strict=False)  # the last part is one number
-        ]
-        tally._exact = round(float(vector[-1]))
-        return tally
+    def merge(self, state: Floats) -> None:
+        """Add the vector of another process, or the sum of such."""
+        *own, exact = np.split(state, np.cumsum([len(head.state()) for head in self._heads]))
+        for head, part in zip(self._heads, own, strict=True):
+            head.merge(part)
+        self._exact += round(float(exact[0]))
 
-    def metrics(self) -> Metrics:
+    def compute(self) -> Metrics:
         """Means over the heads, and the figures of all their classes one after the other."""
-        heads = [tally.metrics() for tally in self._heads]
+        heads = [head.compute() for head in self._heads]
         total = len(self._task.classes)
         confusion = np.zeros((total, total), np.int64)
         for head, part in zip(heads, self._task.slices, strict=True):
@@ -295,8 +304,8 @@ class HeadsTally:
         )
 
 
-class LabelsTally:
-    """Yes and no for each label, and where the probabilities of both lie."""
+class MultiLabelState:
+    """See `MetricState`; a 2x2 table for each label, and a histogram of its probabilities."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -318,34 +327,32 @@ class LabelsTally:
         if ((labels != 0) & (labels != 1)).any():
             raise ValueError("labels other than 0 and 1")
         exact = logits.astype(np.float64)
-        answers = self._task.decide(logits)
+        decided = self._task.decide(logits)
         columns = np.broadcast_to(np.arange(number), labels.shape)
-        np.add.at(self._confusion, (columns, labels, answers), 1)
+        np.add.at(self._confusion, (columns, labels, decided), 1)
         bins = np.searchsorted(_edges(), sigmoid(logits), side="right")
         np.add.at(self._histogram, (labels, columns, bins), 1)
-        # -log of the sigmoid where the label is given, of one minus it where not
+        # -log of the sigmoid where the label is 1, of one minus it where 0
         self._loss_sum += float(softplus(np.where(labels == 1, -exact, exact)).sum())
-        self._exact += int((answers == labels).all(axis=1).sum())
+        self._exact += int((decided == labels).all(axis=1).sum())
         self._count += len(labels)
 
-    def vector(self) -> Floats:
+    def state(self) -> Floats:
         """All sums as float64, [labels * (4 + 2 * BINS) + 3]."""
         counts = [self._confusion.ravel(), self._histogram.ravel()]
         return np.concatenate([*counts, [self._loss_sum, self._exact, self._count]])
 
-    @classmethod
-    def from_vector(cls, vector: Floats, task: Task) -> LabelsTally:
-        """The tally of a (summed) `vector`."""
-        tally = cls(task)
-        cut = tally._confusion.size
-        counts = np.rint(vector[:-3]).astype(np.int64)
-        tally._confusion = counts[:cut].reshape(tally._confusion.shape)
-        tally._histogram = counts[cut:].reshape(tally._histogram.shape)
-        tally._loss_sum = float(vector[-3])
-        tally._exact, tally._count = round(float(vector[-2])), round(float(vector[-1]))
-        return tally
+    def merge(self, state: Floats) -> None:
+        """Add the vector of another process, or the sum of such."""
+        counts = np.rint(state[:-3]).astype(np.int64)
+        confusion, histogram = np.split(counts, [self._confusion.size])
+        self._confusion += confusion.reshape(self._confusion.shape)
+        self._histogram += histogram.reshape(self._histogram.shape)
+        self._loss_sum += float(state[-3])
+        self._exact += round(float(state[-2]))
+        self._count += round(float(state[-1]))
 
-    def metrics(self) -> Metrics:
+    def compute(self) -> Metrics:
         """The metrics so far, and the thresholds that would have given each label its best F1."""
         hits = self._confusion[:, 1, 1].astype(np.float64)
         support, predicted = self._confusion[:, 1].sum(1), self._confusion[:, :, 1].sum(1)
@@ -356,9 +363,9 @@ class LabelsTally:
             top1=right / decisions,
             top5=None,
             count=self._count,
-            precision=quotient(hits, predicted),
-            recall=quotient(hits, support),
-            f1=quotient(2 * hits, support + predicted),
+            precision=_quotient(hits, predicted),
+            recall=_quotient(hits, support),
+            f1=_quotient(2 * hits, support + predicted),
             support=support,
             confusion=self._confusion.copy(),
             exact=self._exact / max(1, self._count),
@@ -366,33 +373,44 @@ class LabelsTally:
         )
 
     def thresholds(self) -> Floats:
-        """For each label the probability from which it is best given, float64 [labels].
+        """For each label the threshold of the greatest F1, float64 [labels].
 
-        Best is the greatest F1 of all multiples of 1 / BINS, and of equal ones the nearest to 0.5:
-        a label that never occurs keeps that.
+        Of all multiples of 1 / BINS, and of equally good ones the nearest to 0.5: a label that
+        never occurs keeps that.
         """
-        # given from bin k on: all that lies in the bins k, k + 1, ...
+        # predicted with threshold k: all that lies in the bins k, k + 1, ...
         no, yes = np.cumsum(self._histogram[:, :, ::-1], axis=2)[:, :, ::-1][:, :, 1:]
         support = self._histogram[1].sum(axis=1, keepdims=True)
-        f1 = quotient(2.0 * yes, support + yes + no)
+        f1 = _quotient(2.0 * yes, support + yes + no)
         nearest = np.argsort(np.abs(_edges() - THRESHOLD), kind="stable")
         return np.asarray(_edges()[nearest[f1[:, nearest].argmax(axis=1)]], np.float64)
 
 
-def new_tally(task: Task) -> AnyTally:
-    """An empty tally of this kind of answers."""
-    if task.single:
-        return Tally(len(task.classes))
-    return HeadsTally(task) if task.heads else LabelsTally(task)
+BINS = 1000
+"""Resolution of the thresholds: multiples of 1 / BINS."""
 
 
-def tally_of(vector: Floats, task: Task) -> AnyTally:
-    """The tally of a (summed) vector."""
-    if task.single:
-        return Tally.from_vector(vector, len(task.classes))
-    if task.heads:
-        return HeadsTally.from_vector(vector, task)
-    return LabelsTally.from_vector(vector, task)
+def _log_sum_exp(logits: Floats) -> Floats:
+    """log(sum(exp(logits))) of each row, without overflow, [N]."""
+    peak = logits.max(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # a row with inf or NaN gives NaN, which the caller sees
+        return np.asarray(np.log(np.exp(logits - peak).sum(axis=1)) + peak[:, 0], np.float64)
+
+
+def _hits(logits: Floats, of_truth: Floats, labels: Integers, k: int) -> int:
+    """How many rows have their true class among the greatest `k`.
+
+    Of equal logits the lower class comes first, as in argmax, so that ties never help.
+    """
+    above = (logits > of_truth[:, None]).sum(axis=1)
+    earlier = np.arange(logits.shape[1]) < labels[:, None]
+    tied = ((logits == of_truth[:, None]) & earlier).sum(axis=1)
+    return int(((above + tied < k) & ~np.isnan(of_truth)).sum())
+
+
+def _quotient(numerator: Floats, denominator: Integers) -> Floats:
+    """Elementwise; 0 divided by 0 is 0."""
+    return np.asarray(np.where(denominator > 0, numerator / np.maximum(denominator, 1), 0.0))
 
 
 def _edges() -> Floats:

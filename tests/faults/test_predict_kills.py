@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_dataset
-from tests.test_predict_answers import with_features
+from tests.test_predict_rows import with_features
 from tests.test_writers import read
 
 KILLS = int(os.environ.get("KILLS", "2"))

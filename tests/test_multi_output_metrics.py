@@ -1,4 +1,4 @@
-"""Metrics of heads and of labels against scikit-learn, and tallies that add up."""
+"""Metrics of heads and of labels against scikit-learn, and states that add up."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from sklearn.metrics import (
 )
 
 from distcls.evaluation.metrics import (
-    HIGHER_IS_BETTER,
-    MONITORED,
-    AnyTally,
+    METRICS,
     Metrics,
+    MetricState,
     default_mode,
-    new_tally,
-    tally_of,
+    metric_state,
 )
 from distcls.task import Task
 from tests import several
@@ -52,18 +50,18 @@ def of_labels() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     return logits.astype(np.float32), labels
 
 
-def tallied(
-    targets: Task, logits: NDArray[np.float32], labels: NDArray[np.int64], step: int = 7
-) -> AnyTally:
-    tally = new_tally(targets)
+def state_of(
+    task: Task, logits: NDArray[np.float32], labels: NDArray[np.int64], step: int = 7
+) -> MetricState:
+    state = metric_state(task)
     for start in range(0, len(labels), step):
-        tally.update(logits[start : start + step], labels[start : start + step])
-    return tally
+        state.update(logits[start : start + step], labels[start : start + step])
+    return state
 
 
 def test_heads_equal_scikit_learn() -> None:
     logits, labels = of_heads()
-    metrics = tallied(HEADS, logits, labels).metrics()
+    metrics = state_of(HEADS, logits, labels).compute()
     answers = HEADS.decide(logits)
     assert metrics.count == COUNT
     words = [[str(row) for row in rows.tolist()] for rows in (labels, answers)]
@@ -88,12 +86,12 @@ def test_heads_equal_scikit_learn() -> None:
     assert metrics.loss == pytest.approx(np.mean(losses), rel=1e-5)
     assert metrics.macro_f1 == pytest.approx(metrics.f1.mean(), rel=1e-12)
     assert metrics.weighted_recall == pytest.approx(metrics.top1, rel=1e-12)
-    assert list(metrics.scalars()) == list(MONITORED)
+    assert list(metrics.scalars()) == list(METRICS)
 
 
 def test_labels_equal_scikit_learn() -> None:
     logits, labels = of_labels()
-    metrics = tallied(LABELS, logits, labels).metrics()
+    metrics = state_of(LABELS, logits, labels).compute()
     answers = LABELS.decide(logits)
     np.testing.assert_array_equal(metrics.confusion, multilabel_confusion_matrix(labels, answers))
     per_label = precision_recall_fscore_support(labels, answers, zero_division=0)
@@ -110,7 +108,7 @@ def test_labels_equal_scikit_learn() -> None:
     truth = torch.from_numpy(labels).double()
     loss = F.binary_cross_entropy_with_logits(torch.from_numpy(logits).double(), truth)
     assert metrics.loss == pytest.approx(float(loss), rel=1e-9)
-    assert list(metrics.scalars()) == [name for name in MONITORED if name != "top5"]
+    assert list(metrics.scalars()) == [name for name in METRICS if name != "top5"]
 
 
 def best_f1(probabilities: NDArray[np.float64], truth: NDArray[np.int64]) -> list[float]:
@@ -121,7 +119,7 @@ def best_f1(probabilities: NDArray[np.float64], truth: NDArray[np.int64]) -> lis
 
 def test_thresholds_are_those_of_trying_them_all() -> None:
     logits, labels = of_labels()
-    metrics = tallied(LABELS, logits, labels).metrics()
+    metrics = state_of(LABELS, logits, labels).compute()
     assert metrics.thresholds is not None
     probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
     for place, found in enumerate(metrics.thresholds[:3]):
@@ -135,15 +133,17 @@ def test_thresholds_are_those_of_trying_them_all() -> None:
 
 
 @pytest.mark.parametrize("kind", ["heads", "labels"])
-def test_vectors_of_several_processes_add_up(kind: str) -> None:
-    targets, (logits, labels) = (HEADS, of_heads()) if kind == "heads" else (LABELS, of_labels())
-    whole = tallied(targets, logits, labels).metrics()
-    parts = [tallied(targets, logits[r::3], labels[r::3]).vector() for r in range(3)]
+def test_states_of_processes_add_up(kind: str) -> None:
+    task, (logits, labels) = (HEADS, of_heads()) if kind == "heads" else (LABELS, of_labels())
+    whole = state_of(task, logits, labels).compute()
+    parts = [state_of(task, logits[r::3], labels[r::3]).state() for r in range(3)]
     assert parts[0].dtype == np.float64
-    added = tally_of(np.sum(parts, axis=0), targets).metrics()
-    assert_equal(added, whole)
-    empty = tally_of(new_tally(targets).vector() + parts[0] * 0, targets).metrics()
-    assert set(empty.scalars().values()) == {0.0}
+    added = metric_state(task)
+    added.merge(np.sum(parts, axis=0))
+    assert_equal(added.compute(), whole)
+    empty = metric_state(task)
+    empty.merge(parts[0] * 0)
+    assert set(empty.compute().scalars().values()) == {0.0}
 
 
 def assert_equal(one: Metrics, other: Metrics) -> None:
@@ -156,24 +156,23 @@ def assert_equal(one: Metrics, other: Metrics) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     logits, labels = of_heads()
     with pytest.raises(ValueError, match="heads"):
-        new_tally(HEADS).update(logits, labels[:, 0])
+        metric_state(HEADS).update(logits, labels[:, 0])
     with pytest.raises(ValueError, match="classes"):
-        new_tally(HEADS).update(logits[:, 1:], labels)
+        metric_state(HEADS).update(logits[:, 1:], labels)
     with pytest.raises(ValueError, match="classes"):
-        new_tally(HEADS).update(logits, labels + 1)
+        metric_state(HEADS).update(logits, labels + 1)
     logits, labels = of_labels()
     with pytest.raises(ValueError, match="labels"):
-        new_tally(LABELS).update(logits, labels[:, :3])
+        metric_state(LABELS).update(logits, labels[:, :3])
     with pytest.raises(ValueError, match="other than 0 and 1"):
-        new_tally(LABELS).update(logits, labels * 2)
+        metric_state(LABELS).update(logits, labels * 2)
 
 
 def test_a_nan_is_seen_in_the_loss() -> None:
-    for targets, (logits, labels) in ((HEADS, of_heads()), (LABELS, of_labels())):
+    for task, (logits, labels) in ((HEADS, of_heads()), (LABELS, of_labels())):
         logits[3, 1] = np.nan
-        assert np.isnan(tallied(targets, logits, labels).metrics().loss)
+        assert np.isnan(state_of(task, logits, labels).compute().loss)
 
 
 def test_exact_may_be_watched() -> None:
     assert default_mode("exact") == "max"
-    assert "exact" not in HIGHER_IS_BETTER

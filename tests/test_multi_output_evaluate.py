@@ -209,7 +209,7 @@ def test_more_than_the_first_is_refused(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     pair = request.getfixturevalue(kind)
-    with pytest.raises(UsageError, match=r"^top_k: 2 is for one class an image, the model has"):
+    with pytest.raises(UsageError, match=r"^top_k: 2 is for a single label per image, "):
         predicted(pair, tmp_path / "pre.csv", "--top-k", "2")
     assert not (tmp_path / "pre.csv").exists()
 
@@ -219,7 +219,7 @@ def test_other_kinds_are_refused(
 ) -> None:
     plain = tiny_onnx.write(tmp_path / "plain.onnx")
     for data, model in ((heads[0], plain), (heads[0], tagged[1]), (tagged[0], heads[1])):
-        with pytest.raises(UsageError, match=r"the model answers with .*has ") as caught:
+        with pytest.raises(UsageError, match=r"the model predicts .*has ") as caught:
             evaluate_main(["--model", str(model), "--data", str(data)])
         assert "\n" not in str(caught.value)
     check_task(HEADS, HEADS, "data")

@@ -14,8 +14,8 @@ from distcls.runtime.ensemble import Ensemble, FlipAveraged
 from distcls.runtime.model import OnnxModel
 from distcls.task import Head, Task
 from tests import several, tiny_dataset, tiny_onnx
-from tests.test_predict_answers import COUNT, IMAGES, run, uneven, with_features
-from tests.test_several_evaluate import HEADS, LABELS, card
+from tests.test_multi_output_evaluate import HEADS, LABELS, card
+from tests.test_predict_rows import COUNT, IMAGES, run, uneven, with_features
 
 BOTH = pytest.mark.parametrize("targets", [HEADS, LABELS], ids=["heads", "labels"])
 
