@@ -338,8 +338,9 @@ class ImageQueue(Generic[T]):
     def close(self) -> None:
         """Finish the batches under way; the futures of images still waiting raise DistclsError."""
         for batcher in self._batchers:
-            for request in batcher.close():
+            for request in batcher.stop():
                 request.fail(DistclsError(CLOSED))
+            batcher.join()
 
     def _run(self, requests: list[_Request[T]]) -> None:
         self._compute([request for request in requests if self._decode(request)])
@@ -434,7 +435,7 @@ class _Batcher(Generic[T]):
         return len(self._items)
 
     def put(self, item: T) -> None:
-        """Add an item. Raises DistclsError after `close`."""
+        """Add an item. Raises DistclsError after `stop`."""
         with self._lock:
             if self._closed:
                 raise DistclsError(CLOSED)
@@ -443,14 +444,17 @@ class _Batcher(Generic[T]):
                 self._active += 1
             self._items.append(item)
 
-    def close(self) -> list[T]:
-        """Take nothing more, wait for what is under way, and return what was not taken."""
+    def stop(self) -> list[T]:
+        """Accept nothing more; returns the items that no thread has taken."""
         with self._lock:
             self._closed = True
             left = list(self._items)
             self._items.clear()
-        self._executor.shutdown()
         return left
+
+    def join(self) -> None:
+        """Wait for what is under way, after `stop`."""
+        self._executor.shutdown()
 
     def _drain(self) -> None:
         while items := self._take():
