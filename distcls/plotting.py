@@ -68,7 +68,7 @@ def fonts() -> list[str]:
 
 
 def grid_columns(number: int) -> int:
-    """Columns of a grid a little wider than high, with few empty places in its last row."""
+    """Columns of a grid a little wider than high, with few empty cells in its last row."""
     ideal = math.ceil(math.sqrt(1.6 * number))
     choices = range(min(number, max(1, ideal - 1)), min(number, ideal + 2) + 1)
     return min(choices, key=lambda columns: (-number % columns, abs(columns - ideal)))
@@ -129,7 +129,7 @@ def draw_grid(tiles: Sequence[Tile], path: Path, *, title: str = "") -> None:
     wide = columns * (WIDTH + GAP) - GAP
     width, height = max(NARROWEST, wide + 2 * GAP), rows * pitch + TITLE
     figure = new_figure(width, height)
-    # places are computed here: a layout engine would take a second for each dozen of images
+    # positions are computed here: a layout engine would take a second for each dozen of images
     figure.set_layout_engine("none")
     figure.text(0.5, 1 - TITLE / 2 / height, title, ha="center", va="center", fontsize=11)
     for index, tile in enumerate(tiles):

@@ -32,14 +32,14 @@ HEADS = several.heads(3, 4)
 LABELS = several.labels(5, (0.9, 0.5, 0.999, 0.7, 0.8))
 
 
-def card(targets: Task) -> ModelCard:
-    plain = tiny_onnx.card(classes=targets.classes)
-    return dataclasses.replace(plain, task=targets)
+def card(task: Task) -> ModelCard:
+    plain = tiny_onnx.card(classes=task.classes)
+    return dataclasses.replace(plain, task=task)
 
 
-def logits(targets: Task) -> NDArray[np.float32]:
+def logits(task: Task) -> NDArray[np.float32]:
     images = tiny_dataset.coloured(COUNT)[0]
-    return tiny_onnx.expected_logits(images, len(targets.classes))
+    return tiny_onnx.expected_logits(images, len(task.classes))
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_a_variant_s_certificate_counts_whole_answers_and_their_parts(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
     data, model = request.getfixturevalue(kind)
-    targets = HEADS if kind == "heads" else LABELS
+    task = HEADS if kind == "heads" else LABELS
     split = Dataset.open(data).split("test")
     found = certify_variant(
         Altered(model, place=4),
@@ -259,7 +259,7 @@ def test_a_variant_s_certificate_counts_whole_answers_and_their_parts(
         min_agreement=0,
         speeds=(2.0, 1.0),
     )
-    wanted, truths = targets.decide(logits(targets)), split.labels
+    wanted, truths = task.decide(logits(task)), split.labels
     given = wanted.copy()
     given[:, 1 if kind == "heads" else 4] = 1
     assert found.top1 == pytest.approx((given == truths).all(axis=1).mean())
@@ -289,12 +289,12 @@ def test_parity_counts_images_whose_answers_are_all_the_same(
 ) -> None:
     _, model = request.getfixturevalue(kind)
     images = tiny_dataset.coloured(COUNT)[0]
-    targets = HEADS if kind == "heads" else LABELS
+    task = HEADS if kind == "heads" else LABELS
     right = OnnxModel(model)
     options = {"split": "val", "tolerance": 1e-3}
     assert certify(right, right, images, **options).holds
     found = certify(right, Altered(model, place=4), images, **options)
     assert not found.holds
-    answers = targets.decide(logits(targets))
+    answers = task.decide(logits(task))
     same = (answers[:, 1] == 1) if kind == "heads" else (answers[:, 4] == 1)
     assert found.results[0].top1_agreement == pytest.approx(same.mean())

@@ -17,7 +17,7 @@ from tests import several, tiny_dataset, tiny_onnx
 from tests.test_multi_output_evaluate import HEADS, LABELS, card
 from tests.test_predict_rows import COUNT, IMAGES, run, uneven, with_features
 
-BOTH = pytest.mark.parametrize("targets", [HEADS, LABELS], ids=["heads", "labels"])
+BOTH = pytest.mark.parametrize("task", [HEADS, LABELS], ids=["heads", "labels"])
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def folder(tmp_path: Path) -> Path:
     return tiny_dataset.write_images(tmp_path / "in", IMAGES)
 
 
-def probabilities(targets: Task, images: NDArray[np.uint8] = IMAGES) -> NDArray[np.float32]:
-    return targets.probabilities(tiny_onnx.expected_logits(images, len(targets.classes)))
+def probabilities(task: Task, images: NDArray[np.uint8] = IMAGES) -> NDArray[np.float32]:
+    return task.probabilities(tiny_onnx.expected_logits(images, len(task.classes)))
 
 
 @pytest.mark.parametrize("ending", [".csv", ".parquet"])
@@ -65,11 +65,11 @@ def test_labels_have_thresholds_of_their_own(folder: Path, tmp_path: Path) -> No
 
 
 @BOTH
-def test_flips_are_averaged_part_by_part(targets: Task, tmp_path: Path) -> None:
-    model = OnnxModel(uneven(tmp_path / "u.onnx", card(targets)))
+def test_flips_are_averaged_part_by_part(task: Task, tmp_path: Path) -> None:
+    model = OnnxModel(uneven(tmp_path / "u.onnx", card(task)))
     images = np.concatenate([IMAGES[:5, :, :4], 255 - IMAGES[5:10, :, :4]], axis=2)
-    both = [probabilities(targets, images[:, :, part]) for part in (slice(4), slice(4, 8))]
-    found = targets.probabilities(FlipAveraged(model).logits(images))
+    both = [probabilities(task, images[:, :, part]) for part in (slice(4), slice(4, 8))]
+    found = task.probabilities(FlipAveraged(model).logits(images))
     np.testing.assert_allclose(found, (both[0] + both[1]) / 2, rtol=1e-4)
     assert np.abs(both[0] - found).max() > 0.05
 
@@ -133,13 +133,13 @@ def test_heads_are_merged(tmp_path: Path) -> None:
 def test_other_questions_are_not_merged(folder: Path, tmp_path: Path) -> None:
     model = tiny_onnx.write(tmp_path / "m.onnx", card(HEADS))
     renamed = Task.of_heads([HEADS.heads[0], Head("z", HEADS.heads[1].classes)])
-    for targets, told in [
+    for task, told in [
         (several.labels(7), r"has 2 heads of several .*, .* 7 labels; .* the same task"),
         (Task(classes=HEADS.classes), "has 2 heads .*, .* 7 classes; .* the same task"),
         (several.heads(4, 3), r"\(a 3, b 4\), .* \(a 4, b 3\); .* the same task"),
         (renamed, "class 3 is 'b:c0' in .* and 'z:c0' in"),
     ]:
-        own = card(targets) if not targets.single else tiny_onnx.card(targets.classes)
+        own = card(task) if not task.single else tiny_onnx.card(task.classes)
         other = tiny_onnx.write(tmp_path / "other.onnx", own)
         with pytest.raises(UsageError, match=told) as caught:
             run(folder, f"{model},{other}", tmp_path / "pre.csv")
@@ -147,14 +147,14 @@ def test_other_questions_are_not_merged(folder: Path, tmp_path: Path) -> None:
 
 
 @BOTH
-def test_features_beside_several_answers(targets: Task, folder: Path, tmp_path: Path) -> None:
+def test_features_beside_several_answers(task: Task, folder: Path, tmp_path: Path) -> None:
     (folder / "004.png").write_bytes(b"")
-    path = with_features(tmp_path / "f.onnx", card(targets))
+    path = with_features(tmp_path / "f.onnx", card(task))
     features = tmp_path / "features.parquet"
     more = ["--probabilities", "--part-rows", "8", "--batch-size", "4"]
     rows = run(folder, path, tmp_path / "pre.csv", *more, "--features", str(features))
     assert rows == run(folder, path, tmp_path / "plain.csv", *more)
-    answers = targets.texts(targets.decide(tiny_onnx.expected_logits(IMAGES, len(targets.classes))))
+    answers = task.texts(task.decide(tiny_onnx.expected_logits(IMAGES, len(task.classes))))
     assert [row["label"] or "" for row in rows] == [
         "" if i == 4 else t for i, t in enumerate(answers)
     ]

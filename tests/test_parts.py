@@ -256,10 +256,10 @@ def test_killed_between_delivering_and_clearing_away(
     assert not parts_folder(given.out).exists()
 
 
-def test_a_whole_output_is_not_resumed(folder: Path, model: Path, tmp_path: Path) -> None:
+def test_a_complete_output_is_not_resumed(folder: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "pre.csv"
     run(options(folder, model, out))
-    with pytest.raises(UsageError, match=r"is whole, there is nothing to resume"):
+    with pytest.raises(UsageError, match=r"is complete, there is nothing to resume"):
         run(options(folder, model, out, resume=True))
 
 

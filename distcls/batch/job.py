@@ -41,7 +41,7 @@ def check_output(options: PredictOptions) -> None:
         if target.is_dir():
             raise UsageError(f"out: {target} is a folder, expected the name of a file")
         if target.exists() and not options.overwrite and not resuming:
-            what = "is whole, there is nothing to resume" if options.resume else "exists already"
+            what = "is complete, there is nothing to resume" if options.resume else "exists already"
             raise UsageError(f"{target} {what}; choose another --out or add --overwrite")
     if options.engine == "ray":
         check_ray(options)

@@ -84,13 +84,13 @@ class PartWriter:
     def _write_part(
         self, number: int, chunks: Iterator[Chunk], folder: Path, advance: Callable[[int], object]
     ) -> PartRecord:
-        kind, rows = self.options.out.suffix, self.rows
-        paths = [folder / part_name(number, ending) for ending in (kind, FEATURES)]
+        ending, rows = self.options.out.suffix, self.rows
+        paths = [folder / part_name(number, name) for name in (ending, FEATURES)]
         counts = _Counts(self.source)
         with contextlib.ExitStack() as stack:
             part = stack.enter_context(atomic_path(paths[0]))
             write = stack.enter_context(
-                open_writer(part, rows.names, kind, rows.numbers, rows.booleans)
+                open_writer(part, rows.names, ending, rows.numbers, rows.booleans)
             )
             if self._width:
                 from distcls.batch.parquet import open_features

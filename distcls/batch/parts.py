@@ -32,7 +32,7 @@ ENDING = ".parts"
 FINGERPRINT = "fingerprint.json"
 EXECUTION = "execution configs"
 """Key of a fingerprint: how each model is run, as plain values."""
-_OURS = re.compile(r"\.?(fingerprint\.json|\d{8}\.[\w.]+|whole\.[\w.]+)(\..*\.part)?")
+_OURS = re.compile(r"\.?(fingerprint\.json|\d{8}\.[\w.]+|joined\.[\w.]+)(\..*\.part)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,17 +131,17 @@ class Parts:
 
         It is written in the folder, so that a kill leaves no half table at `out`.
         """
-        whole = self.folder / f"whole{ending}"
-        with atomic_path(whole) as part:
+        joined = self.folder / f"joined{ending}"
+        with atomic_path(joined) as part:
             join(self.files(ending), part, out.suffix, names)
         with writable(out.parent):
             try:
-                whole.replace(out)
+                joined.replace(out)
             except OSError as error:
                 if error.errno != errno.EXDEV:  # another file system
                     raise
                 with atomic_path(out) as part:
-                    shutil.copyfile(whole, part)
+                    shutil.copyfile(joined, part)
             sync_folder(out.parent)
 
     def remove(self) -> None:
@@ -195,9 +195,9 @@ def open_parts(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Parts]:
     parts = Parts(out)
     remove_stale_parts(parts.folder)
     with _locked(parts.folder, out):
-        foreign = [path for path in parts.folder.iterdir() if not _OURS.fullmatch(path.name)]
-        if foreign:
-            raise UsageError(f"{foreign[0]} is in the way of what --out {out} writes beside it")
+        unexpected = [path for path in parts.folder.iterdir() if not _OURS.fullmatch(path.name)]
+        if unexpected:
+            raise UsageError(f"{unexpected[0]} is in the way of what --out {out} writes beside it")
         if overwrite:
             for path in parts.folder.iterdir():
                 path.unlink()

@@ -177,37 +177,37 @@ def check_ending(path: Path) -> None:
 def open_writer(
     path: Path,
     names: Sequence[str],
-    kind: str,
+    ending: str,
     numbers: set[str],
     booleans: Collection[str] = (),
 ) -> Iterator[Write]:
     """Open `path` for a table with columns `names`.
 
-    Those in `numbers` are float32, those in `booleans` true or false, the others text. `kind` is
-    the ending that decides the format: .csv, .jsonl or .parquet. Yields a function that appends
+    Those in `numbers` are float32, those in `booleans` true or false, the others text. `ending`
+    decides the format: .csv, .jsonl or .parquet. Yields a function that appends
     rows; each call gives all columns in the order of `names`.
     """
-    with _OPENERS[kind.lower()](path, names, numbers, booleans) as write:
+    with _OPENERS[ending.lower()](path, names, numbers, booleans) as write:
         yield write
 
 
-def join(parts: Sequence[Path], path: Path, kind: str, names: Sequence[str] = ()) -> None:
+def join(parts: Sequence[Path], path: Path, ending: str, names: Sequence[str] = ()) -> None:
     """Join tables with the same columns `names`, written by `open_writer`, into one.
 
-    `kind` is the ending that decides their format. The result depends on the parts' rows alone.
+    `ending` decides their format. The result depends on the parts' rows alone.
     """
-    if kind.lower() == ".parquet":
+    if ending.lower() == ".parquet":
         from distcls.batch.parquet import join_tables
 
         join_tables(parts, path)
         return
-    header = csv_line(names).encode() if kind.lower() == ".csv" else b""
-    with path.open("wb") as whole:
-        whole.write(header)
+    header = csv_line(names).encode() if ending.lower() == ".csv" else b""
+    with path.open("wb") as joined:
+        joined.write(header)
         for part in parts:
             with part.open("rb") as handle:
                 handle.seek(len(header))
-                shutil.copyfileobj(handle, whole, 1 << 20)
+                shutil.copyfileobj(handle, joined, 1 << 20)
 
 
 def shortest(values: NDArray[np.float32]) -> list[float]:
