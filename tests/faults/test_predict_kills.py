@@ -29,7 +29,7 @@ PARTS = -(-COUNT // 32)
 PROGRAM = """
 import os, resource, signal, sys, time
 from distcls.cli import run
-from distcls.inference.inputs import files
+from distcls.data.formats import folder as files
 from distcls.commands.predict import main
 
 slow, most, decode = float(os.environ["SLOW"]), int(os.environ["MOST_BYTES"]), files.read_file
