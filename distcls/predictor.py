@@ -18,7 +18,7 @@ from distcls.data.source import ImageSource
 from distcls.errors import UsageError
 from distcls.runtime.model import Model
 from distcls.runtime.pipeline import Chunk, ImageQueue, Profiler, stream
-from distcls.runtime.providers import ExecutionRequest, execution_of
+from distcls.runtime.providers import ExecutionRequest
 from distcls.task import Floats, Task
 
 
@@ -49,7 +49,7 @@ class Predictor:
     ) -> None:
         """`batch_size` and the threads that decode are the model's own choice unless given."""
         self.model = model
-        self.batch_size = batch_size or execution_of(model).batch_size
+        self.batch_size = batch_size or model.execution.batch_size
         """Images that the model takes at a time, at most."""
         self._workers = workers
         self._queue = ImageQueue(
@@ -155,7 +155,6 @@ def load_model(
         from distcls.runtime.autotune import open_fastest
         from distcls.runtime.model import OnnxModel
 
-        check_checksum(path)
         return OnnxModel(path) if execution is None else open_fastest(path, execution, source)
     if execution is not None and execution.provider != "auto":
         raise UsageError(

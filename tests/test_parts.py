@@ -331,9 +331,9 @@ def test_resumed_it_runs_as_before_whatever_auto_would_choose(
         predict(OnnxModel(model, plan), broken, given)
     again = dataclasses.replace(given, provider="auto", resume=True)
     opened_again = load_models(again, source)
-    assert execution_of(opened_again) == plan
+    assert opened_again.execution == plan
     assert predict(opened_again, source, again).resumed == 32
-    assert execution_of(load_models(again, source)) != plan
+    assert load_models(again, source).execution != plan
 
 
 def test_parts_are_whole_batches(folder: Path, model: Path, tmp_path: Path) -> None:

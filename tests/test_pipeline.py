@@ -151,7 +151,7 @@ def test_where_the_time_goes(model: OnnxModel, tmp_path: Path) -> None:
         time.sleep(0.01)
     found = profiler.to_json()
     assert found["images"] == 64
-    assert found["threads"] == (2 if model.plan.layout == "workers" else 4)
+    assert found["threads"] == (2 if model.execution.layout == "workers" else 4)
     assert 0.256 <= profiler.spent("decode") <= 2 * profiler.seconds
     assert 0 < profiler.spent("infer") < profiler.spent("decode")
     assert 0.08 <= profiler.spent("write") <= profiler.seconds

@@ -111,14 +111,12 @@ def test_many_threads_submit_good_and_bad_images(
     assert not working()
 
 
-class Gated:
+class Gated(tiny_onnx.FakeModel):
     """A model that waits for `gate` and remembers its batches."""
-
-    provider = "test"
 
     def __init__(self, execution: ExecutionConfig) -> None:
         self.card = tiny_onnx.card()
-        self.plan = execution
+        self.execution = execution
         self.gate = threading.Event()
         self.started = threading.Event()
         self.batches: list[int] = []
@@ -168,7 +166,7 @@ def test_what_waits_is_one_batch(gated: Gated) -> None:
     with Predictor(gated) as predictor:
         futures = [first_under_way(predictor, gated)]
         futures += [predictor.submit(picture()) for _ in range(11)]
-        if gated.plan.layout == "stages":  # decoded while the first is computed
+        if gated.execution.layout == "stages":  # decoded while the first is computed
             wait_until(lambda: predictor._queue._batchers[0].waiting == 0)
         assert predictor.waiting >= 10
         gated.gate.set()

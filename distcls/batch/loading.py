@@ -25,9 +25,10 @@ from distcls.errors import BadValue, DistclsError, UsageError
 from distcls.files import digest
 from distcls.imaging import decode
 from distcls.predictor import Predictor, load_model
-from distcls.runtime.ensemble import Ensemble, FlipAveraged, executions_of
-from distcls.runtime.model import Model, WithFeatures
-from distcls.runtime.providers import ExecutionConfig, ExecutionRequest, execution_of
+from distcls.runtime.ensemble import Ensemble, FlipAveraged, executions_of, opened_models
+from distcls.runtime.generic_onnx import GenericOnnxModel, read_classes
+from distcls.runtime.model import Model, OnnxModel, WithFeatures
+from distcls.runtime.providers import ExecutionConfig, ExecutionRequest
 
 
 def load_models(
@@ -86,10 +87,6 @@ def _load_as_before(path: Path, execution: ExecutionConfig | None) -> Model | No
     """An exported model run as before, for a resumed run; None if that cannot be."""
     if execution is None or path.suffix.lower() != ".onnx" or not path.is_file():
         return None
-    from distcls.runtime.model import OnnxModel
-    from distcls.runtime.onnx_file import check_checksum
-
-    check_checksum(path)
     try:
         return OnnxModel(path, execution)
     except DistclsError:  # its provider is gone; the run is refused if that makes a difference
@@ -97,8 +94,6 @@ def _load_as_before(path: Path, execution: ExecutionConfig | None) -> Model | No
 
 
 def _load_generic(path: Path, options: PredictOptions, request: ExecutionRequest) -> Model:
-    from distcls.runtime.generic_onnx import GenericOnnxModel, read_classes
-
     if path.suffix.lower() != ".onnx" or not path.is_file():
         raise UsageError(f"classes: {path} is no ONNX file; other models carry their classes")
     assert options.classes is not None
@@ -119,7 +114,10 @@ def fingerprint_of(model: Model, source: ImageSource, options: PredictOptions) -
     count as well.
     """
     executions = executions_of(model)
-    files = [digest(path) for path in options.models]
+    files = [
+        opened.sha256 if isinstance(opened, OnnxModel | GenericOnnxModel) else digest(path)
+        for opened, path in zip(opened_models(model), options.models, strict=True)
+    ]
     if options.classes is not None:
         files.append(digest(options.classes))
     return Fingerprint(
@@ -131,7 +129,7 @@ def fingerprint_of(model: Model, source: ImageSource, options: PredictOptions) -
             "provider": model.provider,
             "execution": "; ".join(map(str, executions)),
             EXECUTION: [execution.to_json() for execution in executions],
-            "batch_size": options.batch_size or execution_of(model).batch_size,
+            "batch_size": options.batch_size or model.execution.batch_size,
             "part_rows": options.part_rows,
             "top_k": options.top_k,
             "probabilities": options.probabilities,

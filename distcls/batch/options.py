@@ -36,7 +36,7 @@ class PredictOptions:
     """Split of a dataset directory; test unless given."""
     batch_size: int | None = None
     """Images the model takes at a time; by default chosen with the provider (64 for a .pth)."""
-    provider: ProviderChoice = "auto"
+    provider: str = "auto"
     """What runs an ONNX model: auto takes the fastest that is installed and agrees with the CPU;
     or cpu, openvino, cuda, tensorrt."""
     top_k: int = 1

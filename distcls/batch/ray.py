@@ -106,7 +106,7 @@ def write_on_ray(
 
     options, executions = writer.options, executions_of(writer.model)
     with _cluster():
-        gpu = executions[0].provider in ("cuda", "tensorrt")
+        gpu = executions[0].gpu
         nodes = [node for node in ray.nodes() if node["Alive"]]
         allocation = WorkerAllocation.fit(nodes, options.workers or available_cores(), gpu=gpu)
         workers = min(allocation.workers, len(numbers))

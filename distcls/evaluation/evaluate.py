@@ -20,7 +20,7 @@ from distcls.errors import DistclsError, UsageError, require
 from distcls.evaluation.metrics import Integers, Metrics, MetricState, metric_state
 from distcls.files import csv_line, require_writable, write_json, write_text
 from distcls.predictor import Predictor, load_model
-from distcls.runtime.providers import ExecutionRequest, ProviderChoice
+from distcls.runtime.providers import ExecutionRequest, require_provider
 from distcls.task import BLANK, BLANK_SHOWN, Task
 
 MAX_NAMED = 10
@@ -44,7 +44,7 @@ class EvaluateOptions:
     """Folder for metrics.json, per_class.csv, confusion.csv and confusion.png."""
     batch_size: int | None = None
     """Images the model takes at a time; by default chosen with the provider (64 for a .pth)."""
-    provider: ProviderChoice = "auto"
+    provider: str = "auto"
     """What runs an ONNX model: auto takes the fastest that is installed and agrees with the CPU;
     or cpu, openvino, cuda, tensorrt."""
     limit: int | None = None

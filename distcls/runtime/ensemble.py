@@ -107,10 +107,8 @@ def opened_models(model: Model) -> list[Model]:
 
 
 def executions_of(model: Model) -> list[ExecutionConfig]:
-    """The execution config of each model of an ensemble in order, or of the one model."""
-    if isinstance(model, Ensemble):
-        return [config for each in model.models for config in executions_of(each)]
-    return [execution_of(model)]
+    """The execution configs of the opened models, in their order."""
+    return [each.execution for each in opened_models(model)]
 
 
 def _log_mean(outputs: Sequence[Floats], task: Task) -> Floats:

@@ -34,8 +34,7 @@ from numpy.typing import NDArray
 from distcls.data.source import ImageSource
 from distcls.errors import BadImage, DistclsError
 from distcls.imaging import Preprocess, decode
-from distcls.runtime.model import Floats, Model, answer_width
-from distcls.runtime.providers import execution_of
+from distcls.runtime.model import Floats, Model
 from distcls.system import available_cores
 
 Images = NDArray[np.uint8]
@@ -124,7 +123,7 @@ def stream(
     that of the model's execution config unless given, and so is the number of threads.
     """
     indices = range(len(source)) if indices is None else indices
-    size = batch_size or execution_of(model).batch_size
+    size = batch_size or model.execution.batch_size
     profiler = profiler or Profiler()
     pool = _open_pool(model, size, workers, profiler)
     pending: collections.deque[Future[Chunk]] = collections.deque()
@@ -181,7 +180,7 @@ def _ready_array(source: ImageSource, preprocess: Preprocess) -> Images | None:
 
 
 def _open_pool(model: Model, size: int, workers: int | None, profiler: Profiler) -> _WorkerPool:
-    execution = execution_of(model)
+    execution = model.execution
     if execution.layout == "workers":
         return _WorkerPool(model, profiler, workers or execution.streams)
     return _StagedPool(model, profiler, workers or available_cores(), execution.streams, size)
@@ -277,7 +276,7 @@ def _infer(
 ) -> Chunk:
     """The model's output for images [n, H, W, 3]; fills `errors` for what is not finite."""
     good = np.array([error is None for error in errors])
-    output = np.full((len(good), answer_width(model)), np.nan, np.float32)
+    output = np.full((len(good), model.output_width), np.nan, np.float32)
     if good.any():
         with profiler.measure("infer"):
             output[good] = model.logits(images if good.all() else images[good])
@@ -305,7 +304,7 @@ class ImageQueue(Generic[T]):
         workers: int | None = None,
     ) -> None:
         """`convert` turns a chunk into a result for each of its images, in the worker threads."""
-        execution = execution_of(model)
+        execution = model.execution
         size = batch_size or execution.batch_size
         self._model = model
         self._convert = convert

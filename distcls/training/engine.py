@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from distcls.errors import UsageError
 from distcls.evaluation.metrics import Metrics, MetricState, metric_state
 from distcls.imaging import Preprocess
 from distcls.models.classifier import Classifier, count_macs, count_parameters
@@ -193,21 +192,21 @@ class Engine:
     def evaluate(self) -> dict[str, Metrics]:
         """Metrics on validation of each of the evaluated weights: raw, EMA, averaged.
 
-        Every process evaluates its own samples, none is padded, and the metric states are summed.
+        Every process evaluates its shard of the samples, none is padded, and the states are added.
         """
-        candidates = self.candidates
-        share_buffers(self.model, *candidates.values())
-        states = {name: metric_state(self.data.task) for name in candidates}
-        plan = self.shares.evaluation(self.data.val_samples, self.evaluation_batch)
-        passes = self.shares.passes(self.data.val_samples, self.evaluation_batch)
-        models = list(candidates.values())
+        evaluated = self._averages.evaluated(self._model)
+        broadcast_buffers(self._model, *evaluated.values())
+        states = {name: metric_state(self._data.task) for name in evaluated}
+        samples, size = self._data.val_samples, self.micro_batching.evaluation_batch
+        passes = self._shards.evaluation_passes(samples, size)
+        models = list(evaluated.values())
         # without autocast: the figures shall be those of `distcls evaluate`
-        with self.sharding.evaluating(models, passes, self.preprocess.size) as forward:
-            for batch in self.val_loader.batches(plan):
-                outputs = forward(batch.images.to(self.accelerator.device))
+        with self._sharding.evaluating(models, passes, self._preprocess.size) as forward:
+            for batch in self._val_loader.batches(self._shards.evaluation(samples, size)):
+                outputs = forward(batch.images.to(self._accelerator.device))
                 for state, logits in zip(states.values(), outputs, strict=True):
                     state.update(logits.float().cpu().numpy(), batch.labels.numpy())
-        return {name: self._reduce(state).compute() for name, state in states.items()}
+        return {name: self._summed(state).compute() for name, state in states.items()}
 
     def end_epoch(self, step: int, *, improved: bool) -> float | None:
         """Tell the schedule of the epoch that ended after `step` steps.
@@ -299,12 +298,15 @@ class Engine:
                 Classifier.forward(evaluated.eval(), pixels)
             del reserved
 
-    def _reduce(self, state: MetricState) -> MetricState:
-        """The sum of all processes' states."""
-        vector = torch.from_numpy(state.state()).to(self.accelerator.device)
-        whole = metric_state(self.data.task)
-        whole.merge(reduce(vector, reduction="sum").cpu().numpy())
-        return whole
+    def _reserve(self) -> list[Tensor]:
+        """Memory that a step has in use besides a pass: gradients accumulated so far, moments."""
+        made = self._optimizer.optimizer.state
+        return [
+            torch.empty_like(parameter)
+            for parameter in self._parameters
+            if parameter.requires_grad
+            for _ in range(1 if parameter in made else 1 + MOMENTS)
+        ]
 
     def _step(
         self, epoch: int, step: int, lr: float, images: int, batches: Iterator[Batch]
@@ -360,11 +362,12 @@ class Engine:
         self._averages.after_step(self._model)
         return bad
 
-    def _summed(self, tally: AnyTally) -> AnyTally:
-        """The sum of all processes' tallies."""
-        vector = torch.from_numpy(tally.vector()).to(self._accelerator.device)
-        total = reduce(vector, reduction="sum")
-        return tally_of(total.cpu().numpy(), self._data.task)
+    def _summed(self, state: MetricState) -> MetricState:
+        """The sum of all processes' states."""
+        vector = torch.from_numpy(state.state()).to(self._accelerator.device)
+        summed = metric_state(self._data.task)
+        summed.merge(reduce(vector, reduction="sum").cpu().numpy())
+        return summed
 
 
 @contextlib.contextmanager
