@@ -131,6 +131,24 @@ def test_shape_and_classes_have_to_fit_the_card(tmp_path: Path) -> None:
     assert "shape" in refused(save(tmp_path / "fixed.onnx", fixed))
 
 
+def test_logits_of_another_rank_are_refused(tmp_path: Path) -> None:
+    model = tiny_onnx.proto(tiny_onnx.card())
+    next(node for node in model.graph.node if node.op_type == "MatMul").output[0] = "matrix"
+    model.graph.initializer.append(onnx.helper.make_tensor("first", TensorProto.INT64, [1], [0]))
+    deeper = onnx.helper.make_node("Unsqueeze", ["matrix", "first"], ["logits"])
+    model.graph.node.insert(3, deeper)
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    message = refused(save(tmp_path / "m.onnx", model))
+    assert "its logits have shape [1, 'N', 3], expected [N, classes]" in message
+
+
+def test_a_damaged_name_is_refused(tmp_path: Path) -> None:
+    content = tiny_onnx.write(tmp_path / "m.onnx").read_bytes()
+    assert content.count(b"\x12\x01N") == 3  # the batch dimension of the input and two outputs
+    (tmp_path / "m.onnx").write_bytes(content.replace(b"\x12\x01N", b"\x12\x01\xff"))
+    assert "cannot open it: 'utf-8' codec" in refused(tmp_path / "m.onnx")
+
+
 def test_external_weights_are_used(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(tiny_onnx.weights(3).tobytes())
     batch = images(3)

@@ -87,7 +87,7 @@ class GenericOnnxModel:
     def _compute(self, images: Images) -> Floats:
         """The network's output [N, K]; a fixed batch size is filled up with black images."""
         fixed = self._input.shape[0]
-        step = fixed if isinstance(fixed, int) else max(1, len(images))
+        step = fixed if isinstance(fixed, int) and fixed > 0 else max(1, len(images))
         outputs = [np.zeros((0, self.output_width), np.float32)]
         for start in range(0, len(images), step):
             batch = images[start : start + step]

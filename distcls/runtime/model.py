@@ -139,9 +139,11 @@ class OnnxModel:
         for name in (LOGITS, PROBABILITIES):
             if name not in outputs:
                 raise UsageError(f"{self.path}: output {name!r} is missing")
-        classes, width = len(self._card.classes), outputs[LOGITS].shape[-1]
-        if isinstance(width, int) and width != classes:
-            raise UsageError(f"{self.path}: {width} logits for {classes} class names")
+        shape = outputs[LOGITS].shape
+        if len(shape) != 2:
+            raise UsageError(f"{self.path}: its logits have shape {shape}, expected [N, classes]")
+        if isinstance(shape[1], int) and shape[1] != self.output_width:
+            raise UsageError(f"{self.path}: {shape[1]} logits for {self.output_width} class names")
 
 
 class WithFeatures:
@@ -209,6 +211,8 @@ def open_session(file: OnnxFile, execution: ExecutionConfig) -> Any:
         session = onnxruntime.InferenceSession(
             source, options, providers=providers, enable_fallback=0
         )
+        tensors = (*session.get_inputs(), *session.get_outputs())
+        _ = [tensor.shape for tensor in tensors]  # raises for a name that is not UTF-8
     except Exception as error:  # the runtime has a dozen types without a common parent
         where = "" if execution.provider == "cpu" else f" with {execution.provider}"
         raise UsageError(
