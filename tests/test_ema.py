@@ -13,7 +13,7 @@ from torch import nn
 from distcls.imaging import Preprocess
 from distcls.models.checkpoint import read_checkpoint
 from distcls.models.classifier import Classifier
-from distcls.training.checkpointing import newest_whole
+from distcls.training.checkpointing import newest_intact
 from distcls.training.config import EmaConfig, MonitorConfig, TrainConfig
 from distcls.training.run import train
 from distcls.training.weight_averaging import Ema
@@ -112,7 +112,7 @@ def test_the_better_of_average_and_weights_is_saved(
     assert float(row["val_loss"]) == losses[better]
     card, saved = read_checkpoint(config.out / "best.pth")
     assert card.training["weights"] == better
-    found = newest_whole(config.out / "last")
+    found = newest_intact(config.out / "last")
     assert found is not None
     expected = found[1]["tensors"]["ema" if better == "ema" else "model"]
     assert saved.keys() == expected.keys()

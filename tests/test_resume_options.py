@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distcls.training import run
-from distcls.training.checkpointing import newest_whole
+from distcls.training.checkpointing import newest_intact
 from distcls.training.config import MonitorConfig, OptimizerConfig, TrainConfig
 from distcls.training.schedule import ScheduleConfig
 
@@ -36,7 +36,7 @@ def settings(data: Path, out: Path) -> TrainConfig:
 
 
 def last_state(out: Path) -> dict[str, Any]:
-    found = newest_whole(out / "last")
+    found = newest_intact(out / "last")
     assert found is not None
     return found[1]
 

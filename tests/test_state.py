@@ -208,7 +208,7 @@ def test_a_damaged_state_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"{newest} is damaged" in capsys.readouterr().err
     for path in saved(tmp_path):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DistclsError, match="no state is whole"):
+    with pytest.raises(DistclsError, match="no state is intact"):
         resume(config(tmp_path))
 
 

@@ -43,7 +43,7 @@ class ShowConfig(TrainConfig):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, read the images, draw."""
+    """Parse, compute the images, draw."""
     config = parse(
         ShowConfig, arguments, prog="distcls show", about=ABOUT, config=True, aside=("out",)
     )

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> None:
         TrainConfig,
         arguments,
         prog="distcls train",
-        about="Train a model; several processes: accelerate launch -m distcls.train.",
+        about="Train a model; on more than one process: accelerate launch -m distcls.train.",
         config=True,
     )
     log.set_quiet(config.quiet)

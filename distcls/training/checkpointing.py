@@ -179,7 +179,7 @@ class CheckpointManager:
             return None
         if resume == "auto":
             source = self._folder
-            newest = newest_whole(source)
+            newest = newest_intact(source)
             if newest is None:
                 return None
             found = _read_state(*newest, self._config)
@@ -300,7 +300,7 @@ class CheckpointManager:
             save_checkpoint(path, model.weights, model.card)
 
 
-def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest state whose checksum is right, with its content; None if there is no state.
 
     Damaged ones are passed over with a warning. Raises DistclsError if all are.
@@ -313,7 +313,7 @@ def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             return path, load_tensors(path)
         warn(f"{path} is damaged (its checksum is wrong); the state before it is tried")
     if found:
-        raise DistclsError(f"{folder}: no state is whole; start anew in another --out")
+        raise DistclsError(f"{folder}: no state is intact; start anew in another --out")
     return None
 
 

@@ -35,7 +35,7 @@ def start(config: TrainConfig) -> Accelerator:
     """Join the other processes and set up device, precision and threads.
 
     Raises UsageError if the run did not get the processes it was told to use, if the device has no
-    such precision, or if the weights are to be sharded together with what that excludes.
+    such precision, or if the weights are to be sharded with options that exclude it.
     """
     check_processes(config.processes)
     precision = choose_precision(config.precision)
@@ -304,7 +304,7 @@ class _Normalise(torch.autograd.Function):
 
 @torch.no_grad()
 def _global_statistics(x: Tensor) -> _BatchStatistics:
-    """The statistics of `x`, [N, C, H, W], and the other processes' together.
+    """The statistics of `x`, [N, C, H, W], over all processes.
 
     Each process's own are merged (Chan, Golub, LeVeque: Algorithms for Computing the Sample
     Variance, 1983), in the order of the ranks: every process gets the same bits.

@@ -137,7 +137,7 @@ class Engine:
         optimizer = make_optimizer(
             config.optimizer, self._model, config.lr, sharded=self._sharding.on
         )
-        # `_wrapped` is the model in its DDP and autocast wrappers; `_model` stays the bare one
+        # `_wrapped` is the model in its DDP or FSDP and autocast wrappers; `_model` the bare one
         self._wrapped, self._optimizer = self._sharding.prepare(
             self._model, optimizer, self._averages.models
         )
@@ -264,7 +264,7 @@ class Engine:
 
         On this process alone, beside as much memory as the gradients and moments of a step take.
         It leaves no trace: batch norm's statistics, the modules' modes and the random states are
-        put back, and no gradient is kept.
+        put back, and no gradient stays.
         """
         model, device = self._model, self._accelerator.device
         with _unchanged(model, device):
@@ -348,8 +348,7 @@ class Engine:
     def _losses(self, epoch: int, batch: Batch) -> Tensor:
         """Loss of each image of a micro-batch, [B]."""
         examples = self._objective.examples(epoch, batch)
-        logits = self._sharding.logits(self._wrapped, examples.images)
-        return self._objective.losses(logits, examples)
+        return self._objective.losses(self._wrapped(examples.images), examples)
 
     def _update(self) -> Tensor:
         """Clip the gradients and step optimiser and averages; whether it was skipped, bool []."""

@@ -192,14 +192,8 @@ class Sharding:
         shards = dict(model.named_parameters())
         for group, own in zip(optimizer.param_groups, held, strict=True):
             group["params"] = [shards[name] for name in own]
-        return model, self._accelerator.prepare_optimizer(optimizer)
-
-    def logits(self, parallel: nn.Module, images: Tensor) -> Any:
-        """A forward pass of training, of a model that `prepare` has wrapped."""
-        if not self.on:
-            return parallel(images)
-        with self._accelerator.autocast():  # under DDP it is within the wrapper
-            return convert_to_fp32(parallel(images))
+        wrapped = _Autocast(model, self._accelerator)
+        return wrapped, self._accelerator.prepare_optimizer(optimizer)
 
     @contextlib.contextmanager
     def evaluating(
@@ -207,7 +201,7 @@ class Sharding:
     ) -> Iterator[Callable[[Tensor], list[Tensor]]]:
         """The forward pass of evaluation, of each model, without gradients and without autocast.
 
-        Sharded weights are gathered by all processes together, so each has to make `passes` passes
+        Sharded weights are gathered by all processes at once, so each has to make `passes` passes
         in all; those that are missing at the end are made here, on a black image of `size`.
         """
         for model in models:
@@ -255,6 +249,23 @@ class Sharding:
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no mean
 
 
+class _Autocast(nn.Module):
+    """A sharded model in training: its forward pass in mixed precision, its logits in fp32.
+
+    Around a model that is not sharded accelerate puts the same. Evaluation takes the model itself.
+    """
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator) -> None:
+        super().__init__()
+        self._model = model
+        self._accelerator = accelerator
+
+    def forward(self, images: Tensor) -> Any:
+        """Images uint8 or float [B, H, W, 3] to logits [B, classes]."""
+        with self._accelerator.autocast():
+            return convert_to_fp32(self._model(images))
+
+
 def _no_views(module: nn.Module, inputs: Any, output: Any) -> Any:
     """Copies of those outputs of a module that are views.
 
@@ -282,7 +293,7 @@ def _release(model: nn.Module) -> None:
 
 
 def _units(model: Classifier, plugin: Any) -> list[nn.Module]:
-    """The modules whose weights are gathered together, inner ones first; the rest is one more.
+    """The modules whose weights are gathered at once, inner ones first; the rest is one more.
 
     Raises UsageError for a class name of the launcher's that the network does not have.
     """
@@ -307,7 +318,7 @@ def _units(model: Classifier, plugin: Any) -> list[nn.Module]:
 def _units_by_size(network: nn.Module, least: int) -> list[nn.Module]:
     """The smallest modules within the network with `least` parameters outside of other units.
 
-    Only those that are called as a whole: not a mere list of modules, and not a single layer, whose
+    Only those that are called themselves: not a mere list of modules, and not a single layer, whose
     weight the module around it may read without calling it.
     """
     units: list[nn.Module] = []

@@ -150,7 +150,8 @@ def require_tracker(name: str | None) -> None:
 def open_tracker(config: TrainConfig, accelerator: Accelerator, step: int) -> Track:
     """Begin, or go on after `step` steps; what it returns does nothing without a tracker.
 
-    TensorBoard's files go to `distcls/` in the run directory; others follow their own settings.
+    TensorBoard's files go to `distcls/` in the run directory; other trackers have their
+    own settings.
     """
     if config.tracker is None:
         return lambda values, step: None
@@ -214,8 +215,8 @@ class Records:
         path = self.folder / METRICS
         lines = path.read_text(encoding="utf-8") if step and path.exists() else ""
         # a kill or a full disk may have left half of the last line
-        whole = [line for line in lines.splitlines(keepends=True) if line.endswith("\n")]
-        write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+        complete = [line for line in lines.splitlines(keepends=True) if line.endswith("\n")]
+        write_text(path, "".join(line for line in complete if json.loads(line)["step"] <= step))
         self._metrics = path.open("a", encoding="utf-8")
 
     def line(self, kind: str, **values: Any) -> None:

@@ -135,7 +135,7 @@ class ShardedSampler:
     rank: int
     world_size: int
     group_size: int
-    """Neighbours in a batch that one process has to get together (see `shard`)."""
+    """Neighbours in a batch that have to go to the same process (see `shard`)."""
 
     def training(
         self, samples: Indices, sampler: EpochSampler, epoch: int, first: int, accumulate: int

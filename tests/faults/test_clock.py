@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distcls.training.checkpointing import newest_whole, states
+from distcls.training.checkpointing import newest_intact, states
 from tests.faults.conftest import Unbroken
 from tests.faults.survival import (
     assert_bit_equal,
@@ -95,6 +95,6 @@ def test_the_newest_state_is_the_one_of_the_last_step(
     for path in older:
         os.utime(path, (now + HOUR, now + HOUR))
     assert states(tmp_path / "last")[0] == newest
-    found = newest_whole(tmp_path / "last")
+    found = newest_intact(tmp_path / "last")
     assert found is not None
     assert found[0] == newest

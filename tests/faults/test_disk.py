@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distcls.training.checkpointing import newest_whole, states
+from distcls.training.checkpointing import newest_intact, states
 from tests.e2e.commands import ROOT, command
 from tests.faults.survival import all_options, kill_all, start, wait_for
 
@@ -38,7 +38,7 @@ def test_a_full_disk_keeps_the_state_before(digits: Path, tmp_path: Path) -> Non
     assert "MiB free there" in limited.stderr
     assert "Traceback" not in limited.stderr
     assert states(out / "last") == before
-    assert newest_whole(out / "last") is not None
+    assert newest_intact(out / "last") is not None
 
 
 def as_anybody() -> None:

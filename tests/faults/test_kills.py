@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from distcls.training.checkpointing import newest_whole, states
+from distcls.training.checkpointing import newest_intact, states
 from tests.faults.conftest import Unbroken
 from tests.faults.survival import (
     PLATEAU,
@@ -53,7 +53,7 @@ def rates(out: Path) -> list[float]:
 
 def fallen(out: Path) -> dict[str, int]:
     """What plateau remembers in the newest state."""
-    found = newest_whole(out / "last")
+    found = newest_intact(out / "last")
     assert found is not None
     schedule: dict[str, int] = found[1]["tensors"]["schedule"]
     return schedule
@@ -121,7 +121,7 @@ def test_no_half_state_is_ever_taken(digits: Path, tmp_path: Path) -> None:
             time.sleep(rng.uniform(0, 0.3))
         kill_all(process)
         hits += bool(set(half_written(out)) - set(before))
-        found = newest_whole(out / "last")
+        found = newest_intact(out / "last")
         assert found is not None
         assert found[0] == states(out / "last")[0]  # none is damaged
         print(f"kill {number + 1}: {len(half_written(out))} half, step {steps_done(out)}")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from distcls.training.checkpointing import newest_whole
+from distcls.training.checkpointing import newest_intact
 from tests.faults.survival import (
     assert_bit_equal,
     finish,
@@ -44,7 +44,7 @@ def chosen(out: Path) -> dict[str, Any]:
 
 
 def progress(out: Path) -> dict[str, Any]:
-    found = newest_whole(out / "last")
+    found = newest_intact(out / "last")
     assert found is not None
     return found[1]["progress"]
 

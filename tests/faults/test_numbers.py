@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distcls.training.checkpointing import newest_whole
+from distcls.training.checkpointing import newest_intact
 from tests.faults.survival import ONE_AND_TWO, STEPS, finish, start
 
 
@@ -21,7 +21,7 @@ def test_a_bad_number_on_one_rank_is_skipped_by_all(
     said = finish(start(digits, out, processes=processes, POISON=poison))
     assert "step 5: loss or gradient is not finite (images digits/" in said
     assert (out / "metrics.jsonl").read_text().count('"skipped"') == 1
-    state = newest_whole(out / "last")
+    state = newest_intact(out / "last")
     assert state is not None
     assert state[1]["progress"]["step"] == STEPS
     moments = state[1]["tensors"]["optimizer"]["state"]

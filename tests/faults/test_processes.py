@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distcls.training.checkpointing import newest_whole
+from distcls.training.checkpointing import newest_intact
 from tests.faults.conftest import Unbroken
 from tests.faults.survival import (
     PLATEAU,
@@ -88,7 +88,7 @@ def test_the_ranks_see_different_scores(
         ends.append((last["epoch"], last["step"]))
     assert ends[0] == ends[1]
     assert ends[0][0] == epochs - 1
-    found = newest_whole(out / "last")
+    found = newest_intact(out / "last")
     assert found is not None
     assert found[1]["progress"]["step"] == ends[0][1] + 1
 

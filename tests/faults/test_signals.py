@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distcls.training.checkpointing import newest_whole
+from distcls.training.checkpointing import newest_intact
 from tests.faults.conftest import Unbroken
 from tests.faults.survival import (
     STEPS,
@@ -41,7 +41,7 @@ def test_a_signal_saves_and_leaves(number: signal.Signals, digits: Path, tmp_pat
     assert f"stopped by {number.name} after step" in said
     assert "--resume auto continues" in said
     assert "Traceback" not in said
-    found = newest_whole(out / "last")
+    found = newest_intact(out / "last")
     assert found is not None
     assert 3 <= found[1]["progress"]["step"] < STEPS
 
@@ -58,7 +58,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(
     workers(process)[1].send_signal(signal.SIGUSR1)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    found = newest_whole(out / "last")
+    found = newest_intact(out / "last")
     assert found is not None
     assert found[1]["progress"]["step"] < STEPS
     finish(start(digits, out, processes=2, TRACE=str(own_trace)))
@@ -88,7 +88,7 @@ def test_more_signals_during_the_save(unbroken: Unbroken, digits: Path, tmp_path
     assert process.returncode == 75 if processes == 1 else process.returncode != 0
     assert "--resume auto continues" in said
     assert not half_written(out)
-    found = newest_whole(out / "last")
+    found = newest_intact(out / "last")
     assert found is not None
     assert 2 <= found[1]["progress"]["step"] < STEPS
     assert [path.name for path in (out / "last").iterdir()] == [found[0].name]

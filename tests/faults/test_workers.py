@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from distcls.data.dataset import PACK
 from distcls.data.prepare import PrepareOptions, prepare
-from distcls.training.checkpointing import newest_whole
+from distcls.training.checkpointing import newest_intact
 from tests.faults.survival import ONE_AND_TWO, finish, start, steps_done, wait_for, workers
 
 
@@ -94,7 +94,7 @@ def test_reading_threads_that_die_end_the_run(
     told = ("a reading thread ended early", "has died", "no batch came for 5 s; still reading: ")
     assert any(words in said for words in told), said
     # the state is that of a step before, and whole
-    found = newest_whole(out / "last")
+    found = newest_intact(out / "last")
     assert found is None or found[1]["progress"]["step"] <= 4
 
 
