@@ -13,7 +13,7 @@ from distcls.config.load import RENAMED
 from distcls.errors import UsageError
 from distcls.models.checkpoint import load_tensors, open_checkpoint
 from distcls.models.config import ModelConfig
-from distcls.training.checkpointing import load_kept_state, load_state
+from distcls.training.checkpointing import CheckpointManager, TrainingState
 from distcls.training.config import TrainConfig
 
 OLD = Path(__file__).parent / "fixtures" / "v076daf9"
@@ -122,15 +122,20 @@ def old_run(**changes: Any) -> TrainConfig:
     return dataclasses.replace(config, **changes)
 
 
-def test_a_state_of_an_old_run_fits_its_config(tmp_path: Path) -> None:
-    found = load_state(OLD / "run" / "last", old_run())
+def resumed(**changes: Any) -> TrainingState:
+    config = old_run(out=OLD / "run", **changes)
+    found = CheckpointManager(config, main_process=False).resume()
     assert found is not None
-    assert found[0].step == 7
-    [kept] = (OLD / "whole").glob("*_e4_*.pth")
-    assert load_kept_state(kept, old_run())[0].epoch == 4
+    return found[0]
+
+
+def test_a_state_of_an_old_run_fits_its_config() -> None:
+    assert resumed(resume="auto").step == 7
+    [model] = (OLD / "whole").glob("*_e4_*.pth")
+    assert resumed(resume=str(model)).epoch == 4
     other = dataclasses.replace(old_run().model, batch_norm_momentum=0.5)
     with pytest.raises(UsageError, match=r"^model\.batch_norm_momentum: 0\.5 given"):
-        load_state(OLD / "run" / "last", old_run(model=other))
+        resumed(resume="auto", model=other)
 
 
 @pytest.mark.parametrize("run", ["whole", "run_heads", "run_labels"])

@@ -46,15 +46,15 @@ def test_plateau_and_ranger_go_on_as_if_nothing_had_happened(
 ) -> None:
     whole, parts = settings(digits, tmp_path / "whole"), settings(digits, tmp_path / "parts")
     run.train(whole)
-    train_and_evaluate = run.train_and_evaluate
+    train_steps = run.train_steps
 
-    def two_epochs(now: Any) -> Any:
-        if now.progress.epoch == 2:
+    def two_epochs(now: run.Run) -> dict[str, float]:
+        if now.state.epoch == 2:
             raise Interrupted
-        return train_and_evaluate(now)
+        return train_steps(now)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "train_and_evaluate", two_epochs)
+        patch.setattr(run, "train_steps", two_epochs)
         with pytest.raises(Interrupted):
             run.train(parts)
     assert last_state(parts.out)["tensors"]["schedule"] == {"falls": 1, "waited": 0}
