@@ -13,6 +13,7 @@ import pytest
 
 from distcls.batch.options import PredictOptions
 from distcls.commands.predict import main
+from distcls.data.source import ImageSource
 from distcls.errors import BadValue, DistclsError, UsageError
 from distcls.evaluation.evaluate import EvaluateOptions
 from distcls.runtime import providers
@@ -213,17 +214,19 @@ def test_auto_measures_a_new_provider_and_may_choose_it(toy: Toy, path: Path) ->
     request = ExecutionRequest(workers=2, images=10_000)
 
     class Slow(OnnxModel):
-        """The CPU, slowed down."""
+        """The CPU, no faster than 50 images/s per worker."""
 
         def logits(self, images: Any) -> Any:
-            time.sleep(0.02)
+            time.sleep(0.02 * len(images))
             return super().logits(images)
 
     def open_model(execution: ExecutionConfig) -> OnnxModel:
         return (OnnxModel if execution.provider == "toy" else Slow)(path, execution)
 
     reference = Slow(path, PROVIDERS["cpu"].default_execution(2, (8, 8)))
-    measured = measure(reference, request, Benchmark.of(None), open_model)
+    images, _ = tiny_dataset.coloured(20)
+    source = ImageSource(image_ids=[""] * 20, load=lambda index: images[index])
+    measured = measure(reference, request, Benchmark.of(source), open_model)
     assert {found.execution.provider for found in measured} >= {"toy", "cpu"}
     best = choose([found for found in measured if found.execution.provider in ("toy", "cpu")])
     assert best.execution.provider == "toy"
