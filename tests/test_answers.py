@@ -14,7 +14,7 @@ import pytest
 from distcls.data.dataset import CLASSES, INFO, MANIFEST, Dataset
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.errors import UsageError
-from tests import several
+from tests import multi_output
 from tests.sources import digits, put, write_manifest
 
 
@@ -31,7 +31,7 @@ def listed(folder: Path, header: str, *rows: str, suffix: str = ".csv") -> Path:
 def opened(path: Path, **options: Any) -> Dataset:
     """Prepared with all images for training."""
     fractions = {"val_fraction": 0.0, "test_fraction": 0.0}
-    return Dataset.open(several.dataset(path, path.parent / "out", **fractions, **options))
+    return Dataset.open(multi_output.dataset(path, path.parent / "out", **fractions, **options))
 
 
 def refused(path: Path, **options: Any) -> str:
@@ -100,12 +100,12 @@ def test_the_first_head_decides_the_splits(tmp_path: Path) -> None:
     rows = [f"{'ab'[n % 2]};{n % 5}" for n in range(60)]
     path = listed(tmp_path, "one;two", *rows)
     data = Dataset.open(
-        several.dataset(path, tmp_path / "out", label_columns=("one", "two"), val_fraction=0.2)
+        multi_output.dataset(path, tmp_path / "out", label_columns=("one", "two"), val_fraction=0.2)
     )
     for name, each in (("val", 6), ("test", 6), ("train", 18)):
         assert np.bincount(data.split(name).labels[:, 0]).tolist() == [each, each]
     limited = Dataset.open(
-        several.dataset(path, tmp_path / "few", label_columns=("one", "two"), limit=9)
+        multi_output.dataset(path, tmp_path / "few", label_columns=("one", "two"), limit=9)
     )
     assert sum(limited.counts().values()) == 9
 
@@ -114,9 +114,9 @@ def test_given_names_are_the_order(tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("b\na\nc\n")
     path = listed(tmp_path, "text;tags", "ab;c|a", "ba;", "bb;a")
-    tagged = several.dataset(path, tmp_path / "one", labels_column="tags", classes=names)
+    tagged = multi_output.dataset(path, tmp_path / "one", labels_column="tags", classes=names)
     assert Dataset.open(tagged).classes == ("b", "a", "c")
-    text = several.dataset(path, tmp_path / "two", text_column="text", classes=names)
+    text = multi_output.dataset(path, tmp_path / "two", text_column="text", classes=names)
     assert Dataset.open(text).task.alphabet == ("b", "a", "c")
     names.write_text("a\nd\n")
     assert "row 1: label 'c' is not one of the classes" in refused(
@@ -172,7 +172,7 @@ def test_columns_belong_to_manifests(tmp_path: Path) -> None:
 
 def test_what_cannot_be_learnt_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = listed(tmp_path, "tags;split", "a;train", "b;train", "c;val", "c;test")
-    several.dataset(path, tmp_path / "first", labels_column="tags")
+    multi_output.dataset(path, tmp_path / "first", labels_column="tags")
     assert "1 of 3 classes have no training images" in capsys.readouterr().err
     (tmp_path / "list.csv").write_text("path,tags,split\n00.png,a,val\n01.png,b,test\n")
     assert "there are no training images" in refused(path, labels_column="tags")

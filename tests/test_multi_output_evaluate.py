@@ -1,4 +1,4 @@
-"""Rows and figures of models with several answers, from the command line to the files."""
+"""Rows and figures of multi-head and multi-label models, from the command line to the files."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from distcls.export.certificate import certify, certify_variant, expect
 from distcls.model_card import ModelCard
 from distcls.runtime.model import OnnxModel
 from distcls.task import Head, Task
-from tests import several, tiny_dataset, tiny_onnx
+from tests import multi_output, tiny_dataset, tiny_onnx
 from tests.test_writers import read
 
 COUNT = 40
-HEADS = several.heads(3, 4)
-LABELS = several.labels(5, (0.9, 0.5, 0.999, 0.7, 0.8))
+HEADS = multi_output.heads(3, 4)
+LABELS = multi_output.labels(5, (0.9, 0.5, 0.999, 0.7, 0.8))
 
 
 def card(task: Task) -> ModelCard:
@@ -68,7 +68,7 @@ def listed(tmp_path: Path) -> Path:
 @pytest.fixture
 def heads(listed: Path) -> tuple[Path, Path]:
     """Dataset directory and model."""
-    data = several.dataset(
+    data = multi_output.dataset(
         listed, listed.parent / "heads", label_columns=("a", "b"), val_fraction=0
     )
     return data, tiny_onnx.write(listed.parent / "heads.onnx", card(HEADS))
@@ -76,7 +76,9 @@ def heads(listed: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def tagged(listed: Path) -> tuple[Path, Path]:
-    data = several.dataset(listed, listed.parent / "tags", labels_column="tags", val_fraction=0)
+    data = multi_output.dataset(
+        listed, listed.parent / "tags", labels_column="tags", val_fraction=0
+    )
     return data, tiny_onnx.write(listed.parent / "tags.onnx", card(LABELS))
 
 
@@ -180,9 +182,9 @@ def test_evaluate_is_what_predict_s_table_gives(
 def test_table_for_people_and_the_picture_of_one_alphabet(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = several.manifest(tmp_path / "source", 30)
-    data = several.dataset(path, tmp_path / "data", **several.TEXT)
-    word = Task.of_heads([Head(str(n), (*several.TAGS, "")) for n in (1, 2)])
+    path = multi_output.manifest(tmp_path / "source", 30)
+    data = multi_output.dataset(path, tmp_path / "data", **multi_output.TEXT)
+    word = Task.of_heads([Head(str(n), (*multi_output.TAGS, "")) for n in (1, 2)])
     model = tiny_onnx.write(tmp_path / "m.onnx", card(word))
     flags = ["--model", str(model), "--data", str(data), "--split", "train"]
     evaluate_main([*flags, "--out", str(tmp_path / "out")])
@@ -223,7 +225,7 @@ def test_other_kinds_are_refused(
             evaluate_main(["--model", str(model), "--data", str(data)])
         assert "\n" not in str(caught.value)
     check_task(HEADS, HEADS, "data")
-    check_task(LABELS, several.labels(5), "data")  # thresholds are the model's own
+    check_task(LABELS, multi_output.labels(5), "data")  # thresholds are the model's own
     other = Task.of_heads([HEADS.heads[0], dataclasses.replace(HEADS.heads[1], name="z")])
     with pytest.raises(UsageError, match="class 3 is 'b:c0' in the model and 'z:c0' in data"):
         check_task(HEADS, other, "data")

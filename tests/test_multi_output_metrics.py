@@ -24,11 +24,11 @@ from distcls.evaluation.metrics import (
     metric_state,
 )
 from distcls.task import Task
-from tests import several
+from tests import multi_output
 
 SIZES = (3, 8, 2)
-HEADS = several.heads(*SIZES)
-LABELS = several.labels(4, (0.3, 0.5, 0.7, 0.5))
+HEADS = multi_output.heads(*SIZES)
+LABELS = multi_output.labels(4, (0.3, 0.5, 0.7, 0.5))
 COUNT = 101
 
 

@@ -13,7 +13,7 @@ from distcls.errors import UsageError
 from distcls.runtime.ensemble import Ensemble, FlipAveraged
 from distcls.runtime.model import OnnxModel
 from distcls.task import Head, Task
-from tests import several, tiny_dataset, tiny_onnx
+from tests import multi_output, tiny_dataset, tiny_onnx
 from tests.test_multi_output_evaluate import HEADS, LABELS, card
 from tests.test_predict_rows import COUNT, IMAGES, run, uneven, with_features
 
@@ -103,7 +103,7 @@ def test_labels_of_merged_models_have_the_mean_of_their_thresholds(
     others = (0.999, 0.999, 0.999, 0.5, 0.6)
     paths = [
         tiny_onnx.write(tmp_path / "m.onnx", card(LABELS)),
-        uneven(tmp_path / "u.onnx", card(several.labels(5, others))),
+        uneven(tmp_path / "u.onnx", card(multi_output.labels(5, others))),
     ]
     merged = Ensemble([OnnxModel(path) for path in paths], ["m", "u"])
     assert LABELS.thresholds is not None
@@ -134,9 +134,9 @@ def test_other_questions_are_not_merged(folder: Path, tmp_path: Path) -> None:
     model = tiny_onnx.write(tmp_path / "m.onnx", card(HEADS))
     renamed = Task.of_heads([HEADS.heads[0], Head("z", HEADS.heads[1].classes)])
     for task, told in [
-        (several.labels(7), r"has 2 heads of several .*, .* 7 labels; .* the same task"),
+        (multi_output.labels(7), r"has 2 heads of several .*, .* 7 labels; .* the same task"),
         (Task(classes=HEADS.classes), "has 2 heads .*, .* 7 classes; .* the same task"),
-        (several.heads(4, 3), r"\(a 3, b 4\), .* \(a 4, b 3\); .* the same task"),
+        (multi_output.heads(4, 3), r"\(a 3, b 4\), .* \(a 4, b 3\); .* the same task"),
         (renamed, "class 3 is 'b:c0' in .* and 'z:c0' in"),
     ]:
         own = card(task) if not task.single else tiny_onnx.card(task.classes)

@@ -32,7 +32,7 @@ from distcls.runtime.providers import (
     versions,
 )
 from distcls.task import Task
-from tests import several, tiny_dataset, tiny_onnx
+from tests import multi_output, tiny_dataset, tiny_onnx
 
 
 def test_an_execution_config_survives_json() -> None:
@@ -359,9 +359,9 @@ def test_all_heads_and_labels_have_to_agree() -> None:
     moved[:3, 3] = -1  # the greatest of all four stays where it is
     reduced = ExecutionConfig(provider="openvino", precision="reduced")
     for task, expected_problem in [
-        (several.heads(2, 2), "997 of 1000"),
-        (several.labels(4), "997 of 1000"),
-        (several.labels(4, (0.5, 0.5, 0.5, 0.1)), None),
+        (multi_output.heads(2, 2), "997 of 1000"),
+        (multi_output.labels(4), "997 of 1000"),
+        (multi_output.labels(4, (0.5, 0.5, 0.5, 0.1)), None),
         (Task(classes=tuple("abcd")), None),
     ]:
         found = disagreement(expected, moved, reduced, task=task, tolerance=1e-3)

@@ -12,11 +12,17 @@ from distcls.errors import BadValue, UsageError
 from distcls.imaging import Preprocess
 from distcls.model_card import ModelCard
 from distcls.task import Head, Task, sigmoid
-from tests import several
+from tests import multi_output
 
 SINGLE = Task(classes=("cat", "dog", "owl"))
 WORD = Task.of_heads([Head(str(place), ("a", "b", "")) for place in (1, 2, 3)])
-KINDS = [SINGLE, WORD, several.heads(2, 4), several.labels(3), several.labels(2, (0.25, 0.75))]
+KINDS = [
+    SINGLE,
+    WORD,
+    multi_output.heads(2, 4),
+    multi_output.labels(3),
+    multi_output.labels(2, (0.25, 0.75)),
+]
 
 
 def logits(targets: Task, count: int = 20) -> np.ndarray:
@@ -25,7 +31,7 @@ def logits(targets: Task, count: int = 20) -> np.ndarray:
 
 
 def test_heads_are_argmax_and_softmax_of_their_own_logits() -> None:
-    targets = several.heads(2, 4)
+    targets = multi_output.heads(2, 4)
     assert targets.classes == ("a:c0", "a:c1", "b:c0", "b:c1", "b:c2", "b:c3")
     given = logits(targets)
     answers, probabilities = targets.decide(given), targets.probabilities(given)
@@ -43,11 +49,11 @@ def test_heads_are_argmax_and_softmax_of_their_own_logits() -> None:
 
 
 def test_labels_are_given_from_their_thresholds_on() -> None:
-    targets = several.labels(2, (0.25, 0.75))
+    targets = multi_output.labels(2, (0.25, 0.75))
     given = np.log(np.array([[1 / 3, 3.0], [0.3, 2.9], [9.0, 9.0]], np.float32))
     given[0] += 1e-6  # 0.25 and 0.75 but for rounding
     np.testing.assert_array_equal(targets.decide(given), [[1, 1], [0, 0], [1, 1]])
-    assert several.labels(2).decide(given).tolist() == [[0, 1], [0, 1], [1, 1]]
+    assert multi_output.labels(2).decide(given).tolist() == [[0, 1], [0, 1], [1, 1]]
     probabilities = targets.probabilities(given)
     np.testing.assert_allclose(probabilities[2], 0.9, rtol=1e-6)
     whole = targets.confidence(probabilities, targets.decide(given))
@@ -73,7 +79,7 @@ def test_sigmoid_neither_overflows_nor_loses_small_ones() -> None:
 )
 def test_characters_make_a_word_without_its_last_blanks(answer: list[int], text: str) -> None:
     assert WORD.text(answer) == text
-    assert several.heads(2, 4).text([1, 3]) == "c1|c3"
+    assert multi_output.heads(2, 4).text([1, 3]) == "c1|c3"
 
 
 def test_texts_of_all_kinds_of_labels() -> None:
@@ -118,14 +124,14 @@ def test_a_card_with_other_targets_is_refused(values: Any) -> None:
 
 def test_shortage_and_summary() -> None:
     assert [targets.shortage() for targets in KINDS] == [""] * 5
-    assert several.heads(2, 1).shortage() == "head 'b' has one class only ('c0')"
+    assert multi_output.heads(2, 1).shortage() == "head 'b' has one class only ('c0')"
     assert Task(classes=("cat",)).shortage() == "one class only ('cat')"
     assert Task(classes=()).shortage() == "no class"
-    assert several.labels(1).shortage() == ""
-    assert several.labels(0).shortage() == "no label"
+    assert multi_output.labels(1).shortage() == ""
+    assert multi_output.labels(0).shortage() == "no label"
     assert SINGLE.summary() == "3 classes"
     assert WORD.summary() == "3 heads of 3 classes each"
-    assert several.heads(2, 4).summary() == "2 heads of several classes (a 2, b 4)"
+    assert multi_output.heads(2, 4).summary() == "2 heads of several classes (a 2, b 4)"
 
 
 def test_thresholds_belong_to_labels() -> None:

@@ -28,27 +28,27 @@ from distcls.training.engine import Engine
 from distcls.training.inputs import choose_preprocess, open_input
 from distcls.training.loader import Batch
 from distcls.training.losses import make_loss, multi_hot
-from tests import several
+from tests import multi_output
 
 CPU = torch.device("cpu")
-HEADS = several.heads(3, 4)
-LABELS = several.labels(5)
+HEADS = multi_output.heads(3, 4)
+LABELS = multi_output.labels(5)
 BCE = LossConfig(name="bce")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return several.manifest(tmp_path_factory.mktemp("pairs"), 90)
+    return multi_output.manifest(tmp_path_factory.mktemp("pairs"), 90)
 
 
 @pytest.fixture(scope="module")
 def texts(source: Path) -> Path:
-    return several.dataset(source, source.parent / "texts", **several.TEXT)
+    return multi_output.dataset(source, source.parent / "texts", **multi_output.TEXT)
 
 
 @pytest.fixture(scope="module")
 def tagged(source: Path) -> Path:
-    return several.dataset(source, source.parent / "tagged", **several.TAGGED)
+    return multi_output.dataset(source, source.parent / "tagged", **multi_output.TAGGED)
 
 
 def logits(classes: int) -> torch.Tensor:

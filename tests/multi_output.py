@@ -1,4 +1,4 @@
-"""Real digits two by two in a picture, as a manifest whose columns ask for all kinds of answers."""
+"""Real digits two by two in a picture, in a manifest with columns for every task."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from distcls.export.certificate import load_images
 from distcls.export.reduced_precision import Recipe, make_variant
 from distcls.models.checkpoint import open_checkpoint, read_checkpoint
 from distcls.runtime.model import OnnxModel
-from tests import several
+from tests import multi_output
 from tests.e2e.commands import run
 from tests.e2e.test_training import history
 
@@ -31,15 +31,15 @@ RECIPE = [
     *("--augment.crop-padding", "1", "--augment.mixup", "0.1", "--checkpoint.save-top-k", "0"),
 ]
 KINDS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "texts": (several.TEXT, ["--monitor.metric", "exact"]),
-    "heads": (several.HEADS, ["--monitor.metric", "exact", "--loss.label-smoothing", "0.05"]),
-    "tags": (several.TAGGED, ["--monitor.metric", "macro_f1", "--loss.name", "bce"]),
+    "texts": (multi_output.TEXT, ["--monitor.metric", "exact"]),
+    "heads": (multi_output.HEADS, ["--monitor.metric", "exact", "--loss.label-smoothing", "0.05"]),
+    "tags": (multi_output.TAGGED, ["--monitor.metric", "macro_f1", "--loss.name", "bce"]),
 }
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return several.manifest(tmp_path_factory.mktemp("pairs"), 450)
+    return multi_output.manifest(tmp_path_factory.mktemp("pairs"), 450)
 
 
 def trained(source: Path, kind: str, processes: int = 1) -> tuple[Path, Path]:
@@ -47,7 +47,7 @@ def trained(source: Path, kind: str, processes: int = 1) -> tuple[Path, Path]:
     options, more = KINDS[kind]
     data, out = source.parent / kind, source.parent / f"{kind}-run-{processes}"
     if not data.exists():
-        several.dataset(source, data, **options)
+        multi_output.dataset(source, data, **options)
     if not out.exists():
         flags = ["--data", str(data), "--out", str(out), *RECIPE, *more]
         if processes == 1:
@@ -152,7 +152,7 @@ def test_thresholds_are_chosen_on_validation_and_used(source: Path) -> None:
     assert len(set(thresholds)) > 1
     heads, _ = read_checkpoint(trained(source, "texts")[1] / "best.pth")
     assert heads.task is not None
-    assert heads.task.alphabet == (*several.TAGS, "")
+    assert heads.task.alphabet == (*multi_output.TAGS, "")
 
 
 @pytest.mark.slow
