@@ -246,6 +246,25 @@ def test_a_new_provider_is_refused_with_its_reason(
         open_fastest(path, ExecutionRequest(provider="toy", images=1000))
 
 
+def test_a_provider_of_a_user_s_own_module(
+    toy: Toy, tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_provider.py").write_text(
+        "from distcls.runtime.providers import Cpu, register\n"
+        "@register\n"
+        "class Own(Cpu):\n"
+        "    name, title, packages = 'own', 'Own', ('own-package',)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BadValue, match="'own' is not valid"):
+        ExecutionRequest(provider="own")
+    monkeypatch.setenv("DISTCLS_IMPORT", "own_provider")
+    assert installed()[0] == "own"
+    assert versions()["own-package"] is None
+    model = open_fastest(path, ExecutionRequest(provider="own", images=1))
+    assert str(model.execution).startswith("Own, ")
+
+
 def test_a_name_is_registered_once() -> None:
     for name in ("cpu", "auto"):
         with pytest.raises(ValueError, match="is known already"):

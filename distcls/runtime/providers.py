@@ -1,8 +1,9 @@
 """Execution providers, and the execution configs that say how one runs a model.
 
 An execution provider is what ONNX Runtime computes with: the CPU, OpenVINO, CUDA, TensorRT. Each is
-one subclass of `Provider`, and a new one is such a class under `@register`: the command line offers
-it, `--provider auto` measures it, and no other code has to know it.
+one subclass of `Provider`. A new one is such a class under `@register`, here or in a module that
+DISTCLS_IMPORT names: the command line offers it, `--provider auto` measures it, and no other code
+has to know it.
 
 CUDA and TensorRT come inside `onnxruntime-gpu`. OpenVINO is a plug-in beside plain `onnxruntime`:
 a library that is registered by its path, whose devices a session is then given
@@ -19,11 +20,13 @@ import importlib
 import importlib.util
 import io
 import json
+import os
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 from distcls.errors import UsageError, did_you_mean, require
+from distcls.registry import IMPORTS, import_modules
 from distcls.system import available_cores
 
 Precision = Literal["fp32", "reduced"]
@@ -248,7 +251,7 @@ class Provider(abc.ABC):
 
 
 PROVIDERS: dict[str, Provider] = {}
-"""All providers that distcls knows, by name; of those installed the last one is tried first."""
+"""The registered providers by name; of those installed the last one is tried first."""
 
 P = TypeVar("P", bound=type[Provider])
 
@@ -261,9 +264,18 @@ def register(provider: P) -> P:
     return provider
 
 
+def known_providers() -> dict[str, Provider]:
+    """All providers by name, those of the modules that DISTCLS_IMPORT names included.
+
+    Raises UsageError for a module that is not there.
+    """
+    import_modules(os.environ.get(IMPORTS, ""))
+    return PROVIDERS
+
+
 def require_provider(name: object, *, or_auto: bool = False) -> None:
     """Raise BadValue, with the choices, unless `name` is a known provider (or auto)."""
-    choices = [AUTO, *PROVIDERS] if or_auto else list(PROVIDERS)
+    choices = [AUTO] * or_auto + list(known_providers())
     known = isinstance(name, str) and name in choices
     hint = did_you_mean(str(name), choices)
     require(known, "provider", name, f"a known execution provider{hint}")
@@ -274,7 +286,8 @@ def installed() -> list[str]:
 
     The order is that of `register`, the last first.
     """
-    return [name for name, provider in reversed(PROVIDERS.items()) if provider.missing() is None]
+    providers = reversed(known_providers().items())
+    return [name for name, provider in providers if provider.missing() is None]
 
 
 def require_installed(name: str) -> None:
@@ -287,7 +300,7 @@ def require_installed(name: str) -> None:
 
 def versions() -> dict[str, str | None]:
     """Versions of the packages that compute; None for one that is not installed."""
-    packages = [package for provider in PROVIDERS.values() for package in provider.packages]
+    packages = [package for provider in known_providers().values() for package in provider.packages]
     return {package: _version(package) for package in packages}
 
 
