@@ -146,3 +146,15 @@ def test_frozen_parameters_stay_out() -> None:
     assert sum(len(group["params"]) for group in one.param_groups) == 4
     train(model, one, range(3))
     assert torch.equal(model[0].weight, network()[0].weight)
+
+
+def test_the_state_of_another_ranger_is_refused() -> None:
+    """distcls 0.1.0 had a Lookahead of its own, whose slow weights were called `slow`."""
+    model = network()
+    one = made(OptimizerConfig(name="ranger"), model)
+    train(model, one, range(7))
+    saved = one.state_dict()
+    for values in saved["state"].values():
+        values["slow"] = values.pop("lookahead_slow_buff")
+    with pytest.raises(UsageError, match=r"the ranger of distcls 0\.1\.0"):
+        made(OptimizerConfig(name="ranger"), network()).load_state_dict(saved)

@@ -32,7 +32,7 @@ RENAMED = {
     "checkpoint.best_only": "checkpoint.save_best_only",
     "checkpoint.whole": "checkpoint.save_training_state",
 }
-"""Training's config keys by the names they had before 0.3. A user who gives such a name is warned,
+"""Training's config keys by the names they had in 0.1.0. A user who gives such a name is warned,
 until it goes; files that are read without a user's doing (saved states, model cards) keep it."""
 
 

@@ -129,8 +129,18 @@ def ranger(groups: Groups, lr: float, config: OptimizerConfig) -> torch.optim.Op
 
     options: dict[str, Any] = {"betas": _betas(config), "eps": _eps(config)}
     radam = torch.optim.RAdam(groups, lr=lr, decoupled_weight_decay=True, **options)
+    radam.register_load_state_dict_pre_hook(_refuse_old_ranger)
     made: torch.optim.Optimizer = Lookahead(radam, alpha=0.5, k=6)
     return made
+
+
+def _refuse_old_ranger(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Its own Lookahead's slow weights would be passed over without a word."""
+    if any("slow" in values for values in state["state"].values()):
+        raise UsageError(
+            "optimizer.name: this training state is of the ranger of distcls 0.1.0, which had "
+            "another Lookahead; resume it with that version, or start anew"
+        )
 
 
 def _betas(config: OptimizerConfig) -> tuple[float, float]:
