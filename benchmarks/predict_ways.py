@@ -137,15 +137,13 @@ def decode_only(folder: Path) -> Contestant:
 
 def infer_only(folder: Path, model: Path, provider: str) -> Contestant:
     """The model alone, with the plan that `distcls predict` takes; the second limit."""
-    from distcls.data.source import ImageSource
+    from distcls.data.source import FunctionSource
     from distcls.runtime.autotune import open_fastest
     from distcls.runtime.pipeline import stream
     from distcls.runtime.providers import ExecutionRequest
 
     images = pixels(folder, 512)
-    source = ImageSource(
-        image_ids=[""] * len(images), load=lambda index: images[index], uniform=images
-    )
+    source = FunctionSource([""] * len(images), lambda index: images[index], uniform=images)
     opened: list[Any] = []
 
     def run() -> float:

@@ -29,6 +29,7 @@ def records(found: list[int], groups: list[int | None] | None = None) -> list[Im
     """A record for each label, in the group of that number if there is one."""
     return [
         ImageRecord(
+            index=index,
             image_id=str(index),
             label=label,
             group=None if groups is None or groups[index] is None else f"g{groups[index]}",

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from distcls import system
-from distcls.data.source import ImageSource
+from distcls.data.source import FunctionSource, ImageSource
 from distcls.errors import BadImage, DistclsError, UsageError
 from distcls.predictor import load_model
 from distcls.runtime import autotune
@@ -49,7 +49,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def source(count: int = 40) -> ImageSource:
     images, _ = tiny_dataset.coloured(count)
-    return ImageSource(image_ids=[""] * count, load=lambda index: images[index])
+    return FunctionSource([""] * count, lambda index: images[index])
 
 
 class Elsewhere(OnnxModel):
@@ -315,9 +315,9 @@ def test_bad_images_and_none_at_all_to_measure_with(path: Path) -> None:
             raise BadImage("broken")
         return images[index]
 
-    half = Benchmark.of(ImageSource(image_ids=[""] * 20, load=load))
+    half = Benchmark.of(FunctionSource([""] * 20, load))
     assert len(half.images) == 10
-    for nothing in (None, ImageSource(image_ids=[], load=load)):
+    for nothing in (None, FunctionSource([], load)):
         synthetic = Benchmark.of(nothing)
         assert {image.shape for image in synthetic.images} == {(375, 500, 3)}
         assert synthetic.encoded is not None
@@ -328,7 +328,7 @@ def test_bad_images_and_none_at_all_to_measure_with(path: Path) -> None:
 
 def test_a_pack_is_measured_without_decoding(path: Path) -> None:
     images, _ = tiny_dataset.coloured(20)
-    pack = ImageSource(image_ids=[""] * 20, load=lambda index: images[index], uniform=images)
+    pack = FunctionSource([""] * 20, lambda index: images[index], uniform=images)
     benchmark = Benchmark.of(pack)
     assert benchmark.encoded is None
     _, logits = benchmark.run(OnnxModel(path, HERE), HERE, 48, None)
@@ -343,7 +343,7 @@ def test_slow_reading_does_not_hold_up_the_choice() -> None:
         return pictures.smooth(seed=index)
 
     began = time.monotonic()
-    benchmark = Benchmark.of(ImageSource(image_ids=[""] * 100, load=load))
+    benchmark = Benchmark.of(FunctionSource([""] * 100, load))
     assert time.monotonic() - began < 1.5
     assert 1 <= len(benchmark.images) <= 4
 

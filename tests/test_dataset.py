@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from distcls.data.dataset import CLASSES, INFO, MANIFEST, PACK, SCHEMA, Dataset, to_rgb
+from distcls.data.dataset import CLASSES, INFO, MANIFEST, PACK, SCHEMA, Dataset
 from distcls.data.prepare import PrepareOptions, prepare
+from distcls.data.source import to_rgb
 from distcls.errors import BadImage, UsageError
 from distcls.imaging import decode_file
-from tests.sources import put, tree
+from tests.sources import digits, put, tree
 
 
 @pytest.fixture
@@ -132,3 +133,37 @@ def test_what_is_not_whole_is_refused(folder: Path) -> None:
 def test_no_directory(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such dataset directory; distcls prepare makes one"):
         Dataset.open(tmp_path / "nowhere")
+
+
+OLD = Path(__file__).parent / "fixtures" / "v076daf9"
+
+
+def test_datasets_of_earlier_versions_are_read() -> None:
+    images, labels = digits(1797)
+    data = Dataset.open(OLD / "digits")
+    assert data.counts() == {"train": 40, "val": 40, "test": 40}
+    for name in data.counts():
+        split = data.split(name)
+        rows = [int(image_id.removeprefix("digits/")) for image_id in split.image_ids]
+        assert split.uniform is not None
+        np.testing.assert_array_equal(split.uniform[..., 0], images[rows])
+        np.testing.assert_array_equal(split.labels, labels[rows])
+        assert split.true_labels == [str(label) for label in split.labels]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "first", "texts"),
+    [
+        ("heads", "multi_head", [0, 1], ["even|small", "even|large", "odd|large"]),
+        ("labels", "multi_label", [0, 1], ["round", "big", "big|round"]),
+    ],
+)
+def test_tasks_of_earlier_versions_are_read(
+    name: str, kind: str, first: list[int], texts: list[str]
+) -> None:
+    data = Dataset.open(OLD / name)
+    split = data.split("test")
+    assert data.task.kind == kind
+    assert split.labels[0].tolist() == first
+    assert split.true_labels[:3] == texts
+    assert split.image(0).shape == (8, 8, 3)

@@ -10,28 +10,47 @@ import numpy as np
 import pytest
 
 from distcls.data.formats import idx
-from distcls.data.formats.detect import read_source
+from distcls.data.formats.detect import open_labelled
+from distcls.data.formats.idx import IdxSource
+from distcls.data.source import LabelOptions, read_class_names
 from distcls.errors import UsageError
 from tests.sources import digits, idx_bytes, idx_folder
+
+
+def named(path: Path) -> LabelOptions:
+    return LabelOptions(classes=read_class_names(path))
 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("dot", [True, False])
 def test_every_way_to_name_the_files(tmp_path: Path, packed: bool, dot: bool) -> None:
-    source = read_source(str(idx_folder(tmp_path / "idx", dot=dot, packed=packed)))
+    source = open_labelled(str(idx_folder(tmp_path / "idx", dot=dot, packed=packed)))
     images, labels = digits(140)
-    assert source.kind == "idx"
+    assert source.format == "idx"
     assert [record.split for record in source.records] == ["train"] * 100 + ["test"] * 40
     assert [record.label for record in source.records] == labels.tolist()
     for record, image in zip(source.records, images, strict=True):
-        assert record.pixels is not None
-        np.testing.assert_array_equal(record.pixels, image)
+        found = source.source.image(record.index)
+        np.testing.assert_array_equal(found, np.repeat(image[..., None], 3, axis=-1))
     assert source.records[0].image_id == "train/00000"
     assert source.records[-1].image_id == "test/00039"
 
 
+def test_test_images_of_another_size(tmp_path: Path) -> None:
+    folder = idx_folder(tmp_path / "idx")
+    images = digits(140)[0]
+    small = images[100:, 1:, 2:].copy()
+    path = folder / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(idx_bytes(small)))
+    source = IdxSource(folder)
+    assert source.uniform is None
+    np.testing.assert_array_equal(source.image(99)[..., 1], images[99])
+    for index in (100, 139):
+        np.testing.assert_array_equal(source.image(index)[..., 1], small[index - 100])
+
+
 def test_a_set_without_test_files_has_no_test_split(tmp_path: Path) -> None:
-    source = read_source(str(idx_folder(tmp_path / "idx", test=0)))
+    source = open_labelled(str(idx_folder(tmp_path / "idx", test=0)))
     assert {record.split for record in source.records} == {"train"}
 
 
@@ -52,10 +71,10 @@ def test_known_data_is_recognised_by_its_content(
     for path in folder.iterdir():  # packed anew, as distributors do
         path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 1, mtime=7))
     for form in ("auto", "fashion-mnist"):
-        source = read_source(str(folder), form)  # type: ignore[arg-type]
-        assert source.kind == "fashion-mnist"
+        source = open_labelled(str(folder), form)  # type: ignore[arg-type]
+        assert source.format == "fashion-mnist"
         assert source.classes[0] == "T-shirt/top"
-    assert read_source(str(folder), "idx").classes == tuple("0123456789")
+    assert open_labelled(str(folder), "idx").classes == tuple("0123456789")
 
 
 @pytest.mark.parametrize("form", ["auto", "fashion-mnist"])
@@ -72,14 +91,14 @@ def test_one_flipped_bit_is_found(
     expected = idx.CONTENT_MD5["fashion-mnist"]["t10k-images"]
     message = f"{path}.*{found}.*{expected}.*--format idx accepts"
     with pytest.raises(UsageError, match=message):
-        read_source(str(folder), form)  # type: ignore[arg-type]
-    assert read_source(str(folder), "idx").kind == "idx"
+        open_labelled(str(folder), form)  # type: ignore[arg-type]
+    assert open_labelled(str(folder), "idx").format == "idx"
 
 
 def test_other_data_is_not_mnist(tmp_path: Path) -> None:
     folder = idx_folder(tmp_path / "idx")
     with pytest.raises(UsageError, match=r"expected 6bbc9ace898e44ae57da46a324031adb \(mnist\)"):
-        read_source(str(folder), "mnist")
+        open_labelled(str(folder), "mnist")
 
 
 def test_known_data_must_be_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +107,7 @@ def test_known_data_must_be_complete(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for path in folder.glob("t10k*"):
         path.unlink()
     with pytest.raises(UsageError, match=r"t10k-.* of fashion-mnist is missing"):
-        read_source(str(folder))
+        open_labelled(str(folder))
 
 
 def damage(folder: Path, how: str) -> None:
@@ -133,7 +152,7 @@ def test_damaged_files(tmp_path: Path, how: str, message: str) -> None:
     folder = idx_folder(tmp_path / "idx")
     damage(folder, how)
     with pytest.raises(UsageError, match=message) as caught:
-        read_source(str(folder))
+        open_labelled(str(folder))
     assert "\n" not in str(caught.value)
 
 
@@ -141,17 +160,17 @@ def test_missing_files(tmp_path: Path) -> None:
     folder = idx_folder(tmp_path / "idx")
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(UsageError, match="t10k images and labels belong together"):
-        read_source(str(folder))
+        open_labelled(str(folder))
     (folder / "train-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(UsageError, match=r"no IDX file train-labels-idx1-ubyte\[.gz\]"):
-        read_source(str(folder))
+        open_labelled(str(folder))
 
 
 def test_class_names_from_a_file(tmp_path: Path) -> None:
     folder = idx_folder(tmp_path / "idx")
     names = tmp_path / "names.txt"
     names.write_text("\n".join(f"digit {n}" for n in range(10)))
-    assert read_source(str(folder), classes=names).classes[3] == "digit 3"
+    assert open_labelled(str(folder), options=named(names)).classes[3] == "digit 3"
     names.write_text("zero\none\n")
     with pytest.raises(UsageError, match="row 2: label 2 is outside the 2 classes"):
-        read_source(str(folder), classes=names)
+        open_labelled(str(folder), options=named(names))

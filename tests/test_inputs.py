@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from distcls.data.dataset import Dataset
-from distcls.data.formats.detect import open_input, open_source
-from distcls.data.formats.remote import Truths
-from distcls.data.source import Names, NamesBuilder
+from distcls.data.formats.detect import open_source
+from distcls.data.source import Names, NamesBuilder, TextColumn
 from distcls.errors import BadImage, UsageError
 from tests import tiny_dataset
 
@@ -39,46 +38,46 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_folder_is_searched_in_order(tree: Path) -> None:
-    source = open_input(str(tree))
+    source = open_source(str(tree))
     assert source.image_ids == ["a/x y.jpg", "a/ü,\n.bmp", "b/10.PNG", "b/2.png", "z.webp"]
-    assert [int(source.load(index)[0, 0, 0]) for index in range(5)] == [2, 4, 1, 0, 3]
-    assert source.truths is None
+    assert [int(source.image(index)[0, 0, 0]) for index in range(5)] == [2, 4, 1, 0, 3]
+    assert source.true_labels is None
 
 
 def test_links_are_followed_and_circles_end(tree: Path, tmp_path: Path) -> None:
     image(tmp_path / "elsewhere" / "far.png")
     (tree / "c").symlink_to(tmp_path / "elsewhere")
     (tree / "b" / "up").symlink_to(tree)
-    assert "c/far.png" in open_input(str(tree)).image_ids
-    assert len(open_input(str(tree)).image_ids) == 6
+    assert "c/far.png" in open_source(str(tree)).image_ids
+    assert len(open_source(str(tree)).image_ids) == 6
 
 
 def test_a_name_that_is_not_utf8_is_made_printable(tmp_path: Path) -> None:
     image(tmp_path / os.fsdecode(b"caf\xe9.png"), 7)
-    source = open_input(str(tmp_path))
+    source = open_source(str(tmp_path))
     assert source.image_ids == ["caf\\xe9.png"]
-    assert source.load(0)[0, 0, 0] == 7
+    assert source.image(0)[0, 0, 0] == 7
 
 
 def test_glob(tree: Path) -> None:
-    assert open_input(f"{tree}/b/*").image_ids == ["10.PNG", "2.png"]
-    assert open_input(f"{tree}/*/2.png").image_ids == ["b/2.png"]
-    assert open_input(f"{tree}/**/*.png").image_ids == ["b/2.png"]
+    assert open_source(f"{tree}/b/*").image_ids == ["10.PNG", "2.png"]
+    assert open_source(f"{tree}/*/2.png").image_ids == ["b/2.png"]
+    assert open_source(f"{tree}/**/*.png").image_ids == ["b/2.png"]
 
 
 def test_glob_below_the_working_folder(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tree)
-    source = open_input("*/*.jpg")
+    source = open_source("*/*.jpg")
     assert source.image_ids == ["a/x y.jpg"]
-    assert source.load(0)[0, 0, 0] == 2
-    assert open_input(".").image_ids[-1] == "z.webp"
+    assert source.image(0)[0, 0, 0] == 2
+    assert open_source(".").image_ids[-1] == "z.webp"
 
 
 def test_one_image_even_with_wildcards_in_its_name(tmp_path: Path) -> None:
     path = image(tmp_path / "a[1].png", 9)
-    source = open_input(str(path))
+    source = open_source(str(path))
     assert source.image_ids == ["a[1].png"]
-    assert source.load(0)[0, 0, 0] == 9
+    assert source.image(0)[0, 0, 0] == 9
 
 
 @pytest.mark.parametrize("column", ["path", "file", "filename", "image", "image_id"])
@@ -92,53 +91,54 @@ def test_manifest(tree: Path, column: str, ending: str) -> None:
     else:
         text = f'\ufeff{column},label\nz.webp,007\nb/2.png,\n"a/ü,\n.bmp",ü\nmissing.png,x\n'
         path.write_text(text, encoding="utf-8", newline="")
-    source = open_input(str(path))
+    source = open_source(str(path))
     assert source.image_ids == names
-    assert list(source.truths or []) == ["007", None, "ü", "x"]
-    assert [int(source.load(index)[0, 0, 0]) for index in range(3)] == [3, 0, 4]
+    assert list(source.true_labels or []) == ["007", None, "ü", "x"]
+    assert [int(source.image(index)[0, 0, 0]) for index in range(3)] == [3, 0, 4]
     with pytest.raises(BadImage, match="cannot be read"):
-        source.load(3)
+        source.image(3)
 
 
 def test_manifest_with_ids_of_its_own_and_absolute_paths(tree: Path, tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
     path.write_text(f"image_id,path\n1,{tree}/z.webp\n2,in/b/2.png\n")
-    source = open_input(str(path))
+    source = open_source(str(path))
     assert source.image_ids == ["1", "2"]
-    assert [int(source.load(index)[0, 0, 0]) for index in range(2)] == [3, 0]
+    assert [int(source.image(index)[0, 0, 0]) for index in range(2)] == [3, 0]
 
 
 @pytest.mark.parametrize(
     ("content", "told"),
     [
         ("", "is empty"),
-        ("path\n", "lists no images"),
-        ("url,label\na,b\n", "expected one of path, file"),
-        ("path,label\na.png,1\n,2\n", "row 2: column 'path' is empty"),
-        ("path,label\na.png\n", "row 1: 1 values, expected 2"),
-        ('path\n"open\n', "cannot be read"),
+        ("path\n", "has a header but no rows"),
+        ("url,label\na,b\n", "no column for the image; expected one of path, file"),
+        ("path,label\na.png,1\n,2\n", "row 2: path is empty"),
+        ("path,label\na.png\n", "row 1: 1 values, but the header has 2"),
+        ('path\n"open\n', "row 1: not valid CSV"),
     ],
 )
 def test_bad_csv_manifests(tmp_path: Path, content: str, told: str) -> None:
     path = tmp_path / "list.csv"
     path.write_text(content)
     with pytest.raises(UsageError, match=told):
-        open_input(str(path))
+        open_source(str(path))
 
 
 def test_bad_parquet_manifest(tmp_path: Path) -> None:
-    (tmp_path / "list.parquet").write_bytes(b"")
-    with pytest.raises(UsageError, match="cannot be read"):
-        open_input(str(tmp_path / "list.parquet"))
+    for content, told in ((b"", "is empty"), (b"no parquet", "cannot be read as Parquet")):
+        (tmp_path / "list.parquet").write_bytes(content)
+        with pytest.raises(UsageError, match=told):
+            open_source(str(tmp_path / "list.parquet"))
 
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file or folder"):
-        open_input(str(tmp_path / "missing"))
+        open_source(str(tmp_path / "missing"))
     with pytest.raises(UsageError, match="no images in this folder"):
-        open_input(str(tmp_path))
+        open_source(str(tmp_path))
     with pytest.raises(UsageError, match="no file matches"):
-        open_input(str(tmp_path / "*.png"))
+        open_source(str(tmp_path / "*.png"))
 
 
 def test_dataset_directory(tmp_path: Path) -> None:
@@ -148,8 +148,8 @@ def test_dataset_directory(tmp_path: Path) -> None:
     folder = tiny_dataset.write(tmp_path / "d", list(images), labels, names, splits=splits)
     source = open_source(str(folder))
     assert source.image_ids == ["image 0001", "image 0003", "image 0005"]
-    assert source.truths == [names[labels[index]] for index in (1, 3, 5)]
-    np.testing.assert_array_equal(source.load(1), images[3])
+    assert source.true_labels == [names[labels[index]] for index in (1, 3, 5)]
+    np.testing.assert_array_equal(source.image(1), images[3])
     assert open_source(str(folder), "val").image_ids == ["image 0004"]
     with pytest.raises(UsageError, match="no split 'dev'"):
         open_source(str(folder), "dev")
@@ -177,39 +177,39 @@ def test_a_list_on_standard_input(
     typed.write(b"\n".join(lines))
     typed.seek(0)
     monkeypatch.chdir(tree)
-    source = open_input("-")
+    source = open_source("-")
     assert source.image_ids == ["z.webp", f"{tree}/b/10.PNG", "missing.png", "caf\\xe9.png"]
-    assert [int(source.load(index)[0, 0, 0]) for index in (0, 1, 3)] == [3, 1, 0]
+    assert [int(source.image(index)[0, 0, 0]) for index in (0, 1, 3)] == [3, 1, 0]
     with pytest.raises(BadImage, match="cannot be read"):
-        source.load(2)
+        source.image(2)
 
 
 def test_nothing_on_standard_input(typed: io.BytesIO) -> None:
     typed.write(b"\n\n")
     typed.seek(0)
     with pytest.raises(UsageError, match="lists no images"):
-        open_input("-")
+        open_source("-")
 
 
-def test_the_digest_follows_names_sizes_and_times(tree: Path) -> None:
-    def digest() -> str:
-        return open_input(str(tree)).digest()
+def test_the_fingerprint_follows_names_sizes_and_times(tree: Path) -> None:
+    def fingerprint() -> str:
+        return open_source(str(tree)).fingerprint()
 
-    first = digest()
-    assert digest() == first
+    first = fingerprint()
+    assert fingerprint() == first
     seen = {first}
     path = tree / "b" / "2.png"
     data, status = path.read_bytes(), path.stat()
     os.utime(path, ns=(0, status.st_mtime_ns + 1))
-    seen.add(digest())
+    seen.add(fingerprint())
     path.write_bytes(data + b"0")
     os.utime(path, ns=(0, status.st_mtime_ns))
-    seen.add(digest())
+    seen.add(fingerprint())
     path.write_bytes(data)
     os.utime(path, ns=(0, status.st_mtime_ns))
-    assert digest() == first
+    assert fingerprint() == first
     path.rename(path.with_name("3.png"))
-    seen.add(digest())
+    seen.add(fingerprint())
     assert len(seen) == 4
 
 
@@ -235,12 +235,12 @@ def test_names_are_a_sequence() -> None:
     assert builder.names() == given
 
 
-def test_truths_are_a_sequence() -> None:
-    truths = Truths()
-    truths.extend(["a", None, "b", "a"])
-    assert list(truths) == ["a", None, "b", "a"]
-    assert truths[1:3] == [None, "b"]
-    assert truths[-1] == "a"
+def test_a_text_column_is_a_sequence() -> None:
+    labels = TextColumn()
+    labels.extend(["a", None, "b", "a"])
+    assert list(labels) == ["a", None, "b", "a"]
+    assert labels[1:3] == [None, "b"]
+    assert labels[-1] == "a"
 
 
 @pytest.mark.parametrize("ending", [".csv", ".parquet"])
@@ -253,7 +253,7 @@ def test_a_long_manifest_is_open_soon(tmp_path: Path, ending: str) -> None:
     else:
         path.write_text("path\n" + "\n".join(names) + "\n")
     began = time.process_time()
-    source = open_input(str(path))
+    source = open_source(str(path))
     assert time.process_time() - began < 2
     assert len(source) == count
     assert source.image_ids[count - 1] == names[-1]

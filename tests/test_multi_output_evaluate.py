@@ -201,7 +201,7 @@ def test_a_picture_of_predictions_compares_texts(
     listed: Path, heads: tuple[Path, Path], tmp_path: Path
 ) -> None:
     source = open_source(str(heads[0]))
-    assert source.truths == truths(listed, "a", "b")
+    assert source.true_labels == truths(listed, "a", "b")
     predicted(heads, tmp_path / "pre.csv", "--show", "6")
     assert cv2.imread(str(tmp_path / "pre.png")) is not None
 

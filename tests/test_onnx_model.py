@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from distcls.data.source import ImageSource
+from distcls.data.source import FunctionSource
 from distcls.errors import DistclsError, UsageError
 from distcls.files import digest
 from distcls.runtime.model import OnnxModel
@@ -182,7 +182,7 @@ def test_another_number_of_rows_than_images_is_an_error(tmp_path: Path, count: i
     expected = rf"m\.onnx: its output 'logits' for {count} images has the shape \[1, 3\], "
     with pytest.raises(DistclsError, match=expected + rf"expected \[{count}, 3\]"):
         averaged.logits(images(count))
-    source = ImageSource(image_ids=["a", "b"], load=lambda index: images(2)[index])
+    source = FunctionSource(["a", "b"], lambda index: images(2)[index])
     with pytest.raises(DistclsError, match="expected \\[2, 3\\]"):
         list(stream(source, averaged))
 

@@ -20,8 +20,8 @@ from distcls.batch.loading import load_models
 from distcls.batch.options import PredictOptions
 from distcls.batch.parts import open_parts, parts_folder
 from distcls.commands.predict import main
-from distcls.data.formats.detect import open_input
-from distcls.data.source import ImageSource
+from distcls.data.formats.detect import open_source
+from distcls.data.source import FunctionSource
 from distcls.errors import BadImage, UsageError
 from distcls.runtime.model import OnnxModel
 from distcls.runtime.providers import ExecutionConfig
@@ -58,14 +58,14 @@ def options(folder: Path, model: Path, out: Path, **more: Any) -> PredictOptions
 
 def run(given: PredictOptions, breaks_at: int | None = None) -> Any:
     """Predict; the image at `breaks_at` ends the run as a bug or a kill would."""
-    source = open_input(given.input)
+    source = open_source(given.input)
 
     def load(index: int) -> NDArray[np.uint8]:
         if index == breaks_at:
             raise PowerCut
-        return source.load(index)
+        return source.image(index)
 
-    broken = ImageSource(image_ids=source.image_ids, load=load, state=source.state)
+    broken = FunctionSource(source.image_ids, load, state=source.state)
     check_output(given)
     return predict(OnnxModel(Path(given.model)), broken, given)
 
@@ -113,14 +113,14 @@ def test_what_is_finished_is_not_predicted_again(folder: Path, model: Path, tmp_
     given = options(folder, model, tmp_path / "pre.csv", resume=True)
     interrupt(given, 40)
     asked: list[int] = []
-    source = open_input(given.input)
+    source = open_source(given.input)
 
     def load(index: int) -> NDArray[np.uint8]:
         asked.append(index)
-        return source.load(index)
+        return source.image(index)
 
     state = source.state
-    watched = ImageSource(image_ids=source.image_ids, load=load, state=state)
+    watched = FunctionSource(source.image_ids, load, state=state)
     predict(OnnxModel(model), watched, given)
     assert sorted(asked) == list(range(32, COUNT))
 
@@ -319,14 +319,14 @@ def test_resumed_it_runs_as_before_whatever_auto_would_choose(
     out = tmp_path / "pre.csv"
     given = options(folder, model, out, batch_size=None)
     plan = ExecutionConfig(layout="stages", threads=2, streams=1, batch_size=4)
-    source = open_input(given.input)
+    source = open_source(given.input)
 
     def load(index: int) -> NDArray[np.uint8]:
         if index == 40:
             raise PowerCut
-        return source.load(index)
+        return source.image(index)
 
-    broken = ImageSource(image_ids=source.image_ids, load=load, state=source.state)
+    broken = FunctionSource(source.image_ids, load, state=source.state)
     with pytest.raises(PowerCut):
         predict(OnnxModel(model, plan), broken, given)
     again = dataclasses.replace(given, provider="auto", resume=True)
@@ -361,15 +361,15 @@ def test_an_error_of_the_run_says_what_is_kept(folder: Path, model: Path, tmp_pa
     from distcls.errors import DistclsError
 
     given = options(folder, model, tmp_path / "pre.csv")
-    source = open_input(given.input)
+    source = open_source(given.input)
 
     def load(index: int) -> NDArray[np.uint8]:
         if index == 40:
             raise DistclsError("the disk is gone")
         if index == 41:
             raise BadImage("never reached")
-        return source.load(index)
+        return source.image(index)
 
-    broken = ImageSource(image_ids=source.image_ids, load=load, state=source.state)
+    broken = FunctionSource(source.image_ids, load, state=source.state)
     with pytest.raises(DistclsError, match=r"the disk is gone; 32 rows are kept in .*--resume"):
         predict(OnnxModel(model), broken, given)

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from distcls.data.dataset import Dataset
-from distcls.data.source import ImageSource, from_split
+from distcls.data.source import FunctionSource, ImageSource
 from distcls.errors import BadImage
 from distcls.model_card import ModelCard
 from distcls.plotting import draw_profile
@@ -38,7 +38,7 @@ def source_of(images: NDArray[np.uint8], bad: frozenset[int] = frozenset()) -> I
         time.sleep((index * 7919 % 5) / 5000)  # so that images are ready out of order
         return images[index]
 
-    return ImageSource(image_ids=[str(index) for index in range(len(images))], load=load)
+    return FunctionSource([str(index) for index in range(len(images))], load)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
@@ -98,7 +98,7 @@ def test_only_a_few_batches_are_ahead_of_the_model() -> None:
             loaded += 1
         return images[index]
 
-    source = ImageSource(image_ids=[""] * 400, load=load)
+    source = FunctionSource([""] * 400, load)
     for chunk in stream(source, Broken(tiny_onnx.card()), batch_size=8, workers=2):
         time.sleep(0.002)
         with lock:
@@ -113,7 +113,7 @@ def test_a_bug_in_loading_is_raised_and_leaves_no_thread(model: OnnxModel) -> No
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        list(stream(ImageSource(image_ids=["a"] * 9, load=load), model, batch_size=2))
+        list(stream(FunctionSource(["a"] * 9, load), model, batch_size=2))
     assert not working()
 
 
@@ -146,7 +146,7 @@ def test_where_the_time_goes(model: OnnxModel, tmp_path: Path) -> None:
         time.sleep(0.004)
         return images[index]
 
-    source = ImageSource(image_ids=[""] * 64, load=load)
+    source = FunctionSource([""] * 64, load)
     for _ in stream(source, model, workers=2, profiler=profiler):
         time.sleep(0.01)
     found = profiler.to_json()
@@ -174,7 +174,7 @@ class Names:
 @pytest.mark.slow
 def test_a_million_inputs_in_little_memory(model: OnnxModel) -> None:
     image = tiny_dataset.coloured(1)[0][0]
-    source = ImageSource(image_ids=Names(), load=lambda index: image)  # type: ignore[arg-type]
+    source = FunctionSource(Names(), lambda index: image)  # type: ignore[arg-type]
     resident, done = [], 0
     began = time.monotonic()
     for chunk in stream(source, model, batch_size=64):
@@ -197,7 +197,7 @@ def test_pack_and_files_give_the_same(tmp_path: Path, model: OnnxModel, channels
     dataset = Dataset.open(folder)
     answers = []
     for use_pack in (True, False):
-        source = from_split(dataset.split("test", use_pack=use_pack), dataset.classes)
+        source = dataset.split("test", use_pack=use_pack)
         assert (source.uniform is not None) == use_pack
         chunks = list(stream(source, model, batch_size=4, indices=range(1, 21, 3)))
         assert [index for chunk in chunks for index in chunk.indices] == list(range(1, 21, 3))
@@ -211,7 +211,7 @@ def test_a_pack_of_another_size_is_preprocessed(tmp_path: Path, model: OnnxModel
     images, labels = tiny_dataset.coloured(9, size=16)
     folder = tiny_dataset.write(tmp_path / "d", list(images), labels, tiny_onnx.COLOURS)
     dataset = Dataset.open(folder)
-    source = from_split(dataset.split("test"), dataset.classes)
+    source = dataset.split("test")
     chunks = list(stream(source, model, batch_size=4))
     resized = np.stack([model.card.preprocess(image) for image in images])
     logits = np.concatenate([chunk.logits for chunk in chunks])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from distcls.commands.predict import main
-from distcls.data.source import from_encoded
+from distcls.data.source import FunctionSource
 from distcls.errors import DistclsError
 from distcls.predictor import Prediction, Predictor
 from distcls.runtime import pipeline
@@ -47,7 +47,7 @@ def images() -> list[bytes]:
 
 
 def streamed(predictor: Predictor, files: list[bytes]) -> tuple[NDArray[np.float32], list[object]]:
-    source = from_encoded([str(index) for index in range(len(files))], files.__getitem__)
+    source = FunctionSource([str(index) for index in range(len(files))], read=files.__getitem__)
     chunks = list(predictor.stream(source))
     logits = np.concatenate([chunk.logits for chunk in chunks])
     return logits, [error for chunk in chunks for error in chunk.errors]

@@ -16,7 +16,7 @@ import pytest
 
 from distcls.commands.predict import main
 from distcls.data.formats import remote
-from distcls.data.formats.detect import open_input
+from distcls.data.formats.detect import open_source
 from distcls.errors import BadImage, DistclsError, UsageError
 from tests import tiny_onnx
 from tests.pictures import encode
@@ -85,50 +85,62 @@ def url(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def values(source: Any) -> list[int]:
-    return [int(source.load(index)[0, 0, 0]) for index in range(len(source))]
+    return [int(source.image(index)[0, 0, 0]) for index in range(len(source))]
 
 
 @pytest.mark.parametrize("ending", ["", "/"])
 def test_a_folder_with_all_below_it(url: str, ending: str) -> None:
-    source = open_input(url + ending)
+    source = open_source(url + ending)
     assert source.image_ids == NAMES
     assert values(source) == [0, 10, 20, 30, 40]
 
 
+def test_hidden_images_are_left_out_and_counted(
+    url: str, tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a/._1.png", ".trash/1.png", "__MACOSX/1.png"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_bytes((tree / "z.png").read_bytes())
+    assert open_source(url).image_ids == NAMES
+    assert f"{url}: left out 3 hidden images" in capsys.readouterr().err
+    assert open_source(f"{url}/**/*.png").image_ids == [n for n in NAMES if n != "b/10.PNG"]
+    assert open_source(f"{url}/.trash/*.png").image_ids == ["1.png"]
+
+
 def test_one_image_a_glob_and_a_query(url: str) -> None:
-    source = open_input(f"{url}/a/2.png?token=secret/x")
+    source = open_source(f"{url}/a/2.png?token=secret/x")
     assert source.image_ids == ["2.png"]
     assert values(source) == [10]
-    assert open_input(f"{url}/*/1*").image_ids == ["a/1.png", "b/10.PNG"]
-    assert open_input(f"{url}/*.png").image_ids == ["z.png"]
-    assert open_input(f"{url}/**/*.png").image_ids == ["a/1.png", "a/2.png", "b/ü, x.png", "z.png"]
+    assert open_source(f"{url}/*/1*").image_ids == ["a/1.png", "b/10.PNG"]
+    assert open_source(f"{url}/*.png").image_ids == ["z.png"]
+    assert open_source(f"{url}/**/*.png").image_ids == ["a/1.png", "a/2.png", "b/ü, x.png", "z.png"]
     with pytest.raises(UsageError, match="no images there"):
-        open_input(f"{url}/*.jpg")
+        open_source(f"{url}/*.jpg")
 
 
 def test_manifests_there_and_here(url: str, tree: Path, tmp_path: Path) -> None:
     (tree / "list.csv").write_text('path,label\na/1.png,x\n"b/ü, x.png",y\nmissing.png,z\n')
-    source = open_input(f"{url}/list.csv")
+    source = open_source(f"{url}/list.csv")
     assert source.image_ids == ["a/1.png", "b/ü, x.png", "missing.png"]
-    assert list(source.truths or []) == ["x", "y", "z"]
-    assert [int(source.load(index)[0, 0, 0]) for index in (0, 1)] == [0, 30]
+    assert list(source.true_labels or []) == ["x", "y", "z"]
+    assert [int(source.image(index)[0, 0, 0]) for index in (0, 1)] == [0, 30]
     with pytest.raises(BadImage, match="cannot be fetched: not found"):
-        source.load(2)
+        source.image(2)
     here = tmp_path / "here.csv"
     here.write_text(f"path\n{url}/z.png\nwww/a/2.png\nftp://nowhere/a.png\n")
-    mixed = open_input(str(here))
-    assert [int(mixed.load(index)[0, 0, 0]) for index in (0, 1)] == [40, 10]
+    mixed = open_source(str(here))
+    assert [int(mixed.image(index)[0, 0, 0]) for index in (0, 1)] == [40, 10]
     with pytest.raises(BadImage, match="expected a path, or http"):
-        mixed.load(2)
+        mixed.image(2)
 
 
 def test_a_failing_server_is_asked_again(url: str) -> None:
     Handler.refusals["z.png"] = 3
-    assert values(open_input(f"{url}/z.png")) == [40]
+    assert values(open_source(f"{url}/z.png")) == [40]
     assert Handler.asked["z.png"] == 4
     Handler.refusals["1.png"] = 9
     with pytest.raises(BadImage, match="cannot be fetched: 503"):
-        open_input(f"{url}/a/1.png").load(0)
+        open_source(f"{url}/a/1.png").image(0)
     assert Handler.asked["1.png"] == 4
 
 
@@ -138,15 +150,15 @@ def test_a_failing_server_is_asked_again(url: str) -> None:
 )
 def test_errors_that_stay(url: str, name: str, told: str, times: int) -> None:
     with pytest.raises(BadImage, match=f"cannot be fetched: {told}"):
-        open_input(f"{url}/{name}").load(0)
+        open_source(f"{url}/{name}").image(0)
     assert Handler.asked[name] == times
 
 
 def test_a_slow_server_has_a_time_limit(url: str) -> None:
-    source = open_input(f"{url}/slow.png", 0.1)
+    source = open_source(f"{url}/slow.png", timeout=0.1)
     began = time.monotonic()
     with pytest.raises(BadImage, match=r"no whole answer within 0\.1 s"):
-        source.load(0)
+        source.image(0)
     assert time.monotonic() - began < 1.4
 
 
@@ -154,15 +166,15 @@ def test_every_object_is_fetched_once_and_not_far_ahead(url: str, tree: Path) ->
     data = (tree / "z.png").read_bytes()
     for index in range(300):
         (tree / "a" / f"m{index:03d}.png").write_bytes(data)
-    source = open_input(f"{url}/a/m*.png")
+    source = open_source(f"{url}/a/m*.png")
     assert len(source) == 300
     for index in range(100):
-        source.load(index)
+        source.image(index)
     time.sleep(0.3)
     fetched = [name for name in Handler.asked if name.startswith("m")]
-    assert 100 <= len(fetched) <= 100 + remote.AHEAD
+    assert 100 <= len(fetched) <= 100 + remote.PREFETCH
     assert {Handler.asked[name] for name in fetched} == {1}
-    source.load(5)  # once more, as for a picture
+    source.image(5)  # once more, as for a picture
     assert Handler.asked["m005.png"] == 2
 
 
@@ -181,11 +193,11 @@ def test_a_failed_download_is_a_row(url: str, tmp_path: Path) -> None:
 
 def test_nobody_there() -> None:
     with pytest.raises(DistclsError, match="cannot be listed"):
-        open_input("http://127.0.0.1:9/")
+        open_source("http://127.0.0.1:9/")
 
 
 def test_what_is_not_read_from_afar(url: str) -> None:
     with pytest.raises(UsageError, match="read from disks"):
-        open_input(f"{url}/shard-000.tar")
+        open_source(f"{url}/shard-000.tar")
     with pytest.raises(UsageError, match=r"unknown scheme 'htp://'; did you mean 'http'"):
-        open_input("htp://example.org/a.png")
+        open_source("htp://example.org/a.png")

@@ -16,7 +16,7 @@ import pytest
 
 from distcls.commands.predict import main
 from distcls.data.formats import remote
-from distcls.data.formats.detect import open_input
+from distcls.data.formats.detect import open_source
 from distcls.errors import BadImage, UsageError
 from tests import tiny_onnx
 from tests.pictures import encode
@@ -72,34 +72,34 @@ def bucket(endpoint: str) -> Iterator[Any]:
 
 
 def values(source: Any) -> list[int]:
-    return [int(source.load(index)[0, 0, 0]) for index in range(len(source))]
+    return [int(source.image(index)[0, 0, 0]) for index in range(len(source))]
 
 
 def test_a_prefix_a_glob_and_one_image(bucket: Any) -> None:
-    source = open_input("s3://photos/set/")
+    source = open_source("s3://photos/set/")
     assert source.image_ids == NAMES
     assert values(source) == [0, 10, 20, 30, 40]
-    assert open_input("s3://photos/set/*/1*").image_ids == ["a/1.png", "b/10.PNG"]
-    assert open_input("s3://photos/**/2.png").image_ids == ["set/a/2.png"]
-    assert values(open_input("s3://photos/set/a/2.png")) == [10]
+    assert open_source("s3://photos/set/*/1*").image_ids == ["a/1.png", "b/10.PNG"]
+    assert open_source("s3://photos/**/2.png").image_ids == ["set/a/2.png"]
+    assert values(open_source("s3://photos/set/a/2.png")) == [10]
 
 
 def test_a_manifest_and_what_is_missing(bucket: Any) -> None:
     bucket.pipe("photos/set/list.csv", b"path,label\na/2.png,x\nmissing.png,y\n")
-    source = open_input("s3://photos/set/list.csv")
+    source = open_source("s3://photos/set/list.csv")
     assert source.image_ids == ["a/2.png", "missing.png"]
-    assert source.load(0)[0, 0, 0] == 10
+    assert source.image(0)[0, 0, 0] == 10
     with pytest.raises(BadImage, match="not found"):
-        source.load(1)
+        source.image(1)
     with pytest.raises(UsageError, match="there is nothing"):
-        open_input("s3://photos/nowhere/")
+        open_source("s3://photos/nowhere/")
 
 
 def test_the_digest_follows_the_objects(bucket: Any) -> None:
-    first = open_input("s3://photos/set/a/").digest()
-    assert open_input("s3://photos/set/a/").digest() == first
+    first = open_source("s3://photos/set/a/").fingerprint()
+    assert open_source("s3://photos/set/a/").fingerprint() == first
     bucket.pipe("photos/set/a/2.png", encode(np.full((4, 4, 3), 11, np.uint8), "PNG"))
-    assert open_input("s3://photos/set/a/").digest() != first
+    assert open_source("s3://photos/set/a/").fingerprint() != first
     bucket.pipe("photos/set/a/2.png", encode(np.full((4, 4, 3), 10, np.uint8), "PNG"))
 
 

@@ -17,7 +17,7 @@ from distcls.commands.prepare import main
 from distcls.data.dataset import MANIFEST, Dataset
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.data.source import ImageRecord
-from distcls.data.split import Resampling, deal_folds, draw_bootstrap, resample
+from distcls.data.split import Resampling, assign_folds, draw_bootstrap, resample
 from distcls.errors import UsageError
 from tests.sources import digits, idx_folder, labels, records, tree
 
@@ -38,7 +38,7 @@ def run(source: Path | str, out: Path, **options: Any) -> Dataset:
 def test_folds_are_of_one_size_and_one_mixture(found: list[int], folds: int, seed: int) -> None:
     assume(len(found) >= folds)
     free = list(range(len(found)))
-    fold_of = deal_folds(records(found), free, folds, seed)
+    fold_of = assign_folds(records(found), free, folds, seed)
     assert sorted(fold_of) == free
     sizes = Counter(fold_of.values())
     assert set(sizes) == set(range(1, folds + 1))
@@ -58,9 +58,9 @@ def test_folds_keep_groups_whole(
     units = len({group for group in groups if group is not None}) + groups.count(None)
     if units < folds:
         with pytest.raises(UsageError, match=f"folds: {folds}, but there are only {units} "):
-            deal_folds(own, free, folds, seed)
+            assign_folds(own, free, folds, seed)
         return
-    fold_of = deal_folds(own, free, folds, seed)
+    fold_of = assign_folds(own, free, folds, seed)
     assert sorted(fold_of) == free
     assert set(fold_of.values()) == set(range(1, folds + 1))
     homes: dict[int, int] = {}
@@ -71,15 +71,15 @@ def test_folds_keep_groups_whole(
 def test_folds_of_many_groups_are_nearly_even() -> None:
     found = [index % 4 for index in range(1000)]
     groups: list[int | None] = [index // 8 for index in range(1000)]
-    fold_of = deal_folds(records(found, groups), range(1000), 5, 0)
+    fold_of = assign_folds(records(found, groups), range(1000), 5, 0)
     cells = Counter((fold, found[index]) for index, fold in fold_of.items())
     assert len(cells) == 20
     assert set(cells.values()) == {50}
 
 
-def test_the_seed_deals_other_folds() -> None:
+def test_the_seed_gives_other_folds() -> None:
     found = [0, 1] * 30
-    one, same, other = (deal_folds(records(found), range(60), 3, seed) for seed in (0, 0, 1))
+    one, same, other = (assign_folds(records(found), range(60), 3, seed) for seed in (0, 0, 1))
     assert one == same != other
 
 
@@ -112,7 +112,9 @@ def test_the_times_drawn_are_those_of_a_bootstrap() -> None:
 
 
 def test_weights_of_the_source_are_kept_and_multiplied() -> None:
-    own = [ImageRecord(image_id=str(index), label=0, weight=0.5) for index in range(50)]
+    own = [
+        ImageRecord(index=index, image_id=str(index), label=0, weight=0.5) for index in range(50)
+    ]
     how, splits = Resampling(bootstrap=1), ["train"] * 40 + ["test"] * 10
     sample, divided = resample(own, splits, how, seed=0, classes=("a",))
     counts = draw_bootstrap(own, range(40), 1, 0)
@@ -134,9 +136,11 @@ def test_a_class_that_one_fold_would_take_is_refused_in_all(fold: int) -> None:
         resample(own, ["train"] * 6, how, seed=0, classes=("ape", "bee"))
 
 
-def test_images_of_several_answers_are_dealt_by_the_first() -> None:
+def test_multi_label_images_are_assigned_by_their_first_label() -> None:
     own = [
-        ImageRecord(image_id=str(index), label=labels[0] if labels else -1, labels=labels)
+        ImageRecord(
+            index=index, image_id=str(index), label=labels[0] if labels else -1, labels=labels
+        )
         for index, labels in enumerate([(0, 1), (1,), ()] * 6 + [(2,)])
     ]
     how = Resampling(folds=3, fold=1)

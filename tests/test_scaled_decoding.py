@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import cv2
@@ -13,8 +12,8 @@ from numpy.typing import NDArray
 from distcls.batch.job import predict
 from distcls.batch.loading import COMPARED, check_scaled_decoding, scale_decoding
 from distcls.batch.options import PredictOptions
-from distcls.data.formats.detect import open_input
-from distcls.data.source import ImageSource, from_encoded
+from distcls.data.formats.detect import open_source
+from distcls.data.source import FunctionSource
 from distcls.errors import UsageError
 from distcls.imaging import Preprocess, decode
 from distcls.model_card import ModelCard
@@ -71,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_jpeg_is_reduced_by_powers_of_two(factor: float, size: tuple[int, int]) -> None:
     data = jpeg(photo(0))
     whole = decode(data)
-    found = decode(data, shrinks=lambda height, width: factor)
+    found = decode(data, downscale=lambda height, width: factor)
     assert found.shape == (*size, 3)
     smaller = cv2.resize(whole, (size[1], size[0]), interpolation=cv2.INTER_AREA)
     assert np.abs(found.astype(int) - smaller).mean() < 2  # red stays red, too
@@ -80,7 +79,7 @@ def test_a_jpeg_is_reduced_by_powers_of_two(factor: float, size: tuple[int, int]
 def test_other_formats_are_decoded_whole() -> None:
     image = photo(1)
     png = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
-    assert np.array_equal(decode(png, shrinks=lambda height, width: 8), image)
+    assert np.array_equal(decode(png, downscale=lambda height, width: 8), image)
 
 
 @pytest.mark.parametrize(
@@ -91,22 +90,22 @@ def test_no_more_is_thrown_away_than_preprocessing_would(
     resize: str, fraction: float, factor: float
 ) -> None:
     preprocess = Preprocess(size=(100, 100), resize=resize, crop_fraction=fraction)  # type: ignore[arg-type]
-    assert preprocess.shrinks(400, 1000) == factor
-    assert preprocess.shrinks(50, 100) < 2
+    assert preprocess.downscale(400, 1000) == factor
+    assert preprocess.downscale(50, 100) < 2
 
 
 def test_a_photo_on_its_side_keeps_enough_of_both_sides() -> None:
     """Which side is the height is known after the EXIF orientation only."""
     preprocess = Preprocess(size=(100, 400), resize="squash")
-    found = decode(jpeg(photo(2, (1600, 800))), shrinks=preprocess.shrinks)
+    found = decode(jpeg(photo(2, (1600, 800))), downscale=preprocess.downscale)
     assert found.shape == (800, 400, 3)  # by 2 as it is; by 4 if it were turned
 
 
 def test_the_answers_stay(folder: Path, tmp_path: Path) -> None:
-    model, source = Brightest(), open_input(str(folder))
+    model, source = Brightest(), open_source(str(folder))
     fast = scale_decoding(source, model)
     check_scaled_decoding(source, fast, model)
-    assert fast.load(0).shape == (75, 100, 3)
+    assert fast.image(0).shape == (75, 100, 3)
     path, tables = tmp_path / "m.onnx", []
     path.write_bytes(b"")  # only its digest is asked for
     for name, images in (("usual", source), ("fast", fast)):
@@ -118,26 +117,26 @@ def test_the_answers_stay(folder: Path, tmp_path: Path) -> None:
 
 
 def test_changed_answers_are_refused(folder: Path) -> None:
-    source, model = open_input(str(folder)), Precise()
+    source, model = open_source(str(folder)), Precise()
     with pytest.raises(UsageError, match=r"scaled_decode: the label of \d+ of 12 images changes"):
         check_scaled_decoding(source, scale_decoding(source, model), model)
 
 
 def test_the_images_that_are_checked_are_of_the_whole_input() -> None:
     data = jpeg(photo(0))
-    source = from_encoded([""] * (COMPARED + 60), lambda index: data)
+    source = FunctionSource([""] * (COMPARED + 60), read=lambda index: data)
     seen: list[int] = []
 
     def load(index: int) -> NDArray[np.uint8]:
         seen.append(index)
         return decode(data)
 
-    check_scaled_decoding(source, dataclasses.replace(source, load=load), Brightest())
+    check_scaled_decoding(source, FunctionSource(source.image_ids, load), Brightest())
     assert len(seen) <= COMPARED
     assert max(seen) >= COMPARED + 50
 
 
 def test_without_files_there_is_nothing_to_scale() -> None:
-    source = ImageSource(image_ids=["a"], load=photo)
+    source = FunctionSource(["a"], photo)
     with pytest.raises(UsageError, match="scaled_decode: this input is decoded already"):
         scale_decoding(source, Brightest())

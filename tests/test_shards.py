@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distcls.data.formats.detect import open_input
+from distcls.data.formats.detect import open_source
 from distcls.data.formats.tar import expand_braces, members_of
 from distcls.errors import BadImage, UsageError
 from tests.pictures import encode
@@ -50,19 +50,19 @@ def web_dataset(path: Path, start: int, count: int) -> Path:
 def test_shards_in_the_order_of_the_braces(tmp_path: Path) -> None:
     for number in range(4):
         web_dataset(tmp_path / f"shard-{number:03d}.tar", 10 * number, 10)
-    source = open_input(f"{tmp_path}/shard-{{003..001}}.tar")
+    source = open_source(f"{tmp_path}/shard-{{003..001}}.tar")
     assert len(source) == 30
     assert source.image_ids[:2] == ["shard-003/0030", "shard-003/0031"]
     assert source.image_ids[-1] == "shard-001/0019"
-    assert [int(source.load(index)[0, 0, 0]) for index in (0, 9, 10, 29)] == [30, 39, 20, 19]
-    assert source.truths is not None
-    assert [source.truths[index] for index in (0, 1, 2)] == ["0", "1", "2"]
+    assert [int(source.image(index)[0, 0, 0]) for index in (0, 9, 10, 29)] == [30, 39, 20, 19]
+    assert source.true_labels is not None
+    assert [source.true_labels[index] for index in (0, 1, 2)] == ["0", "1", "2"]
 
 
 def test_a_glob_and_a_single_shard(tmp_path: Path) -> None:
     for number in range(3):
         web_dataset(tmp_path / f"{number}.tar", 10 * number, 2)
-    assert open_input(f"{tmp_path}/*.tar").image_ids == [
+    assert open_source(f"{tmp_path}/*.tar").image_ids == [
         "0/0000",
         "0/0001",
         "1/0010",
@@ -70,7 +70,7 @@ def test_a_glob_and_a_single_shard(tmp_path: Path) -> None:
         "2/0020",
         "2/0021",
     ]
-    assert len(open_input(str(tmp_path / "1.tar"))) == 2
+    assert len(open_source(str(tmp_path / "1.tar"))) == 2
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -78,18 +78,18 @@ def test_a_glob_and_a_single_shard(tmp_path: Path) -> None:
 def test_names_of_all_formats(tmp_path: Path, kind: str, name: str) -> None:
     members = [("./first.jpg", picture(1)), (name, picture(2)), ("last.webp", picture(3))]
     path = shard(tmp_path / "s.tar", members, FORMATS[kind], mtime=1.5 if kind == "pax" else 0)
-    source = open_input(str(path))
+    source = open_source(str(path))
     assert source.image_ids == ["s/first", f"s/{name[:-4]}", "s/last"]
-    assert [int(source.load(index)[0, 0, 0]) for index in range(3)] == [1, 2, 3]
+    assert [int(source.image(index)[0, 0, 0]) for index in range(3)] == [1, 2, 3]
 
 
 def test_very_long_names(tmp_path: Path) -> None:
     name = "folder/" * 40 + "z" * 60
     for kind in ("gnu", "pax"):
         path = shard(tmp_path / f"{kind}.tar", [(f"{name}.png", picture(5))], FORMATS[kind])
-        source = open_input(str(path))
+        source = open_source(str(path))
         assert source.image_ids == [f"{kind}/{name}"]
-        assert source.load(0)[0, 0, 0] == 5
+        assert source.image(0)[0, 0, 0] == 5
 
 
 def test_what_is_no_file_or_no_image_is_passed_over(tmp_path: Path) -> None:
@@ -101,12 +101,12 @@ def test_what_is_no_file_or_no_image_is_passed_over(tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("none")
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         tar.add(folder, "tree")
-    assert open_input(str(tmp_path / "t.tar")).image_ids == ["t/tree/sub/a"]
+    assert open_source(str(tmp_path / "t.tar")).image_ids == ["t/tree/sub/a"]
 
 
 def test_two_images_of_one_key_keep_their_endings(tmp_path: Path) -> None:
     members = [("k.jpg", picture(1)), ("k.png", picture(2)), ("k.seg.png", picture(3))]
-    source = open_input(str(shard(tmp_path / "s.tar", members)))
+    source = open_source(str(shard(tmp_path / "s.tar", members)))
     assert source.image_ids == ["s/k", "s/k.png", "s/k.seg"]
 
 
@@ -114,23 +114,50 @@ def test_shards_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     for part in ("a", "b"):
         (tmp_path / part).mkdir()
         web_dataset(tmp_path / part / "0.tar", 0, 1)
-    assert len(set(open_input(f"{tmp_path}/*/0.tar").image_ids)) == 2
+    assert len(set(open_source(f"{tmp_path}/*/0.tar").image_ids)) == 2
 
 
-def test_the_same_as_tarfile(tmp_path: Path) -> None:
+def test_members_lie_where_they_are_said_to_lie(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     members = [(f"{i}.png", rng.bytes(int(rng.integers(0, 3000)))) for i in range(200)]
-    path = shard(tmp_path / "s.tar", members)
-    with tarfile.open(path) as tar:
-        expected = [(info.name, info.offset_data, info.size) for info in tar]
-    assert [tuple(member) for member in members_of(path)] == expected
+    data = shard(tmp_path / "s.tar", members).read_bytes()
+    found = [
+        (member.name, data[member.offset : member.offset + member.size])
+        for member in members_of(tmp_path / "s.tar")
+    ]
+    assert found == members
+
+
+@pytest.mark.parametrize(
+    "size", [b"0777777777777", *((n).to_bytes(12, "big", signed=True) for n in (-1, -16, -2048))]
+)
+def test_a_header_of_a_size_that_cannot_be(tmp_path: Path, size: bytes) -> None:
+    path = web_dataset(tmp_path / "s.tar", 0, 3)
+    data = bytearray(path.read_bytes())
+    data[1024 + 124 : 1024 + 136] = size[:12]
+    data[1024 + 148 : 1024 + 156] = b" " * 8
+    data[1024 + 148 : 1024 + 156] = b"%06o\0 " % sum(data[1024 : 1024 + 512])
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=r"damaged at byte|was it cut"):
+        open_source(str(path))
+
+
+def test_a_cut_extended_header_is_no_other_format(tmp_path: Path) -> None:
+    path = shard(tmp_path / "s.tar", [("a.png", picture(1)), ("z" * 200 + ".png", picture(1))])
+    data = path.read_bytes()
+    for start in (0, 1024):  # as the first member, and as the second
+        path.write_bytes(data[1024 - start : 1024 + 1024])
+        with pytest.raises(UsageError, match="was it cut"):
+            open_source(str(path))
 
 
 def test_a_bad_image_is_its_own_error(tmp_path: Path) -> None:
-    source = open_input(str(shard(tmp_path / "s.tar", [("a.png", b"text"), ("b.png", picture(3))])))
+    source = open_source(
+        str(shard(tmp_path / "s.tar", [("a.png", b"text"), ("b.png", picture(3))]))
+    )
     with pytest.raises(BadImage, match="not an image"):
-        source.load(0)
-    assert source.load(1)[0, 0, 0] == 3
+        source.image(0)
+    assert source.image(1)[0, 0, 0] == 3
 
 
 def test_cut_and_damaged_shards_are_refused(tmp_path: Path) -> None:
@@ -139,35 +166,35 @@ def test_cut_and_damaged_shards_are_refused(tmp_path: Path) -> None:
     for cut in (700, 1024, 9000, 512 * 7):
         path.write_bytes(data[:cut])
         with pytest.raises(UsageError, match="was it cut"):
-            open_input(str(path))
+            open_source(str(path))
     path.write_bytes(data[: 512 * 6 + 10] + b"\xff" + data[512 * 6 + 11 :])
     with pytest.raises(UsageError, match=r"damaged at byte 3,072"):
-        open_input(str(path))
+        open_source(str(path))
     path.write_bytes(gzip.compress(data))
     with pytest.raises(UsageError, match="not a tar file; it is compressed"):
-        open_input(str(path))
+        open_source(str(path))
     path.write_bytes(b"")
     with pytest.raises(UsageError, match="not a tar file"):
-        open_input(str(path))
+        open_source(str(path))
 
 
 def test_a_shard_that_shrinks_later(tmp_path: Path) -> None:
     path = web_dataset(tmp_path / "s.tar", 0, 20)
-    source = open_input(str(path))
+    source = open_source(str(path))
     path.write_bytes(path.read_bytes()[:2000])
-    assert source.load(0)[0, 0, 0] == 0
+    assert source.image(0)[0, 0, 0] == 0
     with pytest.raises(BadImage, match="has become shorter"):
-        source.load(19)
+        source.image(19)
 
 
 def test_nothing_there(tmp_path: Path) -> None:
     web_dataset(tmp_path / "s-000.tar", 0, 1)
     with pytest.raises(UsageError, match=r"s-001\.tar: no such file"):
-        open_input(f"{tmp_path}/s-{{000..001}}.tar")
+        open_source(f"{tmp_path}/s-{{000..001}}.tar")
     with pytest.raises(UsageError, match="no images in 1 shard"):
-        open_input(str(shard(tmp_path / "e.tar", [("a.txt", b"")])))
+        open_source(str(shard(tmp_path / "e.tar", [("a.txt", b"")])))
     with pytest.raises(UsageError, match=r"tar shards are named as .*/\*\.tar"):
-        open_input(str(tmp_path))
+        open_source(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +213,7 @@ def test_braces(text: str, names: list[str]) -> None:
 
 def test_the_digest_follows_the_shards(tmp_path: Path) -> None:
     path = web_dataset(tmp_path / "s.tar", 0, 3)
-    first = open_input(str(path)).digest()
-    assert open_input(str(path)).digest() == first
+    first = open_source(str(path)).fingerprint()
+    assert open_source(str(path)).fingerprint() == first
     os.utime(path, ns=(5, 5))
-    assert open_input(str(path)).digest() != first
+    assert open_source(str(path)).fingerprint() != first

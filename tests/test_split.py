@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distcls.data.source import ImageRecord
-from distcls.data.split import assign_splits, draw, wanted
+from distcls.data.split import assign_splits, draw_subset, split_sizes
 from distcls.errors import UsageError
 from tests.sources import labels, records
 
@@ -36,11 +36,11 @@ def test_every_class_keeps_a_training_image(
     [(1, (0, 0)), (2, (1, 0)), (3, (1, 1)), (10, (2, 1)), (15, (3, 2)), (100, (20, 10))],
 )
 def test_small_classes(count: int, expected: tuple[int, int]) -> None:
-    found = wanted(count, {"test": 0.2, "val": 0.1})
+    found = split_sizes(count, {"test": 0.2, "val": 0.1})
     assert (found["test"], found["val"]) == expected
 
 
-def test_two_images_and_no_test_split_wanted() -> None:
+def test_two_images_and_no_test_split_split_sizes() -> None:
     splits = assign_splits(records([0, 0]), val_fraction=0.1, test_fraction=0.0, seed=0)
     assert sorted(splits) == ["train", "val"]
 
@@ -84,8 +84,8 @@ def test_a_group_with_the_last_images_of_a_class_is_trained_on() -> None:
 
 def test_a_group_torn_by_the_source_is_an_error() -> None:
     torn = [
-        ImageRecord(image_id=name, label=0, split=split, group="patient 7")
-        for name, split in (("a", "train"), ("b", "test"))
+        ImageRecord(index=index, image_id=split, label=0, split=split, group="patient 7")
+        for index, split in enumerate(("train", "test"))
     ]
     with pytest.raises(UsageError, match="group 'patient 7' lies in train and in test"):
         assign_splits(torn, val_fraction=0.1, test_fraction=0.2, seed=0)
@@ -97,9 +97,9 @@ def test_drawing_is_even_and_never_too_much(found: list[int], limit: int, seed: 
     splits = assign_splits(own, val_fraction=0.2, test_fraction=0.2, seed=seed)
     if limit < len(set(found)):
         with pytest.raises(UsageError, match="too small"):
-            draw(own, splits, limit, seed)
+            draw_subset(own, splits, limit, seed)
         return
-    chosen = draw(own, splits, limit, seed)
+    chosen = draw_subset(own, splits, limit, seed)
     assert len(chosen) == len(set(chosen)) == min(limit, len(found))
     assert {found[i] for i in chosen if splits[i] == "train"} == set(found)
     whole = Counter(zip(splits, found, strict=True))

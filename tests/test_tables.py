@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distcls.data.formats.manifest import read_manifest
-from distcls.data.source import LabelledSource
+from distcls.data.formats.detect import open_labelled
+from distcls.data.source import LabelledImages, LabelOptions
 from distcls.errors import UsageError
 from tests.sources import write_manifest
+
+Row = tuple[str, ...] | None
 
 
 def manifest(folder: Path, rows: list[tuple[Any, ...]], suffix: str = ".csv") -> Path:
@@ -20,7 +22,12 @@ def manifest(folder: Path, rows: list[tuple[Any, ...]], suffix: str = ".csv") ->
     return write_manifest(folder / f"list{suffix}", rows)
 
 
-def brief(source: LabelledSource) -> list[tuple[Any, ...]]:
+def read_manifest(path: Path, classes: Row = None, weight: str | None = None) -> LabelledImages:
+    options = LabelOptions(classes=classes, weight_column=weight)
+    return open_labelled(str(path), "manifest", options)
+
+
+def brief(source: LabelledImages) -> list[tuple[Any, ...]]:
     return [(r.image_id, r.path, source.classes[r.label], r.split) for r in source.records]
 
 
@@ -80,7 +87,7 @@ def test_weights_from_a_column_by_name(tmp_path: Path, suffix: str) -> None:
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 
 
-@given(st.lists(names.filter(str.strip), min_size=2, max_size=5, unique=True))
+@given(st.lists(names.map(str.strip).filter(bool), min_size=2, max_size=5, unique=True))
 def test_any_name_survives(tmp_path_factory: pytest.TempPathFactory, found: list[str]) -> None:
     folder = tmp_path_factory.mktemp("names")
     rows = [("path", "label"), *((name, str(i)) for i, name in enumerate(found))]

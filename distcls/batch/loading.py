@@ -8,7 +8,6 @@ those of training to the last bit, so it is an option, and refused if too many l
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from distcls import __version__, log
 from distcls.batch.options import PredictOptions
 from distcls.batch.parts import EXECUTION, Fingerprint, read_fingerprint
 from distcls.data.formats.detect import open_source
-from distcls.data.source import ImageSource
+from distcls.data.source import ImageSource, with_decoder
 from distcls.errors import BadValue, DistclsError, UsageError
 from distcls.files import digest
 from distcls.imaging import decode
@@ -124,7 +123,7 @@ def fingerprint_of(model: Model, source: ImageSource, options: PredictOptions) -
         {
             "distcls": __version__,
             "model": hashlib.sha256("".join(files).encode()).hexdigest(),
-            "inputs": source.digest(),
+            "inputs": source.fingerprint(),
             "images": min(len(source), options.limit or len(source)),
             "provider": model.provider,
             "execution": "; ".join(map(str, executions)),
@@ -161,14 +160,10 @@ def scale_decoding(source: ImageSource, model: Model) -> ImageSource:
 
     Raises UsageError if there are no files to decode.
     """
-    if source.read is None:
+    if not source.encoded:
         raise UsageError("scaled_decode: this input is decoded already; leave it out")
-    read, preprocess = source.read, model.card.preprocess
-
-    def load(index: int) -> NDArray[np.uint8]:
-        return decode(read(index), shrinks=preprocess.shrinks)
-
-    return dataclasses.replace(source, load=load)
+    downscale = model.card.preprocess.downscale
+    return with_decoder(source, lambda data: decode(data, downscale=downscale))
 
 
 def check_scaled_decoding(source: ImageSource, scaled: ImageSource, model: Model) -> None:

@@ -197,7 +197,7 @@ class Gallery:
         tiles, known, wrong = [], 0, 0
         for item in self.picked:
             truth = _true_class(source, item.index, classes)
-            tile = _tile(source.load(item.index), item, truth, source.image_ids[item.index])
+            tile = _tile(source.image(item.index), item, truth, source.image_ids[item.index])
             tiles.append(tile)
             known += tile.color != GREY
             wrong += tile.color == RED
@@ -220,7 +220,7 @@ def _tile(image: Any, item: Picked, truth: str | None, image_id: str) -> Tile:
 
 def _true_class(source: ImageSource, index: int, classes: Sequence[str]) -> str | None:
     """The true class' name; a manifest may also give its number."""
-    truth = source.truths[index] if source.truths is not None else None
+    truth = source.true_labels[index] if source.true_labels is not None else None
     if truth is not None and truth not in classes and truth.isdecimal():
         return classes[int(truth)] if int(truth) < len(classes) else truth
     return truth

@@ -1,9 +1,12 @@
-"""A dataset directory, opened: splits of labelled images, from a pack or from files.
+"""A dataset directory, opened: each split is an `ImageSource`, from a pack or from files.
 
 manifest.parquet   image_id, path, label, split; where packed: offset, height, width, channels
-classes.json       class names in label order; or the kind of answer, with its heads or labels
+classes.json       class names in label order; or the task, with its heads or labels
 dataset.json       source, root of the paths (absolute or from here), counts, hashes, version
 pack.bin           decoded uint8 images, one after the other (optional)
+
+The pack is ours because it is read through one memory map: a batch of images of one size is one
+gather of rows, where the cells of Parquet, LMDB or tar are copied one by one.
 """
 
 from __future__ import annotations
@@ -11,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +24,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from distcls.data.source import SPLITS, Images, ImageSource, state_of, to_rgb
 from distcls.errors import BadImage, BadValue, UsageError, did_you_mean
 from distcls.imaging import decode_file
+from distcls.imaging.decode import read_file
 from distcls.task import Task
+
+Value = TypeVar("Value")
 
 FORMAT = 1
 MANIFEST, CLASSES, INFO, PACK = "manifest.parquet", "classes.json", "dataset.json", "pack.bin"
@@ -62,16 +69,9 @@ def read_labels(table: pa.Table, task: Task, where: Path) -> NDArray[np.int64]:
     return given
 
 
-def first_label(labels: Sequence[int]) -> int:
-    """What stands for an image of several answers where one is wanted: the first, or -1."""
-    return labels[0] if labels else -1
-
-
 def _name(table: pa.Table, row: int, where: Path) -> str:
     return f"{where}: {table.column('image_id')[row].as_py()!r} has"
 
-
-SPLITS = ("train", "val", "test")
 
 SCHEMA = pa.schema(
     [
@@ -87,13 +87,13 @@ SCHEMA = pa.schema(
 )
 """Columns of manifest.parquet; `weight` (float64), `group` (string) and `labels` may follow.
 
-`labels` (list of int32) is there where an image has several answers: its class in each head, or the
-labels it is given. `label` is then the first of them, or -1.
+`labels` (list of int32) is there for multi-head (the class in each head) and for multi-label (the
+labels that an image has). `label` is then the first of them, or -1.
 """
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class Split(ImageSource):
     """The images of one split, in manifest order."""
 
     name: str
@@ -105,11 +105,12 @@ class Split:
     """What its labels are of."""
 
     def __len__(self) -> int:
+        """Number of images."""
         return int(self.table.num_rows)
 
     @functools.cached_property
     def image_ids(self) -> list[str]:
-        """The images' names, unique in the dataset."""
+        """See `ImageSource`; unique in the dataset."""
         return list(self.table.column("image_id").to_pylist())
 
     @functools.cached_property
@@ -121,6 +122,13 @@ class Split:
         if self.task.single:
             return np.asarray(self.table.column("label").to_numpy(), np.int64)
         return read_labels(self.table, self.task, self.folder / MANIFEST)
+
+    @functools.cached_property
+    def true_labels(self) -> list[str]:
+        """See `ImageSource`."""
+        if self.task.single:
+            return [self.task.classes[label] for label in self.labels]
+        return self.task.texts(self.labels)
 
     @functools.cached_property
     def weights(self) -> NDArray[np.float64] | None:
@@ -141,10 +149,10 @@ class Split:
         return weights
 
     @functools.cached_property
-    def uniform(self) -> NDArray[np.uint8] | None:
-        """All packed images as one [N, H, W, C] view of the pack, where they allow it.
+    def uniform(self) -> Images | None:
+        """See `ImageSource`: a view [N, H, W, 1 or 3] of the pack.
 
-        They do if they have one shape and lie one after the other, so a batch is one gather.
+        There is one if they have one shape and lie one after the other, so a batch is one gather.
         """
         if not self.packed or not len(self):
             return None
@@ -155,16 +163,37 @@ class Split:
         flat = self._pack[offsets[0] : offsets[0] + size * len(self)]
         return flat.reshape(len(self), *shapes[0])
 
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """The decoded image at `index`, uint8 RGB [h, w, 3]. Raises BadImage with its name."""
+    @property
+    def encoded(self) -> bool:
+        """See `ImageSource`: the images of a pack are decoded."""
+        return not self.packed
+
+    def read(self, index: int) -> bytes:
+        """See `ImageSource`; BadImage with the file's path."""
+        return super().read(index) if self.packed else self._with_path(index, read_file)
+
+    def image(self, index: int) -> Images:
+        """See `ImageSource`; BadImage with the file's path."""
+        if not self.packed:
+            return self._with_path(index, decode_file)
+        offsets, shapes = self._places
+        start, shape = int(offsets[index]), shapes[index]
+        pixels = self._pack[start : start + int(np.prod(shape))].reshape(shape)
+        return to_rgb(pixels)
+
+    def state(self) -> str:
+        """See `ImageSource`: sizes and times of the files that the split is read from."""
+        files = [self.folder / name for name in (MANIFEST, CLASSES)]
         if self.packed:
-            offsets, shapes = self._places
-            start, shape = int(offsets[index]), shapes[index]
-            pixels = self._pack[start : start + int(np.prod(shape))].reshape(shape)
-            return to_rgb(pixels)
+            files.append(self.folder / PACK)
+        else:
+            files += [self.root / path for path in self._paths]
+        return state_of(map(str, files))
+
+    def _with_path(self, index: int, read: Callable[[Path], Value]) -> Value:
         path = self.root / self._paths[index]
         try:
-            return decode_file(path)
+            return read(path)
         except BadImage as error:
             raise BadImage(f"{path}: {error}") from error
 
@@ -181,13 +210,6 @@ class Split:
     @functools.cached_property
     def _paths(self) -> list[str]:
         return list(self.table.column("path").to_pylist())
-
-
-def to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[..., 1] or [..., 3] to [..., 3]; grey is repeated, as decoding a grey file does."""
-    if pixels.shape[-1] == 3:
-        return pixels
-    return np.repeat(pixels, 3, axis=-1)
 
 
 class Dataset:
@@ -213,8 +235,8 @@ class Dataset:
             table = pq.read_table(folder / MANIFEST)
         except (OSError, pa.ArrowException) as error:
             raise UsageError(f"{folder / MANIFEST}: cannot be read: {error}") from error
-        several = set() if task.single else {LABELS}
-        missing = {*SCHEMA.names, *several} - set(table.column_names)
+        labels = set() if task.single else {LABELS}
+        missing = {*SCHEMA.names, *labels} - set(table.column_names)
         if missing:
             raise UsageError(f"{folder / MANIFEST}: column {sorted(missing)[0]!r} is missing")
         _check_pack(folder, info)

@@ -15,59 +15,59 @@ from distcls import log
 from distcls.config import bare, positional
 from distcls.data import writer
 from distcls.data.dataset import PACK
-from distcls.data.formats.detect import Format, read_source
-from distcls.data.formats.label_columns import AnswerColumns
-from distcls.data.source import ImageRecord, LabelledSource
+from distcls.data.formats.detect import FormatName, open_labelled
+from distcls.data.source import ImageRecord, LabelledImages, LabelOptions, read_class_names
 from distcls.data.split import (
     Resampling,
-    SplitPlan,
+    SplitAssignment,
     check_training_images,
-    plan_splits,
-    repair,
-    require_one_rule,
-    unlearnt,
+    require_one_way,
+    restore_training_images,
+    split_images,
+    untrained_classes,
 )
 from distcls.data.writer import PackWriter, load_all
 from distcls.errors import BadImage, BadValue, UsageError, require
 from distcls.files import atomic_folder, claimed, remove_stale_parts
 
 VAL_FRACTION = 0.1
-"""Where nothing else is asked for."""
+"""Default of `val_fraction`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """What `distcls prepare` is asked to do."""
+    """Options of `distcls prepare`."""
 
     source: str = positional()
     """`digits` (bundled with scikit-learn), a folder of IDX files (MNIST, FashionMNIST), a folder
-    with one folder a class, or a CSV or Parquet manifest."""
+    with one folder per class, a CSV or Parquet manifest, or tar shards with KEY.cls labels."""
     out: Path
     """Dataset directory to write; must not exist."""
-    format: Format = "auto"
-    """Kind of the source; auto detects it. mnist and fashion-mnist insist on the published MD5s,
+    format: FormatName = "auto"
+    """Format of the source; auto detects it. mnist and fashion-mnist insist on the published MD5s,
     idx on none."""
     classes: Path | None = None
-    """File of class names in label order (JSON list, or one a line); other labels are errors."""
+    """File of class names in label order (JSON list, or one per line); other labels are errors."""
     weight_column: str | None = None
-    """Column of the manifest that says how much each image counts in training; unset, `weight`
-    where there is one."""
+    """Column of the manifest with the weight of each image in training; default: `weight` where
+    there is one."""
     label_columns: tuple[str, ...] = ()
-    """Columns of the manifest, such as colour,shape: an image has a class in each, a head each."""
+    """Multi-head: columns of the manifest, such as colour,shape; one head per column."""
     text_column: str | None = None
-    """Column of the manifest with a text, such as a captcha's: a head a character; shorter texts
-    end in blanks."""
+    """Multi-head: column of the manifest with a text, such as a captcha's; one head per character,
+    shorter texts end in blanks."""
     labels_column: str | None = None
-    """Column of the manifest with any number of labels an image, none included."""
+    """Multi-label: column of the manifest with any number of labels per image, none included."""
     separator: str | None = None
-    """With labels_column: what stands between the labels; unset, |."""
+    """With labels_column: what stands between the labels; default: |."""
     val_fraction: float | None = None
-    """Part of each class for validation, where the source has no validation split; unset, 0.1."""
+    """Fraction of each class for validation, where the source has no validation split; default:
+    0.1."""
     test_fraction: float = 0.2
-    """Part of each class for testing, where the source has no test split."""
+    """Fraction of each class for testing, where the source has no test split."""
     folds: int | None = None
-    """Cross-validation: cut the training images into so many folds, alike in their classes; `fold`
-    is for validation, the others are for training."""
+    """Cross-validation: split the training images into this number of stratified folds; `fold` is
+    for validation, the others are for training."""
     fold: int | None = None
     """With folds: which of them, counted from 1."""
     bootstrap: int | None = bare("1")
@@ -81,14 +81,14 @@ class PrepareOptions:
     write_images: bool = False
     """Also write OUT/images/SPLIT/CLASS/ID.png."""
     pack: Literal["auto", "on", "off"] = "auto"
-    """Keep the decoded images in one file; auto does up to 4 GiB and 256x256 pixels on average."""
+    """Store the decoded images in one file; auto does up to 4 GiB and 256x256 pixels on average."""
     json: bool = False
     """Print one JSON object with the counts."""
     quiet: bool = False
     """Print warnings and errors only."""
 
     def __post_init__(self) -> None:
-        require_one_rule(self.folds, self.fold, self.bootstrap, self.val_fraction)
+        require_one_way(self.folds, self.fold, self.bootstrap, self.val_fraction)
         for name in ("val_fraction", "test_fraction"):
             fraction = getattr(self, name)
             valid = fraction is None or 0 <= fraction < 1
@@ -98,20 +98,21 @@ class PrepareOptions:
         require(total < 1, "val_fraction", self.resolved_val_fraction, rest)
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
-        if self.answers is not None and self.write_images:
-            expected = f"false with {self.answers.options[0]}: it makes one folder a class"
+        labels = self.label_options(None)
+        if labels.columns and self.write_images:
+            expected = f"false with {labels.options[0]}: it makes one folder per class"
             raise BadValue("write_images", self.write_images, expected)
 
-    @property
-    def answers(self) -> AnswerColumns | None:
-        """Where the manifest holds several answers an image, if it was said."""
-        columns = AnswerColumns(
+    def label_options(self, classes: tuple[str, ...] | None) -> LabelOptions:
+        """How labels are read, with the class names of the file `classes`."""
+        return LabelOptions(
+            classes=classes,
+            weight_column=self.weight_column,
             label_columns=self.label_columns,
             text_column=self.text_column,
             labels_column=self.labels_column,
             separator=self.separator,
         )
-        return columns if columns.names else None
 
     @property
     def resolved_val_fraction(self) -> float:
@@ -155,10 +156,10 @@ def prepare(options: PrepareOptions) -> Prepared:
     """Write a dataset directory. Raises UsageError for bad input, DistclsError for a full disk."""
     started = time.monotonic()
     require_absent(options.out)
-    weights = options.weight_column
-    source = read_source(options.source, options.format, options.classes, weights, options.answers)
+    classes = None if options.classes is None else read_class_names(options.classes)
+    source = open_labelled(options.source, options.format, options.label_options(classes))
     _check_sense(source, options)
-    plan = plan_splits(
+    assignment = split_images(
         source,
         val_fraction=options.resolved_val_fraction,
         test_fraction=options.test_fraction,
@@ -167,11 +168,11 @@ def prepare(options: PrepareOptions) -> Prepared:
         resampling=options.resampling,
     )
     remove_stale_parts(options.out)
-    with atomic_folder(options.out) as part, claimed(part):
-        info = _fill(part, source, plan, options)
+    with atomic_folder(options.out) as folder, claimed(folder):
+        info = _fill(folder, source, assignment, options)
     prepared = Prepared(
         out=str(options.out),
-        kind=source.kind,
+        kind=source.format,
         classes=list(source.classes),
         counts=info["counts"],
         rejected=info["rejected"],
@@ -189,7 +190,7 @@ def require_absent(out: Path) -> None:
         raise UsageError(f"{out} exists already; choose another folder or remove it")
 
 
-def _check_sense(source: LabelledSource, options: PrepareOptions) -> None:
+def _check_sense(source: LabelledImages, options: PrepareOptions) -> None:
     try:
         "".join((source.location, *source.classes)).encode()
     except UnicodeEncodeError as error:
@@ -200,94 +201,97 @@ def _check_sense(source: LabelledSource, options: PrepareOptions) -> None:
         raise UsageError(f"{source.location}: {shortage}; a classifier needs at least two")
     if source.root is None and options.pack == "off" and not options.write_images:
         raise UsageError(
-            f"--pack off: the images of {source.kind} are no files; add --write-images to make some"
+            f"--pack off: the images of {source.format} are no files; add --write-images to make "
+            "some"
         )
-    if source.kind == "folder" and options.out.resolve().is_relative_to(Path(source.location)):
+    if source.format == "folder" and options.out.resolve().is_relative_to(Path(source.location)):
         raise UsageError(f"out {options.out} lies inside the source {source.location}")
 
 
 def _fill(
-    part: Path, source: LabelledSource, plan: SplitPlan, options: PrepareOptions
+    folder: Path, source: LabelledImages, assignment: SplitAssignment, options: PrepareOptions
 ) -> dict[str, Any]:
-    """Decode every image into the folder `part`, and describe the result there."""
-    copies = writer.copy_paths(source, plan) if options.write_images else None
-    for folder in {(part / path).parent for path in copies or ()}:
-        folder.mkdir(parents=True)
+    """Decode every image into `folder`, and describe the result there."""
+    copies = writer.copy_paths(source, assignment) if options.write_images else None
+    for parent in {(folder / path).parent for path in copies or ()}:
+        parent.mkdir(parents=True)
     with ExitStack() as stack:
-        pack = _open_pack(stack, part, source, len(plan), options)
-        kept, rejected = _decode(part, source, plan, pack, copies)
-    pack = _settle(pack, len(kept), source, options)
-    survivors = plan.take(kept)
-    whole = repair(survivors)
-    check_training_images(whole, source)
-    if lost := unlearnt(whole, source):
+        pack = _open_pack(stack, folder, source, len(assignment), options)
+        readable, rejected = _decode(folder, source, assignment, pack, copies)
+    pack = _finish_pack(pack, len(readable), source, options)
+    before = assignment.take(readable)
+    after = restore_training_images(before)
+    check_training_images(after, source)
+    if lost := untrained_classes(after, source):
         some = f"{len(lost)} of {len(source.classes)} classes have no training images"
         log.warn(f"{some} and cannot be learnt, first {lost[0]!r}")
-    paths: list[str | None] = [record.path for record in whole.records]
+    paths: list[str | None] = [record.path for record in after.records]
     root = None if source.root is None else str(source.root)
     if copies is not None:
-        moved = writer.move_copies(part, [copies[i] for i in kept], survivors, whole)
+        moved = writer.move_copies(folder, [copies[i] for i in readable], before, after)
         if source.root is None:  # the copies are the only files there are
             paths, root = [*moved], "."
-    writer.write_manifest(part, whole, pack, paths)
-    writer.write_rejected(part, rejected, source.root)
+    writer.write_manifest(folder, after, pack, paths)
+    writer.write_rejected(folder, rejected, source.root)
     recorded = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(options).items()
         if name not in ("source", "out", "json", "quiet")
     }
     return writer.write_info(
-        part, source, whole, pack, root=root, rejected=len(rejected), options=recorded
+        folder, source, after, pack, root=root, rejected=len(rejected), options=recorded
     )
 
 
 def _decode(
-    part: Path,
-    source: LabelledSource,
-    plan: SplitPlan,
+    folder: Path,
+    source: LabelledImages,
+    assignment: SplitAssignment,
     pack: PackWriter | None,
     copies: list[str] | None,
 ) -> tuple[list[int], list[tuple[ImageRecord, str]]]:
     """Positions of the readable images, which are then in the pack, and the others with reasons."""
-    task = None if copies is None else [part / path for path in copies]
-    images = load_all(plan.records, source.root, task)
-    bar = tqdm(images, total=len(plan), unit="img", disable=not log.show_progress(), leave=False)
-    kept: list[int] = []
+    paths = None if copies is None else [folder / path for path in copies]
+    images = load_all(source.source, assignment.records, paths)
+    bar = tqdm(
+        images, total=len(assignment), unit="img", disable=not log.show_progress(), leave=False
+    )
+    readable: list[int] = []
     rejected: list[tuple[ImageRecord, str]] = []
     for index, image in enumerate(bar):
         if isinstance(image, BadImage):
-            rejected.append((plan.records[index], str(image)))
+            rejected.append((assignment.records[index], str(image)))
             continue
-        kept.append(index)
+        readable.append(index)
         if pack is not None:
             pack.add(image)
-    if not kept:
+    if not readable:
         record, reason = rejected[0]
         raise UsageError(
             f"{source.location}: none of {len(rejected)} images is readable; "
             f"first {record.image_id!r}: {reason}"
         )
-    return kept, rejected
+    return readable, rejected
 
 
 def _open_pack(
-    stack: ExitStack, part: Path, source: LabelledSource, images: int, options: PrepareOptions
+    stack: ExitStack, folder: Path, source: LabelledImages, images: int, options: PrepareOptions
 ) -> PackWriter | None:
     if options.pack == "off":
         return None
     if options.pack == "on" or source.root is None:
-        return stack.enter_context(PackWriter(part / PACK))
+        return stack.enter_context(PackWriter(folder / PACK))
     # past this many pixels the mean is too large, whatever comes
     most_pixels = PACK_MEAN_PIXELS * images
     return stack.enter_context(
-        PackWriter(part / PACK, most_bytes=PACK_MOST_BYTES, most_pixels=most_pixels)
+        PackWriter(folder / PACK, most_bytes=PACK_MOST_BYTES, most_pixels=most_pixels)
     )
 
 
-def _settle(
-    pack: PackWriter | None, images: int, source: LabelledSource, options: PrepareOptions
+def _finish_pack(
+    pack: PackWriter | None, images: int, source: LabelledImages, options: PrepareOptions
 ) -> PackWriter | None:
-    """The pack if it is kept."""
+    """The pack, or None if the images turned out too large for it."""
     if pack is None or pack.abandoned:
         return None
     choice = options.pack == "auto" and source.root is not None
@@ -297,7 +301,7 @@ def _settle(
     return pack
 
 
-def _summarise(prepared: Prepared, source: LabelledSource, options: PrepareOptions) -> None:
+def _summarise(prepared: Prepared, source: LabelledImages, options: PrepareOptions) -> None:
     counts = ", ".join(f"{count:,} {split}" for split, count in prepared.counts.items())
     total = sum(prepared.counts.values())
     classes = source.task.summary()

@@ -1,23 +1,35 @@
-"""Images to predict, by index: names, a way to load each, and a digest of them all."""
+"""`ImageSource`: images by index, with their names, labels and a fingerprint. One class per format.
+
+`prepare`, `predict`, training and evaluation all read images through it. A new format is one file
+in `distcls/data/formats/` with a class derived from `ImageSource`, and one line in the table of
+`distcls/data/formats/detect.py`.
+"""
 
 from __future__ import annotations
 
+import abc
 import array
 import dataclasses
 import hashlib
 import itertools
 import json
+import os
+import re
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, overload
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distcls.errors import UsageError
+from distcls.errors import BadValue, UsageError, require
 from distcls.imaging import decode
 from distcls.task import Task
 
+Images = NDArray[np.uint8]
+
+SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -30,41 +42,192 @@ SPLIT_NAMES = {
 """What sources call their splits, in lower case, and what they are called here."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ImageRecord:
-    """One image of a source: a file at `path`, or `pixels` that are there already."""
+class ImageSource(abc.ABC):
+    """Images by index, in a fixed order; millions of them in little memory.
 
+    A format has to give `image_ids` and `read`, or `image` where the images are no encoded files
+    (then `encoded` is False). All methods may be called from several threads at once.
+    """
+
+    location: str = ""
+    """Where the images come from, for messages."""
+
+    @property
+    @abc.abstractmethod
+    def image_ids(self) -> Sequence[str]:
+        """The images' names in any output, [N]; valid Unicode."""
+
+    @property
+    def encoded(self) -> bool:
+        """Whether `read` gives encoded image files; False where they are decoded already."""
+        return True
+
+    def read(self, index: int) -> bytes:
+        """The encoded file of the image at `index`.
+
+        Raises BadImage with the reason if it cannot be read, UsageError if `encoded` is False.
+        """
+        raise UsageError(f"{self.location or 'this source'}: its images are decoded already")
+
+    def image(self, index: int) -> Images:
+        """The decoded image at `index`, uint8 RGB [height, width, 3].
+
+        Raises BadImage with the reason if it cannot be read or decoded.
+        """
+        return decode(self.read(index))
+
+    @property
+    def true_labels(self) -> Sequence[str | None] | None:
+        """The text of each image's label, [N], None where an image has none; None without labels.
+
+        A class name, or what `Task.text` makes of several outputs.
+        """
+        return None
+
+    @property
+    def uniform(self) -> Images | None:
+        """All images as one array, uint8 [N, height, width, 1 or 3]; None where there is none."""
+        return None
+
+    def state(self) -> str:
+        """What is known of the images' content without reading it: a digest of sizes and times.
+
+        Empty where nothing is known. Takes seconds for a million files.
+        """
+        return ""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the names and of the state, hexadecimal; another one means other images."""
+        names = self.image_ids if isinstance(self.image_ids, Names) else Names.of(self.image_ids)
+        return hashlib.sha256((names.digest() + self.state()).encode()).hexdigest()
+
+    def labelled(self, options: LabelOptions) -> LabelledImages:
+        """The images with the labels, splits, weights and groups that the source gives them.
+
+        Raises UsageError if the source has no labels, or wrong ones.
+        """
+        del options
+        raise UsageError(
+            f"{self.location}: has no labels to train on; expected digits, a folder of IDX files, "
+            "a folder with one folder per class, a CSV or Parquet manifest with a label column, or "
+            "tar shards with a KEY.cls for each image"
+        )
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.image_ids)
+
+
+class FunctionSource(ImageSource):
+    """Images that functions give: of arrays in memory, or of another source read in another way."""
+
+    def __init__(
+        self,
+        image_ids: Sequence[str],
+        image: Callable[[int], Images] | None = None,
+        *,
+        read: Callable[[int], bytes] | None = None,
+        true_labels: Sequence[str | None] | None = None,
+        uniform: Images | None = None,
+        state: Callable[[], str] | None = None,
+    ) -> None:
+        """`image` decodes the image at an index, `read` gives its file; either may be left out."""
+        self._image_ids = image_ids
+        self._image, self._read, self._state = image, read, state
+        self._true_labels = true_labels
+        self._uniform = uniform
+
+    @property
+    def image_ids(self) -> Sequence[str]:
+        """See `ImageSource`."""
+        return self._image_ids
+
+    @property
+    def encoded(self) -> bool:
+        """See `ImageSource`."""
+        return self._read is not None
+
+    def read(self, index: int) -> bytes:
+        """See `ImageSource`."""
+        return super().read(index) if self._read is None else self._read(index)
+
+    def image(self, index: int) -> Images:
+        """See `ImageSource`."""
+        return super().image(index) if self._image is None else self._image(index)
+
+    @property
+    def true_labels(self) -> Sequence[str | None] | None:
+        """See `ImageSource`."""
+        return self._true_labels
+
+    @property
+    def uniform(self) -> Images | None:
+        """See `ImageSource`."""
+        return self._uniform
+
+    def state(self) -> str:
+        """See `ImageSource`."""
+        return "" if self._state is None else self._state()
+
+
+def to_rgb(pixels: Images) -> Images:
+    """[..., 1] or [..., 3] to [..., 3]; grey is repeated, as decoding a grey file does."""
+    if pixels.shape[-1] == 3:
+        return pixels
+    return np.repeat(pixels, 3, axis=-1)
+
+
+def with_decoder(source: ImageSource, decoder: Callable[[bytes], Images]) -> ImageSource:
+    """The same images, their files decoded by `decoder` instead of `imaging.decode`.
+
+    Raises UsageError, when an image is read, if the source has no encoded files.
+    """
+    return FunctionSource(
+        source.image_ids,
+        lambda index: decoder(source.read(index)),
+        read=source.read,
+        true_labels=source.true_labels,
+        state=source.state,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRecord:
+    """What training has to know of one image besides its pixels."""
+
+    index: int
+    """Position in the source."""
     image_id: str
     """Unique in the source."""
     label: int
-    """Index into the source's classes; of several answers the first, or -1."""
+    """Index of the class; with several outputs the first of `labels`, or -1 (see `first_label`)."""
     split: str | None = None
     """The source's own split: train, val or test; None where it has none."""
     path: str | None = None
-    """Below the source's root, or absolute."""
-    pixels: NDArray[np.uint8] | None = None
-    """Grey [height, width]."""
+    """Path of the file below `LabelledImages.root`, or absolute; None if the image is no file."""
     weight: float | None = None
-    """How much the image counts in training."""
+    """Factor of the image's loss in training."""
     group: str | None = None
     """Images of one group (a patient, a scene) stay in one split."""
     labels: tuple[int, ...] | None = None
-    """Where an image has several answers: its class in each head, or the labels it is given."""
+    """Multi-head: its class in each head; multi-label: the labels that it has."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelledSource:
-    """A source as it was found: all of its images, in its own order."""
+class LabelledImages:
+    """A source's images with their labels, as `prepare` splits and writes them."""
 
-    kind: str
-    """digits, idx, mnist, fashion-mnist, folder or manifest."""
+    source: ImageSource
+    format: str
+    """digits, idx, mnist, fashion-mnist, folder, manifest or tar."""
     location: str
-    """Where it was found, absolute; or `digits`."""
+    """Where the source was found, absolute; or `digits`."""
     root: Path | None
     """Folder of the records' paths, absolute; None if the images are no files."""
     task: Task
-    """What its labels answer, with the class names in label order."""
+    """What the labels are of, with the class names in label order."""
     records: list[ImageRecord]
+    """In the source's order."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -72,27 +235,121 @@ class LabelledSource:
         return self.task.classes
 
     def positions(self, record: ImageRecord) -> list[int]:
-        """Where an image's answers stand among the classes."""
+        """Positions of an image's labels among the classes."""
         if record.labels is None:
             return [record.label]
         return self.task.flat(record.labels)
 
 
-def read_classes(path: Path) -> tuple[str, ...]:
-    """Class names from a file: a JSON list, or one name a line. Raises UsageError."""
+def first_label(labels: Sequence[int]) -> int:
+    """The one label that stands for several where one is needed: the first, or -1."""
+    return labels[0] if labels else -1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelOptions:
+    """How labels are read: the classes, and for manifests the columns."""
+
+    classes: tuple[str, ...] | None = None
+    """Class names in label order; other labels are errors. None takes the names that occur."""
+    weight_column: str | None = None
+    """Column of the weights; None takes `weight` where there is one."""
+    label_columns: tuple[str, ...] = ()
+    """Multi-head: one column per head."""
+    text_column: str | None = None
+    """Multi-head: the column of a text, one head per character."""
+    labels_column: str | None = None
+    """Multi-label: the column of any number of labels."""
+    separator: str | None = None
+    """What stands between those labels; None is |."""
+
+    def __post_init__(self) -> None:
+        given = self.options
+        if len(given) > 1:
+            value = getattr(self, given[1])
+            raise BadValue(given[1], value, f"none with {given[0]}: they exclude each other")
+        plain = [name.strip().lower() for name in self.label_columns]
+        differ = len(set(plain)) == len(plain)
+        require(differ, "label_columns", self.label_columns, "columns of different names")
+        if self.separator is not None:
+            used = self.labels_column is not None
+            require(used, "separator", self.separator, "none; it belongs to labels_column")
+            require(self.separator != "", "separator", self.separator, "one character or more")
+
+    @property
+    def options(self) -> list[str]:
+        """Which of the options for multi-head and multi-label columns are given, at most one."""
+        names = ("label_columns", "text_column", "labels_column")
+        return [name for name in names if getattr(self, name) not in (None, ())]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the multi-head or multi-label columns; empty for one class per image."""
+        one = (self.text_column, self.labels_column)
+        return self.label_columns or tuple(name for name in one if name is not None)
+
+    def require_no_columns(self, location: str) -> None:
+        """Raise UsageError if a column is named, as only manifests have them."""
+        named = {"weight_column": self.weight_column}
+        if self.columns:
+            named[self.options[0]] = self.columns[0]
+        for option, column in named.items():
+            if column is not None:
+                raise UsageError(
+                    f"{option}: {column!r} is a column of a manifest, but {location} is none"
+                )
+
+
+_UNKNOWN = (-1, -1)
+"""Size and time of a file that cannot be looked up."""
+
+
+def state_of(paths: Iterable[str]) -> str:
+    """SHA-256 of the sizes and modification times of files, hexadecimal."""
+    total = hashlib.sha256()
+    for path in paths:
+        try:
+            status = os.stat(path)  # noqa: PTH116 - half the time of Path's, a million times
+            known = (status.st_size, status.st_mtime_ns)
+        except (OSError, ValueError):  # gone, or a name that no file can have
+            known = _UNKNOWN
+        total.update(struct.pack("<qq", *known))
+    return total.hexdigest()
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Class names from a file: a JSON list whatever the file's ending, or one name per line.
+
+    Blank lines and blanks around names are dropped. Raises UsageError for a file that cannot be
+    read, for anything but names, and for a name that occurs twice.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        names = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except (OSError, ValueError) as error:
+        names = _json_list(text, path) if text.lstrip()[:1] == "[" else None
+        if names is None:
+            names = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"classes {path}: cannot be read: {reason}") from error
+        raise UsageError(f"classes: {path} cannot be read: {reason}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UsageError(f"classes {path}: expected a list of names")
-    names = [name for name in names if name.strip()]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UsageError(f"classes {path}: {twice[0]!r} stands there more than once")
+        raise UsageError(f"classes: {path}: expected names, a JSON list of text or one per line")
+    names = [name.strip() for name in names if name.strip()]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UsageError(
+            f"classes: {path}: {repeated[0]!r} occurs twice, expected names, each once"
+        )
     return tuple(names)
+
+
+def _json_list(text: str, path: Path) -> object:
+    """The list of a text that begins with a bracket; None if that is part of a name, as `[UNK]`."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        if path.suffix == ".json" or not re.match(r"\s*\[\s*[^\s\"\]]", text):
+            raise
+        return None
 
 
 def natural_order(names: Iterable[str]) -> tuple[str, ...]:
@@ -103,8 +360,6 @@ def natural_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(distinct))
 
 
-Images = NDArray[np.uint8]
-
 BLOCK = 1 << 13
 """Names that are handled at a time where there may be millions."""
 
@@ -112,8 +367,8 @@ BLOCK = 1 << 13
 class Names(Sequence[str]):
     """Many names in one piece of memory: a million takes 8 MB and their letters.
 
-    A list of Python strings takes some 100 bytes for each. Names are kept as bytes, so that a file
-    name which is not UTF-8 stays what it is.
+    A list of Python strings takes some 100 bytes for each. Names are stored as bytes, so that a
+    file name which is not UTF-8 stays what it is. (PyArrow's string array refuses such names.)
     """
 
     def __init__(self, letters: bytes, ends: array.array[int], errors: str) -> None:
@@ -203,82 +458,31 @@ class NamesBuilder:
         return Names(bytes(self._letters), self._ends, "surrogateescape")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageSource:
-    """Images by index, in the order in which they are answered."""
+class TextColumn(Sequence[str | None]):
+    """A column of text with few distinct values, each stored once: a million takes 4 MB."""
 
-    image_ids: Sequence[str]
-    """Their names in the output."""
-    load: Callable[[int], Images]
-    """Decodes one: index to uint8 RGB [h, w, 3]. Raises BadImage; called from many threads."""
-    read: Callable[[int], bytes] | None = None
-    """The file of one as it is, not decoded, where there is one. Raises BadImage."""
-    truths: Sequence[str | None] | None = None
-    """Their true classes, where known."""
-    uniform: Images | None = None
-    """All of them as one array [N, H, W, 1 or 3], where there is such a one."""
-    state: Callable[[], str] | None = None
-    """Digest of what the images are now, as far as it is known without reading them: their sizes
-    and times. Takes seconds for a million files."""
+    def __init__(self) -> None:
+        self._code_of: dict[str | None, int] = {}
+        self._values: list[str | None] = []
+        self._codes = array.array("i")
+
+    def extend(self, values: Iterable[str | None]) -> None:
+        """Append values."""
+        code_of = self._code_of
+        for value in values:
+            if value not in code_of:
+                code_of[value] = len(self._values)
+                self._values.append(value)
+            self._codes.append(code_of[value])
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return len(self._codes)
 
-    def digest(self) -> str:
-        """SHA-256 of the names and of the state, hexadecimal."""
-        names = self.image_ids if isinstance(self.image_ids, Names) else Names.of(self.image_ids)
-        state = self.state() if self.state is not None else ""
-        return hashlib.sha256((names.digest() + state).encode()).hexdigest()
-
-
-def from_encoded(
-    image_ids: Sequence[str],
-    read: Callable[[int], bytes],
-    *,
-    truths: Sequence[str | None] | None = None,
-    state: Callable[[], str] | None = None,
-) -> ImageSource:
-    """Images of which the files can be read."""
-
-    def load(index: int) -> Images:
-        return decode(read(index))
-
-    return ImageSource(image_ids=image_ids, load=load, read=read, truths=truths, state=state)
-
-
-class LabelledSplit(Protocol):
-    """What is used of a dataset's split (see `distcls.data.dataset.Split`)."""
-
-    @property
-    def image_ids(self) -> list[str]:
-        """Names."""
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """Class indices, [N]; of several answers [N, heads] or [N, labels]."""
-
-    @property
-    def task(self) -> Task:
-        """What they are answers to."""
-
-    @property
-    def uniform(self) -> Images | None:
-        """All images as one array, where possible."""
-
-    def image(self, index: int) -> Images:
-        """One image."""
-
-
-def from_split(
-    split: LabelledSplit, classes: Sequence[str], state: Callable[[], str] | None = None
-) -> ImageSource:
-    """The images of a dataset's split; of several answers the truths are texts."""
-    task = split.task
-    single = [classes[label] for label in split.labels] if task.single else None
-    return ImageSource(
-        image_ids=split.image_ids,
-        load=split.image,
-        truths=task.texts(split.labels) if single is None else single,
-        uniform=split.uniform,
-        state=state,
-    )
+    @overload
+    def __getitem__(self, index: int) -> str | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str | None]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str | None] | None:
+        if isinstance(index, slice):
+            return [self._values[code] for code in self._codes[index]]
+        return self._values[self._codes[index]]

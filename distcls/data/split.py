@@ -1,4 +1,9 @@
-"""Which image goes to train, val or test: hold-out, folds and bootstrap samples."""
+"""Which image goes to train, val or test: hold-out, folds and bootstrap samples.
+
+Not scikit-learn's splitters: `StratifiedGroupKFold` has no hold-out by fractions, none of them
+keeps a training image of every class, and their draws are not promised to stay the same between
+versions, where a dataset prepared again has to come out the same.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from distcls.data.source import ImageRecord, LabelledSource
+from distcls.data.source import SPLITS, ImageRecord, LabelledImages
 from distcls.errors import UsageError, require
-
-SPLITS = ("train", "val", "test")
 
 
 def assign_splits(
@@ -33,17 +36,19 @@ def assign_splits(
     }
     splits = [record.split or "train" for record in records]
     _check_groups(records, splits)
-    free = [index for index, split in enumerate(splits) if split == "train"]
-    if any(records[index].group is not None for index in free):
-        chosen = _cut_groups(records, free, fractions, seed)
+    training = [index for index, split in enumerate(splits) if split == "train"]
+    if any(records[index].group is not None for index in training):
+        chosen = _cut_groups(records, training, fractions, seed)
     else:
-        chosen = _cut(records, free, fractions, seed)
+        chosen = _cut(records, training, fractions, seed)
     for index, split in chosen.items():
         splits[index] = split
     return splits
 
 
-def draw(records: Sequence[ImageRecord], splits: Sequence[str], limit: int, seed: int) -> list[int]:
+def draw_subset(
+    records: Sequence[ImageRecord], splits: Sequence[str], limit: int, seed: int
+) -> list[int]:
     """At most `limit` positions, in order, drawn evenly over splits and classes.
 
     One image of each class and split in turn, training first, until there are enough or none is
@@ -65,10 +70,10 @@ def draw(records: Sequence[ImageRecord], splits: Sequence[str], limit: int, seed
     return sorted(chosen[:limit])
 
 
-def wanted(count: int, fractions: dict[str, float]) -> dict[str, int]:
+def split_sizes(count: int, fractions: dict[str, float]) -> dict[str, int]:
     """How many of a class's `count` images each split gets; training keeps at least one.
 
-    >>> wanted(2, {"test": 0.2, "val": 0.1})
+    >>> split_sizes(2, {"test": 0.2, "val": 0.1})
     {'test': 1, 'val': 0}
     """
     left = count - 1
@@ -83,37 +88,37 @@ def wanted(count: int, fractions: dict[str, float]) -> dict[str, int]:
 
 
 def _cut(
-    records: Sequence[ImageRecord], free: list[int], fractions: dict[str, float], seed: int
+    records: Sequence[ImageRecord], training: list[int], fractions: dict[str, float], seed: int
 ) -> dict[int, str]:
     by_class: dict[int, list[int]] = defaultdict(list)
-    for index in free:
+    for index in training:
         by_class[records[index].label].append(index)
     rng = np.random.default_rng([seed, 0])
     chosen: dict[int, str] = {}
     for label in sorted(by_class):
         shuffled = rng.permutation(by_class[label]).tolist()
         start = 0
-        for split, count in wanted(len(shuffled), fractions).items():
+        for split, count in split_sizes(len(shuffled), fractions).items():
             chosen.update(dict.fromkeys(shuffled[start : start + count], split))
             start += count
     return chosen
 
 
 def _cut_groups(
-    records: Sequence[ImageRecord], free: list[int], fractions: dict[str, float], seed: int
+    records: Sequence[ImageRecord], training: list[int], fractions: dict[str, float], seed: int
 ) -> dict[int, str]:
     """Whole groups, greedily: large ones first, each to the split that comes nearer its goal."""
     groups: dict[object, list[int]] = defaultdict(list)
-    for index in free:  # an image without a group is one of its own
+    for index in training:  # an image without a group is one of its own
         group = records[index].group
         groups[index if group is None else group].append(index)
     units = list(groups.values())
     order = np.random.default_rng([seed, 0]).permutation(len(units)).tolist()
     units = sorted((units[i] for i in order), key=len, reverse=True)
-    left = Counter(records[index].label for index in free)
+    left = Counter(records[index].label for index in training)
     missing: dict[str, Counter[int]] = {split: Counter() for split in fractions}
     for label, count in left.items():
-        for split, number in wanted(count, fractions).items():
+        for split, number in split_sizes(count, fractions).items():
             missing[split][label] = number
     chosen: dict[int, str] = {}
 
@@ -166,16 +171,16 @@ Units = list[list[int]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Resampling:
-    """Which images of the training part train, and which validate."""
+    """Which of the training images train, and which validate."""
 
     folds: int = 1
-    """The part is cut into so many; `fold`, counted from 1, validates."""
+    """Number of folds; `fold`, counted from 1, validates."""
     fold: int = 1
     bootstrap: int | None = None
     """Or: the number of a bootstrap sample; the images that it leaves out validate."""
 
 
-def require_one_rule(
+def require_one_way(
     folds: int | None, fold: int | None, bootstrap: int | None, val_fraction: float | None
 ) -> None:
     """Raise BadValue unless these options say in one way which images validate."""
@@ -205,17 +210,17 @@ def resample(
     """Divide the images of `train` into train and val; in a bootstrap sample they get weights.
 
     Raises UsageError for more folds than there are images, or groups, to fill them, and for a class
-    that one fold would take as a whole, whichever fold is asked for.
+    that one fold would take as a whole, whichever fold validates.
     """
-    free = [index for index, split in enumerate(splits) if split == "train"]
+    training = [index for index, split in enumerate(splits) if split == "train"]
     divided = list(splits)
     if how.bootstrap is None:
-        fold_of = deal_folds(records, free, how.folds, seed)
+        fold_of = assign_folds(records, training, how.folds, seed)
         _check_classes(records, fold_of, classes)
         for index, fold in fold_of.items():
             divided[index] = "val" if fold == how.fold else "train"
         return list(records), divided
-    counts = draw_bootstrap(records, free, how.bootstrap, seed)
+    counts = draw_bootstrap(records, training, how.bootstrap, seed)
     weighed = []
     for index, record in enumerate(records):
         # a number for all: a column of weights has no gaps
@@ -226,41 +231,45 @@ def resample(
     return weighed, divided
 
 
-def deal_folds(
-    records: Sequence[ImageRecord], free: Sequence[int], folds: int, seed: int
+def assign_folds(
+    records: Sequence[ImageRecord], training: Sequence[int], folds: int, seed: int
 ) -> dict[int, int]:
-    """The fold, counted from 1, of each of the images `free` (positions in `records`).
+    """The fold, counted from 1, of each of the images `training` (positions in `records`).
 
     Without groups two folds differ by at most one image, and by at most one of each class. Groups
     stay whole, and the folds are then as even as they allow. Raises UsageError if there are too few
     images, or groups, for a fold to have any.
     """
-    units = _units(records, free)
+    units = _units(records, training)
     if len(units) < folds:
-        what = "images" if len(units) == len(free) else "groups (an image without one is its own)"
+        what = (
+            "images" if len(units) == len(training) else "groups (an image without one is its own)"
+        )
         raise UsageError(f"folds: {folds}, but there are only {len(units)} training {what}")
     order = np.random.default_rng([seed, FOLDS_STREAM]).permutation(len(units)).tolist()
     units = [units[place] for place in order]
-    if len(units) == len(free):
+    if len(units) == len(training):
         units.sort(key=lambda unit: records[unit[0]].label)
-        dealt = [place % folds for place in range(len(units))]
+        folds_of_units = [place % folds for place in range(len(units))]
     else:
         units.sort(key=len, reverse=True)
-        dealt = _deal_groups(records, units, folds)
-    return {index: fold + 1 for unit, fold in zip(units, dealt, strict=True) for index in unit}
+        folds_of_units = _assign_groups(records, units, folds)
+    return {
+        index: fold + 1 for unit, fold in zip(units, folds_of_units, strict=True) for index in unit
+    }
 
 
 def draw_bootstrap(
-    records: Sequence[ImageRecord], free: Sequence[int], number: int, seed: int
+    records: Sequence[ImageRecord], training: Sequence[int], number: int, seed: int
 ) -> dict[int, int]:
-    """How often each of the images `free` is drawn: as many with replacement as there are.
+    """How often each of the images `training` is drawn: as many with replacement as there are.
 
-    A class is drawn from by itself, so it keeps its share and at least one image; of n images about
+    A class is drawn from by itself, so it keeps its size and at least one image; of n images about
     n / e, 36.8 %, are drawn never. Groups are drawn whole, with those that are mostly of the same
     class. (Efron: Bootstrap Methods, 1979; the stratified one.)
     """
     strata: dict[int, Units] = defaultdict(list)
-    for unit in _units(records, free):
+    for unit in _units(records, training):
         labels = Counter(records[index].label for index in unit)
         strata[min(labels, key=lambda label: (-labels[label], label))].append(unit)
     rng = np.random.default_rng([seed, BOOTSTRAP_STREAM, number])
@@ -279,7 +288,7 @@ def _check_classes(
     """Raise UsageError if a class lies in one fold: while that validates, no other has any."""
     homes: dict[int, set[int]] = defaultdict(set)
     for index, fold in fold_of.items():
-        if records[index].labels is None:  # of several answers, one is not the image's class
+        if records[index].labels is None:  # with several labels, the first is not the image's class
             homes[records[index].label].add(fold)
     for label in sorted(homes):
         if len(homes[label]) == 1:
@@ -290,21 +299,21 @@ def _check_classes(
             )
 
 
-def _units(records: Sequence[ImageRecord], free: Sequence[int]) -> Units:
+def _units(records: Sequence[ImageRecord], training: Sequence[int]) -> Units:
     units: dict[object, list[int]] = defaultdict(list)
-    for index in free:  # a position is no text, so it cannot be taken for a group
+    for index in training:  # a position is no text, so it cannot be taken for a group
         group = records[index].group
         units[index if group is None else group].append(index)
     return list(units.values())
 
 
-def _deal_groups(records: Sequence[ImageRecord], units: Units, folds: int) -> list[int]:
+def _assign_groups(records: Sequence[ImageRecord], units: Units, folds: int) -> list[int]:
     """The fold of each unit, greedily: where it fills most of what its classes lack."""
     total = Counter(records[index].label for unit in units for index in unit)
     # all in images times `folds`, so that a class's goal in each fold is a whole number: its total
     filled: list[Counter[int]] = [Counter() for _ in range(folds)]
     sizes = [0] * folds
-    dealt = []
+    folds_of_units = []
     for unit in units:
         labels = Counter(records[index].label for index in unit)
         gains = [_fold_gain(total, filled[fold], labels, folds) for fold in range(folds)]
@@ -313,8 +322,8 @@ def _deal_groups(records: Sequence[ImageRecord], units: Units, folds: int) -> li
         for label, count in labels.items():
             filled[best][label] += count * folds
         sizes[best] += len(unit)
-        dealt.append(best)
-    return dealt
+        folds_of_units.append(best)
+    return folds_of_units
 
 
 def _fold_gain(goal: Counter[int], filled: Counter[int], labels: Counter[int], folds: int) -> int:
@@ -327,7 +336,7 @@ def _fold_gain(goal: Counter[int], filled: Counter[int], labels: Counter[int], f
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SplitPlan:
+class SplitAssignment:
     """Images and the split of each, the splits one after the other: train, val, test."""
 
     records: list[ImageRecord]
@@ -336,23 +345,23 @@ class SplitPlan:
     def __len__(self) -> int:
         return len(self.records)
 
-    def take(self, positions: Sequence[int]) -> SplitPlan:
-        """The plan for some of its images."""
-        return SplitPlan(
+    def take(self, positions: Sequence[int]) -> SplitAssignment:
+        """The assignment for some of its images."""
+        return SplitAssignment(
             records=[self.records[i] for i in positions],
             splits=[self.splits[i] for i in positions],
         )
 
 
-def plan_splits(
-    source: LabelledSource,
+def split_images(
+    source: LabelledImages,
     *,
     val_fraction: float,
     test_fraction: float,
     limit: int | None,
     seed: int,
     resampling: Resampling | None = None,
-) -> SplitPlan:
+) -> SplitAssignment:
     """Put each image into a split and take at most `limit`.
 
     With `resampling`, which divides the images taken for training, `val_fraction` has to be 0.
@@ -364,22 +373,26 @@ def plan_splits(
     splits = assign_splits(
         records, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed
     )
-    plan = SplitPlan(records=records, splits=splits)
-    check_training_images(plan, source)
+    assignment = SplitAssignment(records=records, splits=splits)
+    check_training_images(assignment, source)
     chosen = list(range(len(records)))
     if limit is not None and limit < len(records):
-        chosen = draw(records, splits, limit, seed)
-    plan = plan.take(chosen)
+        chosen = draw_subset(records, splits, limit, seed)
+    assignment = assignment.take(chosen)
     if resampling is not None:
         # after the limit: the folds of a limited dataset are all of it, too
-        divided = resample(plan.records, plan.splits, resampling, seed=seed, classes=source.classes)
-        plan = SplitPlan(records=divided[0], splits=divided[1])
-        check_training_images(plan, source)
+        divided = resample(
+            assignment.records, assignment.splits, resampling, seed=seed, classes=source.classes
+        )
+        assignment = SplitAssignment(records=divided[0], splits=divided[1])
+        check_training_images(assignment, source)
     # a stable sort: within a split the source's order stays
-    return plan.take(sorted(range(len(plan)), key=lambda index: SPLITS.index(plan.splits[index])))
+    return assignment.take(
+        sorted(range(len(assignment)), key=lambda index: SPLITS.index(assignment.splits[index]))
+    )
 
 
-def _check_no_validation(source: LabelledSource, resampling: Resampling) -> None:
+def _check_no_validation(source: LabelledImages, resampling: Resampling) -> None:
     if any(record.split == "val" for record in source.records):
         key = "folds" if resampling.bootstrap is None else "bootstrap"
         raise UsageError(
@@ -388,46 +401,48 @@ def _check_no_validation(source: LabelledSource, resampling: Resampling) -> None
         )
 
 
-def check_training_images(plan: SplitPlan, source: LabelledSource) -> None:
+def check_training_images(assignment: SplitAssignment, source: LabelledImages) -> None:
     """Raise UsageError, naming the class, unless every class has a training image.
 
-    Of several answers not each can have one, such as a rare letter at each place of a text: there
-    it is enough that some image trains (see `unlearnt`).
+    Multi-head and multi-label: not every class can have one, such as a rare letter at each place
+    of a text; there it is enough that some image trains (see `untrained_classes`).
     """
     if not source.task.single:
-        if "train" not in plan.splits:
+        if "train" not in assignment.splits:
             raise UsageError(f"{source.location}: there are no training images")
         return
-    pairs = zip(plan.records, plan.splits, strict=True)
+    pairs = zip(assignment.records, assignment.splits, strict=True)
     trained = {record.label for record, split in pairs if split == "train"}
-    found = Counter(record.label for record in plan.records)
+    found = Counter(record.label for record in assignment.records)
     for label, name in enumerate(source.classes):
         if label not in trained:
             others = f"; its {found[label]} lie in val or test" if found[label] else ""
             raise UsageError(f"{source.location}: class {name!r} has no training images{others}")
 
 
-def unlearnt(plan: SplitPlan, source: LabelledSource) -> list[str]:
+def untrained_classes(assignment: SplitAssignment, source: LabelledImages) -> list[str]:
     """Names of the classes without a training image: nothing can be learnt of them."""
     seen: set[int] = set()
-    for record, split in zip(plan.records, plan.splits, strict=True):
+    for record, split in zip(assignment.records, assignment.splits, strict=True):
         if split == "train":
             seen.update(source.positions(record))
     return [name for place, name in enumerate(source.classes) if place not in seen]
 
 
-def repair(plan: SplitPlan) -> SplitPlan:
+def restore_training_images(assignment: SplitAssignment) -> SplitAssignment:
     """Give a class whose training images all proved bad one back from the splits cut here.
 
     Its whole group comes along. What the source itself put into val or test stays there.
     """
-    splits = list(plan.splits)
-    trained = {r.label for r, split in zip(plan.records, splits, strict=True) if split == "train"}
-    for index, record in enumerate(plan.records):
+    splits = list(assignment.splits)
+    trained = {
+        r.label for r, split in zip(assignment.records, splits, strict=True) if split == "train"
+    }
+    for index, record in enumerate(assignment.records):
         if record.label in trained or record.split == splits[index]:
             continue
-        for other, mate in enumerate(plan.records):
+        for other, mate in enumerate(assignment.records):
             if other == index or (record.group is not None and mate.group == record.group):
                 splits[other] = "train"
                 trained.add(mate.label)
-    return SplitPlan(records=plan.records, splits=splits)
+    return SplitAssignment(records=assignment.records, splits=splits)

@@ -21,25 +21,24 @@ from numpy.typing import NDArray
 
 from distcls import __version__
 from distcls.data.dataset import CLASSES, FIELD, FORMAT, INFO, LABELS, MANIFEST, PACK, SCHEMA
-from distcls.data.source import ImageRecord, LabelledSource
-from distcls.data.split import SPLITS, SplitPlan
+from distcls.data.source import SPLITS, ImageRecord, Images, ImageSource, LabelledImages
+from distcls.data.split import SplitAssignment
 from distcls.errors import BadImage
 from distcls.files import digest, safe_names
-from distcls.imaging import decode_file
 from distcls.system import available_cores
 
 Loaded = NDArray[np.uint8] | BadImage
 
 
 def load_all(
-    records: Sequence[ImageRecord], root: Path | None, copies: Sequence[Path] | None
+    source: ImageSource, records: Sequence[ImageRecord], copies: Sequence[Path] | None
 ) -> Iterator[Loaded]:
     """Yield each record's image, grey [height, width] or RGB [height, width, 3], or what is wrong.
 
     With `copies` each image is also written there as PNG. Raises OSError if one cannot be.
     """
-    if copies is None and all(record.pixels is not None for record in records):
-        yield from (load(record, root, None) for record in records)
+    if copies is None and not source.encoded:
+        yield from (load(source, record, None) for record in records)
         return
     workers = min(available_cores(), 16)
     places: Sequence[Path | None] = copies or [None] * len(records)
@@ -48,26 +47,29 @@ def load_all(
         waiting: deque[Future[Loaded]] = deque()
         try:
             for record, copy in islice(tasks, 2 * workers):
-                waiting.append(pool.submit(load, record, root, copy))
+                waiting.append(pool.submit(load, source, record, copy))
             while waiting:
                 loaded = waiting.popleft().result()
                 for record, copy in islice(tasks, 1):
-                    waiting.append(pool.submit(load, record, root, copy))
+                    waiting.append(pool.submit(load, source, record, copy))
                 yield loaded
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def load(record: ImageRecord, root: Path | None, copy: Path | None) -> Loaded:
+def load(source: ImageSource, record: ImageRecord, copy: Path | None) -> Loaded:
     """One image, and its copy as PNG; a bad one is returned, not raised."""
     try:
         record.image_id.encode()
     except UnicodeEncodeError:
         return BadImage("its name is not UTF-8")
-    pixels = record.pixels
-    if pixels is None:
+    pixels: Images
+    uniform = source.uniform
+    if uniform is not None and uniform.shape[-1] == 1:
+        pixels = uniform[record.index][..., 0]  # grey as it is
+    else:
         try:
-            pixels = decode_file((root or Path()) / (record.path or ""))
+            pixels = source.image(record.index)
         except BadImage as error:
             return error
     if copy is not None:
@@ -177,25 +179,25 @@ REJECTED = "rejected.csv"
 
 
 def write_manifest(
-    part: Path, plan: SplitPlan, pack: PackWriter | None, paths: list[str | None]
+    folder: Path, assignment: SplitAssignment, pack: PackWriter | None, paths: list[str | None]
 ) -> None:
-    """Write the manifest. The pack's images are those of `plan`, in its order.
+    """Write the manifest. The pack's images are those of `assignment`, in its order.
 
     Rows stand split by split. Where an image had to change its split they are then in another order
     than the pack, and `Split.uniform` is None; all else works.
     """
-    order = sorted(range(len(plan)), key=lambda index: SPLITS.index(plan.splits[index]))
-    records = plan.records
-    nothing: list[Any] = [None] * len(plan)
+    order = sorted(range(len(assignment)), key=lambda index: SPLITS.index(assignment.splits[index]))
+    records = assignment.records
+    nothing: list[Any] = [None] * len(assignment)
     columns: dict[str, list[Any]] = {
         "image_id": [record.image_id for record in records],
         "path": list(paths),
         "label": [record.label for record in records],
-        "split": plan.splits,
+        "split": assignment.splits,
         "offset": pack.offsets() if pack else nothing,
         "height": [height for height, _ in pack.shapes] if pack else nothing,
         "width": [width for _, width in pack.shapes] if pack else nothing,
-        "channels": [pack.channels] * len(plan) if pack else nothing,
+        "channels": [pack.channels] * len(assignment) if pack else nothing,
     }
     schema = SCHEMA
     if any(record.weight is not None for record in records):
@@ -208,13 +210,13 @@ def write_manifest(
         schema = schema.append(FIELD)
         columns[LABELS] = [list(record.labels or ()) for record in records]
     ordered = {name: [values[index] for index in order] for name, values in columns.items()}
-    pq.write_table(pa.table(ordered, schema=schema), part / MANIFEST)
+    pq.write_table(pa.table(ordered, schema=schema), folder / MANIFEST)
 
 
 def write_info(
-    part: Path,
-    source: LabelledSource,
-    plan: SplitPlan,
+    folder: Path,
+    source: LabelledImages,
+    assignment: SplitAssignment,
     pack: PackWriter | None,
     *,
     root: str | None,
@@ -225,30 +227,32 @@ def write_info(
     hashed = [MANIFEST, PACK] if pack else [MANIFEST]
     info = {
         "format": FORMAT,
-        "kind": source.kind,
+        "kind": source.format,
         "source": source.location,
         "root": root,
         "packed": pack is not None,
         "pack_bytes": pack.size if pack else 0,
-        "counts": {name: plan.splits.count(name) for name in SPLITS if name in plan.splits},
-        "class_counts": _class_counts(source, plan),
+        "counts": {
+            name: assignment.splits.count(name) for name in SPLITS if name in assignment.splits
+        },
+        "class_counts": _class_counts(source, assignment),
         "rejected": rejected,
         "seed": options["seed"],
         "options": options,
-        "sha256": {name: digest(part / name) for name in hashed},
+        "sha256": {name: digest(folder / name) for name in hashed},
         "version": __version__,
     }
     # plain writes: the folder is renamed into place as a whole
-    _write_json(part / CLASSES, source.task.to_json())
-    _write_json(part / INFO, info)
+    _write_json(folder / CLASSES, source.task.to_json())
+    _write_json(folder / INFO, info)
     return info
 
 
 def write_rejected(
-    part: Path, rejected: Sequence[tuple[ImageRecord, str]], root: Path | None
+    folder: Path, rejected: Sequence[tuple[ImageRecord, str]], root: Path | None
 ) -> None:
     """Write rejected.csv, with its header alone if nothing was rejected."""
-    path = part / REJECTED
+    path = folder / REJECTED
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as handle:
         # all quoted: a bare carriage return in a file name would otherwise end the row
         writer = csv.writer(handle, quoting=csv.QUOTE_ALL, lineterminator="\n")
@@ -257,36 +261,38 @@ def write_rejected(
             writer.writerow((record.image_id, (root or Path()) / (record.path or ""), reason))
 
 
-def copy_paths(source: LabelledSource, plan: SplitPlan) -> list[str]:
+def copy_paths(source: LabelledImages, assignment: SplitAssignment) -> list[str]:
     """Where --write-images puts each image: images/SPLIT/CLASS/ID.png."""
     folders = safe_names(source.classes)
     by_class: dict[int, list[int]] = defaultdict(list)
-    for index, record in enumerate(plan.records):
+    for index, record in enumerate(assignment.records):
         by_class[record.label].append(index)
-    paths = [""] * len(plan)
+    paths = [""] * len(assignment)
     for label, indices in by_class.items():
         # distinct in the class, so that an image may still change its split
-        names = safe_names(plan.records[index].image_id for index in indices)
+        names = safe_names(assignment.records[index].image_id for index in indices)
         for index, name in zip(indices, names, strict=True):
-            paths[index] = f"images/{plan.splits[index]}/{folders[label]}/{name}.png"
+            paths[index] = f"images/{assignment.splits[index]}/{folders[label]}/{name}.png"
     return paths
 
 
-def move_copies(part: Path, paths: Sequence[str], before: SplitPlan, after: SplitPlan) -> list[str]:
+def move_copies(
+    folder: Path, paths: Sequence[str], before: SplitAssignment, after: SplitAssignment
+) -> list[str]:
     """Follow images that changed their split; the paths as they are now."""
     moved = []
     for path, old, new in zip(paths, before.splits, after.splits, strict=True):
         target = path.replace(f"images/{old}/", f"images/{new}/", 1)
         if target != path:
-            (part / target).parent.mkdir(parents=True, exist_ok=True)
-            (part / path).rename(part / target)
+            (folder / target).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).rename(folder / target)
         moved.append(target)
     return moved
 
 
-def _class_counts(source: LabelledSource, plan: SplitPlan) -> dict[str, dict[str, int]]:
+def _class_counts(source: LabelledImages, assignment: SplitAssignment) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {name: {} for name in source.classes}
-    for record, split in zip(plan.records, plan.splits, strict=True):
+    for record, split in zip(assignment.records, assignment.splits, strict=True):
         for place in source.positions(record):
             row = counts[source.classes[place]]
             row[split] = row.get(split, 0) + 1

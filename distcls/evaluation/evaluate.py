@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from distcls import log, plotting
 from distcls.data.dataset import Dataset, Split
-from distcls.data.source import from_split
 from distcls.errors import DistclsError, UsageError, require
 from distcls.evaluation.metrics import Integers, Metrics, MetricState, metric_state
 from distcls.files import csv_line, require_writable, write_json, write_text
@@ -160,9 +159,8 @@ def evaluate_model(options: EvaluateOptions) -> EvaluationResult:
     if options.out is not None and log.rank() == 0:
         require_writable(options.out)
     with _processes(options.model) as (device, total):
-        source = from_split(split, dataset.classes)
         request = options.execution_request(len(split))
-        model = load_model(options.model, device, request, source)
+        model = load_model(options.model, device, request, split)
         task = model.card.task
         check_task(task, dataset.task, str(options.data))
         began = time.monotonic()
@@ -219,9 +217,8 @@ def _evaluate_shard(
     The shards of all ranks are the split, each image once.
     """
     state, bad = metric_state(predictor.task), []
-    source = from_split(split, predictor.task.classes)
     with (
-        contextlib.closing(predictor.stream(source, indices=indices)) as chunks,
+        contextlib.closing(predictor.stream(split, indices=indices)) as chunks,
         tqdm(total=len(indices), unit="img", disable=not log.show_progress()) as bar,
     ):
         for chunk in chunks:

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls.data.dataset import Split
-from distcls.data.source import from_split
 from distcls.errors import DistclsError
 from distcls.imaging import Preprocess
 from distcls.runtime.model import Model
@@ -264,7 +263,7 @@ def answers(model: Model, split: Split) -> Logits:
 
     Raises DistclsError if an image cannot be read or an answer is not finite.
     """
-    chunks = stream(from_split(split, model.card.classes), model, batch_size=BATCH)
+    chunks = stream(split, model, batch_size=BATCH)
     found = []
     with contextlib.closing(chunks):
         for chunk in chunks:

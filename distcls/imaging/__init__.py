@@ -1,7 +1,7 @@
 """From bytes to the uint8 array a network sees: the only preprocessing there is.
 
-Training's evaluation pass, `evaluate`, `predict` and the server call this room and no other code,
-so a model meets in production exactly what it was measured on.
+Training's evaluation pass, `evaluate`, `predict` and the server call this package and no other
+code, so a model meets in production exactly what it was measured on.
 """
 
 from distcls.imaging.decode import MAX_PIXELS, decode, decode_file

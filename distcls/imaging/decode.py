@@ -39,26 +39,26 @@ REDUCED = (
 )
 """By how much the JPEG decoder can scale each side down, as part of the inverse transform."""
 
-Shrinks = Callable[[int, int], float]
+Downscale = Callable[[int, int], float]
 """By how much an image of a height and width is scaled down later, each side at least."""
 
 _silenced = False
 
 
 def decode(
-    data: bytes, max_pixels: int = MAX_PIXELS, shrinks: Shrinks | None = None
+    data: bytes, max_pixels: int = MAX_PIXELS, downscale: Downscale | None = None
 ) -> NDArray[np.uint8]:
     """Decode the bytes of an image file to uint8 RGB [height, width, 3], upright.
 
-    With `shrinks` a JPEG comes out at a half, a quarter or an eighth of its size, as far as it is
+    With `downscale` a JPEG comes out at a half, a quarter or an eighth of its size, as far as it is
     scaled down later anyway: several times as fast, with slightly other pixels. Raises BadImage
     with the reason: empty, no known format, too large, corrupt or truncated.
     """
     _silence_libraries()
     height, width, is_jpeg = _check_header(data, max_pixels)
     flags = cv2.IMREAD_COLOR_RGB
-    if shrinks is not None and is_jpeg:
-        flags = _reduction(min(shrinks(height, width), shrinks(width, height)))
+    if downscale is not None and is_jpeg:
+        flags = _reduction(min(downscale(height, width), downscale(width, height)))
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if image is not None and flags != cv2.IMREAD_COLOR_RGB:  # OpenCV has no flag for both
@@ -83,6 +83,8 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a zero byte in the name
+        raise BadImage(f"cannot be read: {error}") from error
 
 
 def _reduction(factor: float) -> int:

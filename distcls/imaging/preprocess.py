@@ -78,8 +78,8 @@ class Preprocess:
         """Whether images of this shape (height, width, ...) pass unchanged."""
         return shape[:2] == self.size and (self.crop_fraction == 1 or self.resize != "crop")
 
-    def shrinks(self, height: int, width: int) -> float:
-        """By how much an image of that size is scaled down, each side at least; below 1, up."""
+    def downscale(self, height: int, width: int) -> float:
+        """Factor by which an image of that size is scaled down, each side at least; below 1, up."""
         target = self.size
         ratios = (height / target[0], width / target[1])
         if self.resize == "crop":

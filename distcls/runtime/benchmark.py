@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from distcls.data.source import ImageSource
+from distcls.data.source import FunctionSource, ImageSource
 from distcls.errors import BadImage
 from distcls.imaging import decode
 from distcls.runtime.model import Floats, Model
@@ -78,14 +78,12 @@ class Benchmark:
     def _source(self, count: int) -> ImageSource:
         names, distinct, encoded = [""] * count, len(self.images), self.encoded
         if encoded is not None:
-            return ImageSource(
-                image_ids=names, load=lambda index: decode(encoded[index % distinct])
-            )
+            return FunctionSource(names, lambda index: decode(encoded[index % distinct]))
         order = np.arange(count) % distinct
         same = len({image.shape for image in self.images}) == 1
-        return ImageSource(
-            image_ids=names,
-            load=lambda index: self.images[index % distinct],
+        return FunctionSource(
+            names,
+            lambda index: self.images[index % distinct],
             uniform=np.stack(self.images)[order] if same else None,
         )
 
@@ -129,7 +127,7 @@ def _first_images(source: ImageSource, count: int) -> list[Images]:
     began = time.perf_counter()
     for index in range(min(count, len(source))):
         with contextlib.suppress(BadImage):
-            images.append(source.load(index))
+            images.append(source.image(index))
         if time.perf_counter() - began > MAX_LOADING_SECONDS:
             break
     return images

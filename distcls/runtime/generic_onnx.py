@@ -6,7 +6,6 @@ and an output [N, K] of logits or probabilities. Normalisation happens here, in 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distcls.data.source import read_class_names
 from distcls.errors import UsageError
 from distcls.imaging import Preprocess
 from distcls.model_card import PREFIX, ModelCard
@@ -162,16 +162,8 @@ class GenericOnnxModel:
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Class names of a file: a JSON list, or one per line. Raises UsageError for anything else."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"classes: {path}: {reason}") from error
-    if any(not isinstance(name, str) for name in names):
-        raise UsageError(f"classes: {path}: expected names, a JSON list of text or one per line")
-    classes = tuple(name.strip() for name in names if name.strip())
-    if len(classes) < 2 or len(set(classes)) != len(classes):
+    """Class names of a file, as `read_class_names` reads them; UsageError for fewer than two."""
+    classes = read_class_names(path)
+    if len(classes) < 2:
         raise UsageError(f"classes: {path}: expected two or more names, each once")
     return classes

@@ -158,7 +158,7 @@ class _Batch:
 
     def load(self, position: int) -> Images:
         """The input at a position of the batch, decoded, uint8 RGB [h, w, 3]."""
-        return self.source.load(self.indices[position])
+        return self.source.image(self.indices[position])
 
 
 def _batches(

@@ -19,7 +19,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from distcls.data.dataset import PACK, Split, to_rgb
+from distcls.data.dataset import PACK, Split
+from distcls.data.source import to_rgb
 from distcls.errors import DistclsError
 from distcls.imaging import Preprocess
 from distcls.system import available_cores

@@ -65,7 +65,7 @@ def bad_training_images(source: Path) -> None:
     ("make", "flags", "message"),
     [
         (missing, "", "no such file or folder"),
-        (empty, "", "no images; looked for files that end in .bmp, .gif"),
+        (empty, "", "no images in this folder (searched for .bmp, .gif"),
         (one_class, "", "one class only ('0'); a classifier needs at least two"),
         (untrained_class, "", "class '3' has no training images; its 1 lie in val or test"),
         (truncated_gz, "", "truncated or damaged gzip file"),

@@ -1,12 +1,16 @@
-"""Folders of image files: one folder per class, split folders, plain folders and globs."""
+"""Image files on this machine: folder trees, class-per-folder trees, globs and single files.
+
+One walk finds the images, for `prepare` as for `predict`: by their endings, through links, in the
+order of their paths. Hidden entries and what archives, desktops and storage systems leave behind
+are no images of the user's; they are left out and counted.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import glob
-import hashlib
 import os
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from distcls import log
@@ -14,181 +18,233 @@ from distcls.data.source import (
     SPLIT_NAMES,
     ImageRecord,
     ImageSource,
-    LabelledSource,
+    LabelledImages,
+    LabelOptions,
     Names,
-    from_encoded,
     natural_order,
+    state_of,
 )
 from distcls.errors import UsageError
 from distcls.imaging.decode import SUFFIXES, read_file
 from distcls.task import Task
 
-
-def read_folder(root: Path, names: tuple[str, ...] | None) -> LabelledSource:
-    """All images of a tree, found by their endings; the classes in the order of their names.
-
-    Raises UsageError if there are none, or if they do not lie in one folder a class.
-    """
-    root = root.resolve()
-    splits = _split_folders(root)
-    tops: list[tuple[Path, str | None]] = [*splits] or [(root, None)]
-    strays = [path for top, _ in tops for path in _loose_images(top)]
-    if splits:
-        strays += _loose_images(root)
-    folders = [(f, split) for top, split in tops for f in _subfolders(top)]
-    classes = names or natural_order(folder.name for folder, _ in folders)
-    index = {name: label for label, name in enumerate(classes)}
-    records: list[ImageRecord] = []
-    for folder, split in folders:
-        files = list(_images(folder))
-        if folder.name not in index:
-            if not files:
-                continue
-            raise UsageError(f"{folder}: {folder.name!r} is not one of the {len(classes)} classes")
-        label = index[folder.name]
-        for path in files:
-            name = path.relative_to(root).as_posix()
-            records.append(ImageRecord(image_id=name, path=name, label=label, split=split))
-    _check_found(root, records, strays)
-    return LabelledSource(
-        kind="folder", location=str(root), root=root, task=Task(classes=classes), records=records
-    )
+JUNK_FOLDERS = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"))
+"""Folders that archives, NAS systems and file systems make; what lies in them is no data."""
 
 
-def _check_found(root: Path, records: list[ImageRecord], strays: list[Path]) -> None:
-    if not records and strays:
-        raise UsageError(
-            f"{root}: its images lie in no class folder; make one a class, or give a manifest"
+def is_hidden(path: str) -> bool:
+    """Whether a relative path leads through a hidden or junk entry, such as `a/._b.jpg`."""
+    return any(name.startswith(".") or name in JUNK_FOLDERS for name in path.split("/"))
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name has the ending of an image."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 - 10 times Path's speed
+
+
+@dataclasses.dataclass(kw_only=True)
+class LeftOut:
+    """Counts what a search for images leaves out, and says it in one line."""
+
+    hidden_images: int = 0
+    hidden_folders: int = 0
+    circles: int = 0
+    first: str = ""
+
+    def add(self, counter: str, path: str) -> None:
+        """Count one entry."""
+        setattr(self, counter, getattr(self, counter) + 1)
+        self.first = self.first or path
+
+    def say(self, where: str) -> None:
+        """Say it, if there is anything."""
+        texts = (
+            (self.hidden_images, "hidden images"),
+            (self.hidden_folders, "hidden folders"),
+            (self.circles, "links back into their own folder"),
         )
-    if not records:
-        endings = ", ".join(sorted(SUFFIXES))
-        raise UsageError(f"{root}: no images; looked for files that end in {endings}")
-    if strays:
-        log.warn(f"{len(strays)} images lie in no class folder and are left out, first {strays[0]}")
+        counts = ", ".join(f"{count:,} {text}" for count, text in texts if count)
+        if counts:
+            log.say(f"{where}: left out {counts}, first {self.first}")
 
 
-def _split_folders(root: Path) -> list[tuple[Path, str]]:
-    """The folders of splits, if the tree has them; a class may be called `train` all the same."""
-    folders = _subfolders(root)
-    named = [(f, SPLIT_NAMES[f.name.lower()]) for f in folders if f.name.lower() in SPLIT_NAMES]
-    kinds = {split for _, split in named}
-    others = [folder for folder in folders if folder.name.lower() not in SPLIT_NAMES]
-    if "train" not in kinds or (others and len(kinds) == 1):
-        return []
-    if others:
-        log.warn(f"{root} has folders of splits; left out: {', '.join(f.name for f in others)}")
-    return sorted(named, key=lambda pair: ("train", "val", "test").index(pair[1]))
+def find_images(folder: Path) -> list[str]:
+    """Paths of all images below `folder`, relative to it, sorted.
+
+    Links are followed; a folder that lies in itself is not entered again. Raises UsageError for a
+    folder that cannot be listed.
+    """
+    found: list[str] = []
+    left_out = LeftOut()
+    root = os.path.realpath(folder)
+    waiting: list[tuple[str, tuple[str, ...]]] = [("", (root,))]
+    while waiting:
+        prefix, ancestors = waiting.pop()
+        with list_folder(folder / prefix) as entries:
+            for entry in entries:
+                name, path = entry.name, prefix + entry.name
+                if is_image_name(name) and not name.startswith(".") and not _is_folder(entry):
+                    found.append(path)
+                elif _is_folder(entry):
+                    real = os.path.realpath(entry.path) if entry.is_symlink() else ""
+                    real = real or os.path.join(ancestors[-1], name)  # noqa: PTH118 - fast
+                    if name.startswith(".") or name in JUNK_FOLDERS:
+                        left_out.add("hidden_folders", path)
+                    elif real in ancestors:
+                        left_out.add("circles", path)
+                    else:
+                        waiting.append((path + "/", (*ancestors, real)))
+                elif is_image_name(name):
+                    left_out.add("hidden_images", path)
+    left_out.say(str(folder))
+    found.sort()
+    return found
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    """Folders below, sorted, without hidden ones and what macOS leaves in archives."""
-    inside = (path for path in _listed(folder) if path.is_dir())
-    return [path for path in inside if not path.name.startswith((".", "__MACOSX"))]
-
-
-def _loose_images(folder: Path) -> list[Path]:
-    return [path for path in _listed(folder) if _is_image(path.name) and path.is_file()]
-
-
-def _listed(folder: Path) -> list[Path]:
+def list_folder(folder: Path) -> os._ScandirIterator[str]:
+    """The entries of a folder, to be closed. Raises UsageError if it cannot be listed."""
     try:
-        return sorted(folder.iterdir())
+        return os.scandir(folder)
     except OSError as error:
         raise UsageError(f"{folder}: cannot be listed: {error.strerror}") from error
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    """Images at any depth, in sorted order; links are followed, but no folder twice."""
-    seen: set[str] = set()
-    for top, below, files in os.walk(folder, followlinks=True, onerror=_cannot_list):
-        real = os.path.realpath(top)
-        if real in seen:
-            below.clear()
-            continue
-        seen.add(real)
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        yield from (Path(top) / name for name in sorted(files) if _is_image(name))
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: reading it says so
+        return False
 
 
-def _cannot_list(error: OSError) -> None:
-    raise UsageError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+class FileSource(ImageSource):
+    """Files by their paths below a folder, which are their names."""
+
+    def __init__(self, folder: Path, files: Iterable[str], location: str = "") -> None:
+        """`files` are relative to `folder`."""
+        self.folder = folder
+        self.files = Names.of(files)
+        self.location = location or str(folder)
+        self._image_ids = self.files.printable()
+
+    @property
+    def image_ids(self) -> Sequence[str]:
+        """See `ImageSource`."""
+        return self._image_ids
+
+    def read(self, index: int) -> bytes:
+        """See `ImageSource`."""
+        return read_file(self.folder / self.files[index])
+
+    def state(self) -> str:
+        """See `ImageSource`."""
+        return state_of(f"{self.folder}/{name}" for name in self.files)
 
 
-def _is_image(name: str) -> bool:
-    # files of the kind ._cat.jpg are what macOS leaves beside cat.jpg
-    return not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+class FolderSource(FileSource):
+    """All images below a folder; their class is the folder right below it, or below its splits."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UsageError if there is no image."""
+        files = find_images(folder)
+        if not files:
+            endings = ", ".join(sorted(SUFFIXES))
+            hint = f"; tar shards are named as {folder}/*.tar" if any(folder.glob("*.tar")) else ""
+            raise UsageError(f"{folder}: no images in this folder (searched for {endings}){hint}")
+        super().__init__(folder, files)
+
+    def labelled(self, options: LabelOptions) -> LabelledImages:
+        """See `ImageSource`: one folder per class, at the top or in each of the split folders.
+
+        Raises UsageError if no image lies in a class folder, or in one that is none of the classes
+        given.
+        """
+        options.require_no_columns(self.location)
+        splits = _split_folders(self.folder)
+        tops: dict[str, str | None] = {**splits} or {"": None}
+        folders = {name for top in tops for name in _subfolders(self.folder / top)}
+        classes = options.classes or natural_order(folders)
+        labels = {name: label for label, name in enumerate(classes)}
+        records: list[ImageRecord] = []
+        loose: list[str] = []
+        for index, path in enumerate(self.files):
+            top, name, below = _class_folder(path, splits)
+            if below is None:
+                loose += [path] * (top in tops or "/" not in path)
+            elif name not in labels:
+                folder = self.folder / top / name
+                raise UsageError(f"{folder}: {name!r} is not one of the {len(classes)} classes")
+            else:
+                record = ImageRecord(
+                    index=index, image_id=path, path=path, label=labels[name], split=tops[top]
+                )
+                records.append(record)
+        self._check_found(records, loose)
+        root = self.folder.resolve()
+        return LabelledImages(
+            source=self,
+            format="folder",
+            location=str(root),
+            root=root,
+            task=Task(classes=classes),
+            records=records,
+        )
+
+    def _check_found(self, records: list[ImageRecord], loose: list[str]) -> None:
+        if not records:
+            raise UsageError(
+                f"{self.folder}: its images lie in no class folder; make one folder per class, or "
+                "give a manifest"
+            )
+        if loose:
+            log.warn(
+                f"{len(loose)} images lie in no class folder and are left out, first "
+                f"{self.folder / loose[0]}"
+            )
 
 
-_UNKNOWN = (-1, -1)
-"""Size and time of a file that cannot be looked up."""
+def _class_folder(path: str, splits: dict[str, str]) -> tuple[str, str, str | None]:
+    """The split folder, class folder and rest of an image's path; no rest without a class."""
+    top, rest = "", path
+    if splits:
+        top, _, rest = path.partition("/")
+        if top not in splits:
+            return top, "", None
+    name, slash, below = rest.partition("/")
+    return top, name, below if slash else None
 
 
-def from_folder(folder: Path) -> ImageSource:
-    """All images below a folder, in the order of their paths. UsageError if there is none."""
-    files = sorted(_walk(folder))
-    if not files:
-        endings = ", ".join(sorted(SUFFIXES))
-        hint = f"; tar shards are named as {folder}/*.tar" if any(folder.glob("*.tar")) else ""
-        raise UsageError(f"{folder}: no images in this folder (searched for {endings}){hint}")
-    return from_files(folder, files)
+def _split_folders(root: Path) -> dict[str, str]:
+    """The split of each split folder, if there are any; a class may be called `train` as well."""
+    folders = _subfolders(root)
+    named = {name: SPLIT_NAMES[name.lower()] for name in folders if name.lower() in SPLIT_NAMES}
+    others = [name for name in folders if name not in named]
+    splits = set(named.values())
+    if "train" not in splits or (others and len(splits) == 1):
+        return {}
+    if others:
+        log.warn(f"{root} has folders of splits; left out: {', '.join(others)}")
+    return named
 
 
-def from_files(folder: Path, files: Iterable[str]) -> ImageSource:
-    """Files by their paths below `folder`, which are their names."""
-    names = Names.of(files)
-    place = str(folder)
-
-    def read(index: int) -> bytes:
-        return read_file(Path(place, names[index]))
-
-    return from_encoded(
-        names.printable(),
-        read,
-        state=lambda: state_of(f"{place}/{name}" for name in names),
-    )
+def _subfolders(folder: Path) -> list[str]:
+    """Names of the folders below, sorted, without hidden ones."""
+    with list_folder(folder) as entries:
+        return sorted(e.name for e in entries if _is_folder(e) and not is_hidden(e.name))
 
 
-def matching(pattern: str) -> tuple[Path, list[str]]:
+def matching_files(pattern: str) -> tuple[Path, list[str]]:
     """The files that match a glob, sorted, relative to the part of it without wildcards.
 
-    Raises UsageError if there is none.
+    As in a shell, hidden entries match only where the pattern names them. Raises UsageError if
+    there is none.
     """
     base = _fixed_part(Path(pattern))
     found = (Path(name) for name in glob.iglob(pattern, recursive=True))  # noqa: PTH207 - takes absolute patterns
-    files = sorted(file.relative_to(base).as_posix() for file in found if file.is_file())
+    below = (file.relative_to(base) for file in found if file.is_file())
+    files = sorted(file.as_posix() for file in below if not JUNK_FOLDERS.intersection(file.parts))
     if not files:
         raise UsageError(f"{pattern}: no file matches")
     return base, files
-
-
-def state_of(paths: Iterable[str]) -> str:
-    """SHA-256 of the sizes and modification times of files, hexadecimal."""
-    total = hashlib.sha256()
-    for path in paths:
-        try:
-            status = os.stat(path)  # noqa: PTH116 - half the time of Path's, a million times
-            known = (status.st_size, status.st_mtime_ns)
-        except (OSError, ValueError):  # gone, or a name that no file can have
-            known = _UNKNOWN
-        total.update(struct.pack("<qq", *known))
-    return total.hexdigest()
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """Paths of the images below `folder`, relative to it; links are followed, circles are not."""
-    seen: set[tuple[int, int]] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        status = Path(place).stat()
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        below = Path(place).relative_to(folder).as_posix()
-        prefix = "" if below == "." else below + "/"
-        for name in names:
-            if os.path.splitext(name)[1].lower() in SUFFIXES:  # noqa: PTH122 - 10 times Path's speed
-                yield prefix + name
 
 
 def _fixed_part(pattern: Path) -> Path:

@@ -1,7 +1,8 @@
-"""The 1,797 handwritten digits (8x8) that scikit-learn bundles: real data without a download.
+"""Images in memory: folders of IDX files (MNIST, FashionMNIST, EMNIST), and scikit-learn's digits.
 
 An IDX file is a big-endian header (two zero bytes, the type, the number of dimensions, then each
-dimension as a 32-bit integer) and the values. Only type 8, unsigned bytes, is read.
+dimension as a 32-bit integer) and the values. Only type 8, unsigned bytes, is read. torchvision
+reads the same format, but needs torch, and takes a damaged or cut file without an error.
 
 Compared is the content, unpacked, because distributors pack it anew. The `.gz` files as first
 published have these MD5s (train images, train labels, t10k images, t10k labels):
@@ -15,22 +16,32 @@ published have these MD5s (train images, train labels, t10k images, t10k labels)
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import re
 import zlib
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distcls.data.source import ImageRecord, LabelledSource
+from distcls.data.source import (
+    ImageRecord,
+    Images,
+    ImageSource,
+    LabelledImages,
+    LabelOptions,
+    to_rgb,
+)
 from distcls.errors import UsageError
 from distcls.task import Task
 
 NAME = re.compile(r"(.+-)?(train|t10k|test)-(images|labels)[-.]idx([13])-ubyte(\.gz)?")
 """train-images-idx3-ubyte.gz, t10k-labels.idx1-ubyte, emnist-letters-test-images-idx3-ubyte."""
+
+IdxFormat = Literal["auto", "idx", "mnist", "fashion-mnist"]
 
 _CHUNK = 1 << 22
 _DEFLATE_LIMIT = 1040
@@ -70,12 +81,108 @@ def find_idx(folder: Path) -> dict[str, Path]:
     return found
 
 
-def read_idx_folder(folder: Path, form: str, names: tuple[str, ...] | None) -> LabelledSource:
-    """Read a folder of IDX files and check it against the published MD5s where they apply.
+class IdxSource(ImageSource):
+    """The images of a folder of IDX files, training images first; grey, decoded, in memory."""
 
-    `form` is `idx` (any data), `mnist`, `fashion-mnist`, or `auto`: known data if any file is.
-    Raises UsageError for missing, damaged or contradictory files.
-    """
+    def __init__(self, folder: Path, format: IdxFormat = "auto") -> None:
+        """Read the files and check them against the published MD5s where they apply.
+
+        `format` is `idx` (any data), `mnist`, `fashion-mnist`, or `auto`: known data if any file
+        is. Raises UsageError for missing, damaged or contradictory files.
+        """
+        self.location = str(folder.resolve())
+        files = _read_files(folder)
+        self._format = _check_md5(folder, files, format)
+        pairs = [
+            (split, files[f"{prefix}-images"], files[f"{prefix}-labels"])
+            for prefix, split in (("train", "train"), ("t10k", "test"))
+            if f"{prefix}-images" in files
+        ]
+        for _, images, labels in pairs:
+            if len(images.values) != len(labels.values):
+                raise UsageError(
+                    f"{images.path} holds {len(images.values)} images, but {labels.path.name} "
+                    f"{len(labels.values)} labels"
+                )
+        self._images = [images.values for _, images, _ in pairs]
+        self._numbers = [labels for _, _, labels in pairs]
+        self._splits = [split for split, images, _ in pairs for _ in images.values]
+        self._image_ids = [
+            f"{split}/{row:05d}" for split, images, _ in pairs for row in range(len(images.values))
+        ]
+
+    @property
+    def image_ids(self) -> list[str]:
+        """See `ImageSource`: train/00000, ..., test/00000, ..."""
+        return self._image_ids
+
+    @property
+    def encoded(self) -> bool:
+        """See `ImageSource`."""
+        return False
+
+    def image(self, index: int) -> Images:
+        """See `ImageSource`."""
+        if self.uniform is not None:
+            return to_rgb(self.uniform[index])
+        first = len(self._images[0])
+        grey = self._images[0][index] if index < first else self._images[1][index - first]
+        return to_rgb(grey[..., None])
+
+    @functools.cached_property
+    def uniform(self) -> Images | None:
+        """See `ImageSource`; None if the test images are of another size."""
+        if len({images.shape[1:] for images in self._images}) > 1:
+            return None
+        return np.concatenate(self._images)[..., None]
+
+    @functools.cached_property
+    def true_labels(self) -> list[str | None]:
+        """See `ImageSource`."""
+        images = self.labelled(LabelOptions())
+        return [images.classes[record.label] for record in images.records]
+
+    def state(self) -> str:
+        """See `ImageSource`: the files' MD5s of labels and images."""
+        images = (hashlib.md5(values.data, usedforsecurity=False) for values in self._images)
+        return "".join([*(found.hexdigest() for found in images), *(f.md5 for f in self._numbers)])
+
+    def labelled(self, options: LabelOptions) -> LabelledImages:
+        """See `ImageSource`. Raises UsageError, naming file and row, for what is no class."""
+        options.require_no_columns(self.location)
+        found = sorted({int(value) for file in self._numbers for value in np.unique(file.values)})
+        named = options.classes
+        classes = named or CLASS_NAMES.get(self._format) or tuple(str(label) for label in found)
+        # a label that no image has (EMNIST's letters start at 1) is no class
+        labels = {number: at for at, number in enumerate(range(len(classes)) if named else found)}
+        records: list[ImageRecord] = []
+        for file in self._numbers:
+            for row, number in enumerate(file.values.tolist()):
+                if number not in labels:
+                    raise UsageError(
+                        f"{file.path}, row {row}: label {number} is outside the {len(labels)} "
+                        "classes"
+                    )
+                index = len(records)
+                records.append(
+                    ImageRecord(
+                        index=index,
+                        image_id=self._image_ids[index],
+                        label=labels[number],
+                        split=self._splits[index],
+                    )
+                )
+        return LabelledImages(
+            source=self,
+            format=self._format,
+            location=self.location,
+            root=None,
+            task=Task(classes=classes),
+            records=records,
+        )
+
+
+def _read_files(folder: Path) -> dict[str, IdxFile]:
     paths = find_idx(folder)
     for role in ("train-images", "train-labels"):
         if role not in paths:
@@ -86,25 +193,7 @@ def read_idx_folder(folder: Path, form: str, names: tuple[str, ...] | None) -> L
         raise UsageError(
             f"{folder}: t10k images and labels belong together; one of them is missing"
         )
-    files = {role: read_idx(path, 3 if "images" in role else 1) for role, path in paths.items()}
-    kind = _check_md5(folder, files, form)
-    found = sorted(
-        {int(v) for role, f in files.items() if "labels" in role for v in set(f.values.tolist())}
-    )
-    classes = names or CLASS_NAMES.get(kind) or tuple(str(label) for label in found)
-    # a label that no image has (EMNIST's letters start at 1) is no class
-    index = {label: i for i, label in enumerate(range(len(classes)) if names else found)}
-    records: list[ImageRecord] = []
-    for prefix, split in (("train", "train"), ("t10k", "test")):
-        if f"{prefix}-images" in files:
-            records += _records(files[f"{prefix}-images"], files[f"{prefix}-labels"], split, index)
-    return LabelledSource(
-        kind=kind,
-        location=str(folder.resolve()),
-        root=None,
-        task=Task(classes=classes),
-        records=records,
-    )
+    return {role: read_idx(path, 3 if "images" in role else 1) for role, path in paths.items()}
 
 
 def read_idx(path: Path, dimensions: int) -> IdxFile:
@@ -154,12 +243,12 @@ def _read_stream(path: Path, handle: BinaryIO, dimensions: int) -> IdxFile:
     return IdxFile(path=path, values=values.reshape(shape), md5=md5.hexdigest())
 
 
-def _check_md5(folder: Path, files: dict[str, IdxFile], form: str) -> str:
-    """The kind of data this is. Raises UsageError if it should be known data but is not."""
-    if form == "idx":
+def _check_md5(folder: Path, files: dict[str, IdxFile], format: str) -> str:
+    """The data's name, idx if unknown. Raises UsageError if it should be known but is not."""
+    if format == "idx":
         return "idx"
-    kind = form
-    if form == "auto":
+    found = format
+    if format == "auto":
         known = [
             name
             for name, table in CONTENT_MD5.items()
@@ -167,38 +256,17 @@ def _check_md5(folder: Path, files: dict[str, IdxFile], form: str) -> str:
         ]
         if not known:
             return "idx"
-        kind = known[0]
-    for role, expected in CONTENT_MD5[kind].items():
+        found = known[0]
+    for role, expected in CONTENT_MD5[found].items():
         other = "--format idx accepts other data"
         if role not in files:
-            raise UsageError(f"{folder}: {role} of {kind} is missing; {other}")
+            raise UsageError(f"{folder}: {role} of {found} is missing; {other}")
         if files[role].md5 != expected:
             raise UsageError(
                 f"{files[role].path}: MD5 of the content is {files[role].md5}, expected "
-                f"{expected} ({kind}); fetch it again, or {other}"
+                f"{expected} ({found}); fetch it again, or {other}"
             )
-    return kind
-
-
-def _records(
-    images: IdxFile, labels: IdxFile, split: str, index: dict[int, int]
-) -> list[ImageRecord]:
-    if len(images.values) != len(labels.values):
-        raise UsageError(
-            f"{images.path} holds {len(images.values)} images, but {labels.path.name} "
-            f"{len(labels.values)} labels"
-        )
-    records = []
-    for row, (image, label) in enumerate(zip(images.values, labels.values.tolist(), strict=True)):
-        if label not in index:
-            raise UsageError(
-                f"{labels.path}, row {row}: label {label} is outside the {len(index)} classes"
-            )
-        image_id = f"{split}/{row:05d}"
-        records.append(
-            ImageRecord(image_id=image_id, label=index[label], split=split, pixels=image)
-        )
-    return records
+    return found
 
 
 CONTENT_MD5 = {
@@ -232,22 +300,67 @@ CLASS_NAMES = {
 }
 
 
-def read_digits() -> LabelledSource:
-    """The digits, without splits. Raises UsageError if scikit-learn is not installed."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UsageError(
-            "digits come with scikit-learn, which is not installed; pip install 'distcls[train]'"
-        ) from error
-    bunch = load_digits()
-    # the values are counts from 0 to 16
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    records = [
-        ImageRecord(image_id=f"digits/{index:04d}", label=int(label), pixels=image)
-        for index, (image, label) in enumerate(zip(images, bunch.target, strict=True))
-    ]
-    classes = tuple(str(name) for name in bunch.target_names)
-    return LabelledSource(
-        kind="digits", location="digits", root=None, task=Task(classes=classes), records=records
-    )
+class DigitsSource(ImageSource):
+    """The 1,797 handwritten digits (8x8) that scikit-learn bundles: real data, no download."""
+
+    location = "digits"
+
+    def __init__(self) -> None:
+        """Raises UsageError if scikit-learn is not installed."""
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise UsageError(
+                "digits come with scikit-learn, which is not installed; pip install "
+                "'distcls[train]'"
+            ) from error
+        bunch = load_digits()
+        # the values are counts from 0 to 16
+        grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+        self._images: Images = grey[..., None]
+        self._labels = [int(label) for label in bunch.target]
+        self._classes = tuple(str(name) for name in bunch.target_names)
+
+    @functools.cached_property
+    def image_ids(self) -> list[str]:
+        """See `ImageSource`: digits/0000, digits/0001, ..."""
+        return [f"digits/{index:04d}" for index in range(len(self._images))]
+
+    @property
+    def encoded(self) -> bool:
+        """See `ImageSource`."""
+        return False
+
+    def image(self, index: int) -> Images:
+        """See `ImageSource`."""
+        return to_rgb(self._images[index])
+
+    @property
+    def uniform(self) -> Images:
+        """See `ImageSource`."""
+        return self._images
+
+    @functools.cached_property
+    def true_labels(self) -> list[str | None]:
+        """See `ImageSource`."""
+        return [self._classes[label] for label in self._labels]
+
+    def labelled(self, options: LabelOptions) -> LabelledImages:
+        """See `ImageSource`; without splits. Raises UsageError if classes are given."""
+        options.require_no_columns(self.location)
+        if options.classes is not None:
+            raise UsageError("the bundled digits are `digits`, with their own classes")
+        records = [
+            ImageRecord(index=index, image_id=image_id, label=label)
+            for index, (image_id, label) in enumerate(
+                zip(self.image_ids, self._labels, strict=True)
+            )
+        ]
+        return LabelledImages(
+            source=self,
+            format="digits",
+            location=self.location,
+            root=None,
+            task=Task(classes=self._classes),
+            records=records,
+        )

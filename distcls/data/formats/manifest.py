@@ -2,8 +2,11 @@
 
 Columns, the first that is there of each: the file (path, file, filename, image, image_id), the
 label (label, class, category, target; others where they are named), and where given image_id,
-split, weight (another column where it is named), group. Rows are counted from 1 and the header is
-not one of them.
+split, weight (another column where it is named), group; upper and lower case are one. Rows are
+counted from 1 and the header is not one of them.
+
+One reader for `prepare` and `predict`. CSV is read by Python's csv module: it takes line breaks in
+names, guesses no types and names the row of a mistake, where PyArrow's does neither.
 """
 
 from __future__ import annotations
@@ -15,294 +18,409 @@ import gc
 import io
 import itertools
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distcls.data.dataset import first_label
-from distcls.data.formats.label_columns import AnswerColumns, find_answers
-from distcls.data.formats.remote import Entries, Truths
+from distcls import log
+from distcls.data.formats.label_columns import Labels, encode_labels
+from distcls.data.formats.remote import ListedSource, is_url
 from distcls.data.source import (
     BLOCK,
     SPLIT_NAMES,
     ImageRecord,
-    ImageSource,
-    LabelledSource,
+    LabelledImages,
+    LabelOptions,
     Names,
     NamesBuilder,
-    from_encoded,
+    TextColumn,
+    first_label,
     natural_order,
 )
 from distcls.errors import UsageError, did_you_mean
 from distcls.task import Task
 
-SUFFIXES = (".csv", ".parquet")
+ENDINGS = (".csv", ".parquet")
 FILE_COLUMNS = ("path", "file", "filename", "image", "image_id")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 
-Row = tuple[str, ...]
+Block = dict[str, list[str | None]]
+"""Some rows by column (as it is called in `Table.columns`); None where a cell is empty."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
-    """Columns that were named, in lower case."""
+class Table:
+    """An open table, read once from its first row to its last."""
 
-    weight: str
-    answers: Row = ()
+    columns: dict[str, str]
+    """Name in lower case, without blanks around it: the name as it is written."""
+    types: dict[str, str]
+    """Parquet columns that hold neither text nor numbers as read here: what they hold."""
+    blocks: Iterator[Block]
+    """The rows, many at a time, of the columns that are read."""
 
-    def includes(self, name: str) -> bool:
-        """Whether a column of this name is read."""
-        known = (*FILE_COLUMNS, *LABEL_COLUMNS, *self.answers, "split", self.weight, "group")
-        return _plain(name) in known
 
+class ManifestSource(ListedSource):
+    """The images that a manifest lists, read from files or URLs."""
 
-def read_manifest(
-    path: Path,
-    names: tuple[str, ...] | None,
-    weight_column: str | None = None,
-    answers: AnswerColumns | None = None,
-) -> LabelledSource:
-    """Read a manifest; relative paths start at its folder. Raises UsageError naming the row."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{path}: a manifest ends in {' or '.join(SUFFIXES)}")
-    if path.stat().st_size == 0:
-        raise UsageError(f"{path}: the manifest is empty (0 bytes)")
-    wanted = Wanted(
-        weight="weight" if weight_column is None else _plain(weight_column),
-        answers=() if answers is None else tuple(map(_plain, answers.names)),
-    )
-    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _parquet_rows(path, wanted)
-    columns = _columns(path, next(rows), wanted)
-    _check_named(path, columns, weight_column, answers)
-    table = [_fields(f"{path}, row {number}", row, columns) for number, row in enumerate(rows, 1)]
-    if not table:
-        raise UsageError(f"{path}: the manifest has a header but no rows")
-    _check_unique(path, table)
-    if answers is None:
-        classes = names or natural_order(fields["label"] for fields in table)
-        records, task = _of_one_class(path, table, classes), Task(classes=classes)
-    else:
-        cells = [fields.pop("answers") for fields in table]
-        task, found = find_answers(path, answers, cells, names)
+    def __init__(self, name: str, base: str, timeout: float, content: bytes | None = None) -> None:
+        """The manifest is the file called `name`, or `content` if that is given.
+
+        Paths are relative to `base`, a folder or a URL. Raises UsageError, naming the row, for what
+        cannot be read. A million rows are held in some 100 MB.
+        """
+        self.location = name
+        self._content = content
+        with open_table(name, content, (*FILE_COLUMNS, *LABEL_COLUMNS)) as table, _uncollected():
+            files, ids, labels = _gather(name, base, table)
+        if not len(files):
+            raise UsageError(f"{name}: the manifest has a header but no rows")
+        self._true_labels = labels
+        super().__init__(base, files, timeout, ids)
+
+    @property
+    def true_labels(self) -> Sequence[str | None] | None:
+        """See `ImageSource`."""
+        return self._true_labels
+
+    def labelled(self, options: LabelOptions) -> LabelledImages:
+        """See `ImageSource`; the table is read once more, with the columns that are named.
+
+        Raises UsageError naming the row.
+        """
+        path = Path(self.location)
+        self._require_paths()
+        weight = _plain(options.weight_column or "weight")
+        columns = tuple(map(_plain, options.columns))
+        wanted = (*FILE_COLUMNS, *LABEL_COLUMNS, *columns, "split", weight, "group")
+        records: list[ImageRecord] = []
+        texts: list[tuple[str, ...]] = []
+        with open_table(self.location, None, wanted, numbers=(weight,)) as table:
+            _require_named(path, table, options)
+            labels = columns or (_label_column(path, table),)
+            for column in sorted({*labels, weight, "split", "group"} & table.types.keys()):
+                _raise_type(path, table, column)
+            for number, row in enumerate(_rows(table.blocks), start=1):
+                where = f"{path}, row {number}"
+                texts.append(tuple(row[column] or "" for column in labels))
+                records.append(self._record(where, number - 1, row, weight))
+        if len(records) != len(self):
+            raise UsageError(f"{path}: changed while it was read")
+        _require_unique(path, records)
+        task, found = _encode(path, options, texts)
         records = [
-            ImageRecord(label=first_label(labels), labels=labels, **fields)
-            for labels, fields in zip(found, table, strict=True)
+            dataclasses.replace(
+                record, label=first_label(own), labels=own if options.columns else None
+            )
+            for record, own in zip(records, found, strict=True)
         ]
-    return LabelledSource(
-        kind="manifest",
-        location=str(path.resolve()),
-        root=path.resolve().parent,
-        records=records,
-        task=task,
+        return LabelledImages(
+            source=self,
+            format="manifest",
+            location=str(path.resolve()),
+            root=path.resolve().parent,
+            task=task,
+            records=records,
+        )
+
+    def _require_paths(self) -> None:
+        """Raise UsageError for what is no file of this machine."""
+        if self._content is not None:
+            raise UsageError(
+                f"{self.location}: a dataset is prepared from local files; copy them here first"
+            )
+        if not self.files.mentions("://") and not self.files.mentions("\0"):
+            return
+        for number, name in enumerate(self.files, start=1):
+            where = f"{self.location}, row {number}"
+            if is_url(name):
+                raise UsageError(
+                    f"{where}: {name!r} is a URL; a dataset is prepared from local files, copy "
+                    "them here first"
+                )
+            if "\0" in name:
+                raise UsageError(f"{where}: path {name!r} holds a zero byte")
+
+    def _record(
+        self, where: str, index: int, row: dict[str, str | None], weight: str
+    ) -> ImageRecord:
+        """What the row says, the label left open."""
+        split = (row.get("split") or "").strip().lower()
+        if "split" in row and split not in SPLIT_NAMES:
+            raise UsageError(
+                f"{where}: split {row['split'] or ''!r} is not one of train, val, test"
+            )
+        return ImageRecord(
+            index=index,
+            image_id=self.image_ids[index],
+            path=self.files[index],
+            label=-1,
+            split=SPLIT_NAMES[split] if "split" in row else None,
+            weight=_weight(where, row[weight]) if weight in row else None,
+            group=row.get("group"),
+        )
+
+
+def _encode(
+    path: Path, options: LabelOptions, texts: list[tuple[str, ...]]
+) -> tuple[Task, list[Labels]]:
+    """The task, and each row's labels; of one class per image a single one."""
+    if options.columns:
+        return encode_labels(path, options, texts)
+    names = [row[0].strip() for row in texts]
+    if "" in names:
+        raise UsageError(f"{path}, row {names.index('') + 1}: label is empty")
+    classes = options.classes or natural_order(names)
+    labels = {name: label for label, name in enumerate(classes)}
+    for number, name in enumerate(names, start=1):
+        if name not in labels:
+            hint = did_you_mean(name, classes)
+            raise UsageError(
+                f"{path}, row {number}: label {name!r} is not one of the classes{hint}"
+            )
+    return Task(classes=classes), [(labels[name],) for name in names]
+
+
+def _gather(name: str, base: str, table: Table) -> tuple[Names, Names | None, TextColumn | None]:
+    """Paths, names where they are given, and labels. The path names an image without a name."""
+    path = next((column for column in FILE_COLUMNS if column in table.columns), None)
+    if path is None:
+        raise UsageError(
+            f"{name}: no column for the image; expected one of {', '.join(FILE_COLUMNS)}, "
+            f"found {', '.join(table.columns.values())}"
+        )
+    named = path != "image_id" and "image_id" in table.columns
+    for column in (path, "image_id"):
+        if column in table.types and (named or column == path):
+            _raise_type(Path(name), table, column)
+    label = next((column for column in LABEL_COLUMNS if column in table.columns), None)
+    if label in table.types:
+        log.warn(
+            f"{name}: column {label!r} holds {table.types[label]}, so it is not read as labels"
+        )
+        label = None
+    files, ids, labels = NamesBuilder(), NamesBuilder(), TextColumn()
+    done = 0
+    for block in table.blocks:
+        paths = _paths(name, base, path, block[path], done)
+        files.extend(paths)
+        if named:
+            pairs = zip(block["image_id"], paths, strict=True)
+            ids.extend([own or text for own, text in pairs])
+        if label is not None:
+            labels.extend((text and text.strip()) or None for text in block[label])
+        done += len(paths)
+    return files.names(), ids.names() if named else None, labels if label is not None else None
+
+
+def _paths(name: str, base: str, column: str, cells: list[str | None], done: int) -> list[str]:
+    """The paths of some rows without the blanks around them, as spreadsheets put them there.
+
+    A file whose name really begins or ends with a blank is found as it is written.
+    """
+    paths = [text.strip() if text else "" for text in cells]
+    if "" in paths:
+        raise UsageError(f"{name}, row {done + 1 + paths.index('')}: {column} is empty")
+    if paths != cells and not is_url(base):
+        for place, text in enumerate(cells):
+            if text != paths[place] and text and "\0" not in text:
+                exact = os.path.join(base, text)  # noqa: PTH118 - as the source joins them
+                paths[place] = text if os.path.lexists(exact) else paths[place]
+    return paths
+
+
+def _rows(blocks: Iterable[Block]) -> Iterator[dict[str, str | None]]:
+    for block in blocks:
+        for cells in zip(*block.values(), strict=True):
+            yield dict(zip(block, cells, strict=True))
+
+
+def _label_column(path: Path, table: Table) -> str:
+    found = next((column for column in LABEL_COLUMNS if column in table.columns), None)
+    if found is None:
+        raise UsageError(
+            f"{path}: no column for the label; expected one of {', '.join(LABEL_COLUMNS)}, "
+            f"found {', '.join(table.columns.values())}"
+        )
+    return found
+
+
+def _require_named(path: Path, table: Table, options: LabelOptions) -> None:
+    """Raise UsageError unless the columns that were named are there."""
+    named = [(options.options[0], name) for name in options.columns]
+    if options.weight_column is not None:
+        named.append(("weight_column", options.weight_column))
+    for option, name in named:
+        if _plain(name) not in table.columns:
+            hint = did_you_mean(name, table.columns.values())
+            raise UsageError(f"{option}: {path} has no column {name!r}{hint}")
+
+
+def _raise_type(path: Path, table: Table, column: str) -> None:
+    raise UsageError(
+        f"{path}: column {table.columns[column]!r} holds {table.types[column]}, expected text or "
+        "integers"
     )
 
 
-def _of_one_class(path: Path, table: list[dict[str, Any]], classes: Row) -> list[ImageRecord]:
-    index = {name: label for label, name in enumerate(classes)}
-    records = []
-    for number, fields in enumerate(table, 1):
-        label = fields.pop("label")
-        if label not in index:
-            hint = did_you_mean(label, classes)
+def _weight(where: str, text: str | None) -> float:
+    try:
+        weight = float(text or "")
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and weight >= 0):
+        raise UsageError(f"{where}: weight {text or ''!r} is not a number of at least 0")
+    return weight
+
+
+def _require_unique(path: Path, records: list[ImageRecord]) -> None:
+    first: dict[str, int] = {}
+    for number, record in enumerate(records, start=1):
+        earlier = first.setdefault(record.image_id, number)
+        if earlier != number:
             raise UsageError(
-                f"{path}, row {number}: label {label!r} is not one of the classes{hint}"
+                f"{path}, row {number}: {record.image_id!r} stands in row {earlier} already; "
+                "each image may be listed once"
             )
-        records.append(ImageRecord(label=index[label], **fields))
-    return records
-
-
-def _check_named(
-    path: Path, columns: dict[str, int], weight: str | None, answers: AnswerColumns | None
-) -> None:
-    """Raise UsageError unless the columns that were asked for are there."""
-    asked = [] if weight is None else [("weight_column", "weight", weight)]
-    if answers is not None:
-        option = answers.options[0]
-        asked += [(option, f"answer {place}", name) for place, name in enumerate(answers.names)]
-    for option, use, name in asked:
-        if use not in columns:
-            hint = did_you_mean(name, _names(path))
-            raise UsageError(f"{option}: {path} has no column {name!r}{hint}")
 
 
 def _plain(name: str) -> str:
     return name.strip().lower()
 
 
-def _names(path: Path) -> Row:
-    """All columns, also those that are not read."""
-    if path.suffix.lower() == ".csv":
-        return next(_csv_rows(path))
-    return tuple(pq.read_schema(path).names)
-
-
-def _csv_rows(path: Path) -> Iterator[Row]:
-    """The header, then the rows; blank lines are passed over."""
-    number = -1
-    width = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
-            for row in csv.reader(handle, strict=True):
-                if not row:
-                    continue
-                number += 1
-                width = width or len(row)
-                if len(row) != width:
-                    raise UsageError(
-                        f"{path}, row {number}: {len(row)} values, but the header has {width}"
-                    )
-                yield tuple(row)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 after row {max(number, 0)}") from error
-    except csv.Error as error:
-        raise UsageError(f"{path}, row {number + 1}: not valid CSV: {error}") from error
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    if number < 0:
-        raise UsageError(f"{path}: the manifest is empty")
-
-
-def _parquet_rows(path: Path, wanted: Wanted) -> Iterator[Row]:
-    """The header, then the rows as text; null is empty text."""
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            read = [name for name in schema.names if wanted.includes(name)]
-            for name in read:
-                _check_type(path, name, schema.field(name).type, wanted)
-            yield tuple(read)
-            for batch in file.iter_batches(columns=read):
-                columns = [batch.column(i).to_pylist() for i in range(batch.num_columns)]
-                for row in zip(*columns, strict=True):
-                    yield tuple("" if value is None else str(value) for value in row)
-    except (OSError, pa.ArrowException) as error:
-        raise UsageError(f"{path}: cannot be read as Parquet: {error}") from error
-
-
-def _check_type(path: Path, name: str, kind: Any, wanted: Wanted) -> None:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    number = pa.types.is_integer(kind) or (
-        pa.types.is_floating(kind) and _plain(name) == wanted.weight
-    )
-    if not (text or number or pa.types.is_null(kind)):
-        raise UsageError(f"{path}: column {name!r} holds {kind}, expected text or integers")
-
-
-def _columns(path: Path, header: Row, wanted: Wanted) -> dict[str, int]:
-    """Position of each column that is used, by what it is used for."""
-    names = [_plain(name) for name in header]
-    twice = [name for name in names if names.count(name) > 1 and wanted.includes(name)]
-    if twice:
-        raise UsageError(f"{path}: column {twice[0]!r} stands there more than once")
-    extras = {"split": "split", "weight": wanted.weight, "group": "group"}
-    extras |= {f"answer {place}": name for place, name in enumerate(wanted.answers)}
-    found = {use: names.index(name) for use, name in extras.items() if name in names}
-    needed = {"path": FILE_COLUMNS} | ({} if wanted.answers else {"label": LABEL_COLUMNS})
-    for use, choices in needed.items():
-        present = [name for name in choices if name in names]
-        if not present:
-            raise UsageError(
-                f"{path}: no column for the {'image' if use == 'path' else 'label'}; "
-                f"expected one of {', '.join(choices)}, found {', '.join(header)}"
-            )
-        found[use] = names.index(present[0])
-    found["image_id"] = names.index("image_id") if "image_id" in names else found["path"]
+def _columns(name: str, header: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
+    """The columns by their plain names. Raises UsageError for one that is read and there twice."""
+    found: dict[str, str] = {}
+    for column in header:
+        plain = _plain(column)
+        if plain in found and plain in wanted:
+            raise UsageError(f"{name}: column {plain!r} stands there more than once")
+        found.setdefault(plain, column)
     return found
 
 
-def _fields(where: str, row: Row, columns: dict[str, int]) -> dict[str, Any]:
-    """What a Record needs, the label still as text. Raises UsageError naming the row."""
-    values = {use: row[position] for use, position in columns.items()}
-    for use in ("path", "image_id", "label"):
-        if use in values and not values[use].strip():
-            raise UsageError(f"{where}: {use} is empty")
-    if "\0" in values["path"]:
-        raise UsageError(f"{where}: path {values['path']!r} holds a zero byte")
-    fields: dict[str, Any] = {use: values[use] for use in ("path", "image_id")}
-    if "label" in values:
-        fields["label"] = values["label"].strip()
-    else:
-        fields["answers"] = tuple(
-            value for use, value in values.items() if use.startswith("answer ")
-        )
-    if "split" in values:
-        split = values["split"].strip().lower()
-        if split not in SPLIT_NAMES:
-            raise UsageError(f"{where}: split {values['split']!r} is not one of train, val, test")
-        fields["split"] = SPLIT_NAMES[split]
-    if "weight" in values:
-        fields["weight"] = _weight(where, values["weight"])
-    if "group" in values:
-        fields["group"] = values["group"] or None
-    return fields
+@contextlib.contextmanager
+def open_table(
+    name: str, content: bytes | None, wanted: Sequence[str], numbers: Sequence[str] = ()
+) -> Iterator[Table]:
+    """Open the manifest called `name`, or its `content` if that is given.
 
-
-def _weight(where: str, text: str) -> float:
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not (math.isfinite(weight) and weight >= 0):
-        raise UsageError(f"{where}: weight {text!r} is not a number of at least 0")
-    return weight
-
-
-def _check_unique(path: Path, table: list[dict[str, Any]]) -> None:
-    first: dict[str, int] = {}
-    for number, fields in enumerate(table, 1):
-        earlier = first.setdefault(fields["image_id"], number)
-        if earlier != number:
-            raise UsageError(
-                f"{path}, row {number}: {fields['image_id']!r} stands in row {earlier} already; "
-                "each image may be listed once"
-            )
-
-
-PATH_COLUMNS = ("path", "file", "filename", "image", "image_id")
-"""Columns of a manifest that may hold the file's path, the first that is there wins."""
-
-ENDINGS = (".csv", ".parquet")
-
-Block = dict[str, list[str | None]]
-"""Some rows, by column."""
-
-Table = tuple[list[str], Iterator[Block]]
-
-_WANTED = frozenset((*PATH_COLUMNS, "label"))
-
-
-def from_manifest(
-    name: str, base: str, timeout: float, content: bytes | None = None
-) -> ImageSource:
-    """The images that a manifest lists: the file called `name`, or its `content` if that is given.
-
-    Paths in it are relative to `base`, a folder or a URL. Raises UsageError, naming the row, for
-    what cannot be read. A million rows are held in some 100 MB.
+    Of the columns those in `wanted` (in lower case) are read; of `numbers` also floats. Raises
+    UsageError, then and while rows are read, for what is no table.
     """
-    table = _open_csv if name.lower().endswith(".csv") else _open_parquet
-    with table(name, content) as (columns, blocks):
-        path = next((column for column in PATH_COLUMNS if column in columns), None)
-        if path is None:
-            expected = ", ".join(PATH_COLUMNS)
+    if content is None:
+        try:
+            empty = Path(name).stat().st_size == 0
+        except OSError as error:
+            raise UsageError(f"{name}: cannot be read: {error.strerror}") from error
+    else:
+        empty = not content
+    if empty:
+        raise UsageError(f"{name}: the manifest is empty (0 bytes)")
+    if name.lower().endswith(".csv"):
+        with _csv_text(name, content) as handle:
+            reader = csv.reader(handle, strict=True)
+            header = _header(name, reader)
+            columns = _columns(name, header, wanted)
+            places = {plain: header.index(columns[plain]) for plain in wanted if plain in columns}
+            yield Table(columns, {}, _csv_blocks(name, reader, len(header), places))
+    else:
+        yield from _parquet_table(name, content, wanted, numbers)
+
+
+def _csv_text(name: str, content: bytes | None) -> IO[str]:
+    if content is None:
+        return Path(name).open(encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
+
+
+def _header(name: str, reader: Iterator[list[str]]) -> list[str]:
+    header: list[list[str]] = []
+    with _csv_errors(name, lambda: 0):
+        header.extend(itertools.islice((row for row in reader if row), 1))
+    if not header:
+        raise UsageError(f"{name}: the manifest is empty, expected a line of column names")
+    return header[0]
+
+
+def _csv_blocks(
+    name: str, reader: Iterator[list[str]], width: int, places: dict[str, int]
+) -> Iterator[Block]:
+    done = 0
+    while rows := _next_rows(name, reader, done):
+        rows = [row for row in rows if row]  # blank lines are passed over
+        if set(map(len, rows)) - {width}:
+            place = next(at for at, row in enumerate(rows) if len(row) != width)
             raise UsageError(
-                f"{name}: no column with the images' paths, expected one of {expected}"
+                f"{name}, row {done + place + 1}: {len(rows[place])} values, but the header has "
+                f"{width}"
             )
-        given = path != "image_id" and "image_id" in columns
-        with _uncollected():
-            paths, ids, truths = _gather(name, path, blocks, given_ids=given)
-    if not len(paths):
-        raise UsageError(f"{name}: lists no images")
-    entries = Entries(base, paths, timeout)
-    return from_encoded(
-        ids,
-        entries.read,
-        truths=truths if "label" in columns else None,
-        state=entries.state,
-    )
+        done += len(rows)
+        yield {column: [row[at] or None for row in rows] for column, at in places.items()}
+
+
+def _next_rows(name: str, reader: Iterator[list[str]], done: int) -> list[list[str]]:
+    rows: list[list[str]] = []
+    with _csv_errors(name, lambda: done + sum(map(bool, rows)) + 1):
+        rows.extend(itertools.islice(reader, BLOCK))  # after an error it has those before it
+    return rows
+
+
+@contextlib.contextmanager
+def _csv_errors(name: str, row: Callable[[], int]) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name}: not UTF-8 after row {max(0, row() - 1)}") from error
+    except csv.Error as error:
+        raise UsageError(f"{name}, row {row()}: not valid CSV: {error}") from error
+    except OSError as error:
+        raise UsageError(f"{name}: cannot be read: {error.strerror}") from error
+
+
+def _parquet_table(
+    name: str, content: bytes | None, wanted: Sequence[str], numbers: Sequence[str]
+) -> Iterator[Table]:
+    try:
+        with pq.ParquetFile(name if content is None else io.BytesIO(content)) as file:
+            schema = file.schema_arrow
+            columns = _columns(name, schema.names, wanted)
+            read = [plain for plain in dict.fromkeys(wanted) if plain in columns]
+            held = {plain: schema.field(columns[plain]).type for plain in read}
+            types = {
+                plain: str(kind)
+                for plain, kind in held.items()
+                if not _readable(kind, number=plain in numbers)
+            }
+            read = [plain for plain in read if plain not in types]
+            yield Table(columns, types, _parquet_blocks(file, columns, read))
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{name}: cannot be read as Parquet: {reason}") from error
+
+
+def _readable(kind: pa.DataType, *, number: bool) -> bool:
+    """Whether a column holds text or integers, or with `number` floats."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+    return bool(text or pa.types.is_integer(kind) or (number and pa.types.is_floating(kind)))
+
+
+def _parquet_blocks(
+    file: pq.ParquetFile, columns: dict[str, str], read: list[str]
+) -> Iterator[Block]:
+    for batch in file.iter_batches(BLOCK, columns=[columns[plain] for plain in read]):
+        yield {
+            plain: [
+                None if value is None or value == "" else str(value)
+                for value in batch[columns[plain]].to_pylist()
+            ]
+            for plain in read
+        }
 
 
 @contextlib.contextmanager
@@ -316,90 +434,3 @@ def _uncollected() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
-
-
-def _gather(
-    name: str, path: str, blocks: Iterator[Block], *, given_ids: bool
-) -> tuple[Names, Names, Truths]:
-    """Paths, names and true classes; the path is the name of what has no other."""
-    truths, ids = Truths(), NamesBuilder()
-    done = 0
-
-    def of_paths() -> Iterator[list[str]]:
-        nonlocal done
-        for block in blocks:
-            paths = [text for text in block[path] if text]
-            if len(paths) != len(block[path]):
-                row = done + 1 + next(at for at, text in enumerate(block[path]) if not text)
-                raise UsageError(f"{name}, row {row}: column {path!r} is empty")
-            if given_ids:
-                named = zip(block["image_id"], paths, strict=True)
-                ids.extend([own or text for own, text in named])
-            truths.extend(block.get("label", ()))
-            done += len(paths)
-            yield paths
-
-    found = Names.of_blocks(of_paths())
-    return found, ids.names() if given_ids else found, truths
-
-
-@contextlib.contextmanager
-def _open_csv(name: str, content: bytes | None) -> Iterator[Table]:
-    """Column names, and the rows, many at a time.
-
-    Python's own reader: it takes line breaks in names and guesses no types.
-    """
-    try:
-        with _text(name, content) as handle:
-            reader = csv.reader(handle, strict=True)
-            header = next((row for row in reader if row), None)
-            if header is None:
-                raise UsageError(f"{name}: is empty, expected a line of column names")
-            columns = [column.strip() for column in header]
-            yield columns, _csv_blocks(name, reader, columns)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{name}: cannot be read: {error}") from error
-
-
-def _text(name: str, content: bytes | None) -> IO[str]:
-    if content is None:
-        return Path(name).open(encoding="utf-8-sig", newline="")
-    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
-
-
-def _csv_blocks(name: str, reader: Iterator[list[str]], columns: list[str]) -> Iterator[Block]:
-    wanted = {column: at for at, column in enumerate(columns) if column in _WANTED}
-    done = 0
-    while rows := list(itertools.islice(reader, BLOCK)):
-        rows = [row for row in rows if row]
-        if set(map(len, rows)) - {len(columns)}:
-            number, row = next(
-                (number, row)
-                for number, row in enumerate(rows, start=done + 1)
-                if len(row) != len(columns)
-            )
-            raise UsageError(f"{name}, row {number}: {len(row)} values, expected {len(columns)}")
-        done += len(rows)
-        yield {column: [row[at] or None for row in rows] for column, at in wanted.items()}
-
-
-@contextlib.contextmanager
-def _open_parquet(name: str, content: bytes | None) -> Iterator[Table]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(name if content is None else io.BytesIO(content)) as file:
-            columns = list(file.schema_arrow.names)
-            yield columns, _parquet_blocks(file, columns)
-    except (OSError, pa.ArrowException) as error:
-        raise UsageError(f"{name}: cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _parquet_blocks(file: Any, columns: list[str]) -> Iterator[Block]:
-    wanted = [column for column in columns if column in _WANTED]
-    for batch in file.iter_batches(BLOCK, columns=wanted):
-        yield {
-            column: [None if value is None else str(value) for value in batch[column].to_pylist()]
-            for column in wanted
-        }

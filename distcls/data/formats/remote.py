@@ -1,7 +1,8 @@
 """Images behind http://, https://, s3:// and gs://, read through fsspec.
 
-An object that cannot be read is an error of that image, after three more attempts. Several are on
-their way at a time, ahead of the threads that decode: one answer takes longer than one decoding.
+An object that cannot be read is an error of that image, after three more attempts. Objects are
+prefetched, 16 at a time: one response takes longer than one decoding. fsspec fetches one object or
+a whole list; prefetching in order, in bounded memory, with a time limit and retries, is ours.
 
 Credentials, endpoints and the like are taken from where the libraries look for them; any option of
 a file system can be set by FSSPEC_S3_ANON=true and the like (fsspec's documentation, "config").
@@ -9,22 +10,23 @@ a file system can be set by FSSPEC_S3_ANON=true and the like (fsspec's documenta
 
 from __future__ import annotations
 
-import array
 import contextlib
 import functools
+import hashlib
 import os
+import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, overload
-from urllib.parse import quote, urlsplit
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
 
-from distcls.data.formats.folder import state_of
-from distcls.data.source import Names
-from distcls.errors import BadImage, UsageError, did_you_mean
-from distcls.imaging.decode import read_file
+from distcls.data.formats.folder import LeftOut, is_hidden, is_image_name
+from distcls.data.source import ImageSource, LabelledImages, LabelOptions, Names, state_of
+from distcls.errors import BadImage, DistclsError, UsageError, did_you_mean
+from distcls.imaging.decode import SUFFIXES, read_file
 
 SCHEMES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
 """What can be read, and the library that reads it."""
@@ -32,11 +34,11 @@ SCHEMES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
 BACKOFF = (0.5, 1.0, 2.0)
 """Seconds before each further attempt."""
 
-AT_ONCE = 16
-"""Objects on their way at a time."""
+CONCURRENT = 16
+"""Objects fetched at a time."""
 
-AHEAD = 64
-"""Objects fetched ahead of the one that is asked for."""
+PREFETCH = 64
+"""Objects fetched ahead of the one that is requested."""
 
 _TRANSIENT = (408, 425, 429)
 """Statuses below 500 after which another attempt makes sense."""
@@ -112,8 +114,8 @@ def _reason(error: Exception, timeout: float) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-class Fetcher:
-    """Objects by index, fetched ahead of the threads that ask for them, in bounded memory."""
+class Prefetcher:
+    """Objects by index, fetched ahead of the threads that request them, in bounded memory."""
 
     def __init__(self, url_of: Callable[[int], str | None], count: int, timeout: float) -> None:
         """`url_of` gives the URL at an index below `count`, or None if there is none to fetch."""
@@ -124,12 +126,12 @@ class Fetcher:
         self._waiting: dict[int, Future[bytes]] = {}
         self._next = 0
         # by this name a command that ends knows them, and does not wait for a slow server
-        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="distcls-fetch")
+        self._pool = ThreadPoolExecutor(CONCURRENT, thread_name_prefix="distcls-fetch")
 
     def get(self, index: int) -> bytes:
-        """The object at an index, each asked for once. Raises BadImage."""
+        """The object at an index; each index is to be requested once. Raises BadImage."""
         with self._lock:
-            self._order(index)
+            self._submit(index)
             future = self._waiting.pop(index, None)
         if future is not None:
             return future.result()
@@ -137,10 +139,10 @@ class Fetcher:
         assert url is not None
         return read(url, self._timeout)
 
-    def _order(self, index: int) -> None:
-        if index > self._next + 64 * AHEAD:  # begins in the middle
+    def _submit(self, index: int) -> None:
+        if index > self._next + 64 * PREFETCH:  # begins in the middle
             self._next = index
-        until = min(self._count, index + AHEAD)
+        until = min(self._count, index + PREFETCH)
         for place in range(self._next, until):
             url = self._url_of(place)
             if url is not None:
@@ -152,74 +154,211 @@ class Fetcher:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-class Entries:
+class ListedSource(ImageSource):
     """Images by paths or URLs; what is relative is below `base`, a folder or a URL."""
 
-    def __init__(self, base: str, names: Names, timeout: float) -> None:
-        """Raises UsageError if a library that a URL needs is missing."""
-        self._base = base
-        self._names = names
-        self._fetcher = Fetcher(self._url, len(names), timeout)
+    def __init__(
+        self, base: str, files: Names, timeout: float, image_ids: Names | None = None
+    ) -> None:
+        """`image_ids` None takes the paths. Raises UsageError if a URL's library is missing."""
+        self.base = base
+        self.files = files
+        self._image_ids = files.printable() if image_ids is None else image_ids
+        self._prefetcher = Prefetcher(self._url, len(files), timeout)
         schemes = {urlsplit(base).scheme}
-        if names.mentions("://"):
-            schemes |= {urlsplit(name).scheme for name in names if is_url(name)}
+        if files.mentions("://"):
+            schemes |= {_scheme(name) for name in files if is_url(name)}
         for scheme in sorted(schemes & SCHEMES.keys()):  # others are errors of their own rows
             filesystem(scheme)
 
+    @property
+    def image_ids(self) -> Sequence[str]:
+        """See `ImageSource`."""
+        return self._image_ids
+
     def read(self, index: int) -> bytes:
-        """The file of one. Raises BadImage."""
+        """See `ImageSource`."""
         url = self._url(index)
         if url is None:
-            return read_file(self._path(index))
-        if urlsplit(url).scheme not in SCHEMES:
+            return read_file(Path(self.base, self.files[index]))
+        if _scheme(url) not in SCHEMES:
             raise BadImage(f"cannot be fetched: expected a path, or {', '.join(SCHEMES)}")
-        return self._fetcher.get(index)
+        return self._prefetcher.get(index)
 
     def state(self) -> str:
-        """Digest of the sizes and times of those that are files."""
-        if is_url(self._base):
+        """See `ImageSource`; of the files alone, not of the URLs."""
+        if is_url(self.base):
             return ""
-        local = (name for name in self._names if not is_url(name))
-        return state_of(os.path.join(self._base, name) for name in local)  # noqa: PTH118 - fast
+        local = (name for name in self.files if not is_url(name))
+        return state_of(os.path.join(self.base, name) for name in local)  # noqa: PTH118 - fast
 
     def _url(self, index: int) -> str | None:
-        name = self._names[index]
+        name = self.files[index]
         if is_url(name):
             return name
-        if not is_url(self._base):
+        if not is_url(self.base):
             return None
-        web = self._base.startswith("http")  # other stores take names as they are
-        return f"{self._base}/{quote(name) if web else name}"
-
-    def _path(self, index: int) -> Path:
-        return Path(self._base, self._names[index])
+        web = self.base.startswith("http")  # other stores take names as they are
+        return f"{self.base}/{quote(name) if web else name}"
 
 
-class Truths(Sequence[str | None]):
-    """True classes, each name kept once: a million takes 4 MB."""
+def _scheme(url: str) -> str:
+    try:
+        return urlsplit(url).scheme
+    except ValueError:  # such as http://[::1/x.jpg
+        return ""
 
-    def __init__(self) -> None:
-        self._codes_of: dict[str | None, int] = {}
-        self._known: list[str | None] = []
-        self._codes = array.array("i")
 
-    def extend(self, truths: Iterable[str | None]) -> None:
-        """Add the next."""
-        known = self._codes_of
-        for truth in truths:
-            if truth not in known:
-                known[truth] = len(self._known)
-                self._known.append(truth)
-            self._codes.append(known[truth])
+DEEPEST = 64
+"""Folders below each other; a web server may make up any number of them."""
 
-    def __len__(self) -> int:
-        return len(self._codes)
+_TAGS = ("size", "ETag", "etag", "LastModified", "updated", "mtime")
+"""What the stores call that which changes with an object."""
 
-    @overload
-    def __getitem__(self, index: int) -> str | None: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str | None]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str | None] | None:
-        if isinstance(index, slice):
-            return [self._known[code] for code in self._codes[index]]
-        return self._known[self._codes[index]]
+Listed = tuple[str, str]
+"""URL of an object, and what the store says of its state."""
+
+
+class RemoteSource(ImageSource):
+    """The images behind a URL: an object, a glob, or all images below a folder, sorted."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        """Raises UsageError if there is none, DistclsError if the store does not answer."""
+        self.location = url
+        web = url.startswith("http")
+        root, listed = _listed(url, web)
+        objects = _sorted(url, listed, web)
+        urls = Names.of(name for name, _ in objects)
+        below = (name[len(root) + 1 :].partition("?" if web else "\0")[0] for name, _ in objects)
+        names = Names.of(unquote(name) if web else name for name in below)
+        self._image_ids = names.printable()
+        self._state = hashlib.sha256("\n".join(tag for _, tag in objects).encode()).hexdigest()
+        self._prefetcher = Prefetcher(lambda index: urls[index], len(urls), timeout)
+
+    @property
+    def image_ids(self) -> Sequence[str]:
+        """See `ImageSource`: the part of the URL below the folder, unquoted."""
+        return self._image_ids
+
+    def read(self, index: int) -> bytes:
+        """See `ImageSource`."""
+        return self._prefetcher.get(index)
+
+    def state(self) -> str:
+        """See `ImageSource`: sizes, times and tags as the store's listing has them."""
+        return self._state
+
+    def labelled(self, options: LabelOptions) -> LabelledImages:
+        """Raises UsageError: a dataset is written from local files."""
+        raise UsageError(
+            f"{self.location}: a dataset is prepared from local files; copy them here first"
+        )
+
+
+def ending_of(url: str) -> str:
+    """The ending of the object's name, in lower case; a query is no part of it."""
+    last = _without_query(url).rpartition("/")[2]
+    return last[last.rfind(".") :].lower() if "." in last else ""
+
+
+def folder_of(url: str) -> str:
+    """The URL of the folder that an object lies in."""
+    return _without_query(url).rpartition("/")[0]
+
+
+def _without_query(url: str) -> str:
+    return url.partition("?")[0] if url.startswith("http") else url
+
+
+def is_pattern(url: str) -> bool:
+    """Whether a URL is a glob."""
+    return _magic(url, url.startswith("http")) is not None
+
+
+def _listed(url: str, web: bool) -> tuple[str, Iterable[Listed]]:
+    """The folder that names are relative to, and the objects that a URL means."""
+    magic = _magic(url, web)
+    if magic is not None:
+        root = url[:magic].rpartition("/")[0]
+        return root, _matching(url, root, web)
+    if ending_of(url) in SUFFIXES:
+        return folder_of(url), [(url, "")]
+    root = url.rstrip("/")
+    return root, _images_below(url, root, web)
+
+
+def _images_below(url: str, root: str, web: bool) -> Iterator[Listed]:
+    left_out = LeftOut()
+    for name, tag in _walk(root, web):
+        if not is_image_name(name):
+            continue
+        if is_hidden(name[len(root) + 1 :]):
+            left_out.add("hidden_images", name)
+        else:
+            yield name, tag
+    left_out.say(url)
+
+
+def _sorted(url: str, listed: Iterable[Listed], web: bool) -> list[Listed]:
+    try:
+        objects = sorted(listed, key=lambda item: unquote(item[0]) if web else item[0])
+    except FileNotFoundError as error:
+        raise UsageError(f"{url}: there is nothing") from error
+    except DistclsError:
+        raise
+    except Exception as error:  # each library has a tree of errors of its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DistclsError(f"{url}: cannot be listed: {reason}") from error
+    if not objects:
+        endings = ", ".join(sorted(SUFFIXES))
+        raise UsageError(f"{url}: no images there (searched for {endings})")
+    return objects
+
+
+def _matching(pattern: str, root: str, web: bool) -> Iterator[Listed]:
+    """The objects that a glob means; as in a shell, * stays within a folder and ** does not."""
+    from fsspec.utils import glob_translate
+
+    matches = re.compile(glob_translate(pattern)).match
+    depth = None if "**" in pattern else pattern[len(root) :].count("/")
+    hidden = "/." in pattern[len(root) :]
+    for url, tag in _walk(root, web, depth):
+        below = url[len(root) + 1 :]
+        if matches(unquote(url) if web else url) and (hidden or not is_hidden(below)):
+            yield url, tag
+
+
+def _walk(root: str, web: bool, depth: int | None = None) -> Iterator[Listed]:
+    """All objects below a URL, at most `depth` folders deep.
+
+    Not by fsspec's own `find`, which passes over folders that cannot be listed without a word.
+    """
+    system, scheme = filesystem_of(root), urlsplit(root).scheme
+    folders, seen = [(root, 1)], {root}
+    while folders:
+        folder, level = folders.pop()
+        for info in system.ls(folder, detail=True, refresh=True):
+            name = str(info["name"]) if web else f"{scheme}://{info['name']}"
+            if info["type"] != "directory":
+                yield name, _tag(info)
+            elif depth is None or level < depth:
+                if level == DEEPEST:
+                    raise DistclsError(f"{folder}: more than {DEEPEST} folders deep; a circle?")
+                below = name.rstrip("/")
+                if below.startswith(root + "/") and below not in seen:
+                    seen.add(below)
+                    folders.append((below, level + 1))
+
+
+def _tag(info: dict[str, Any]) -> str:
+    return " ".join(f"{info[key]}" for key in _TAGS if info.get(key) is not None)
+
+
+def _magic(url: str, web: bool) -> int | None:
+    """Where the wildcards of a glob begin; None if there are none.
+
+    Of http a question mark begins a query, and brackets may be part of the host.
+    """
+    start = len("".join(urlsplit(url)[:2])) + len("://")
+    found = [place for mark in ("*[" if web else "*[?") if (place := url.find(mark, start)) >= 0]
+    return min(found, default=None)

@@ -19,7 +19,7 @@ from tests.sources import digits, put, write_manifest
 
 
 def listed(folder: Path, header: str, *rows: str, suffix: str = ".csv") -> Path:
-    """A manifest of real pictures in all splits: 00.png, 01.png, ...; `rows` are what follows."""
+    """A manifest of real images in all splits: 00.png, 01.png, ...; `rows` are what follows."""
     cells = [row.split(";") for row in rows]
     names = [f"{number:02d}.png" for number in range(len(rows))]
     for name, image in zip(names, digits(len(rows))[0], strict=True):
@@ -43,7 +43,7 @@ def refused(path: Path, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_a_head_a_column(tmp_path: Path, suffix: str) -> None:
+def test_one_head_per_column(tmp_path: Path, suffix: str) -> None:
     rows = ("red;10;x", "blue;9;y", "red;9;z", "green;10;x")
     path = listed(tmp_path, "Colour;size;note", *rows, suffix=suffix)
     data = opened(path, label_columns=("colour", "size"))
@@ -62,7 +62,7 @@ def test_a_head_a_column(tmp_path: Path, suffix: str) -> None:
     assert kinds["heads"][1] == {"name": "size", "classes": ["9", "10"]}
 
 
-def test_a_text_is_a_head_a_character_and_short_ones_end_in_blanks(tmp_path: Path) -> None:
+def test_a_text_has_one_head_per_character_and_short_ones_end_in_blanks(tmp_path: Path) -> None:
     data = opened(listed(tmp_path, "text", "b1", "a", "1ab", " ab "), text_column="text")
     assert data.task.alphabet == ("1", "a", "b", "")
     assert [head.name for head in data.task.heads] == ["1", "2", "3"]
