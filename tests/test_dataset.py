@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from distcls.data.dataset import CLASSES, INFO, MANIFEST, PACK, SCHEMA, Dataset
+from distcls.data.dataset import CLASSES, INFO, MANIFEST, PACK, Dataset
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.data.source import to_rgb
+from distcls.data.writer import SCHEMA
 from distcls.errors import BadImage, UsageError
 from distcls.imaging import decode_file
 from tests.sources import digits, put, tree

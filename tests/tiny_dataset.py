@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from distcls.data.dataset import CLASSES, FORMAT, INFO, MANIFEST, PACK, SCHEMA
+from distcls.data.dataset import CLASSES, FORMAT, INFO, MANIFEST, PACK
+from distcls.data.writer import SCHEMA
 
 
 def write(

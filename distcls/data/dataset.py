@@ -16,12 +16,9 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from distcls.data.source import SPLITS, Images, ImageSource, state_of, to_rgb
@@ -32,12 +29,14 @@ from distcls.task import Task
 
 Value = TypeVar("Value")
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 FORMAT = 1
 MANIFEST, CLASSES, INFO, PACK = "manifest.parquet", "classes.json", "dataset.json", "pack.bin"
 
 
 LABELS = "labels"
-FIELD = pa.field(LABELS, pa.list_(pa.int32()), nullable=False)
 
 
 def read_labels(table: pa.Table, task: Task, where: Path) -> NDArray[np.int64]:
@@ -46,6 +45,9 @@ def read_labels(table: pa.Table, task: Task, where: Path) -> NDArray[np.int64]:
     Raises UsageError, naming `where` and the image, for numbers that are no class and for rows of
     the wrong length.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     column = table.column(LABELS)
     if not pa.types.is_list(column.type) or column.null_count:
         raise UsageError(f"{where}: column {LABELS!r} holds {column.type}, expected lists, no null")
@@ -73,18 +75,7 @@ def _name(table: pa.Table, row: int, where: Path) -> str:
     return f"{where}: {table.column('image_id')[row].as_py()!r} has"
 
 
-SCHEMA = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("path", pa.string()),
-        pa.field("label", pa.int32(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("offset", pa.int64()),
-        pa.field("height", pa.int32()),
-        pa.field("width", pa.int32()),
-        pa.field("channels", pa.int32()),
-    ]
-)
+COLUMNS = ("image_id", "path", "label", "split", "offset", "height", "width", "channels")
 """Columns of manifest.parquet; `weight` (float64), `group` (string) and `labels` may follow.
 
 `labels` (list of int32) is there for multi-head (the class in each head) and for multi-label (the
@@ -224,6 +215,9 @@ class Dataset:
     @classmethod
     def open(cls, folder: Path) -> Dataset:
         """Open what `distcls prepare` wrote. Raises UsageError if it is not whole or not known."""
+        import pyarrow as pa  # an extra of the inference install
+        import pyarrow.parquet as pq
+
         folder = Path(folder)
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such dataset directory; distcls prepare makes one")
@@ -236,7 +230,7 @@ class Dataset:
         except (OSError, pa.ArrowException) as error:
             raise UsageError(f"{folder / MANIFEST}: cannot be read: {error}") from error
         labels = set() if task.single else {LABELS}
-        missing = {*SCHEMA.names, *labels} - set(table.column_names)
+        missing = {*COLUMNS, *labels} - set(table.column_names)
         if missing:
             raise UsageError(f"{folder / MANIFEST}: column {sorted(missing)[0]!r} is missing")
         _check_pack(folder, info)
@@ -277,7 +271,7 @@ class Dataset:
             raise UsageError(f"{self.folder} has its images in the pack alone; pack cannot be off")
         rows = np.asarray(self.table.column("split").to_numpy(zero_copy_only=False)) == name
         root = self.folder / (self.info["root"] or ".")  # an absolute root replaces the folder
-        table = self.table.filter(pa.array(rows))
+        table = self.table.filter(rows)
         return Split(name, self.folder, root, table, packed, self.task)
 
 

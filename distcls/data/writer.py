@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from distcls import __version__
-from distcls.data.dataset import CLASSES, FIELD, FORMAT, INFO, LABELS, MANIFEST, PACK, SCHEMA
+from distcls.data.dataset import CLASSES, COLUMNS, FORMAT, INFO, LABELS, MANIFEST, PACK
 from distcls.data.source import SPLITS, ImageRecord, Images, ImageSource, LabelledImages
 from distcls.data.split import SplitAssignment
 from distcls.errors import BadImage
@@ -28,6 +28,18 @@ from distcls.files import digest, safe_names
 from distcls.system import available_cores
 
 Loaded = NDArray[np.uint8] | BadImage
+
+_TYPES = {"label": pa.int32(), "offset": pa.int64()}
+_TYPES |= dict.fromkeys(("height", "width", "channels"), pa.int32())
+_REQUIRED = ("image_id", "label", "split")
+SCHEMA = pa.schema(
+    [
+        pa.field(name, _TYPES.get(name, pa.string()), nullable=name not in _REQUIRED)
+        for name in COLUMNS
+    ]
+)
+"""The columns that every manifest.parquet has; see `distcls.data.dataset.COLUMNS`."""
+LABELS_FIELD = pa.field(LABELS, pa.list_(pa.int32()), nullable=False)
 
 
 def load_all(
@@ -207,7 +219,7 @@ def write_manifest(
         schema = schema.append(pa.field("group", pa.string()))
         columns["group"] = [record.group for record in records]
     if any(record.labels is not None for record in records):
-        schema = schema.append(FIELD)
+        schema = schema.append(LABELS_FIELD)
         columns[LABELS] = [list(record.labels or ()) for record in records]
     ordered = {name: [values[index] for index in order] for name, values in columns.items()}
     pq.write_table(pa.table(ordered, schema=schema), folder / MANIFEST)

@@ -21,10 +21,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import IO, TYPE_CHECKING
 
 from distcls import log
 from distcls.data.formats.label_columns import Labels, encode_labels
@@ -43,6 +40,10 @@ from distcls.data.source import (
 )
 from distcls.errors import UsageError, did_you_mean
 from distcls.task import Task
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 ENDINGS = (".csv", ".parquet")
 FILE_COLUMNS = ("path", "file", "filename", "image", "image_id")
@@ -385,6 +386,9 @@ def _csv_errors(name: str, row: Callable[[], int]) -> Iterator[None]:
 def _parquet_table(
     name: str, content: bytes | None, wanted: Sequence[str], numbers: Sequence[str]
 ) -> Iterator[Table]:
+    import pyarrow as pa  # an extra of the inference install
+    import pyarrow.parquet as pq
+
     try:
         with pq.ParquetFile(name if content is None else io.BytesIO(content)) as file:
             schema = file.schema_arrow
@@ -405,6 +409,8 @@ def _parquet_table(
 
 def _readable(kind: pa.DataType, *, number: bool) -> bool:
     """Whether a column holds text or integers, or with `number` floats."""
+    import pyarrow as pa
+
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
     return bool(text or pa.types.is_integer(kind) or (number and pa.types.is_floating(kind)))
