@@ -1,4 +1,4 @@
-"""Names of networks: what each stands for, and what an unknown one is answered with."""
+"""Names of networks: what each resolves to, and the error of an unknown one."""
 
 from __future__ import annotations
 

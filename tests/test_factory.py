@@ -1,4 +1,4 @@
-"""What a network is given when it is built: dropout, stem, size, weights; or why it is refused."""
+"""Building a network: dropout, stem stride, size, initialisation; and what is refused."""
 
 from __future__ import annotations
 
