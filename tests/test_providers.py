@@ -13,7 +13,7 @@ import pytest
 
 from distcls.batch.options import PredictOptions
 from distcls.commands.predict import main
-from distcls.data.source import ImageSource
+from distcls.data.source import FunctionSource
 from distcls.errors import BadValue, DistclsError, UsageError
 from distcls.evaluation.evaluate import EvaluateOptions
 from distcls.runtime import providers
@@ -225,7 +225,7 @@ def test_auto_measures_a_new_provider_and_may_choose_it(toy: Toy, path: Path) ->
 
     reference = Slow(path, PROVIDERS["cpu"].default_execution(2, (8, 8)))
     images, _ = tiny_dataset.coloured(20)
-    source = ImageSource(image_ids=[""] * 20, load=lambda index: images[index])
+    source = FunctionSource([""] * 20, lambda index: images[index])
     measured = measure(reference, request, Benchmark.of(source), open_model)
     assert {found.execution.provider for found in measured} >= {"toy", "cpu"}
     best = choose([found for found in measured if found.execution.provider in ("toy", "cpu")])
