@@ -20,6 +20,7 @@ EXTRAS = {
     "matplotlib": "plot",
     **dict.fromkeys(("accelerate", "onnx", "onnxscript", "sklearn", "timm"), "train"),
     **dict.fromkeys(("psutil", "safetensors", "scipy", "torch", "torchvision"), "train"),
+    "optuna": "search",
 }
 """Packages that not every install has, and the extra that brings each."""
 
