@@ -69,6 +69,13 @@ def test_values_may_hold_commas_and_spaces() -> None:
     assert first.name == "001-warmup=2_epochs"
 
 
+def test_a_key_under_its_old_name_is_taken_with_a_warning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert read_grid(["average.last=2,3"]) == {"average.last_epochs": ["2", "3"]}
+    assert "grid: average.last is now average.last_epochs; the old" in capsys.readouterr().err
+
+
 def test_random_draws_are_log_uniform_and_stay_in_their_range() -> None:
     trials = planned("model.dropout=0,0.2", range=("lr=1e-4..1e-2", "batch_size=4..64"), random=300)
     rates = np.log10([config.lr for config in configs(trials)])
@@ -196,8 +203,8 @@ def test_tpe_is_checked_at_the_corners_of_its_space() -> None:
     assert values(planned("lr=1,2", **options)) == [
         {"lr": lr, "epochs": epochs} for lr in ("1", "2") for epochs in ("2", "5")
     ]
-    with pytest.raises(UsageError, match=r"average\.last: 4 is not valid, expected at most"):
-        planned("average.last=2,4", **options)
+    with pytest.raises(UsageError, match=r"average\.last_epochs: 4 is not valid, expected at most"):
+        planned("average.last_epochs=2,4", **options)
 
 
 @pytest.mark.parametrize(("metric", "best"), [("top1", "0.9"), ("loss", "0.1")])

@@ -160,7 +160,7 @@ def test_tpe_draws_what_an_unbroken_search_would_have_drawn(found: Path, pace: P
         if path.is_dir() and path.name < "012":
             (found / path.name).mkdir(parents=True)
             (found / path.name / "history.csv").write_bytes((path / "history.csv").read_bytes())
-    (found / search.LOCK).touch()
+    (found / ".lock").touch()
     with told_to_stop_in(found / twelfth), pytest.raises(Stopped):
         look(found, *flags, "--resume", "auto")
     assert len(rows(found)) == 11

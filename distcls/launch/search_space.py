@@ -1,4 +1,8 @@
-"""What a search tries: the keys and values it is given, and the whole config of every trial."""
+"""The space of a search: its keys and values, what optuna is given, and the config of every trial.
+
+optuna takes values of any kind; here every config is built, and its network and dataset looked up,
+before the first trial is started.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,25 @@ import itertools
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from distcls import log
 from distcls.config import build, dump_yaml, flatten, leaves, repeated
-from distcls.config.load import Given
+from distcls.config.load import RENAMED, Given
 from distcls.config.schema import members
+from distcls.data.dataset import Dataset
 from distcls.errors import UsageError, did_you_mean, require
 from distcls.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
 
 RESERVED = {
     "out": "each trial has a folder of its own",
@@ -36,6 +45,8 @@ NAME_LETTERS = 80
 """Of a trial's values in the name of its folder."""
 HOW = ("out", "resume", "json", "quiet")
 """Keys that a continued search may give other values."""
+LOCK = ".lock"
+"""File in the folder of a search, which it locks."""
 TRIES = 200
 """Draws for each random trial before there are too few different ones."""
 MOST_CHECKED = 1000
@@ -147,6 +158,38 @@ class SearchSpace:
         values = {key: given.value for key, given in self._known.items() if key not in HOW}
         plain: dict[str, Any] = json.loads(json.dumps({**values, **own}))
         return plain
+
+    def require_same(self, before: dict[str, Any] | None) -> None:
+        """Raise UsageError unless `settings` are those of the search before, if there was one."""
+        now = self.settings()
+        before = now if before is None else before
+        for key in {**now, **before}:
+            if before.get(key) != now.get(key):
+                raise UsageError(
+                    f"{key}: {now.get(key)!r} given, but the search in {self.config.out} was "
+                    f"begun with {before.get(key)!r}; a continued search keeps its config"
+                )
+
+    def sampler(self, number: int) -> BaseSampler:
+        """Draws the values of one trial from the scores of those before, by `seed` and number: a
+        continued search draws what an unbroken one would have drawn."""
+        from optuna.samplers import TPESampler
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # optuna 4 calls constant_liar experimental
+            return TPESampler(seed=(self.config.seed + number) % 2**32, constant_liar=True)
+
+    def pruner(self) -> BasePruner:
+        """Decides by epoch which trials are not worth finishing."""
+        from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner
+
+        if self.config.pruner == "median":
+            return MedianPruner()
+        if self.config.pruner == "none":
+            return NopPruner()
+        searched = {"epochs"} & {*self.choices, *self.ranges}
+        epochs = self.config.epochs * (self.config.folds or 1)
+        return HyperbandPruner(max_resource="auto" if searched else epochs)
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """The space as optuna takes it; ranges are log-uniform."""
@@ -294,6 +337,9 @@ def _key_and_rest(
 ) -> tuple[str, str]:
     name, equals, rest = text.partition("=")
     key = name.strip().replace("-", "_")
+    if key in RENAMED:
+        log.warn(f"{flag}: {key} is now {RENAMED[key]}; the old name will go")
+        key = RENAMED[key]
     if not equals or not key or not rest.strip():
         raise UsageError(f"{flag}: {text!r} is not valid, expected {shape}")
     if key not in _types():
@@ -311,3 +357,27 @@ def _types() -> dict[str, object]:
 
 def _is_whole(key: str) -> bool:
     return float not in members(_types()[key])
+
+
+def check(trials: list[Trial]) -> None:
+    """Raise UsageError for networks and datasets that are not there, before the first trial."""
+    from distcls.models.registry import resolve  # loads the libraries' lists of names
+
+    configs = [config for trial in trials for config in trial.runs]
+    for name in dict.fromkeys(config.model.name for config in configs):
+        resolve(name)
+    for data in dict.fromkeys(config.data for config in configs):
+        Dataset.open(data)
+
+
+def require_continuable(config: SearchConfig) -> None:
+    """Raise UsageError if `out` holds anything but a search that is to be continued."""
+    out = config.out
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / LOCK).exists():
+        raise UsageError(f"{out} holds other files; choose another --out")
+    if config.resume == "none":
+        raise UsageError(
+            f"{out} holds a search already; choose another --out, or continue it with --resume auto"
+        )
