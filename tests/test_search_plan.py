@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from distcls.errors import UsageError
-from distcls.launch.search import command, gpus_of, main, ranking, table
-from distcls.launch.search_space import SearchConfig, SearchSpace, Trial, plan, read_grid
+from distcls.launch.search import main, ranking, table
+from distcls.launch.search_space import (
+    SearchConfig,
+    SearchSpace,
+    Trial,
+    command,
+    gpus_of,
+    plan,
+    read_grid,
+)
 from distcls.training.config import LossConfig, MonitorConfig, TrainConfig
 
 BASE = {"data": Path("digits"), "out": Path("found"), "epochs": 3, "quiet": True}
@@ -177,7 +185,7 @@ def test_processes_decide_the_launcher() -> None:
 
 
 def test_several_trials_at_a_time_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distcls.launch.search.available_cores", lambda: 12)
+    monkeypatch.setattr("distcls.launch.search_space.available_cores", lambda: 12)
     [pair] = configs(planned("lr=1", processes=2))
     assert command(pair, jobs=3)[-4:] == ["--threads", "2", "--loader.workers", "2"]
     [own] = configs(planned("lr=1", threads=5))

@@ -22,7 +22,6 @@ import os
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -40,12 +39,13 @@ from distcls.launch.search_space import (
     SearchSpace,
     Trial,
     check,
+    command,
+    gpus_of,
     log_of,
     plan,
     recipe,
     require_continuable,
 )
-from distcls.system import available_cores
 from distcls.training.config import TrainConfig
 from distcls.training.signals import StopSignals
 
@@ -55,8 +55,6 @@ if TYPE_CHECKING:
 ABOUT = "Train with every combination of values, or with drawn ones; all else as distcls train."
 TABLE, STUDY = "search.csv", "study.journal"
 FIGURES = ("state", "best_score", "std", "best_epoch", "seconds", "exit_code", "error")
-LAUNCHER = Path(__file__).parents[2] / "launch" / "two_cpu_processes.yaml"
-"""Starts any number of processes on one machine, on GPUs where there are some."""
 SAVING = "120"
 """Seconds that the launcher gives its processes to save when it is told to stop."""
 POLL = 0.2
@@ -234,31 +232,6 @@ class Process:
         errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
         last = [line.strip() for line in lines if line.strip()]
         return (errors or last or ["it printed nothing"])[-1]
-
-
-def command(config: TrainConfig, jobs: int = 1) -> list[str]:
-    """What a user would type to train it, as one of `jobs` runs at a time."""
-    call = ["-m", "distcls.train", "--config", str(recipe(config))]
-    processes = config.processes or 1
-    if jobs > 1:
-        cores = str(max(1, available_cores() // (jobs * processes)))
-        call += [] if config.threads else ["--threads", cores]
-        call += [] if config.loader.workers else ["--loader.workers", cores]
-    if processes > 1:
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(LAUNCHER)]
-        call = [*launcher, "--num_processes", str(processes), *call]
-    return [sys.executable, *call]
-
-
-def gpus_of(slot: int, jobs: int, processes: int) -> str | None:
-    """The GPUs of one of `jobs` trials at a time, for CUDA_VISIBLE_DEVICES; None leaves it."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    known = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-    gpus = list(map(str, range(known))) if given is None else [g for g in given.split(",") if g]
-    if jobs == 1 or not gpus:
-        return None
-    own = (gpus[(slot * processes + place) % len(gpus)] for place in range(processes))
-    return ",".join(dict.fromkeys(own))
 
 
 class Search:

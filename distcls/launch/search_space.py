@@ -10,7 +10,9 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from distcls.config.load import RENAMED, Given
 from distcls.config.schema import members
 from distcls.data.dataset import Dataset
 from distcls.errors import UsageError, did_you_mean, require
+from distcls.system import available_cores
 from distcls.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -51,6 +54,9 @@ TRIES = 200
 """Draws for each random trial before there are too few different ones."""
 MOST_CHECKED = 1000
 """Combinations of a space searched by TPE that are checked before the first trial."""
+LAUNCHER = Path(__file__).parents[2] / "launch" / "two_cpu_processes.yaml"
+"""Starts any number of processes on one machine, on GPUs where there are some."""
+
 Values = dict[str, str]
 """Keys and values as on the command line."""
 
@@ -136,6 +142,31 @@ def recipe(config: TrainConfig) -> Path:
 def log_of(config: TrainConfig) -> Path:
     """What a run has printed."""
     return config.out.with_name(config.out.name + ".log")
+
+
+def command(config: TrainConfig, jobs: int = 1) -> list[str]:
+    """What a user would type to train it, as one of `jobs` runs at a time."""
+    call = ["-m", "distcls.train", "--config", str(recipe(config))]
+    processes = config.processes or 1
+    if jobs > 1:
+        cores = str(max(1, available_cores() // (jobs * processes)))
+        call += [] if config.threads else ["--threads", cores]
+        call += [] if config.loader.workers else ["--loader.workers", cores]
+    if processes > 1:
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(LAUNCHER)]
+        call = [*launcher, "--num_processes", str(processes), *call]
+    return [sys.executable, *call]
+
+
+def gpus_of(slot: int, jobs: int, processes: int) -> str | None:
+    """The GPUs of one of `jobs` trials at a time, for CUDA_VISIBLE_DEVICES; None leaves it."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    known = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    gpus = list(map(str, range(known))) if given is None else [g for g in given.split(",") if g]
+    if jobs == 1 or not gpus:
+        return None
+    own = (gpus[(slot * processes + place) % len(gpus)] for place in range(processes))
+    return ",".join(dict.fromkeys(own))
 
 
 class SearchSpace:
