@@ -1,4 +1,4 @@
-"""The `distcls` command: dispatch, exit codes, and what an error looks like to the user."""
+"""The `distcls` command: its subcommands, exit codes, and errors as the user sees them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ EXTRAS = {
     "matplotlib": "plot",
     **dict.fromkeys(("accelerate", "onnx", "onnxscript", "sklearn", "timm"), "train"),
     **dict.fromkeys(("psutil", "safetensors", "scipy", "torch", "torchvision"), "train"),
+    **dict.fromkeys(("fsspec", "gcsfs", "s3fs"), "remote"),
+    **dict.fromkeys(("granian", "starlette"), "serve"),
+    "optuna": "search",
+    "ray": "ray",
 }
-"""Packages that not every install has, and the extra that brings each."""
+"""Optional packages by import name, and the extra that installs each."""
 
 INTERRUPTED = 130
-"""What shells expect of a program that Ctrl-C ended."""
+"""Exit code of a program ended by Ctrl-C, as shells have it: 128 + SIGINT."""
 
 
 def run(main: Main, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Call `main` with the command line and leave with the code that its outcome asks for."""
-    _leave(_outcome(main, sys.argv[1:] if arguments is None else arguments))
+    """Call `main` with the command line, print its error if any, and exit with its code."""
+    _exit(_exit_code(main, sys.argv[1:] if arguments is None else arguments))
 
 
-def _outcome(main: Main, arguments: Sequence[str]) -> int:
+def _exit_code(main: Main, arguments: Sequence[str]) -> int:
     try:
         main(arguments)
         sys.stdout.flush()
@@ -46,7 +50,7 @@ def _outcome(main: Main, arguments: Sequence[str]) -> int:
         log.fail("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # the reader of our output left (`| head`); keep the interpreter from complaining at exit
+        # the reader of our output is gone (`| head`); keep the interpreter from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as error:
@@ -63,20 +67,20 @@ def _outcome(main: Main, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _leave(code: int) -> NoReturn:
-    if log.world_size() > 1 or _hanging():
+def _exit(code: int) -> NoReturn:
+    if log.world_size() > 1 or _reader_hangs():
         # One of several processes: gloo's threads may outlive Python's and abort it on its way out
-        # ("terminate called without an active exception", seen in 1 of 6 two-process runs). A
-        # thread that hangs in a read: Python would wait for it for ever.
-        # Everything is written by now, so the interpreter need not be taken down piece by piece.
+        # ("terminate called without an active exception", seen in 1 of 6 two-process runs). For a
+        # thread that hangs in a read Python would wait for ever. Everything is written by now, so
+        # nothing is lost without the interpreter's finalisation.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _hanging() -> bool:
-    """Whether a reading thread of ours is still at work; Python would wait for its pool."""
+def _reader_hangs() -> bool:
+    """Whether a reading thread of ours still runs; Python would wait for its pool."""
     return any(thread.name.startswith("distcls-") for thread in threading.enumerate())
 
 
@@ -92,10 +96,10 @@ COMMANDS = {
     ),
     "show": (
         "distcls.commands.show",
-        "training images as the network is given them, with their labels",
+        "augmented training images as the network gets them, with labels",
     ),
     "evaluate": ("distcls.commands.evaluate", "metrics of a .pth or .onnx model on a split"),
-    "export": ("distcls.export.onnx", "best.pth to best.onnx, checked on real images"),
+    "export": ("distcls.commands.export", "best.pth to best.onnx, compared on real images"),
     "predict": ("distcls.commands.predict", "predictions for many images as CSV, JSONL or Parquet"),
 }
 

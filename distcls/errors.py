@@ -3,10 +3,10 @@
     DistclsError          the run failed                      exit code 1
     ├── UsageError        wrong usage or input                exit code 2
     │   └── BadValue      one field of a config is wrong      exit code 2
-    ├── BadImage          one image cannot be decoded         its caller goes on
-    └── Stopped           a signal stopped it; resume it      exit code 75
+    ├── BadImage          one image cannot be decoded         caught by its caller
+    └── Stopped           stopped by a signal, resumable      exit code 75
 
-A command prints such an error as one line. Every other exception is a bug of ours and keeps its
+A command prints such an error as one line. Every other exception is a bug in distcls and keeps its
 traceback.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 
 class DistclsError(Exception):
-    """Something the user has to know about; its text is the whole message."""
+    """An error for the user; its text is the whole message."""
 
     exit_code = 1
 
@@ -29,10 +29,10 @@ class UsageError(DistclsError):
 
 
 class BadValue(UsageError):
-    """One field of a dataclass holds a value it cannot hold.
+    """The value of one field of a dataclass is not valid.
 
-    Raised by a dataclass that checks itself, which does not know under which key of which file it
-    stands; whoever builds it adds that (see `distcls.config.load`).
+    Raised by the dataclass's own check, which does not know the key and the file that the value
+    came from; `distcls.config.load` adds them.
     """
 
     def __init__(self, field: str, value: object, expected: str) -> None:
@@ -43,11 +43,11 @@ class BadValue(UsageError):
 
 
 class BadImage(DistclsError):
-    """An image that cannot be used; the text is the reason, the caller knows the name."""
+    """An image that cannot be used; the text is the reason, without the image's name."""
 
 
 class Stopped(DistclsError):
-    """A signal ended the run after it was saved; it can be resumed."""
+    """A signal ended the run once its state was saved; it can be resumed."""
 
     exit_code = 75
 
@@ -59,7 +59,7 @@ def require(condition: bool, field: str, value: object, expected: str) -> None:
 
 
 def did_you_mean(name: str, choices: Iterable[str], most: int = 12) -> str:
-    """A clause that helps after an unknown name: the nearest choice, or the choices if few."""
+    """A clause to follow an unknown name: the nearest choice, and the choices if they are few."""
     known = list(choices)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     clause = f"; did you mean {near[0]!r}?" if near else ""

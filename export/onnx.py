@@ -1,7 +1,7 @@
 """`python -m export.onnx --ckpt best.pth`: the `export` command."""
 
 from distcls.cli import run
-from distcls.export.onnx import main
+from distcls.commands.export import main
 
 if __name__ == "__main__":
     run(main)

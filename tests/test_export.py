@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, load
 
 from distcls.errors import DistclsError, UsageError
 from distcls.export import onnx
 from distcls.export.certificate import certify
-from distcls.export.onnx import ExportOptions
+from distcls.export.graph import strip_debug_information
+from distcls.export.onnx import ExportOptions, export_onnx
 from distcls.imaging import Preprocess
 from distcls.model_card import ModelCard
-from distcls.models.checkpoint import TorchModel
+from distcls.models.checkpoint import TorchModel, open_checkpoint
 from distcls.models.classifier import Classifier
 from distcls.runtime.model import OnnxModel
+from distcls.runtime.onnx_file import KEY, OnnxFile
 from distcls.task import Task
 from tests import tiny_onnx
 from tests.small_networks import untrained
@@ -31,13 +34,46 @@ def checkpoint(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_exported_file_agrees_and_says_so(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.onnx"
-    certificate = onnx.export(ExportOptions(ckpt=checkpoint, out=out, limit=70))
+    certificate = export_onnx(ExportOptions(ckpt=checkpoint, out=out, limit=70))
     assert certificate.holds
     assert certificate.images == 70
     card = OnnxModel(out).card
     assert card.certificate == certificate.to_json()
     assert card.classes == tuple("0123456789")
     assert card.preprocess.size == (28, 36)
+
+
+def test_no_path_of_this_machine_is_in_the_file(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    assert export_onnx(ExportOptions(ckpt=checkpoint, out=out, limit=20)).holds
+    content = out.read_bytes()
+    folders = [checkpoint.parent, Path(torch.__file__).parents[1], Path(onnx.__file__).parents[2]]
+    for text in (*map(str, folders), "stack_trace", ".py"):
+        assert text.encode() not in content, text
+    model = load(out)
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    assert KEY in OnnxFile(out).metadata  # which verifies it
+    trained_on = open_checkpoint(checkpoint).card.training["dataset"]
+    assert Path(trained_on).is_absolute()
+    assert OnnxModel(out).card.training["dataset"] == Path(trained_on).name
+
+
+def test_debug_information_is_stripped_at_every_depth() -> None:
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1], doc_string="where")
+    inner = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"], doc_string="/home/me/net.py")],
+        *("inner", [], [value]),
+    )
+    outer = helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)
+    outer.metadata_props.add(key="stack_trace", value="/home/me/net.py")
+    model = helper.make_model(helper.make_graph([outer], "outer", [], [value]), doc_string="me")
+    assert model.SerializeToString().count(b"/home/me") == 3
+    size = model.ByteSize()
+    strip_debug_information(model)
+    assert b"/home/me" not in model.SerializeToString()
+    assert b"where" not in model.SerializeToString()
+    assert model.graph.node[0].attribute[0].g.node[0].op_type == "Identity"
+    assert model.ByteSize() < size
 
 
 def test_a_graph_that_disagrees_is_not_written(
@@ -55,7 +91,7 @@ def test_a_graph_that_disagrees_is_not_written(
     monkeypatch.setattr(onnx, "to_onnx", wrong)
     out = tmp_path / "model.onnx"
     with pytest.raises(DistclsError, match="beyond the tolerance") as caught:
-        onnx.export(ExportOptions(ckpt=checkpoint, out=out, limit=40))
+        export_onnx(ExportOptions(ckpt=checkpoint, out=out, limit=40))
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -64,7 +100,7 @@ def test_an_existing_file_is_kept(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.onnx"
     out.write_text("precious")
     with pytest.raises(UsageError, match="--overwrite"):
-        onnx.export(ExportOptions(ckpt=checkpoint, out=out))
+        export_onnx(ExportOptions(ckpt=checkpoint, out=out))
     assert out.read_text() == "precious"
 
 
@@ -110,8 +146,6 @@ def test_certificate_counts_every_image() -> None:
 
 
 def test_torch_model_answers_in_plain_numbers(checkpoint: Path) -> None:
-    from distcls.models.checkpoint import open_checkpoint
-
     model = open_checkpoint(checkpoint)
     assert isinstance(model, TorchModel)
     logits = model.logits(np.zeros((2, 28, 36, 3), np.uint8))

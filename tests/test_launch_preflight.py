@@ -1,4 +1,4 @@
-"""The preflight, really run by several processes, and what it says of what they find."""
+"""The preflight, run by several processes, and what it reports."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from pathlib import Path
 import pytest
 
 from distcls.errors import UsageError
-from distcls.launch.preflight import PreflightOptions, Row, failures, main, table, warnings
+from distcls.launch.preflight import PreflightOptions, RankReport, failures, main, table, warnings
 from tests.e2e.commands import ROOT, run
 
-ROW = Row(
+REPORT = RankReport(
     rank=0,
     host="node0",
     interface="eth0 10.0.0.1",
-    meeting="10.0.0.1:29471",
+    rendezvous="10.0.0.1:29471",
     device="cuda:0",
-    sum_right=True,
-    reduce_ms=4.2,
+    all_reduce_correct=True,
+    all_reduce_ms=4.2,
     clock=1000.0,
     free_gib=800.5,
-    refused="",
+    write_error="",
     unseen=[],
     versions={"python": "3.12.1", "torch": "2.14.1"},
 )
 SHARED = Path("/shared")
 
 
-def other(rank: int, **changes: object) -> Row:
+def other(rank: int, **changes: object) -> RankReport:
     """Another rank's row, on another host."""
-    return dataclasses.replace(ROW, **{"rank": rank, "host": f"node{rank}", **changes})  # type: ignore[arg-type]
+    return dataclasses.replace(REPORT, **{"rank": rank, "host": f"node{rank}", **changes})  # type: ignore[arg-type]
 
 
 def free_port() -> int:
@@ -77,9 +77,9 @@ def test_two_processes_find_nothing_wrong(tmp_path: Path) -> None:
     for row in content["rows"]:
         assert row["host"] == socket.gethostname()
         assert row["interface"].endswith(" 127.0.0.1")
-        assert row["sum_right"]
+        assert row["all_reduce_correct"]
         assert row["versions"]["torch"] != "none"
-    assert content["rows"][0]["meeting"] == content["rows"][1]["meeting"]
+    assert content["rows"][0]["rendezvous"] == content["rows"][1]["rendezvous"]
     assert "nothing wrong" in done.stderr
     assert list(tmp_path.iterdir()) == []  # the trial files are gone
 
@@ -127,7 +127,7 @@ def test_a_rank_without_the_other_ends_in_time_and_says_what_to_check(
     assert alone.returncode == 1, said
     assert time.monotonic() - began < 60  # three seconds and what it takes to load torch
     [line] = [line for line in said.splitlines() if "error: " in line]
-    assert f"meeting at 127.0.0.1:{port}: " in line
+    assert f"rendezvous at 127.0.0.1:{port}: " in line
     assert f"check that all 2 processes run, that port {port} of 127.0.0.1 is open" in line
     assert "GLOO_SOCKET_IFNAME" in line
 
@@ -139,7 +139,7 @@ def test_a_rank_without_the_other_ends_in_time_and_says_what_to_check(
         ("time.sleep(2); os._exit(0)", ""),
     ],
 )
-def test_a_rank_that_meets_and_then_says_nothing_ends_the_other(
+def test_a_rank_that_joins_and_then_hangs_ends_the_other(
     then: str, why: str, tmp_path: Path
 ) -> None:
     port = free_port()
@@ -169,9 +169,7 @@ def test_another_number_of_processes_is_wrong_usage(tmp_path: Path) -> None:
     assert "2 asked for, 1 running" in done.stderr
 
 
-def test_a_meeting_point_that_nothing_leads_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rendezvous_without_a_route(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="MASTER_ADDR and MASTER_PORT are not set"):
         main(["--processes", "2", "--shared", str(tmp_path)])
@@ -189,22 +187,22 @@ def test_numbers_that_mean_nothing(key: str) -> None:
 
 
 def test_nothing_wrong() -> None:
-    rows = [ROW, other(1, clock=1000.9)]
+    rows = [REPORT, other(1, clock=1000.9)]
     assert failures(rows, SHARED, 10) == []
     assert warnings(rows) == []
 
 
 def test_clocks_apart() -> None:
-    [line] = warnings([ROW, other(1, clock=998.0), other(2, clock=1000.5)])
+    [line] = warnings([REPORT, other(1, clock=998.0), other(2, clock=1000.5)])
     assert line.startswith("the clocks of rank 1 (node1) and rank 2 (node2) are 2.5 s apart")
 
 
 def test_every_failure_has_its_line() -> None:
     versions = {"python": "3.12.1", "torch": "2.13.0"}
     rows = [
-        dataclasses.replace(ROW, free_gib=3.7),
-        other(1, free_gib=3.2, sum_right=False),
-        other(2, refused="/shared cannot be written", versions=versions),
+        dataclasses.replace(REPORT, free_gib=3.7),
+        other(1, free_gib=3.2, all_reduce_correct=False),
+        other(2, write_error="/shared cannot be written", versions=versions),
         other(3, unseen=[0, 1], free_gib=3.9),
     ]
     assert failures(rows, SHARED, 10) == [
@@ -219,15 +217,17 @@ def test_every_failure_has_its_line() -> None:
 
 
 def test_what_all_ranks_find_is_said_once() -> None:
-    rows = [dataclasses.replace(row, free_gib=1.0) for row in (ROW, other(1))]
+    rows = [dataclasses.replace(row, free_gib=1.0) for row in (REPORT, other(1))]
     [line] = failures(rows, SHARED, 10)
     assert line.startswith("every rank: 1 GiB free")
 
 
 def test_the_table_stands_in_columns() -> None:
-    lines = table([ROW, other(1, sum_right=False, unseen=[0], clock=1000.25)]).splitlines()
+    lines = table(
+        [REPORT, other(1, all_reduce_correct=False, unseen=[0], clock=1000.25)]
+    ).splitlines()
     assert len(lines) == 4
-    assert lines[0].index("meets at") == lines[1].index("10.0.0.1:29471")
+    assert lines[0].index("rendezvous") == lines[1].index("10.0.0.1:29471")
     assert "WRONG" in lines[2]
     assert "+0.250 s" in lines[2]
     assert lines[2].endswith("unseen")

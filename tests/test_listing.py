@@ -58,7 +58,7 @@ def test_nothing_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
         devices.append({parameter.device.type for parameter in model.parameters()})
         return count(model)
 
-    monkeypatch.setattr(models, "count_parameters", noted)
+    monkeypatch.setattr("distcls.models.classifier.count_parameters", noted)
     for name in ("resnet50", "timm:resnet50"):
         models.describe(name)
     assert devices == [{"meta"}, {"meta"}]

@@ -20,7 +20,7 @@ from distcls.data.dataset import Dataset
 from distcls.data.formats.detect import open_source
 from distcls.errors import UsageError
 from distcls.evaluation.evaluate import check_task
-from distcls.export.certificate import certify, certify_variant, expect
+from distcls.export.certificate import certify, certify_accuracy, reference_outputs
 from distcls.model_card import ModelCard
 from distcls.runtime.model import OnnxModel
 from distcls.task import Head, Task
@@ -246,16 +246,16 @@ class Altered(tiny_onnx.FakeModel):
 
 
 @pytest.mark.parametrize("kind", ["heads", "tagged"])
-def test_a_variant_s_certificate_counts_whole_answers_and_their_parts(
+def test_the_accuracy_certificate_counts_whole_predictions_and_each_head(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
     data, model = request.getfixturevalue(kind)
     task = HEADS if kind == "heads" else LABELS
     split = Dataset.open(data).split("test")
-    found = certify_variant(
+    found = certify_accuracy(
         Altered(model, place=4),
         split,
-        expect(OnnxModel(model), split),
+        reference_outputs(OnnxModel(model), split),
         precision="int8",
         max_accuracy_drop=100,
         min_agreement=0,
@@ -268,8 +268,8 @@ def test_a_variant_s_certificate_counts_whole_answers_and_their_parts(
     assert found.top1_reference == pytest.approx((wanted == truths).all(axis=1).mean())
     assert found.top1_agreement == pytest.approx((given == wanted).all(axis=1).mean())
     columns = [slice(0, 1), slice(1, 2)] if kind == "heads" else [slice(None)]
-    assert [part.name for part in found.parts] == (["a", "b"] if kind == "heads" else ["labels"])
-    for part, column in zip(found.parts, columns, strict=True):
+    assert [part.name for part in found.heads] == (["a", "b"] if kind == "heads" else ["labels"])
+    for part, column in zip(found.heads, columns, strict=True):
         assert part.top1 == pytest.approx((given == truths)[:, column].mean())
         assert part.top1_reference == pytest.approx((wanted == truths)[:, column].mean())
         assert part.top1_agreement == pytest.approx((given == wanted)[:, column].mean())

@@ -10,7 +10,7 @@ import torch
 
 from distcls.data.dataset import Dataset
 from distcls.export.certificate import load_images
-from distcls.export.onnx import ExportOptions, export
+from distcls.export.onnx import ExportOptions, export_onnx
 from distcls.imaging import Preprocess
 from distcls.model_card import ModelCard
 from distcls.models.checkpoint import open_checkpoint, save_checkpoint
@@ -58,7 +58,7 @@ def test_exported_it_answers_as_its_checkpoint(name: str, digits: Path, tmp_path
         training={"dataset": str(digits)},
     )
     save_checkpoint(tmp_path / "best.pth", model, card)
-    certificate = export(ExportOptions(ckpt=tmp_path / "best.pth", limit=64))
+    certificate = export_onnx(ExportOptions(ckpt=tmp_path / "best.pth", limit=64))
     assert certificate.holds
     expected = open_checkpoint(tmp_path / "best.pth", "cpu").logits(images)
     assert np.ptp(expected, axis=0).max() > 1e-4  # the images do differ to it

@@ -10,28 +10,37 @@ import numpy as np
 import pytest
 
 from distcls.errors import UsageError
-from distcls.launch.search import (
-    OWN,
+from distcls.launch.search import main, ranking, table
+from distcls.launch.search_space import (
     SearchConfig,
+    SearchSpace,
     Trial,
     command,
-    main,
+    gpus_of,
     plan,
-    ranking,
     read_grid,
-    table,
 )
 from distcls.training.config import LossConfig, MonitorConfig, TrainConfig
 
-BASE = TrainConfig(data=Path("digits"), out=Path("found"), epochs=3, quiet=True)
+BASE = {"data": Path("digits"), "out": Path("found"), "epochs": 3, "quiet": True}
 
 
 def values(trials: list[Trial]) -> list[dict[str, str]]:
     return [trial.values for trial in trials]
 
 
-def planned(*grid: str, base: TrainConfig = BASE, **options: Any) -> list[Trial]:
-    return plan(base, grid, options.pop("ranges", ()), random=options.pop("random", None))
+def configs(trials: list[Trial]) -> list[TrainConfig]:
+    """The configs of trials of one run each."""
+    found = []
+    for trial in trials:
+        [config] = trial.runs
+        found.append(config)
+    return found
+
+
+def planned(*grid: str, **options: Any) -> list[Trial]:
+    config: dict[str, Any] = {**BASE, **options, "grid": grid}
+    return plan(SearchSpace(SearchConfig(**config)))
 
 
 def test_a_grid_is_every_combination() -> None:
@@ -39,25 +48,24 @@ def test_a_grid_is_every_combination() -> None:
     assert values(trials) == [
         {"lr": lr, "augment.mixup": mixup} for lr in ("1e-3", "3e-3") for mixup in ("0", "0.2")
     ]
-    assert [trial.config.lr for trial in trials] == [1e-3, 1e-3, 3e-3, 3e-3]
-    assert [trial.config.augment.mixup for trial in trials] == [0, 0.2, 0, 0.2]
+    assert [config.lr for config in configs(trials)] == [1e-3, 1e-3, 3e-3, 3e-3]
+    assert [config.augment.mixup for config in configs(trials)] == [0, 0.2, 0, 0.2]
     assert trials[2].name == "003-lr=3e-3-mixup=0"
-    for trial in trials:
-        assert trial.config.out == Path("found") / trial.name
-        assert (trial.config.epochs, trial.config.resume) == (3, "auto")
-        assert trial.config.json
-        assert not trial.config.quiet
+    for trial, config in zip(trials, configs(trials), strict=True):
+        assert config.out == Path("found") / trial.name
+        assert (config.epochs, config.resume) == (3, "auto")
+        assert config.json
+        assert not config.quiet
 
 
-def test_all_else_is_the_base(tmp_path: Path) -> None:
+def test_all_else_is_the_base() -> None:
     loss = LossConfig(class_weights={"a.b": 2.0, "c": 0.5})
-    base = SearchConfig(data=tmp_path, out=tmp_path, loss=loss, grid=("lr=1,2",))
-    [first, _] = plan(base, base.grid, (), random=None, own=OWN)
-    assert type(first.config) is TrainConfig
-    assert first.config.loss == loss
-    [one, other] = planned("loss.class_weights=balanced;a=2,b=3", base=first.config)
-    assert one.config.loss.class_weights == "balanced"
-    assert other.config.loss.class_weights == {"a": 2.0, "b": 3.0}
+    first = configs(planned("lr=1,2", loss=loss))[0]
+    assert type(first) is TrainConfig
+    assert first.loss == loss
+    [one, other] = configs(planned("loss.class_weights=balanced;a=2,b=3"))
+    assert one.loss.class_weights == "balanced"
+    assert other.loss.class_weights == {"a": 2.0, "b": 3.0}
 
 
 def test_values_may_hold_commas_and_spaces() -> None:
@@ -65,32 +73,36 @@ def test_values_may_hold_commas_and_spaces() -> None:
         "augment.resized_crop": ["0.3,1", "0.5,1"]
     }
     [first, _] = planned("schedule.warmup=2 epochs,5%")
-    assert first.config.schedule.warmup == "2 epochs"
+    assert first.runs[0].schedule.warmup == "2 epochs"
     assert first.name == "001-warmup=2_epochs"
 
 
+def test_a_key_under_its_old_name_is_taken_with_a_warning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert read_grid(["average.last=2,3"]) == {"average.last_epochs": ["2", "3"]}
+    assert "grid: average.last is now average.last_epochs; the old" in capsys.readouterr().err
+
+
 def test_random_draws_are_log_uniform_and_stay_in_their_range() -> None:
-    trials = planned(
-        "model.dropout=0,0.2", ranges=("lr=1e-4..1e-2", "batch_size=4..64"), random=300
-    )
-    rates = np.log10([trial.config.lr for trial in trials])
-    sizes = [trial.config.batch_size for trial in trials]
+    trials = planned("model.dropout=0,0.2", range=("lr=1e-4..1e-2", "batch_size=4..64"), random=300)
+    rates = np.log10([config.lr for config in configs(trials)])
+    sizes = [config.batch_size for config in configs(trials)]
     assert rates.min() >= -4
     assert rates.max() <= -2
     np.testing.assert_allclose(np.histogram(rates, 4, (-4, -2))[0] / 300, 0.25, atol=0.08)
     assert min(sizes) == 4
     assert 60 <= max(sizes) <= 64
     assert np.median(sizes) == pytest.approx(16, abs=4)
-    dropouts = [trial.config.model.dropout for trial in trials]
+    dropouts = [config.model.dropout for config in configs(trials)]
     assert dropouts.count(0.2) / 300 == pytest.approx(0.5, abs=0.1)
 
 
 def test_more_draws_begin_with_the_same_and_the_seed_decides() -> None:
-    options: dict[str, Any] = {"ranges": ("lr=1e-4..1e-2",)}
+    options: dict[str, Any] = {"range": ("lr=1e-4..1e-2",)}
     few, many = (planned("epochs=1,2", random=count, **options) for count in (3, 6))
     assert values(few) == values(many)[:3]
-    other = TrainConfig(data=BASE.data, out=BASE.out, seed=1)
-    assert values(planned("epochs=1,2", base=other, random=3, **options)) != values(few)
+    assert values(planned("epochs=1,2", seed=1, random=3, **options)) != values(few)
 
 
 def test_draws_from_a_grid_are_all_different() -> None:
@@ -99,7 +111,7 @@ def test_draws_from_a_grid_are_all_different() -> None:
     with pytest.raises(UsageError, match="random: 7 of only 6 combinations"):
         planned("lr=1,2,3", "epochs=1,2", random=7)
     with pytest.raises(UsageError, match="random: 5, but the ranges hold only about 2"):
-        planned(ranges=("epochs=1..2",), random=5)
+        planned(range=("epochs=1..2",), random=5)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +120,7 @@ def test_draws_from_a_grid_are_all_different() -> None:
         ([], "grid: () is not valid, expected KEY=VALUE,VALUE at least once"),
         (["--grid", "lr"], "grid: 'lr' is not valid, expected KEY=VALUE,VALUE"),
         (["--grid", "lr=1,,2"], "grid: 'lr=1,,2' is not valid"),
-        (["--grid", "lr=1,1"], "grid: lr: 1 stands there twice"),
+        (["--grid", "lr=1,1"], "grid: lr: 1 is given twice"),
         (["--grid", "lr=1", "--grid", "lr=2"], "grid: lr is given twice"),
         (["--grid", "lrr=1"], "grid: unknown key 'lrr'; did you mean 'lr'?"),
         (["--grid", "augment.mixupp=1"], "did you mean 'augment.mixup'?"),
@@ -125,6 +137,16 @@ def test_draws_from_a_grid_are_all_different() -> None:
         (["--range", "model.name=1..2", "--random", "2"], "range: model.name is no number"),
         (["--grid", "lr=1", "--range", "lr=1..2", "--random", "2"], "range: lr is given twice"),
         (["--grid", "lr=1,2", "--random", "0"], "random: 0 is not valid"),
+        (["--grid", "lr=1", "--random", "1", "--trials", "1"], "random: 1 is not valid"),
+        (["--grid", "lr=1", "--random", "1", "--sampler", "tpe"], "random: 1 is not valid"),
+        (["--grid", "lr=1", "--trials", "1"], "trials: 1 is not valid, expected null with grid"),
+        (["--grid", "lr=1", "--sampler", "tpe"], "trials: None is not valid, expected at least 1"),
+        (["--grid", "lr=1", "--sampler", "cmaes"], "expected one of grid, random, tpe or null"),
+        (["--grid", "lr=1", "--pruner", "fast"], "expected one of none, median, hyperband"),
+        (["--grid", "lr=1", "--jobs", "0"], "jobs: 0 is not valid, expected at least 1"),
+        (["--grid", "lr=1", "--folds", "1"], "folds: 1 is not valid, expected at least 2, or null"),
+        (["--grid", "lr=1", "--folds", "2"], "expected a path with {fold}"),
+        (["--range", "epochs=1.2..1.8", "--random", "2"], "holds no whole number"),
         (["--grid", "lr=1,2", "--resume", "a.pth"], "resume: 'a.pth' is not valid"),
         (["--grid", "lr=1,2", "--learning-rate", "1"], "unexpected argument '--learning-rate'"),
         # contradictions between a value and all else
@@ -153,34 +175,64 @@ def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_processes_decide_the_launcher() -> None:
-    [alone] = planned("lr=1")
+    [alone] = configs(planned("lr=1"))
     assert command(alone)[1:] == ["-m", "distcls.train", "--config", "found/001-lr=1.yaml"]
-    [pair] = planned("lr=1", base=TrainConfig(data=BASE.data, out=BASE.out, processes=2))
+    [pair] = configs(planned("lr=1", processes=2))
     words = command(pair)
     assert words[1:3] == ["-m", "accelerate.commands.launch"]
     assert words[words.index("--num_processes") + 1] == "2"
     assert words[-4:] == command(alone)[1:]
 
 
+def test_several_trials_at_a_time_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distcls.launch.search_space.available_cores", lambda: 12)
+    [pair] = configs(planned("lr=1", processes=2))
+    assert command(pair, jobs=3)[-4:] == ["--threads", "2", "--loader.workers", "2"]
+    [own] = configs(planned("lr=1", threads=5))
+    assert command(own, jobs=3)[-3:] == ["found/001-lr=1.yaml", "--loader.workers", "4"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    assert [gpus_of(slot, 2, 1) for slot in (0, 1)] == ["4", "5"]
+    assert [gpus_of(slot, 2, 2) for slot in (0, 1)] == ["4,5", "7,4"]
+    assert gpus_of(0, 1, 2) is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpus_of(1, 2, 1) is None
+
+
+def test_a_run_for_each_fold() -> None:
+    [first, _] = planned("lr=1,2", data=Path("cut/fold{fold}"), folds=2)
+    assert [str(run.data) for run in first.runs] == ["cut/fold1", "cut/fold2"]
+    assert [str(run.out) for run in first.runs] == [f"found/001-lr=1/fold{k}" for k in (1, 2)]
+    with pytest.raises(UsageError, match=r"data: 'digits' is not valid, expected .* \{fold\}"):
+        planned("lr=1,2", folds=2)
+
+
+def test_tpe_is_checked_at_the_corners_of_its_space() -> None:
+    options: dict[str, Any] = {"sampler": "tpe", "trials": 9, "range": ("epochs=2..5.5",)}
+    assert values(planned("lr=1,2", **options)) == [
+        {"lr": lr, "epochs": epochs} for lr in ("1", "2") for epochs in ("2", "5")
+    ]
+    with pytest.raises(UsageError, match=r"average\.last_epochs: 4 is not valid, expected at most"):
+        planned("average.last_epochs=2,4", **options)
+
+
 @pytest.mark.parametrize(("metric", "best"), [("top1", "0.9"), ("loss", "0.1")])
 def test_the_ranking_follows_the_metric(metric: str, best: str) -> None:
-    monitor = MonitorConfig(metric=metric)
-    base = TrainConfig(data=BASE.data, out=BASE.out, monitor=monitor)
-    trials = planned("lr=1,2,3,4", base=base)
-    rows = {
-        trial.name: {
-            "trial": trial.name,
-            **trial.values,
-            **{"best_score": score, "best_epoch": "2", "seconds": "1.0", "exit_code": code},
+    config: dict[str, Any] = {**BASE, "monitor": MonitorConfig(metric=metric), "grid": ("lr=1,2",)}
+    states = ("complete", "complete", "complete", "failed", "pruned")
+    rows = [
+        {
+            **{"trial": f"00{number}-lr={number}", "lr": str(number), "state": state, "std": ""},
+            **{"best_score": score, "best_epoch": "2", "seconds": "1.0"},
         }
-        for trial, score, code in zip(
-            trials, ("nan", "0.1", "0.9", ""), ("0", "0", "0", "1"), strict=True
+        for number, (score, state) in enumerate(
+            zip(("nan", "0.1", "0.9", "", "0.95"), states, strict=True), 1
         )
-    }
-    ranked = ranking(trials, rows)
+    ]
+    ranked = ranking(SearchConfig(**config), rows)
     assert len(ranked) == 3
     assert ranked[0]["best_score"] == best
     assert math.isnan(float(ranked[-1]["best_score"]))
-    lines = table(metric, trials, ranked)
+    lines = table(SearchConfig(**config), rows)
     assert lines[0].split() == ["rank", metric, "epoch", "seconds", "lr"]
     assert lines[1].split()[:3] == ["1", f"{best}0000", "2"]
+    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3", "pruned"]

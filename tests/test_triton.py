@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
+from distcls.commands.export import main_triton
 from distcls.errors import UsageError
-from distcls.export import triton
 from distcls.runtime.model import OnnxModel
 from distcls.task import Head, Task
 from tests import tiny_onnx
@@ -75,7 +75,7 @@ def message() -> Any:
 
 
 def write(model: Path, out: Path, *more: str) -> Path:
-    triton.main(["--model", str(model), "--out", str(out), "--quiet", *more])
+    main_triton(["--model", str(model), "--out", str(out), "--quiet", *more])
     return out
 
 

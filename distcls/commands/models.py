@@ -1,4 +1,4 @@
-"""What is known of a network before it is trained: parameters, multiply-accumulates, input size."""
+"""`distcls models`: networks by name with parameters, multiply-accumulates and input size."""
 
 from __future__ import annotations
 
@@ -6,51 +6,30 @@ import dataclasses
 import json
 import textwrap
 from collections.abc import Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from distcls.cli import run
 from distcls.config import parse, positional
-from distcls.imaging import Preprocess
-from distcls.models.classifier import Classifier, count_macs, count_parameters
-from distcls.models.factory import construct
-from distcls.models.pretrained import library_preprocess
-from distcls.models.registry import Origin, resolve
+
+if TYPE_CHECKING:
+    from distcls.models.registry import Origin
 
 ABOUT = "List networks by name with their parameters, multiply-accumulates and input size."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelsOptions:
-    """What `distcls models` can be told."""
-
-    pattern: str | None = positional(None)
-    """Names to list: a glob such as 'timm:*vit*', or a part of the name; unset, the best known."""
-    json: bool = False
-    """Print one JSON object on standard output."""
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Parse, look up, print."""
-    options = parse(ModelsOptions, arguments, prog="distcls models", about=ABOUT)
-    pass
-    from distcls.models.registry import matching
-
-    names = matching(options.pattern)
-    if options.json:
-        print(json.dumps({"models": [describe(name).to_json() for name in names]}))
-        return
-    print(HEADER)
-    for name in names:
-        print(describe(name).line(), flush=True)
-
-
 CLASSES = 1000
 """ImageNet's, so that the figures are those of the papers."""
 ANY_SIZE = (32, 32)
 """Input of the figures for networks without published weights."""
 HEADER = f"{'name':<40} {'library':<12} {'parameters':>11} {'MACs':>11}  input"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelsOptions:
+    """Options of `distcls models`."""
+
+    pattern: str | None = positional(None)
+    """Names to list: a glob such as 'timm:*vit*', or a substring; default: a short list."""
+    json: bool = False
+    """Print one JSON object on standard output."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,8 +61,25 @@ class Entry:
         )
 
 
+def main(arguments: Sequence[str]) -> None:
+    """Parse, look up, print."""
+    options = parse(ModelsOptions, arguments, prog="distcls models", about=ABOUT)
+    from distcls.models.registry import matching
+
+    names = matching(options.pattern)
+    if options.json:
+        print(json.dumps({"models": [describe(name).to_json() for name in names]}))
+        return
+    print(HEADER)
+    for name in names:
+        print(describe(name).line(), flush=True)
+
+
 def describe(name: str) -> Entry:
     """The figures of one network. Raises UsageError for an unknown name."""
+    from distcls.models.pretrained import library_preprocess
+    from distcls.models.registry import resolve
+
     origin = resolve(name)
     published = library_preprocess(origin)
     size = ANY_SIZE if published is None else published.size
@@ -93,7 +89,7 @@ def describe(name: str) -> Entry:
         try:
             parameters, macs = _figures(origin, size, device)
             break
-        except Exception as error:  # hundreds of networks of others, and as many ways to fail
+        except Exception as error:  # hundreds of third-party networks, and as many ways to fail
             note = textwrap.shorten(str(error) or type(error).__name__, 100)
     return Entry(
         name=name,
@@ -107,6 +103,12 @@ def describe(name: str) -> Entry:
 
 def _figures(origin: Origin, size: tuple[int, int], device: str) -> tuple[int, int]:
     """Parameters and multiply-accumulates; on the device `meta`, nothing is allocated."""
+    import torch
+
+    from distcls.imaging import Preprocess
+    from distcls.models.classifier import Classifier, count_macs, count_parameters
+    from distcls.models.factory import construct
+
     with torch.device(device):
         model = Classifier(construct(origin, CLASSES, size).network, Preprocess(size=size))
         return count_parameters(model), count_macs(model, size)

@@ -1,7 +1,8 @@
-"""The proof that an exported file answers as its checkpoint does, and how fast each is.
+"""Certificates of exported files: parity in fp32, accuracy in reduced precision.
 
-Of a model with several heads the whole answer counts, and each head by itself; of labels all
-decisions of an image, and each by itself.
+Both compare the file with its checkpoint on real images. A multi-head or multi-label prediction is
+right if it is right in every head or label; the accuracy certificate also counts each head by
+itself, and all labels together.
 """
 
 from __future__ import annotations
@@ -33,26 +34,26 @@ class Parity:
 
     batch_size: int
     top1_agreement: float
-    """Share of images on which both answer the same: the first class, all heads', all labels."""
+    """Fraction of images with the same prediction: top-1 class, of all heads, or all labels."""
     max_logit_difference: float
     """Largest absolute difference of any logit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """What was compared, and the outcome; embedded in the exported file."""
+    """Parity of an export in fp32 with its checkpoint; embedded in the exported file."""
 
     images: int
     """Real images compared at each batch size."""
     split: str
-    """Split of the dataset they are of."""
+    """Their split of the dataset."""
     tolerance: float
     """Largest logit difference that was allowed."""
     results: tuple[Parity, ...]
     reference: str
-    """What computed the checkpoint's answers."""
+    """Provider that ran the checkpoint."""
     provider: str
-    """What computed the exported file's."""
+    """Provider that ran the exported file."""
     machine: str = dataclasses.field(default_factory=platform.machine)
 
     @property
@@ -93,16 +94,19 @@ def certify(
     tolerance: float,
     batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> Certificate:
-    """Compare two models on the same images, the exported one at every batch size."""
+    """Compare two models on images, uint8 [N, H, W, 3], the exported one at every batch size.
+
+    Raises DistclsError if the checkpoint's own logits are not finite.
+    """
     expected = _in_batches(reference, images, max(batch_sizes))
     if not np.isfinite(expected).all():
         raise DistclsError("the checkpoint's own logits are not finite; there is nothing to export")
     decide = reference.card.task.decide
-    answers = decide(expected)
+    predictions = decide(expected)
     results = []
     for size in batch_sizes:
         found = _in_batches(exported, images, size)
-        same = (answers == decide(found)).all(axis=1)
+        same = (predictions == decide(found)).all(axis=1)
         difference = np.abs(expected - found).max()
         results.append(
             Parity(
@@ -128,104 +132,106 @@ def _in_batches(model: Model, images: NDArray[np.uint8], size: int) -> NDArray[n
 
 
 BATCH = 32
-"""Images at a time when models are compared."""
+"""Images at a time, for accuracy and speed."""
+TIMED = 96
+"""Images over which a speed is measured, at most."""
 
 Logits = NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Expected:
-    """What the checkpoint answers to a split."""
+class ReferenceOutputs:
+    """The checkpoint's outputs on a split."""
 
     logits: Logits
     """[N, K]."""
     labels: Integers
-    """[N]; of several answers [N, heads] or [N, labels]."""
+    """[N]; multi-head [N, heads], multi-label [N, labels]."""
     task: Task
-    """What they are answers to, with the checkpoint's thresholds."""
+    """The task, with the checkpoint's thresholds."""
     provider: str
-    """What computed it."""
+    """Provider that ran the checkpoint."""
 
     @property
     def truths(self) -> Integers:
-        """The labels as `Task.decide` gives answers, [N, parts]."""
+        """The labels in the shape of `Task.decide`'s predictions, [N, 1 or heads or labels]."""
         return self.labels[:, None] if self.labels.ndim == 1 else self.labels
 
     @property
     def top1(self) -> float:
-        """Part of the images whose whole answer is right."""
-        return _same(self.task.decide(self.logits), self.truths)
+        """Fraction of images that are right in every head or label."""
+        return _agreement(self.task.decide(self.logits), self.truths)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PartAccuracy:
-    """A head by itself, or all decisions about labels, each by itself."""
+class HeadAccuracy:
+    """Accuracy of one head, or of all labels of a multi-label model."""
 
     name: str
-    """The head's, or `labels`."""
+    """Of the head, or `labels`."""
     top1: float
     top1_reference: float
     top1_agreement: float
 
     @property
     def drop(self) -> float:
-        """Points of top-1 that are lost."""
+        """Lost top-1, in percentage points."""
         return 100 * (self.top1_reference - self.top1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VariantCertificate:
-    """What was compared, and the outcome; embedded in the exported variant."""
+class AccuracyCertificate:
+    """Accuracy of an export in reduced precision beside its checkpoint's; embedded in the file."""
 
     precision: str
     images: int
-    """All of the split."""
+    """Number of images: the whole split."""
     split: str
     top1: float
-    """Of the variant: share of images whose whole answer, all heads' or labels, is right."""
+    """Of the exported file: fraction of images that are right in every head or label."""
     top1_reference: float
     """Of the checkpoint."""
     top1_agreement: float
-    """Share of images to which both give the same answer."""
-    parts: tuple[PartAccuracy, ...] = ()
-    """Of several heads each, of labels all together; empty where an image has one class."""
+    """Fraction of images with the same prediction."""
+    heads: tuple[HeadAccuracy, ...] = ()
+    """One for each head, or one for all labels; empty for a single-label model."""
     max_logit_difference: float
     """Largest absolute difference of any logit."""
     max_accuracy_drop: float
-    """Points of top-1 that were allowed to be lost."""
+    """Top-1 that was allowed to be lost, in percentage points."""
     min_agreement: float
-    """Percent of images to which both had to give the same answer."""
+    """Percent of images that had to keep their prediction."""
     images_per_second: float
-    """Of the variant on this machine, ONNX Runtime's CPU provider, 32 images at a time."""
+    """Of the file on this machine, ONNX Runtime's CPU provider, 32 images at a time."""
     images_per_second_fp32: float
     """Of the same graph in fp32."""
     float_layers: tuple[str, ...]
     """Layers that were left in float because they lost too much."""
     reference: str
-    """What computed the checkpoint's answers."""
+    """Provider that ran the checkpoint."""
     provider: str
-    """What computed the variant's."""
+    """Provider that ran the exported file."""
     machine: str = dataclasses.field(default_factory=platform.machine)
 
     @property
     def drop(self) -> float:
-        """Points of top-1 that are lost; below nought if it is better."""
+        """Lost top-1, in percentage points; negative if it is better."""
         return 100 * (self.top1_reference - self.top1)
 
     @property
     def holds(self) -> bool:
-        """Whether no more accuracy is lost than was allowed, in no part, and few answers change."""
+        """Whether neither the whole nor a head lost too much, and few predictions changed."""
         same = 100 * self.top1_agreement >= self.min_agreement - 1e-9
-        drop = max([self.drop, *(part.drop for part in self.parts)])
+        drop = max([self.drop, *(head.drop for head in self.heads)])
         return bool(drop <= self.max_accuracy_drop + 1e-9 and same)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the file's metadata.
 
-        `tolerance` is what another provider's logits may differ by: as much as the variant's own.
+        `tolerance` is what another provider's logits may differ by: as much as the file's own.
         """
         values = dataclasses.asdict(self)
-        for name in ("float_layers", "parts"):
+        for name in ("float_layers", "heads"):
             values[name] = list(values[name])
         return {**values, "tolerance": self.max_logit_difference}
 
@@ -236,7 +242,7 @@ class VariantCertificate:
             f"{self.precision}: top-1 {self.top1:.2%}, the checkpoint's {self.top1_reference:.2%} "
             f"({self.drop:+.2f} points lost, {self.max_accuracy_drop:g} allowed) on "
             f"{self.images:,} images of {self.split}{kept}",
-            *self._of_worst(),
+            *self._worst_line(),
             f"{self.precision}: top-1 agreement {self.top1_agreement:.2%} (at least "
             f"{self.min_agreement:g}%), largest logit difference {self.max_logit_difference:.1e}",
             f"{self.precision}: {self.images_per_second:,.0f} images/s on this machine's CPU, "
@@ -244,24 +250,24 @@ class VariantCertificate:
         ]
 
     @property
-    def worst(self) -> PartAccuracy | None:
-        """The part that loses most, if there are any."""
-        return max(self.parts, key=lambda part: part.drop, default=None)
+    def worst(self) -> HeadAccuracy | None:
+        """The head that lost most, if there are any."""
+        return max(self.heads, key=lambda head: head.drop, default=None)
 
-    def _of_worst(self) -> list[str]:
-        part = self.worst
-        if part is None:
+    def _worst_line(self) -> list[str]:
+        head = self.worst
+        if head is None:
             return []
         return [
-            f"{self.precision}: {part.name!r}, which loses most: top-1 {part.top1:.2%}, the "
-            f"checkpoint's {part.top1_reference:.2%}, agreement {part.top1_agreement:.2%}"
+            f"{self.precision}: worst head {head.name!r}: top-1 {head.top1:.2%}, the "
+            f"checkpoint's {head.top1_reference:.2%}, agreement {head.top1_agreement:.2%}"
         ]
 
 
-def answers(model: Model, split: Split) -> Logits:
-    """A model's logits for all images of a split, [N, K].
+def predict_logits(model: Model, split: Split) -> Logits:
+    """A model's logits for all images of a split, float32 [N, K].
 
-    Raises DistclsError if an image cannot be read or an answer is not finite.
+    Raises DistclsError if an image cannot be read or its logits are not finite.
     """
     chunks = stream(split, model, batch_size=BATCH)
     found = []
@@ -274,88 +280,82 @@ def answers(model: Model, split: Split) -> Logits:
     return np.concatenate(found)
 
 
-def expect(reference: Model, split: Split) -> Expected:
-    """What a checkpoint answers to a split; raises as `answers` does."""
-    return Expected(
-        logits=answers(reference, split),
+def reference_outputs(reference: Model, split: Split) -> ReferenceOutputs:
+    """A checkpoint's outputs on a split; raises as `predict_logits` does."""
+    return ReferenceOutputs(
+        logits=predict_logits(reference, split),
         labels=split.labels,
         task=reference.card.task,
         provider=reference.provider,
     )
 
 
-def certify_variant(
-    variant: Model,
+def certify_accuracy(
+    exported: Model,
     split: Split,
-    expected: Expected,
+    expected: ReferenceOutputs,
     *,
     precision: str,
     max_accuracy_drop: float,
     min_agreement: float,
     float_layers: tuple[str, ...] = (),
     speeds: tuple[float, float],
-) -> VariantCertificate:
-    """Compare a variant with the checkpoint on all images of a split.
+) -> AccuracyCertificate:
+    """Compare an export with the checkpoint on all images of a split.
 
-    `speeds` are images per second of the variant and of the same graph in fp32.
+    `speeds` are images per second of the export and of the same graph in fp32.
     """
-    found = answers(variant, split)
-    given, wanted = (expected.task.decide(logits) for logits in (found, expected.logits))
-    return VariantCertificate(
+    logits = predict_logits(exported, split)
+    predictions, wanted = map(expected.task.decide, (logits, expected.logits))
+    return AccuracyCertificate(
         precision=precision,
-        images=len(found),
+        images=len(logits),
         split=split.name,
-        top1=_same(given, expected.truths),
+        top1=_agreement(predictions, expected.truths),
         top1_reference=expected.top1,
-        top1_agreement=_same(given, wanted),
-        parts=_parts(expected, given, wanted),
-        max_logit_difference=float(np.abs(found - expected.logits).max()),
+        top1_agreement=_agreement(predictions, wanted),
+        heads=_heads(expected, predictions, wanted),
+        max_logit_difference=float(np.abs(logits - expected.logits).max()),
         max_accuracy_drop=max_accuracy_drop,
         min_agreement=min_agreement,
         images_per_second=speeds[0],
         images_per_second_fp32=speeds[1],
         float_layers=float_layers,
         reference=expected.provider,
-        provider=variant.provider,
+        provider=exported.provider,
     )
 
 
-def _same(left: Integers, right: Integers) -> float:
-    """Share of images, [N, parts] each, whose answers are the same in all parts."""
+def _agreement(left: Integers, right: Integers) -> float:
+    """Fraction of images, rows of [N, 1 or heads or labels], that are the same in every column."""
     return float((left == right).all(axis=1).mean())
 
 
-def _parts(expected: Expected, given: Integers, wanted: Integers) -> tuple[PartAccuracy, ...]:
-    """The parts of several answers, `given` by the variant and `wanted` by the checkpoint."""
+def _heads(
+    expected: ReferenceOutputs, predictions: Integers, wanted: Integers
+) -> tuple[HeadAccuracy, ...]:
+    """Accuracy by head; `predictions` are the export's, `wanted` the checkpoint's."""
     task, truths = expected.task, expected.truths
     if task.single:
         return ()
     if not task.heads:
-        return (_part("labels", given, wanted, truths),)
+        return (_head("labels", predictions, wanted, truths),)
     return tuple(
-        _part(head.name, *(each[:, place] for each in (given, wanted, truths)))
+        _head(head.name, *(each[:, place] for each in (predictions, wanted, truths)))
         for place, head in enumerate(task.heads)
     )
 
 
-def _part(name: str, given: Integers, wanted: Integers, truths: Integers) -> PartAccuracy:
-    return PartAccuracy(
+def _head(name: str, predictions: Integers, wanted: Integers, truths: Integers) -> HeadAccuracy:
+    return HeadAccuracy(
         name=name,
-        top1=float((given == truths).mean()),
+        top1=float((predictions == truths).mean()),
         top1_reference=float((wanted == truths).mean()),
-        top1_agreement=float((given == wanted).mean()),
+        top1_agreement=float((predictions == wanted).mean()),
     )
 
 
-BATCH = 32
-"""Images at a time."""
-TIMED = 96
-"""Images over which a speed is measured, at most."""
-
-Images = NDArray[np.uint8]
-
-
-def measure_speeds(models: tuple[Model, Model], images: Images) -> tuple[float, float]:
+def measure_speeds(models: tuple[Model, Model], images: NDArray[np.uint8]) -> tuple[float, float]:
     """Images per second of two models that take turns, so that neither has the quieter moment."""
     batches = [images[start : start + BATCH] for start in range(0, min(len(images), TIMED), BATCH)]
     for model in models:

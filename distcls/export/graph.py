@@ -1,4 +1,4 @@
-"""What is done to an exported graph besides exporting it: features, heads, a checksum."""
+"""Editing and writing exported graphs: extra outputs, no debug information, a checksum."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distcls.task import Head
 
 
 def add_features(model: Any) -> None:
-    """Add the output `features`, float32 [N, D], to a ModelProto: what its last layer is given.
+    """Add the output `features`, float32 [N, D], to a ModelProto: the input of its last layer.
 
     A network whose last layer is no matrix product gets none.
     """
@@ -61,12 +61,12 @@ def add_heads(model: Any, heads: Sequence[Head]) -> None:
 
 
 def output_of(head: Head) -> str:
-    """The output of a head by itself."""
+    """Name of the output of one head."""
     return f"{PROBABILITIES}:{head.name}"
 
 
 def after_logits(model: Any) -> list[Any]:
-    """The nodes that follow from the logits, such as the softmax, in their order."""
+    """The nodes that depend on the logits, such as the softmax, in graph order."""
     known, found = {LOGITS}, []
     for node in model.graph.node:
         if known & set(node.input):
@@ -75,17 +75,31 @@ def after_logits(model: Any) -> list[Any]:
     return found
 
 
-def before_first(model: Any, kinds: set[str]) -> list[Any]:
-    """The nodes on the way from the input to the first of one of these kinds: normalisation."""
+def before_first(model: Any, operators: set[str]) -> list[Any]:
+    """The nodes between the input and the first of these operators: normalisation."""
     known = {tensor.name for tensor in model.graph.input}
     found = []
     for node in model.graph.node:
-        if known & set(node.input) and node.op_type not in kinds:
+        if known & set(node.input) and node.op_type not in operators:
             known |= set(node.output)
             found.append(node)
         elif known & set(node.input):
             break
     return found
+
+
+def strip_debug_information(message: Any) -> None:
+    """Clear the doc strings and the metadata of a ModelProto and of all that is inside it.
+
+    torch's exporter records there, for every node, a stack trace with the source paths of the
+    machine that exported: nothing that a model should publish, and 10 to 20 % of a small file.
+    """
+    for field, value in message.ListFields():
+        if field.name in ("doc_string", "metadata_props"):
+            message.ClearField(field.name)
+        elif field.message_type is not None:
+            for child in [value] if hasattr(value, "ListFields") else value:
+                strip_debug_information(child)
 
 
 def write(path: Path, model: Any, card: ModelCard) -> None:
@@ -94,7 +108,7 @@ def write(path: Path, model: Any, card: ModelCard) -> None:
 
     used = {node.domain for node in model.graph.node} | {""}
     for entry in [entry for entry in model.opset_import if entry.domain not in used]:
-        model.opset_import.remove(entry)  # optimisers leave a dozen that no node is of
+        model.opset_import.remove(entry)  # optimisers leave a dozen that no node uses
     onnx.checker.check_model(model, full_check=True)
     metadata = card.to_metadata()
     onnx.helper.set_model_props(model, metadata)
@@ -105,7 +119,7 @@ def write(path: Path, model: Any, card: ModelCard) -> None:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Exporters talk of their own internals on standard output, by warnings and by logging."""
+    """Silence exporters, which report on internals by printing, warnings and logging."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -1,25 +1,21 @@
-"""`python -m export.onnx --ckpt best.pth`: a checkpoint to ONNX, proven on images, or no file.
+"""A checkpoint to ONNX, compared with it on real images: a file with a certificate, or no file.
 
-The graph takes pixels: input `images`, uint8 [N, H, W, 3] RGB; normalisation and change of layout
-are inside. Outputs `logits` and `probabilities`, float32 [N, classes], and `features`, float32
-[N, D], which the last layer is given. N is free. `--precision` makes variants of the graph.
+The graph takes pixels: input `images`, uint8 [N, H, W, 3] RGB; normalisation and layout change are
+inside. Outputs `logits` and `probabilities`, float32 [N, classes], and `features`, float32 [N, D],
+the input of the last layer. N is dynamic.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from distcls import log
-from distcls.cli import run
-from distcls.config import parse
 from distcls.errors import DistclsError, UsageError, require
 
 if TYPE_CHECKING:
-    from distcls.export.certificate import Certificate, VariantCertificate
+    from distcls.export.certificate import AccuracyCertificate, Certificate
     from distcls.model_card import ModelCard
     from distcls.models.checkpoint import TorchModel
     from distcls.models.classifier import Classifier
@@ -29,14 +25,14 @@ OPSETS = range(18, 24)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What `export.onnx` can be told."""
+    """Options of `distcls export`."""
 
     ckpt: Path
     """Checkpoint to export, such as runs/digits/best.pth."""
     out: Path | None = None
     """File to write; unset, the checkpoint's name with .onnx, .fp16.onnx or .int8.onnx."""
     data: Path | None = None
-    """Dataset directory whose images prove parity; unset, the one it was trained on."""
+    """Dataset directory to compare on; unset, the one it was trained on."""
     split: str = "val"
     """Split the images are taken from."""
     limit: int = 512
@@ -44,13 +40,13 @@ class ExportOptions:
     tolerance: float = 1e-3
     """Largest difference of any logit that is allowed in fp32."""
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
-    """fp16 halves the file, for GPUs; int8 quarters it, calibrated on images of the split. Both
-    are compared on the whole split."""
+    """fp16 halves the file, for GPUs; int8 quarters it, calibrated on images of the split. The
+    accuracy of both is measured on the whole split."""
     max_accuracy_drop: float = 0.2
-    """Points of top-1 that fp16 or int8 may lose, of whole answers and in each head; beyond it
-    there is no file."""
+    """Percentage points of top-1 that fp16 or int8 may lose, in all and in each head; beyond it
+    nothing is written."""
     min_agreement: float = 99.8
-    """Percent of images to which fp16 or int8 has to give the checkpoint's answer."""
+    """Percent of images that have to keep the checkpoint's prediction in fp16 or int8."""
     opset: int = 18
     """ONNX operator set, 18 to 23."""
     overwrite: bool = False
@@ -77,23 +73,27 @@ class ExportOptions:
         return self.out or self.ckpt.with_suffix(ending)
 
 
-def export(options: ExportOptions) -> Certificate | VariantCertificate:
-    """Export, prove that it is good and write the file with its certificate.
+def export_onnx(options: ExportOptions) -> Certificate | AccuracyCertificate:
+    """Export, compare with the checkpoint, and write the file with its certificate.
 
-    Raises UsageError for wrong input; DistclsError if the two models disagree, or a variant loses
-    too much accuracy, and writes nothing.
+    Raises UsageError for wrong input; DistclsError if the two models disagree, or reduced precision
+    loses too much accuracy, and writes nothing.
     """
     if options.target.exists() and not options.overwrite:
         raise UsageError(f"{options.target} exists already; --overwrite replaces it")
     from distcls.data.dataset import Dataset
     from distcls.evaluation.evaluate import check_task
     from distcls.export.certificate import load_images
-    from distcls.export.reduced_precision import Recipe, make_variant
+    from distcls.export.reduced_precision import Reduction, reduce_precision
     from distcls.files import atomic_path
     from distcls.models.checkpoint import open_checkpoint
 
     reference = open_checkpoint(options.ckpt, device="cpu")
-    folder = options.data or Path(reference.card.training["dataset"])
+    trained_on = Path(reference.card.training["dataset"])
+    # an exported file is published, where a path tells of the machine and helps nobody
+    training = {**reference.card.training, "dataset": trained_on.name}
+    reference.card = dataclasses.replace(reference.card, training=training)
+    folder = options.data or trained_on
     dataset = Dataset.open(folder)
     check_task(reference.card.task, dataset.task, str(folder))
     split = dataset.split(options.split)
@@ -101,8 +101,8 @@ def export(options: ExportOptions) -> Certificate | VariantCertificate:
     graph = to_onnx(reference.model, reference.card, options.opset)
     with atomic_path(options.target) as part:
         if options.precision == "fp32":
-            return _prove(options, reference, graph, images, part)
-        recipe = Recipe(
+            return _write_fp32(options, reference, graph, images, part)
+        reduction = Reduction(
             precision=options.precision,
             reference=reference,
             graph=graph,
@@ -111,15 +111,15 @@ def export(options: ExportOptions) -> Certificate | VariantCertificate:
             max_accuracy_drop=options.max_accuracy_drop,
             min_agreement=options.min_agreement,
         )
-        variant = make_variant(recipe, part)
-        _say(variant)
-        return variant
+        certificate = reduce_precision(reduction, part)
+        _say(certificate)
+        return certificate
 
 
-def _prove(
+def _write_fp32(
     options: ExportOptions, reference: TorchModel, graph: Any, images: Any, part: Path
 ) -> Certificate:
-    """Write the graph in fp32, compare it with the checkpoint, add the certificate."""
+    """Write the graph, compare it with the checkpoint, add the certificate."""
     from distcls.export.certificate import certify
     from distcls.export.graph import write
     from distcls.runtime.model import OnnxModel
@@ -142,7 +142,7 @@ def _prove(
     return certificate
 
 
-def _say(certificate: Certificate | VariantCertificate) -> None:
+def _say(certificate: Certificate | AccuracyCertificate) -> None:
     for line in certificate.lines():
         log.say(line)
 
@@ -151,7 +151,7 @@ def to_onnx(model: Classifier, card: ModelCard, opset: int) -> Any:
     """The network with its probabilities, and its features, as an ONNX ModelProto."""
     import torch
 
-    from distcls.export.graph import add_features, hushed
+    from distcls.export.graph import add_features, hushed, strip_debug_information
 
     task = card.task
 
@@ -183,25 +183,6 @@ def to_onnx(model: Classifier, card: ModelCard, opset: int) -> Any:
         )
     assert program is not None
     proto = program.model_proto
+    strip_debug_information(proto)
     add_features(proto)
     return proto
-
-
-def main(arguments: Sequence[str]) -> None:
-    """The command."""
-    options = parse(
-        ExportOptions,
-        arguments,
-        prog="python -m export.onnx",
-        about="Export a checkpoint to ONNX and prove on real images that it answers the same.",
-    )
-    log.set_quiet(options.quiet)
-    certificate = export(options)
-    size = options.target.stat().st_size / 1e6
-    log.say(f"wrote {options.target} ({size:.1f} MB)")
-    if options.json:
-        print(json.dumps({"out": str(options.target), **certificate.to_json()}))
-
-
-if __name__ == "__main__":
-    run(main)

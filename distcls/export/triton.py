@@ -1,11 +1,11 @@
-"""`python -m export.triton --model best.onnx --out DIR`: a model repository for Triton or KServe.
+"""A model repository for Triton or KServe.
 
     models/NAME/config.pbtxt    inputs, outputs, dynamic batching
-    models/NAME/labels.txt      class names, so that the server can answer with them
+    models/NAME/labels.txt      class names, which the server returns with the predictions
     models/NAME/1/model.onnx    the exported file as it is
 
-A model of several heads gets an output more for each of them, `probabilities:HEAD`, with class
-names of its own in labels_0.txt and so on.
+A multi-head model gets one more output for each head, `probabilities:HEAD`, with its class names in
+labels_0.txt and so on.
 
 Point `tritonserver --model-repository` or the storageUri of a KServe InferenceService (model format
 `triton`) at the folder. Format: https://github.com/triton-inference-server/common,
@@ -22,9 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from distcls import log
-from distcls.cli import run
-from distcls.config import parse
 from distcls.errors import UsageError, require
 from distcls.task import BLANK_SHOWN
 
@@ -35,33 +32,33 @@ if TYPE_CHECKING:
 CONFIG, LABELS, MODEL = "config.pbtxt", "labels.txt", "model.onnx"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
+_INSTANCES = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TritonOptions:
-    """What `export.triton` can be told."""
+    """Options of `python -m export.triton`."""
 
     model: Path
-    """Exported model, such as best.onnx; fp16 and int8 variants as well."""
+    """Exported model, such as best.onnx, in any precision."""
     out: Path
-    """Folder of the model repository; other models in it are left alone."""
+    """Model repository; other models in it are not changed."""
     name: str | None = None
-    """What clients call the model; unset, the file's name without its ending."""
+    """Name of the model for clients; unset, the file's name without its suffix."""
     version: int = 1
-    """Number of the version's folder."""
+    """Version of the model, the name of its folder."""
     max_batch_size: int = 64
-    """Images that the server computes at a time, at most."""
+    """Largest batch of the server."""
     max_delay_us: int = 2000
-    """Microseconds that a request waits, at most, for others to be batched with."""
+    """Microseconds that a request may wait to be batched with others."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """What the instances run on; auto takes the GPUs if there are any."""
+    """Device of the instances; auto takes the GPUs if there are any."""
     instances: int = 1
     """Copies of the model, on each GPU or on the CPU."""
     json: bool = False
-    """Print one JSON object on standard output, for machines."""
+    """Print the result as one JSON object on standard output."""
     quiet: bool = False
-    """Say nothing but warnings and errors."""
+    """Print warnings and errors only."""
 
     def __post_init__(self) -> None:
         for key in ("version", "max_batch_size", "instances"):
@@ -72,14 +69,14 @@ class TritonOptions:
 
     @property
     def title(self) -> str:
-        """What clients call the model."""
+        """Name of the model for clients."""
         return self.name or self.model.stem
 
 
 def write_repository(options: TritonOptions) -> Path:
-    """Write the model into the repository; the folder of the model.
+    """Write the model into the repository and return its folder there.
 
-    Raises UsageError if the file is no exported model, or the folder is there already.
+    Raises UsageError if the file is no exported model, or the folder exists.
     """
     from distcls.files import atomic_folder
     from distcls.runtime.model import OnnxModel
@@ -102,7 +99,7 @@ def write_repository(options: TritonOptions) -> Path:
 
 
 def _write_with_heads(source: Path, copy: Path, card: ModelCard) -> None:
-    """Copy a model file, with an output more for each head."""
+    """Copy a model file, with one more output for each head."""
     import onnx
 
     from distcls.export.graph import add_heads, write
@@ -118,12 +115,12 @@ def config_of(model: OnnxModel, options: TritonOptions) -> str:
 
     card = model.card
     height, width = card.preprocess.size
-    told: dict[str, object] = {
+    parameters: dict[str, object] = {
         "preprocess": card.preprocess.to_json(),
         "certificate": card.certificate,
     }
     if not card.task.single:
-        told["targets"] = card.task.to_json()
+        parameters["task"] = card.task.to_json()
     lines = [
         f"name: {_quoted(options.title)}",
         'backend: "onnxruntime"',
@@ -135,14 +132,14 @@ def config_of(model: OnnxModel, options: TritonOptions) -> str:
         ",\n".join(f"  {output}" for output in _outputs(model)),
         "]",
         f"dynamic_batching {{ max_queue_delay_microseconds: {options.max_delay_us} }}",
-        f"instance_group [ {{ kind: {_KINDS[options.device]} count: {options.instances} }} ]",
-        *_parameters(told),
+        f"instance_group [ {{ kind: {_INSTANCES[options.device]} count: {options.instances} }} ]",
+        *_parameters(parameters),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _outputs(model: OnnxModel) -> list[str]:
-    """What the config says of each output."""
+    """The config of each output."""
     from distcls.export.graph import output_of
     from distcls.runtime.model import FEATURES, LOGITS, PROBABILITIES, WithFeatures
 
@@ -167,7 +164,7 @@ def _labels_of(place: int) -> str:
 
 
 def _parameters(values: dict[str, object]) -> list[str]:
-    """What clients may ask of the model's config: how to resize, and how good it is."""
+    """Parameters for clients: the preprocessing, the task and the certificate."""
     return [
         f"parameters {{ key: {_quoted('distcls.' + key)} "
         f"value: {{ string_value: {_quoted(json.dumps(value))} }} }}"
@@ -186,22 +183,3 @@ def _quoted(text: str) -> str:
 def _labels(classes: Sequence[str]) -> str:
     """A class a line; a line break in a name becomes a space, a blank is shown."""
     return "".join((" ".join(name.splitlines()) or BLANK_SHOWN) + "\n" for name in classes)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """The command."""
-    options = parse(
-        TritonOptions,
-        arguments,
-        prog="python -m export.triton",
-        about="Write an exported model into a model repository for Triton or KServe.",
-    )
-    log.set_quiet(options.quiet)
-    folder = write_repository(options)
-    log.say(f"wrote {folder}; tritonserver --model-repository {options.out} serves it")
-    if options.json:
-        print(json.dumps({"out": str(folder), "name": options.title, "version": options.version}))
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,4 +1,4 @@
-"""What the ranks do together in a preflight, over the network that training will use."""
+"""The collectives of a preflight, over the network that training will use; imports torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from distcls.log import rank, world_size
 from distcls.system import available_cores
 
 FLOATS = 2**20
-"""Values of the all-reduce, 4 MiB: where packets are cut to a wrong size, short messages pass and
-long ones hang."""
+"""Values of the all-reduce, 4 MiB: with a wrong MTU short messages pass and long ones hang."""
 T = TypeVar("T")
 
 
@@ -37,20 +36,20 @@ def choose_device() -> tuple[torch.device, str]:
 
 
 def join(device: torch.device, seconds: float) -> None:
-    """Meet the other ranks, through NCCL on GPUs and gloo on CPUs, as training does.
+    """Form the process group, with NCCL on GPUs and gloo on CPUs, as training does.
 
-    Raises RuntimeError if that fails, or after `seconds` where the backend keeps to them.
+    Raises RuntimeError if that fails, or after `seconds` where the backend has timeouts.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size() == 1:
-        # needs no launcher: at a free port of its own
+        # needs no launcher: a free port of its own
         dist.init_process_group(backend, "tcp://127.0.0.1:0", rank=0, world_size=1)
     else:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=seconds))
 
 
-def add_up(device: torch.device) -> tuple[bool, float]:
-    """All-reduce of known values: whether the sum is right, and the seconds it took."""
+def check_all_reduce(device: torch.device) -> tuple[bool, float]:
+    """All-reduce known values: whether the sum is right, and the seconds it took."""
     ranks = dist.get_world_size()
     values = torch.full((FLOATS,), rank() + 1.0, device=device)
     dist.barrier()
@@ -60,13 +59,13 @@ def add_up(device: torch.device) -> tuple[bool, float]:
     return right, time.perf_counter() - began
 
 
-def clock() -> float:
-    """Seconds since 1970, read when all ranks have come to the same point."""
+def clock_after_barrier() -> float:
+    """Unix time in seconds, read after a common barrier."""
     dist.barrier()
     return time.time()
 
 
-def gather(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Every rank's value, by rank."""
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -74,6 +73,6 @@ def gather(value: T) -> list[T]:
 
 
 def leave() -> None:
-    """Go once nobody needs the meeting point any more."""
+    """Destroy the process group once no rank needs the rendezvous any more."""
     dist.barrier()
     dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """`python -m launch.ray_train --processes N ...`: the same `train(config)` on a Ray cluster.
 
-Everything else on the command line is `distcls train`'s. A worker that dies is started again with
-all the others, and the run goes on from its last state.
+All other options are those of `distcls train`. If a worker dies, all are restarted and the run
+resumes from its last state.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from distcls.errors import DistclsError, UsageError
 from distcls.training.config import TrainConfig
 
 MAX_FAILURES = 3
-"""Times that the workers are started again before the job counts as failed."""
+"""Restarts of the workers before the job counts as failed."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command."""
+    """Parse, train, print."""
     config = parse(
         TrainConfig,
         arguments,
@@ -39,7 +39,7 @@ def train_on_ray(config: TrainConfig) -> None:
     """Run `train(config)` on `config.processes` workers of the Ray cluster of RAY_ADDRESS.
 
     Without such a cluster Ray starts one on this machine. Raises UsageError if Ray is missing or
-    the config cannot work, DistclsError if the workers failed too often.
+    the config is not valid, DistclsError if the workers failed too often.
     """
     if config.processes is None:
         raise UsageError("processes is missing; give it as --processes: the workers to start")
@@ -55,12 +55,12 @@ def train_on_ray(config: TrainConfig) -> None:
 
     config = absolute(config)
     require_free(config.out, config.resume)
-    # from here on a worker that finds a state is one that was started again
+    # from here on a worker that finds a state is a restarted one
     config = dataclasses.replace(config, resume="auto")
     ray.init(ignore_reinit_error=True, log_to_driver=not config.quiet)
     use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
     trainer = TorchTrainer(
-        _work,
+        _train_worker,
         train_loop_config={"config": config},
         scaling_config=ScalingConfig(num_workers=config.processes, use_gpu=use_gpu),
         run_config=RunConfig(
@@ -76,7 +76,7 @@ def train_on_ray(config: TrainConfig) -> None:
 
 
 def absolute(config: Any) -> Any:
-    """The same config (a dataclass) with absolute paths: workers run in folders of their own."""
+    """The same config (a dataclass) with absolute paths: workers run in other directories."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -87,11 +87,11 @@ def absolute(config: Any) -> Any:
     return dataclasses.replace(config, **changes)
 
 
-def _work(given: dict[str, Any]) -> None:
-    """On a worker: Ray has named rank, world size and meeting point as torchrun would."""
+def _train_worker(values: dict[str, Any]) -> None:
+    """On a worker; Ray has set RANK, WORLD_SIZE, MASTER_ADDR and the like as torchrun does."""
     from distcls.training.run import train
 
-    train(given["config"])
+    train(values["config"])
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ import onnxruntime
 import pytest
 
 import distcls.commands.evaluate
+import distcls.commands.export
 import distcls.commands.predict
 import distcls.commands.train
 from distcls.data.dataset import Dataset
 from distcls.errors import UsageError
 from distcls.export import onnx
 from distcls.export.certificate import load_images
-from distcls.export.reduced_precision import Recipe, make_variant
+from distcls.export.reduced_precision import Reduction, reduce_precision
 from distcls.models.checkpoint import open_checkpoint, read_checkpoint
 from distcls.runtime.model import OnnxModel
 from tests import multi_output
@@ -83,7 +84,9 @@ def test_checkpoint_and_onnx_answer_as_evaluate_says(
     rows = history(out)
     assert all(0 <= row["val_exact"] <= row["val_top1"] <= 1 for row in rows)
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
-    onnx.main(["--ckpt", str(out / "best.pth"), "--out", str(tmp_path / "best.onnx")])
+    distcls.commands.export.main(
+        ["--ckpt", str(out / "best.pth"), "--out", str(tmp_path / "best.onnx")]
+    )
     capsys.readouterr()
     figures = []
     for model in (out / "best.pth", tmp_path / "best.onnx"):
@@ -104,7 +107,7 @@ def test_probabilities_in_the_file_are_those_of_each_head(source: Path, tmp_path
     for kind in ("texts", "tags"):
         data, out = trained(source, kind)
         path = tmp_path / f"{kind}.onnx"
-        onnx.main(["--ckpt", str(out / "best.pth"), "--out", str(path)])
+        distcls.commands.export.main(["--ckpt", str(out / "best.pth"), "--out", str(path)])
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         targets = Dataset.open(data).task
         metadata = session.get_modelmeta().custom_metadata_map
@@ -116,11 +119,13 @@ def test_probabilities_in_the_file_are_those_of_each_head(source: Path, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["texts", "tags"])
-def test_variants_are_certified_part_by_part(kind: str, source: Path, tmp_path: Path) -> None:
+def test_reduced_precision_is_certified_head_by_head(
+    kind: str, source: Path, tmp_path: Path
+) -> None:
     data, out = trained(source, kind)
     reference = open_checkpoint(out / "best.pth", device="cpu")
     split = Dataset.open(data).split("val")
-    recipe = Recipe(
+    reduction = Reduction(
         precision="fp16",
         reference=reference,
         graph=onnx.to_onnx(reference.model, reference.card, 18),
@@ -131,13 +136,13 @@ def test_variants_are_certified_part_by_part(kind: str, source: Path, tmp_path: 
     )
     for precision in ("fp16", "int8"):
         path = tmp_path / f"{precision}.onnx"
-        certificate = make_variant(dataclasses.replace(recipe, precision=precision), path)
+        certificate = reduce_precision(dataclasses.replace(reduction, precision=precision), path)
         names = ["1", "2"] if kind == "texts" else ["labels"]
-        assert [part.name for part in certificate.parts] == names
+        assert [part.name for part in certificate.heads] == names
         assert certificate.images == 75
         model = OnnxModel(path)
         assert model.card.task == reference.card.task
-        logits, probabilities = model.run(["logits", "probabilities"], recipe.images)
+        logits, probabilities = model.run(["logits", "probabilities"], reduction.images)
         expected = reference.card.task.probabilities(logits)
         np.testing.assert_allclose(probabilities, expected, atol=1e-6)
 

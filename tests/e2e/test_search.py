@@ -81,9 +81,9 @@ def test_trials_are_ranked_and_a_failed_one_is_a_row(
     with pytest.raises(UsageError, match="holds a search already; choose another --out"):
         search(*arguments(digits, out, *flags))
     more = ["--resume", "auto", "--batch-size", "16"]
-    with pytest.raises(UsageError, match=r"batch_size: 16 given, but .* was written with 32"):
+    with pytest.raises(UsageError, match=r"batch_size: 16 given, but .* begun with 32"):
         search(*arguments(digits, out, *flags, *more))
-    with pytest.raises(UsageError, match=r"001-teacher=null: .* not among these trials"):
+    with pytest.raises(UsageError, match=r"grid: .* given, but .* a continued search keeps"):
         search(*arguments(digits, out, "--resume", "auto", "--grid", "lr=5"))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.txt").write_text("mine")

@@ -21,6 +21,7 @@ import torch
 from torchvision.models import get_model
 
 import distcls.commands.evaluate
+import distcls.commands.export
 import distcls.commands.models
 import distcls.commands.predict
 import distcls.commands.prepare
@@ -30,8 +31,6 @@ from distcls.commands.models import ModelsOptions
 from distcls.config import leaves
 from distcls.data.prepare import PrepareOptions
 from distcls.evaluation.evaluate import EvaluateOptions
-from distcls.export import onnx as exporting
-from distcls.export import triton
 from distcls.export.onnx import ExportOptions
 from distcls.export.triton import TritonOptions
 from distcls.training.config import OPTIMIZERS, DistillConfig, OptimizerConfig, TrainConfig
@@ -100,10 +99,12 @@ def whole_path(folder: Path) -> None:
     teacher = DistillConfig(teacher=out / "best.pth")
     Teacher(teacher, tuple("0123456789"), torch.device("cpu"))
     (out / "best.onnx").write_text("of an earlier export")
-    exporting.main(["--ckpt", str(out / "best.pth"), "--quiet", "--overwrite"])
+    distcls.commands.export.main(["--ckpt", str(out / "best.pth"), "--quiet", "--overwrite"])
     half = ["--precision", "fp16", "--max-accuracy-drop", "10", "--min-agreement", "90"]
-    exporting.main(["--ckpt", str(out / "best.pth"), *half])
-    triton.main(["--model", str(out / "best.onnx"), "--out", str(folder / "models")])
+    distcls.commands.export.main(["--ckpt", str(out / "best.pth"), *half])
+    distcls.commands.export.main_triton(
+        ["--model", str(out / "best.onnx"), "--out", str(folder / "models")]
+    )
     for ending in ("pth", "onnx"):
         model = str(out / f"best.{ending}")
         evaluation = str(folder / f"evaluation_{ending}")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from distcls.cli import EXTRAS
 
 HEAD = """
 import sys, time
@@ -22,7 +27,7 @@ run(main)
 """
 
 
-def door(body: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def call_main(body: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", HEAD.format(body=body), *arguments],
         capture_output=True,
@@ -45,7 +50,7 @@ def distcls(*arguments: str, folder: Path | None = None) -> subprocess.Completed
 
 
 def test_done_is_nought_and_arguments_arrive() -> None:
-    result = door("print('|'.join(arguments))", "a b", "--c")
+    result = call_main("print('|'.join(arguments))", "a b", "--c")
     assert (result.returncode, result.stdout, result.stderr) == (0, "a b|--c\n", "")
 
 
@@ -60,17 +65,17 @@ def test_done_is_nought_and_arguments_arrive() -> None:
     ],
 )
 def test_errors_for_the_user_are_one_line_and_a_code(error: str, code: int, line: str) -> None:
-    result = door(f"raise {error}")
+    result = call_main(f"raise {error}")
     assert (result.returncode, result.stdout, result.stderr) == (code, "", line + "\n")
 
 
 def test_another_process_says_which_it_is() -> None:
-    result = door("raise UsageError('no')", RANK="3", WORLD_SIZE="4")
+    result = call_main("raise UsageError('no')", RANK="3", WORLD_SIZE="4")
     assert (result.returncode, result.stderr) == (2, "[rank 3] error: no\n")
 
 
 def test_a_bug_keeps_its_traceback() -> None:
-    result = door("{}['missing']")
+    result = call_main("{}['missing']")
     assert result.returncode == 1
     assert result.stderr.startswith("Traceback")
     assert "KeyError: 'missing'" in result.stderr
@@ -154,3 +159,47 @@ def test_version() -> None:
 
     result = distcls("--version")
     assert (result.returncode, result.stdout) == (0, f"distcls {__version__}\n")
+
+
+def test_a_users_own_export_and_launch_folders_are_not_ours(tmp_path: Path) -> None:
+    for name in ("export", "launch"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong one')\n")
+    missing = ["--ckpt", "missing.pth", "--quiet"]
+    result = distcls("export", *missing, folder=tmp_path)
+    assert (result.returncode, result.stderr) == (2, "error: missing.pth: no such file\n")
+    modules = ("commands.export", "launch.search", "launch.preflight", "launch.ray_train")
+    for module in modules:
+        call = [sys.executable, "-m", f"distcls.{module}", "--help"]
+        done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), module
+        assert done.stdout.startswith("usage: ")
+
+
+def test_a_missing_package_is_named_with_its_extra() -> None:
+    result = call_main("sys.modules['optuna'] = None; import optuna")
+    assert result.returncode == 2
+    assert result.stderr == (
+        'error: this needs optuna, which is not installed; pip install "distcls[search]"\n'
+    )
+    assert "Traceback" in call_main("import no_such_package_of_ours").stderr
+
+
+def test_the_extras_hold_the_packages_that_they_are_named_for() -> None:
+    content = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    extras = content["project"]["optional-dependencies"]
+    names = importlib.metadata.packages_distributions()
+    for package, extra in EXTRAS.items():
+        wanted = {re.split(r"[\[<>=]", text)[0].lower() for text in extras[extra]}
+        assert wanted & {name.lower() for name in names.get(package, [package])}, package
+
+
+def test_help_answers_at_once() -> None:
+    """Its own share: start-up of Python aside, it takes a few milliseconds."""
+    program = (
+        "import sys, time; began = time.process_time()\n"
+        "from distcls.cli import dispatch\n"
+        "dispatch(['--help']); sys.exit(time.process_time() - began > 0.05)"
+    )
+    tries = [subprocess.run([sys.executable, "-c", program], check=False) for _ in range(3)]
+    assert any(done.returncode == 0 for done in tries)

@@ -16,16 +16,16 @@ from onnx import TensorProto, helper, numpy_helper
 from distcls.data.dataset import Dataset
 from distcls.errors import BadValue, DistclsError, UsageError
 from distcls.export import onnx as exporting
-from distcls.export.certificate import Expected, certify_variant, load_images
+from distcls.export.certificate import ReferenceOutputs, certify_accuracy, load_images
 from distcls.export.graph import add_features, after_logits, before_first
 from distcls.export.onnx import ExportOptions
 from distcls.export.reduced_precision import (
-    KINDS,
+    OPERATORS,
     Quantizer,
-    Recipe,
-    make_variant,
+    Reduction,
     quantize,
-    to_half,
+    reduce_precision,
+    to_fp16,
 )
 from distcls.models.checkpoint import open_checkpoint
 from distcls.runtime.model import OnnxModel
@@ -108,7 +108,7 @@ def test_features_are_what_the_last_layer_is_given() -> None:
 
 def test_what_comes_before_and_after_the_network() -> None:
     model = convolutions()
-    assert [node.op_type for node in before_first(model, set(KINDS))] == [
+    assert [node.op_type for node in before_first(model, set(OPERATORS))] == [
         "Cast",
         "Mul",
         "Transpose",
@@ -116,19 +116,19 @@ def test_what_comes_before_and_after_the_network() -> None:
     assert [node.op_type for node in after_logits(model)] == ["Softmax"]
 
 
-def test_half_precision_keeps_the_interface() -> None:
+def test_fp16_keeps_the_inputs_and_outputs() -> None:
     model = convolutions()
     add_features(model)
-    half = to_half(model)
-    onnx.checker.check_model(half, full_check=True)
-    kinds = {tensor.data_type for tensor in half.graph.initializer if len(tensor.dims) > 1}
+    fp16 = to_fp16(model)
+    onnx.checker.check_model(fp16, full_check=True)
+    kinds = {tensor.data_type for tensor in fp16.graph.initializer if len(tensor.dims) > 1}
     assert kinds == {TensorProto.FLOAT16}
     names = ("logits", "probabilities", "features")
-    found, expected = (answers(each, images(), *names) for each in (half, model))
+    found, expected = (answers(each, images(), *names) for each in (fp16, model))
     for own, given in zip(found, expected, strict=True):
         assert own.dtype == np.float32
         np.testing.assert_allclose(own, given, atol=5e-3)
-    logits, probabilities, _ = answers(half, images(), *names)
+    logits, probabilities, _ = answers(fp16, images(), *names)
     exact = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(probabilities, exact, rtol=1e-5)  # of the logits that are given
 
@@ -137,12 +137,12 @@ def close(model: onnx.ModelProto, allowed: float) -> Any:
     expected = answers(model, images())[0]
     tried: list[tuple[str, ...]] = []
 
-    def good(path: Path, left: tuple[str, ...]) -> bool:
+    def check(path: Path, left: tuple[str, ...]) -> bool:
         tried.append(left)
         found = answers(onnx.load(path), images())[0]
         return bool(np.abs(found - expected).max() < allowed * np.abs(expected).max())
 
-    return good, tried
+    return check, tried
 
 
 def quantised(model: onnx.ModelProto) -> set[str]:
@@ -151,16 +151,16 @@ def quantised(model: onnx.ModelProto) -> set[str]:
     producers = {name: node for node in model.graph.node for name in node.output}
     found = set()
     for node in model.graph.node:
-        if node.op_type in KINDS and node.input[1] in producers:
+        if node.op_type in OPERATORS and node.input[1] in producers:
             before = producers[node.input[1]]
             if before.op_type == "DequantizeLinear" and before.input[0] in small:
                 found.add(node.name)
     return found
 
 
-def test_all_layers_are_quantised_where_that_is_good_enough() -> None:
-    good, tried = close(convolutions(), 0.2)
-    made = quantize(convolutions(), images(), good)
+def test_all_layers_are_quantised_where_that_is_accurate_enough() -> None:
+    check, tried = close(convolutions(), 0.2)
+    made = quantize(convolutions(), images(), check)
     assert made is not None
     assert made[1] == ()
     assert tried == [()]
@@ -171,17 +171,17 @@ def test_all_layers_are_quantised_where_that_is_good_enough() -> None:
 
 def test_sensitive_layers_are_left_in_float() -> None:
     model = convolutions(outlier=1000)
-    good, tried = close(model, 0.2)
-    made = quantize(model, images(), good)
+    check, tried = close(model, 0.2)
+    made = quantize(model, images(), check)
     assert made is not None
     assert set(made[1]) == {"two", "three"}
     assert [len(left) for left in tried] == [0, 1, 2]
     assert quantised(made[0]) == {"one", "four", "last"}
 
 
-def test_nothing_good_is_none() -> None:
-    good, tried = close(convolutions(), -1.0)
-    assert quantize(convolutions(), images(), good) is None
+def test_nothing_that_passes_is_none() -> None:
+    check, tried = close(convolutions(), -1.0)
+    assert quantize(convolutions(), images(), check) is None
     assert [len(left) for left in tried] == [0, 1, 2]  # more than half in float gains nothing
 
 
@@ -203,13 +203,13 @@ def test_the_certificate_counts(tmp_path: Path) -> None:
     model = OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"))
     logits = tiny_onnx.expected_logits(pictures)
     right = logits.argmax(axis=1) == np.array(labels)
-    expected = Expected(
+    expected = ReferenceOutputs(
         logits=logits[:, [1, 0, 2]],
         labels=split.labels,
         task=model.card.task,
         provider="x",
     )
-    certificate = certify_variant(
+    certificate = certify_accuracy(
         model,
         split,
         expected,
@@ -225,7 +225,7 @@ def test_the_certificate_counts(tmp_path: Path) -> None:
     difference = np.abs(logits - expected.logits).max()
     assert certificate.max_logit_difference == pytest.approx(difference, rel=1e-4)
     assert certificate.to_json()["tolerance"] == certificate.max_logit_difference
-    assert certificate.parts == ()
+    assert certificate.heads == ()
     assert certificate.drop < 0  # the one it is compared with knows less
     assert certificate.holds == (same >= 0.2)
     assert dataclasses.replace(certificate, min_agreement=100 * same).holds
@@ -240,11 +240,11 @@ def checkpoint(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def recipe(checkpoint: Path, digits: Path) -> Recipe:
-    """A real network in fp32, which takes seconds to export, and what its variants need."""
+def reduction(checkpoint: Path, digits: Path) -> Reduction:
+    """A real network in fp32, which takes seconds to export, and what reducing it needs."""
     reference = open_checkpoint(checkpoint, device="cpu")
     split = Dataset.open(digits).split("val")
-    return Recipe(
+    return Reduction(
         precision="fp16",
         reference=reference,
         graph=exporting.to_onnx(reference.model, reference.card, 18),
@@ -256,33 +256,37 @@ def recipe(checkpoint: Path, digits: Path) -> Recipe:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_a_real_network(recipe: Recipe, tmp_path: Path, precision: Any) -> None:
-    before = recipe.graph.graph.SerializeToString()
+def test_a_real_network(reduction: Reduction, tmp_path: Path, precision: Any) -> None:
+    before = reduction.graph.graph.SerializeToString()
     out = tmp_path / "model.onnx"
-    certificate = make_variant(dataclasses.replace(recipe, precision=precision), out)
-    assert recipe.graph.graph.SerializeToString() == before  # not emptied, not changed
+    certificate = reduce_precision(dataclasses.replace(reduction, precision=precision), out)
+    assert reduction.graph.graph.SerializeToString() == before  # not emptied, not changed
     assert certificate.holds
     assert certificate.images == 179  # the whole split, not 64
     model = OnnxModel(out)
+    for text in (str(tmp_path), "distcls-int8", ".py", "stack_trace"):
+        assert text.encode() not in out.read_bytes(), text
     assert model.card.certificate == certificate.to_json()
     assert model.card.certificate["precision"] == precision
     assert out.stat().st_size < (0.6 if precision == "fp16" else 0.4) * len(before)
-    exact = recipe.reference.logits(recipe.images)
+    exact = reduction.reference.logits(reduction.images)
     spread = np.abs(exact).max()
     allowed = 0.02 if precision == "fp16" else 0.5
-    assert np.abs(model.logits(recipe.images) - exact).max() < allowed * spread
-    (features,) = model.run(["features"], recipe.images)
+    assert np.abs(model.logits(reduction.images) - exact).max() < allowed * spread
+    (features,) = model.run(["features"], reduction.images)
     assert features.shape == (64, 1024)
 
 
 def test_too_much_loss_is_no_file(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reduction: Reduction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distcls.export.certificate.Expected.top1", property(lambda self: 0.99))
-    strict = dataclasses.replace(recipe, max_accuracy_drop=0.2)
+    monkeypatch.setattr(
+        "distcls.export.certificate.ReferenceOutputs.top1", property(lambda self: 0.99)
+    )
+    strict = dataclasses.replace(reduction, max_accuracy_drop=0.2)
     told = r"fp16 loses too much: .* points of top-1, .* on 179 images of val; --max-acc.* 0\.2"
     with pytest.raises(DistclsError, match=told):
-        make_variant(strict, tmp_path / "part")
+        reduce_precision(strict, tmp_path / "part")
 
 
 def test_options(checkpoint: Path, tmp_path: Path) -> None:
@@ -294,4 +298,4 @@ def test_options(checkpoint: Path, tmp_path: Path) -> None:
         tmp_path / "d", list(images(3)), [0, 1, 2], tiny_onnx.COLOURS, splits=["val"] * 3
     )
     with pytest.raises(UsageError, match="the model has 10 classes"):
-        exporting.export(ExportOptions(ckpt=checkpoint, out=tmp_path / "m.onnx", data=other))
+        exporting.export_onnx(ExportOptions(ckpt=checkpoint, out=tmp_path / "m.onnx", data=other))
