@@ -8,14 +8,13 @@ import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
 
 from distcls.commands.prepare import main as prepare_main
 from distcls.data.dataset import Dataset
-from distcls.data.formats.detect import FORMATS, FormatName, open_labelled, open_source
+from distcls.data.formats.detect import FORMATS, format_names, open_labelled, open_source
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.data.source import ImageSource, LabelOptions, read_class_names
 from distcls.errors import BadImage, UsageError
@@ -401,7 +400,7 @@ def test_every_source_keeps_to_the_interface(
 
 
 def test_the_table_knows_every_format_that_may_be_asked_for() -> None:
-    assert set(get_args(FormatName)) - {"auto"} <= FORMATS.keys()
+    assert set(format_names()) - {"auto"} <= FORMATS.keys()
 
 
 def test_digits_is_the_bundled_set_for_both(

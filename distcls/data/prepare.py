@@ -15,7 +15,7 @@ from distcls import log
 from distcls.config import bare, positional
 from distcls.data import writer
 from distcls.data.dataset import PACK
-from distcls.data.formats.detect import FormatName, open_labelled
+from distcls.data.formats.detect import format_names, open_labelled
 from distcls.data.source import ImageRecord, LabelledImages, LabelOptions, read_class_names
 from distcls.data.split import (
     Resampling,
@@ -43,9 +43,10 @@ class PrepareOptions:
     with one folder per class, a CSV or Parquet manifest, or tar shards with KEY.cls labels."""
     out: Path
     """Dataset directory to write; must not exist."""
-    format: FormatName = "auto"
-    """Format of the source; auto detects it. mnist and fashion-mnist insist on the published MD5s,
-    idx on none."""
+    format: str = "auto"
+    """Format of the source: auto (detects it), digits, idx, mnist, fashion-mnist, folder, manifest,
+    tar, or one of your own that DISTCLS_IMPORT registers. mnist and fashion-mnist insist on the
+    published MD5s, idx on none."""
     classes: Path | None = None
     """File of class names in label order (JSON list, or one per line); other labels are errors."""
     weight_column: str | None = None
@@ -88,6 +89,8 @@ class PrepareOptions:
     """Print warnings and errors only."""
 
     def __post_init__(self) -> None:
+        names = format_names()
+        require(self.format in names, "format", self.format, f"one of {', '.join(names)}")
         require_one_way(self.folds, self.fold, self.bootstrap, self.val_fraction)
         for name in ("val_fraction", "test_fraction"):
             fraction = getattr(self, name)

@@ -1,4 +1,8 @@
-"""Which format a location has, and opening it. A new format is a line in `FORMATS`."""
+"""Which format a location has, and opening it.
+
+A new format is one class under `@register_format`, in this file or in a module that the environment
+variable DISTCLS_IMPORT names.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from distcls import log
 from distcls.data.dataset import INFO, MANIFEST, Dataset
@@ -34,6 +38,9 @@ from distcls.data.formats.remote import (
 from distcls.data.formats.tar import TarSource, expand_braces
 from distcls.data.source import ImageSource, LabelledImages, LabelOptions, Names
 from distcls.errors import BadImage, DistclsError, UsageError
+from distcls.registry import IMPORTS, import_modules
+
+S = TypeVar("S", bound=Callable[[str], Any])
 
 TIMEOUT = 30.0
 """Seconds that one attempt to fetch an object may take."""
@@ -41,9 +48,6 @@ TIMEOUT = 30.0
 IDX_ENTRIES = 1000
 """A folder of more entries is not searched for IDX files unless the format is given: it may hold
 millions of images, and a set of IDX files has four."""
-
-FormatName = Literal["auto", "digits", "idx", "fashion-mnist", "mnist", "folder", "manifest", "tar"]
-"""Names for --format."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,13 +60,46 @@ class Format:
     """Open a location, with the seconds that one attempt to fetch an image may take."""
     needs: Literal["a file", "a folder", ""] = ""
     """What the location has to be when the format is given by name."""
+    named: bool = True
+    """Whether `--format` may name it."""
+
+
+_registered: dict[str, Format] = {}
+
+
+def register_format(name: str, *, matches: Callable[[str], bool]) -> Callable[[S], S]:
+    """Decorate an `ImageSource` made from a location: it opens what `matches`, before all others.
+
+    `--format` takes the name. A name registered again stands for the newer class; raises ValueError
+    for the name of a built-in format.
+    """
+    if name in ("auto", *FORMATS):
+        raise ValueError(f"format {name!r} is built in")
+
+    def add(source: S) -> S:
+        _registered[name] = Format(matches=matches, open=lambda location, _: source(location))
+        return source
+
+    return add
+
+
+def registered_formats() -> dict[str, Format]:
+    """The formats that `register_format` added, of the modules in DISTCLS_IMPORT too."""
+    import_modules(os.environ.get(IMPORTS, ""))
+    return _registered
+
+
+def format_names() -> list[str]:
+    """What `--format` takes: auto, the built-in formats, and those that were registered."""
+    named = [name for name, format in FORMATS.items() if format.named]
+    return ["auto", *named, *registered_formats()]
 
 
 def open_source(
     location: str,
     split: str | None = None,
     timeout: float = TIMEOUT,
-    format: FormatName = "auto",
+    format: str = "auto",
 ) -> ImageSource:
     """The images that `location` means; of a dataset directory those of `split`, default: test.
 
@@ -76,14 +113,14 @@ def open_source(
         raise UsageError(f"split: {location} is not a dataset directory and has no splits")
     if format != "auto":
         return _open_as(location, format, timeout)
-    for candidate in FORMATS.values():
+    for candidate in (*registered_formats().values(), *FORMATS.values()):
         if candidate.matches(location):
             return candidate.open(location, timeout)
     raise UsageError(f"{location}: no such file or folder (digits is the bundled data set)")
 
 
 def open_labelled(
-    location: str, format: FormatName = "auto", options: LabelOptions | None = None
+    location: str, format: str = "auto", options: LabelOptions | None = None
 ) -> LabelledImages:
     """The images of a source with their labels, as `prepare` reads them; none is decoded yet.
 
@@ -95,8 +132,8 @@ def open_labelled(
     return open_source(location, format=format).labelled(options or LabelOptions())
 
 
-def _open_as(location: str, format: FormatName, timeout: float) -> ImageSource:
-    chosen = FORMATS[format]
+def _open_as(location: str, format: str, timeout: float) -> ImageSource:
+    chosen = (FORMATS | registered_formats())[format]
     if not chosen.needs:
         return chosen.open(location, timeout)
     path = Path(location)
@@ -160,6 +197,7 @@ def _idx(format: IdxFormat) -> Format:
         matches=_is_idx if format == "auto" else lambda _: False,
         open=lambda location, _: IdxSource(Path(location), format),
         needs="a folder",
+        named=format != "auto",
     )
 
 
@@ -198,8 +236,10 @@ def _open_pattern(pattern: str, _: float) -> ImageSource:
 
 
 FORMATS: dict[str, Format] = {
-    "standard input": Format(matches=lambda text: text == "-", open=_open_standard_input),
-    "url": Format(matches=is_url, open=_open_url),
+    "standard input": Format(
+        matches=lambda text: text == "-", open=_open_standard_input, named=False
+    ),
+    "url": Format(matches=is_url, open=_open_url, named=False),
     "digits": Format(matches=lambda text: text == "digits", open=_open_digits),
     "auto-idx": _idx("auto"),
     "idx": _idx("idx"),
@@ -219,7 +259,8 @@ FORMATS: dict[str, Format] = {
     "file": Format(
         matches=lambda text: Path(text).is_file(),
         open=lambda text, _: FileSource(Path(text).parent, [Path(text).name], text),
+        named=False,
     ),
-    "pattern": Format(matches=glob.has_magic, open=_open_pattern),
+    "pattern": Format(matches=glob.has_magic, open=_open_pattern, named=False),
 }
-"""All formats, in the order in which a location is tried; names with a blank are for this table."""
+"""The built-in formats, in the order in which a location is tried."""
