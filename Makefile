@@ -27,8 +27,11 @@ demo: install
 	@echo "predicted    $(DEMO)/pre.csv           pictures $(DEMO)/pre.png"
 	@echo "evaluated    $(DEMO)/evaluation        confusion matrix $(DEMO)/evaluation/confusion.png"
 
+# three at a time on two cores: much of a test is waiting for processes it has started
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile
+
 test: install lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # what takes minutes: more variants of the faults, two machines in network namespaces
 test-slow: install

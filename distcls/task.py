@@ -126,7 +126,7 @@ class Task:
         """
         if self.kind == "multi_label":
             return sigmoid(logits).astype(np.float32)
-        parts = [softmax(logits[:, part]) for part in self.slices]
+        parts = [softmax(logits[:, span]) for span in self.slices]
         return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def decide(self, logits: Floats) -> Integers:
@@ -138,7 +138,7 @@ class Task:
         if self.kind == "multi_label":
             limits = np.array(self.thresholds or [THRESHOLD] * len(self.classes))
             return (sigmoid(logits) >= limits).astype(np.int64)
-        answers = [logits[:, part].argmax(axis=1) for part in self.slices]
+        answers = [logits[:, span].argmax(axis=1) for span in self.slices]
         return np.asarray(np.stack(answers, axis=1), np.int64)
 
     def confidence(self, probabilities: Floats, answers: Integers) -> Floats:
@@ -151,7 +151,7 @@ class Task:
 
     def of_answers(self, probabilities: Floats, answers: Integers) -> Floats:
         """Probability of the class that each head answers, float32 [N, heads]."""
-        starts = np.array([part.start for part in self.slices])
+        starts = np.array([span.start for span in self.slices])
         return np.take_along_axis(probabilities, answers + starts, axis=1)
 
     def text(self, answer: Sequence[int] | Integers) -> str:
@@ -184,7 +184,7 @@ class Task:
         """Positions in `classes` of a class in each head, or of the labels that are given."""
         if self.kind == "multi_label":
             return list(labels)
-        return [part.start + label for part, label in zip(self.slices, labels, strict=True)]
+        return [span.start + label for span, label in zip(self.slices, labels, strict=True)]
 
     def to_json(self) -> list[str] | dict[str, Any]:
         """Plain values; of a single class the list of names alone."""

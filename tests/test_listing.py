@@ -97,7 +97,7 @@ def test_the_command_lists_what_matches_and_computes_no_more(
     asked = []
     describe = models.describe
 
-    def noted(name: str) -> models.Entry:
+    def noted(name: str) -> models.ModelEntry:
         asked.append(name)
         return describe(name)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from distcls.batch.options import PredictOptions
 from distcls.batch.parts import PartRecord, part_name
-from distcls.batch.table import ABSTAINED, Columns, RowBuilder, open_writer
+from distcls.batch.table import ABSTAINED, Columns, RowBuilder, open_features, open_writer
 from distcls.data.source import ImageSource
 from distcls.files import atomic_path, digest
 from distcls.plotting import GREEN, GREY, RED, Tile, draw_grid, shorten
@@ -93,8 +93,6 @@ class PartWriter:
                 open_writer(part, rows.names, ending, rows.numbers, rows.booleans)
             )
             if self._width:
-                from distcls.batch.parquet import open_features
-
                 part = stack.enter_context(atomic_path(paths[1]))
                 write_features = stack.enter_context(open_features(part, self._width))
             for chunk in chunks:

@@ -32,7 +32,10 @@ ENDING = ".parts"
 FINGERPRINT = "fingerprint.json"
 EXECUTION = "execution configs"
 """Key of a fingerprint: how each model is run, as plain values."""
-_OURS = re.compile(r"\.?(fingerprint\.json|\d{8}\.[\w.]+|joined\.[\w.]+)(\..*\.part)?")
+_OURS = re.compile(
+    # identity.json and whole.* are what 0.1.0 wrote
+    r"\.?((?:fingerprint|identity)\.json|\d{8}\.[\w.]+|(?:joined|whole)\.[\w.]+)(\..*\.part)?"
+)
 
 
 @dataclasses.dataclass(frozen=True)

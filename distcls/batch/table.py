@@ -163,6 +163,9 @@ Columns = dict[str, Sequence[Any]]
 
 Write = Callable[[Columns], None]
 
+ROW_GROUP = 8192
+"""Rows that a Parquet file gathers before it writes them."""
+
 
 def check_ending(path: Path) -> None:
     """Raise UsageError unless the ending of `path` is one that can be written."""
@@ -170,7 +173,7 @@ def check_ending(path: Path) -> None:
         choices = ", ".join(_OPENERS)
         raise UsageError(f"out: {str(path)!r} has no known ending, expected one of {choices}")
     if path.suffix.lower() == ".parquet":
-        import distcls.batch.parquet  # noqa: F401 - raises now if pyarrow is missing
+        import pyarrow.parquet  # noqa: F401 - raises now if it is missing
 
 
 @contextlib.contextmanager
@@ -197,9 +200,7 @@ def join(parts: Sequence[Path], path: Path, ending: str, names: Sequence[str] = 
     `ending` decides their format. The result depends on the parts' rows alone.
     """
     if ending.lower() == ".parquet":
-        from distcls.batch.parquet import join_tables
-
-        join_tables(parts, path)
+        _join_parquet(parts, path)
         return
     header = csv_line(names).encode() if ending.lower() == ".csv" else b""
     with path.open("wb") as joined:
@@ -243,12 +244,91 @@ def _open_jsonl(
         yield write
 
 
+@contextlib.contextmanager
 def _open_parquet(
     path: Path, names: Sequence[str], numbers: set[str], booleans: Collection[str]
-) -> contextlib.AbstractContextManager[Write]:
-    from distcls.batch.parquet import open_table
+) -> Iterator[Write]:
+    import pyarrow as pa  # an extra, of 170 MB: CSV and JSON lines do without
 
-    return open_table(path, names, numbers, booleans)
+    def column_type(name: str) -> pa.DataType:
+        if name in numbers:
+            return pa.float32()
+        return pa.bool_() if name in booleans else pa.string()
+
+    schema = pa.schema([(name, column_type(name)) for name in names])
+    with _row_groups(path, schema) as append:
+
+        def write(columns: Columns) -> None:
+            arrays = [pa.array(columns[field.name], field.type) for field in schema]
+            append(pa.RecordBatch.from_arrays(arrays, schema=schema))
+
+        yield write
+
+
+@contextlib.contextmanager
+def open_features(path: Path, width: int) -> Iterator[Callable[[Sequence[str], Floats], None]]:
+    """Open a Parquet file of `image_id` and `features`, a list of `width` float32 each.
+
+    Yields a function that appends names and their features, float32 [N, width]; a row that holds
+    a NaN becomes null.
+    """
+    import pyarrow as pa
+
+    kind = pa.list_(pa.float32(), width)
+    schema = pa.schema([("image_id", pa.string()), ("features", kind)])
+    with _parquet_writer(path, schema) as writer:
+
+        def write(names: Sequence[str], features: Floats) -> None:
+            flat = pa.array(np.ascontiguousarray(features, np.float32).ravel())
+            missing = pa.array(np.isnan(features).any(axis=1))
+            lists = pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=missing)
+            writer.write_table(pa.table([pa.array(names, pa.string()), lists], schema=schema))
+
+        yield write
+
+
+def _join_parquet(parts: Sequence[Path], path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    with contextlib.ExitStack() as stack:
+        append: Callable[[Any], None] | None = None
+        for part in parts:
+            with pq.ParquetFile(part) as file:
+                if append is None:
+                    append = stack.enter_context(_row_groups(path, file.schema_arrow))
+                for batch in file.iter_batches(ROW_GROUP):
+                    append(batch)
+
+
+@contextlib.contextmanager
+def _row_groups(path: Path, schema: Any) -> Iterator[Callable[[Any], None]]:
+    """Open a Parquet file; yields a function that takes record batches and gathers row groups."""
+    import pyarrow as pa
+
+    waiting: list[Any] = []
+
+    def flush() -> None:
+        if waiting:
+            writer.write_table(pa.Table.from_batches(waiting, schema).combine_chunks())
+            waiting.clear()
+
+    def append(batch: Any) -> None:
+        waiting.append(batch)
+        if sum(batch.num_rows for batch in waiting) >= ROW_GROUP:
+            flush()
+
+    with _parquet_writer(path, schema) as writer:
+        yield append
+        flush()
+
+
+def _parquet_writer(path: Path, schema: Any) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # a dictionary of features would hold each of them once more
+    plain = any(pa.types.is_fixed_size_list(field.type) for field in schema)
+    return pq.ParquetWriter(path, schema, use_dictionary=not plain)
 
 
 _OPENERS: dict[str, Callable[..., contextlib.AbstractContextManager[Write]]] = {

@@ -33,7 +33,7 @@ class ModelsOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
+class ModelEntry:
     """One network with 1,000 classes."""
 
     name: str
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
         print(describe(name).line(), flush=True)
 
 
-def describe(name: str) -> Entry:
+def describe(name: str) -> ModelEntry:
     """The figures of one network. Raises UsageError for an unknown name."""
     from distcls.models.pretrained import library_preprocess
     from distcls.models.registry import resolve
@@ -91,7 +91,7 @@ def describe(name: str) -> Entry:
             break
         except Exception as error:  # hundreds of third-party networks, and as many ways to fail
             note = textwrap.shorten(str(error) or type(error).__name__, 100)
-    return Entry(
+    return ModelEntry(
         name=name,
         library=origin.library,
         size=size,

@@ -59,7 +59,7 @@ def read_labels(table: pa.Table, task: Task, where: Path) -> NDArray[np.int64]:
         row = int(np.flatnonzero(lengths != heads)[0])
         raise UsageError(f"{_name(table, row, where)} {lengths[row]} labels for {heads} heads")
     places = np.arange(len(flat)) % heads if heads else np.zeros(len(flat), np.int64)
-    limits = np.array([part.stop - part.start for part in task.slices])[places]
+    limits = np.array([span.stop - span.start for span in task.slices])[places]
     bad = np.flatnonzero((flat < 0) | (flat >= limits))
     if len(bad):
         row, label = int(rows[bad[0]]), int(flat[bad[0]])

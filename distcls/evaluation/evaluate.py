@@ -275,7 +275,7 @@ def _drawn_matrix(confusion: Integers, task: Task) -> tuple[Integers, Sequence[s
         return confusion, task.classes
     if task.alphabet is None:
         return None
-    blocks = [confusion[part, part] for part in task.slices]
+    blocks = [confusion[span, span] for span in task.slices]
     names = [BLANK_SHOWN if name == BLANK else name for name in task.alphabet]
     return np.sum(blocks, axis=0), names
 

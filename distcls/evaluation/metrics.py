@@ -268,8 +268,8 @@ class MultiHeadState:
             raise ValueError(f"labels {labels.shape} for {len(self._heads)} heads of classes")
         if logits.ndim != 2 or logits.shape[1] != len(self._task.classes):
             raise ValueError(f"logits {logits.shape}, {len(self._task.classes)} classes")
-        for position, (head, part) in enumerate(zip(self._heads, self._task.slices, strict=True)):
-            head.update(logits[:, part], labels[:, position])
+        for position, (head, span) in enumerate(zip(self._heads, self._task.slices, strict=True)):
+            head.update(logits[:, span], labels[:, position])
         self._exact += int((self._task.decide(logits) == labels).all(axis=1).sum())
 
     def state(self) -> Floats:
@@ -279,8 +279,8 @@ class MultiHeadState:
     def merge(self, state: Floats) -> None:
         """Add the vector of another process, or the sum of such."""
         *own, exact = np.split(state, np.cumsum([len(head.state()) for head in self._heads]))
-        for head, part in zip(self._heads, own, strict=True):
-            head.merge(part)
+        for head, span in zip(self._heads, own, strict=True):
+            head.merge(span)
         self._exact += round(float(exact[0]))
 
     def compute(self) -> Metrics:
@@ -288,8 +288,8 @@ class MultiHeadState:
         heads = [head.compute() for head in self._heads]
         total = len(self._task.classes)
         confusion = np.zeros((total, total), np.int64)
-        for head, part in zip(heads, self._task.slices, strict=True):
-            confusion[part, part] = head.confusion
+        for head, span in zip(heads, self._task.slices, strict=True):
+            confusion[span, span] = head.confusion
         return Metrics(
             loss=float(np.mean([head.loss for head in heads])),
             top1=float(np.mean([head.top1 for head in heads])),

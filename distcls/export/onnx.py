@@ -99,9 +99,9 @@ def export_onnx(options: ExportOptions) -> Certificate | AccuracyCertificate:
     split = dataset.split(options.split)
     images = load_images(split, reference.card.preprocess, options.limit)
     graph = to_onnx(reference.model, reference.card, options.opset)
-    with atomic_path(options.target) as part:
+    with atomic_path(options.target) as temporary:
         if options.precision == "fp32":
-            return _write_fp32(options, reference, graph, images, part)
+            return _write_fp32(options, reference, graph, images, temporary)
         reduction = Reduction(
             precision=options.precision,
             reference=reference,
@@ -111,23 +111,23 @@ def export_onnx(options: ExportOptions) -> Certificate | AccuracyCertificate:
             max_accuracy_drop=options.max_accuracy_drop,
             min_agreement=options.min_agreement,
         )
-        certificate = reduce_precision(reduction, part)
+        certificate = reduce_precision(reduction, temporary)
         _say(certificate)
         return certificate
 
 
 def _write_fp32(
-    options: ExportOptions, reference: TorchModel, graph: Any, images: Any, part: Path
+    options: ExportOptions, reference: TorchModel, graph: Any, images: Any, temporary: Path
 ) -> Certificate:
     """Write the graph, compare it with the checkpoint, add the certificate."""
     from distcls.export.certificate import certify
     from distcls.export.graph import write
     from distcls.runtime.model import OnnxModel
 
-    write(part, graph, reference.card)
+    write(temporary, graph, reference.card)
     certificate = certify(
         reference,
-        OnnxModel(part),
+        OnnxModel(temporary),
         images,
         split=options.split,
         tolerance=options.tolerance,
@@ -138,7 +138,7 @@ def _write_fp32(
             f"{options.ckpt}: the exported graph disagrees with the checkpoint beyond the "
             f"tolerance; {options.target} was not written"
         )
-    write(part, graph, dataclasses.replace(reference.card, certificate=certificate.to_json()))
+    write(temporary, graph, dataclasses.replace(reference.card, certificate=certificate.to_json()))
     return certificate
 
 

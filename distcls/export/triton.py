@@ -83,13 +83,13 @@ def write_repository(options: TritonOptions) -> Path:
 
     model = OnnxModel(options.model)
     target = options.out / options.title
-    with atomic_folder(target) as part:
-        (part / CONFIG).write_text(config_of(model, options), encoding="utf-8")
-        (part / LABELS).write_text(_labels(model.card.classes), encoding="utf-8")
+    with atomic_folder(target) as temporary:
+        (temporary / CONFIG).write_text(config_of(model, options), encoding="utf-8")
+        (temporary / LABELS).write_text(_labels(model.card.classes), encoding="utf-8")
         heads = model.card.task.heads
         for place, head in enumerate(heads):
-            (part / _labels_of(place)).write_text(_labels(head.classes), encoding="utf-8")
-        copy = part / str(options.version) / MODEL
+            (temporary / _labels_of(place)).write_text(_labels(head.classes), encoding="utf-8")
+        copy = temporary / str(options.version) / MODEL
         copy.parent.mkdir()
         if heads:
             _write_with_heads(options.model, copy, model.card)

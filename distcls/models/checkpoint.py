@@ -95,8 +95,8 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
     """`torch.save` of tensors and plain values, written atomically."""
     buffer = io.BytesIO()  # torch's own writer hides a full disk behind an internal error
     torch.save(content, buffer)
-    with atomic_path(path) as part:
-        part.write_bytes(buffer.getbuffer())
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_tensors(path: Path) -> dict[str, Any]:

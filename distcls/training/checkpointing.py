@@ -255,8 +255,8 @@ class CheckpointManager:
         torch.save(content, buffer)
         data = buffer.getbuffer()
         path = self._folder / f"step_{step:08d}.{_checksum(data)}.pth"
-        with atomic_path(path) as part:
-            part.write_bytes(data)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(data)
         others = [other for other in states(self._folder) if other != path]
         # a state of this step or a later one was damaged, or this run would have started from it
         older = [other for other in others if step_of(other) < step]
