@@ -64,10 +64,10 @@ def test_the_backbone_is_frozen_and_then_released(
     second = snapshot(engine)
     assert moved(first, second) == HEAD
     # no moments of what did not learn, so that it begins afresh
-    assert len(engine._optimizer.optimizer.state) == 2
+    assert len(engine._optimizer.optimizer.state_dict()["state"]) == 2
     list(engine.train_epoch(1))
     assert moved(second, snapshot(engine)) == set(first)
-    assert len(engine._optimizer.optimizer.state) == 8
+    assert len(engine._optimizer.optimizer.state_dict()["state"]) == 8
 
 
 def test_it_makes_no_difference_whether_the_gradients_were_computed(

@@ -69,5 +69,5 @@ def test_plateau_and_ranger_go_on_as_if_nothing_had_happened(
     moments = one["tensors"]["optimizer"]["state"]
     assert len(moments) > 100
     for index, values in other["tensors"]["optimizer"]["state"].items():
-        assert set(values) == {"step", "exp_avg", "exp_avg_sq", "slow"}
+        assert set(values) == {"step", "exp_avg", "exp_avg_sq", "lookahead_slow_buff"}
         assert all(torch.equal(value, moments[index][key]) for key, value in values.items())

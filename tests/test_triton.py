@@ -126,7 +126,7 @@ def test_an_output_more_for_each_head(tmp_path: Path) -> None:
         ("probabilities:left side", [2], "labels_1.txt"),
         ("features", [3], ""),
     ]
-    told = json.loads(config.parameters["distcls.task"].string_value)
+    told = json.loads(config.parameters["distcls.targets"].string_value)
     assert Task.from_json(told) == targets
     copy = OnnxModel(folder / "1/model.onnx")
     assert copy.card == card

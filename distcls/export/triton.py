@@ -120,7 +120,7 @@ def config_of(model: OnnxModel, options: TritonOptions) -> str:
         "certificate": card.certificate,
     }
     if not card.task.single:
-        parameters["task"] = card.task.to_json()
+        parameters["targets"] = card.task.to_json()
     lines = [
         f"name: {_quoted(options.title)}",
         'backend: "onnxruntime"',

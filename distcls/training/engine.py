@@ -301,7 +301,8 @@ class Engine:
 
     def _reserve(self) -> list[Tensor]:
         """Memory that a step has in use besides a pass: gradients accumulated so far, moments."""
-        made = self._optimizer.optimizer.state
+        optimizer = self._optimizer.optimizer
+        made = getattr(optimizer, "_base_optimizer", optimizer).state  # within timm's Lookahead
         return [
             torch.empty_like(parameter)
             for parameter in self._parameters

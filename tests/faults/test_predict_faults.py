@@ -61,6 +61,7 @@ BAD = {
 
 def predict(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "distcls.commands.predict", *map(str, arguments)]
+    command += ["--provider", "cpu"]  # one that does not start here has a line of its own
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -177,7 +178,16 @@ def test_disk_full(tmp_path: Path, folder: Path, model: Path) -> None:
         "run(main)\n"
     )
     out = tmp_path / "pre.csv"
-    arguments = [str(tmp_path / "list.csv"), "--model", str(model), "--out", str(out), "--quiet"]
+    arguments = [
+        str(tmp_path / "list.csv"),
+        "--model",
+        str(model),
+        "--provider",
+        "cpu",
+        "--out",
+        str(out),
+        "--quiet",
+    ]
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     refused(done, "free there", code=1)

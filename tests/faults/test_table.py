@@ -21,7 +21,7 @@ def marked(path: Path) -> set[int]:
         marks: list[ast.expr] = []
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             marks = node.decorator_list
-        elif isinstance(node, ast.Assign) and ast.unparse(node.task[0]) == "pytestmark":
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
             marks = node.value.elts if isinstance(node.value, ast.List) else [node.value]
         for mark in marks:
             if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.row":
