@@ -28,7 +28,7 @@ demo: install
 	@echo "evaluated    $(DEMO)/evaluation        confusion matrix $(DEMO)/evaluation/confusion.png"
 
 # three at a time on two cores: much of a test is waiting for processes it has started
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: install lint
 	$(PYTEST) -m "not slow"

@@ -36,6 +36,7 @@ PRELOADED = (
     *("accelerate", "accelerate.tracking", "scipy.special", "onnxruntime", "cv2", "PIL.Image"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "pyarrow.parquet", "yaml", "tqdm"),
     *("distcls.commands.train", "distcls.training.run", "distcls.commands.predict"),
+    *("accelerate.commands.launch", "torch.distributed.run"),
 )
 """What the server imports; a command may import more."""
 LONGEST = 1 << 20

@@ -31,29 +31,39 @@ def command(*arguments: object, module: str = "distcls.cli", processes: int = 1)
     return [call[0], *launcher, "--num_processes", str(processes), *call[1:]]
 
 
+Process = forked.Forked | subprocess.Popen[str]
+"""A command that was started."""
+FROM_SCRATCH = ("LD_PRELOAD", "ROOM")
+"""Variables that a process has to have from its start, or that limit the memory it has loaded."""
+
+
+def start(call: list[str], environment: dict[str, str], *, new_session: bool = False) -> Process:
+    """Start a `command`; its process, the launcher's of several, is forked (`tests.forked`)."""
+    _, _, module, *arguments = call
+    if any(name in environment for name in FROM_SCRATCH):
+        return subprocess.Popen(
+            call,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=new_session,
+        )
+    return forked.start(module, arguments, environment=environment, new_session=new_session)
+
+
 def run(
     *arguments: object, module: str = "distcls.cli", processes: int = 1, code: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end and check its exit code; one process is forked (`tests.forked`)."""
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    """Run a command to its end and check its exit code."""
     call = command(*arguments, module=module, processes=processes)
-    if processes == 1:
-        process = forked.start(module, arguments, environment=environment)
-        try:
-            out, err = process.communicate(timeout=300)
-        finally:
-            process.kill()
-        done = subprocess.CompletedProcess(call, process.wait(), out, err)
-    else:
-        done = subprocess.run(
-            call,
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-            timeout=300,
-            check=False,
-        )
+    process = start(call, {**os.environ, "PYTHONWARNINGS": "ignore"})
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    done = subprocess.CompletedProcess(call, process.wait(), out, err)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -17,7 +17,8 @@ import torch
 
 from benchmarks.invariance import teacher
 from distcls.training.checkpointing import states
-from tests.e2e.commands import ROOT, command
+from tests.e2e import commands
+from tests.e2e.commands import Process, command
 
 OPTIONS = [
     *("--epochs", "2", "--batch-size", "32", "--limit", "200", "--log-every", "1"),
@@ -39,7 +40,7 @@ PLATEAU = [
 the second; and the mean of the last two epochs' weights in place of the moving one."""
 ONE_AND_TWO = [pytest.param(1, marks=pytest.mark.slow), 2]
 """Processes of a test's run; two show what one does and more."""
-_started: list[subprocess.Popen[str]] = []
+_started: list[Process] = []
 
 
 def all_options(data: Path) -> list[object]:
@@ -47,19 +48,12 @@ def all_options(data: Path) -> list[object]:
     return [*OPTIONS, "--distill.teacher", teacher(data)]
 
 
-def start(
-    data: Path, out: Path, *more: object, processes: int = 1, **environment: str
-) -> subprocess.Popen[str]:
+def start(data: Path, out: Path, *more: object, processes: int = 1, **environment: str) -> Process:
     """Start a run in a process group of its own."""
     arguments = ["--data", data, "--out", out, *all_options(data), *more]
-    process = subprocess.Popen(
-        command(*arguments, module="tests.faults.traced_train", processes=processes),
-        cwd=ROOT,
-        env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    call = command(*arguments, module="tests.faults.traced_train", processes=processes)
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", **environment}
+    process = commands.start(call, environment, new_session=True)
     _started.append(process)
     return process
 
@@ -72,7 +66,7 @@ def end_all() -> None:
             kill_all(process)
 
 
-def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 300) -> str:
+def finish(process: Process, code: int = 0, timeout: float = 300) -> str:
     """Wait for its end; what it said."""
     try:
         _, said = process.communicate(timeout=timeout)
@@ -83,7 +77,7 @@ def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 300) 
     return said
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
+def kill_all(process: Process) -> None:
     """`kill -9` for the launcher and all below it; torchrun gives each worker its own group."""
     with contextlib.suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(process.pid)
@@ -93,7 +87,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def workers(process: Process) -> list[psutil.Process]:
     """The training processes below a launcher, by rank."""
     found = [
         child
@@ -116,7 +110,7 @@ def half_written(out: Path) -> list[Path]:
     return list((out / "last").glob(".step_*.part"))
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
+def wait_for(condition: Callable[[], bool], process: Process) -> bool:
     """Wait until the condition holds (True) or the process has ended (False)."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
