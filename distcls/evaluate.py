@@ -1,4 +1,4 @@
-"""`accelerate launch -m distcls.evaluate`: the `evaluate` command on several processes."""
+"""`accelerate launch -m distcls.evaluate`: the `evaluate` command on multiple processes."""
 
 from distcls.cli import run
 from distcls.commands.evaluate import main

@@ -1,4 +1,4 @@
-"""What a model file says of itself: the same card in `best.pth` and in `best.onnx`."""
+"""`ModelCard`: the metadata of a model file, the same in `best.pth` and in `best.onnx`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """All that is needed to use a model, and what is known of how good it is."""
+    """All that is needed to use a model, and its measured scores."""
 
     architecture: dict[str, Any]
     """The model config that rebuilds the network: name, stem stride, dropout, ..."""
     task: Task
-    """What it answers: one class an image, a class per head, or any number of labels."""
+    """The task: one class per image, one class per head, or any number of labels."""
     preprocess: Preprocess
     """How an image becomes an input."""
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Where it comes from: epoch, step, scores, dataset."""
+    """Training provenance: epoch, step, scores, dataset."""
     certificate: dict[str, Any] | None = None
     """Parity with the checkpoint on real images; set by the export."""
 
@@ -36,7 +36,7 @@ class ModelCard:
         return self.task.classes
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as they stand in a checkpoint; `targets` only for several answers."""
+        """Plain values, as stored in a checkpoint; `targets` only for multi-output tasks."""
         several = {} if self.task.single else {"targets": self.task.to_json()}
         return {
             "format": FORMAT,
@@ -79,7 +79,7 @@ class ModelCard:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str], where: str) -> ModelCard:
-        """The inverse of `to_metadata`; keys of others are passed over."""
+        """The inverse of `to_metadata`; other keys are ignored."""
         own = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
         if not own:
             raise UsageError(

@@ -24,21 +24,21 @@ from distcls.task import Floats, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Prediction:
-    """What a model says about one image."""
+    """The prediction for one image."""
 
     error: str | None
     """Why there is no prediction: the image cannot be decoded, or the output is not finite."""
     logits: Floats
     """[K]; NaN with an error."""
     probabilities: Floats
-    """Of each class, float32 [K]: softmax, in each head by itself, or sigmoid of labels; NaN with
+    """Of each class, float32 [K]: softmax, separately for each head, or sigmoid of labels; NaN with
     an error."""
     label: str | None
     """The predicted class, or classes (see `Task.text`); None with an error."""
     probability: float | None
-    """Of the label, of several classes all together as if independent; None with an error."""
+    """Of the label; of several classes the joint one, as if independent. None with an error."""
     features: Floats | None
-    """[D], the input of the network's last layer, of a model that gives them."""
+    """[D], the input of the network's last layer, if the model returns it."""
 
 
 class Predictor:
@@ -47,10 +47,10 @@ class Predictor:
     def __init__(
         self, model: Model, *, batch_size: int | None = None, workers: int | None = None
     ) -> None:
-        """`batch_size` and the threads that decode are the model's own choice unless given."""
+        """`batch_size` and the number of decoding threads are the model's defaults unless given."""
         self.model = model
         self.batch_size = batch_size or model.execution.batch_size
-        """Images that the model takes at a time, at most."""
+        """Maximum batch size of the model."""
         self._workers = workers
         self._queue = ImageQueue(
             model, self._predictions, batch_size=self.batch_size, workers=workers

@@ -1,8 +1,8 @@
-"""Named implementations that a config chooses from: networks, losses, optimisers and others.
+"""Named implementations that a config chooses from: networks, losses, optimisers and more.
 
 An implementation of the user's own joins by `@REGISTRY.register("name", option=default)` in a
 module of theirs. The config reaches it as `module:attribute`, or by its name where the environment
-variable `DISTCLS_IMPORT` names the module (several, separated by commas).
+variable `DISTCLS_IMPORT` names the module (or modules, separated by commas).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Entry(Generic[T]):
 
     value: T
     defaults: dict[str, Any]
-    """Option keys that it reads, with the values that they have where the config says null."""
+    """Option keys that it reads, with their default values (null in the config)."""
     registered: bool = True
-    """Whether a decorator says so, or only an import path leads to it."""
+    """Whether it was registered by a decorator, rather than found by an import path."""
 
 
 class Registry(Generic[T]):

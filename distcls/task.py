@@ -1,8 +1,8 @@
-"""What a model answers: one class an image, a class in each of several heads, or several labels.
+"""`Task`: what a model predicts, which is single-label, multi-head or multi-label.
 
-All of it is flat: the network gives one row of logits, the heads' one after the other (or one a
-label), and the classes of heads are called HEAD:CLASS. So what counts and names classes need not
-know of heads.
+The layout is flat: the network gives one row of logits per image, those of the heads one after the
+other (or one per label), and the classes of heads are called HEAD:CLASS. So code that counts and
+names classes does not depend on heads.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ Kind = Literal["single_label", "multi_head", "multi_label"]
 KINDS = get_args(Kind)
 
 BLANK = ""
-"""Class of a character that is not there, where texts are of several lengths."""
+"""Padding class of the positions after the end of a text, where texts differ in length."""
 BLANK_SHOWN = "␣"
-"""A blank before a character: no true text has one, so that it is seen to be wrong."""
+"""A blank before a character: no true text has one, so the prediction is visibly wrong."""
 JOINT = "|"
-"""Between the classes or labels of one answer, unless they are characters."""
+"""Separates the classes or labels of one prediction, unless they are characters."""
 THRESHOLD = 0.5
-"""Probability from which a label is given, unless a model brings its own."""
+"""Probability from which a label is predicted, unless the model has its own thresholds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """One of several questions to an image, such as a place in a text."""
+    """One output head of a multi-head task, such as a character position in a text."""
 
     name: str
     classes: tuple[str, ...]
@@ -42,17 +42,17 @@ class Head:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """The kind of answer and its classes."""
+    """The type of a model's output and its classes."""
 
     kind: Kind = "single_label"
-    """single: one class an image; heads: one class in each head; multi_label: any number of
+    """single: one class per image; heads: one class per head; multi_label: any number of
     labels."""
     classes: tuple[str, ...]
-    """All of them, flat: those of heads as HEAD:CLASS. The index is that of the logit."""
+    """All class names, flat: those of heads as HEAD:CLASS. The index is that of the logit."""
     heads: tuple[Head, ...] = ()
-    """With heads alone."""
+    """Multi-head tasks only."""
     thresholds: tuple[float, ...] | None = None
-    """With multi_label alone: probability from which each label is given; null is 0.5."""
+    """Multi-label tasks only: probability from which each label is predicted; null is 0.5."""
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
@@ -72,12 +72,12 @@ class Task:
 
     @classmethod
     def of_heads(cls, heads: Sequence[Head]) -> Task:
-        """A class in each of these heads."""
+        """A multi-head task with these heads."""
         return cls(kind="multi_head", heads=tuple(heads), classes=_flat_names(heads))
 
     @property
     def single(self) -> bool:
-        """Whether an image has one class."""
+        """Whether the task is single-label."""
         return self.kind == "single_label"
 
     @functools.cached_property
@@ -94,7 +94,7 @@ class Task:
         return next(iter(shared)) if len(shared) == 1 else None
 
     def summary(self) -> str:
-        """Kind and number of the classes, for people."""
+        """Type of task and number of classes, for display."""
         if self.kind == "multi_label":
             return f"{len(self.classes)} labels"
         if self.single:
@@ -107,7 +107,7 @@ class Task:
     def shortage(self) -> str:
         """Why there is nothing to choose from, such as `one class only ('cat')`; empty if there is.
 
-        A single label is a choice already: yes or no.
+        A multi-label task with one label is a choice already: present or absent.
         """
         if self.kind == "multi_label":
             return "" if self.classes else "no label"
@@ -122,7 +122,7 @@ class Task:
     def probabilities(self, logits: Floats) -> Floats:
         """Logits [N, classes] to probabilities, float32 [N, classes].
 
-        A softmax for each head, a sigmoid for each of several labels.
+        Softmax over each head, or a sigmoid for each label.
         """
         if self.kind == "multi_label":
             return sigmoid(logits).astype(np.float32)
@@ -130,7 +130,7 @@ class Task:
         return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def decide(self, logits: Floats) -> Integers:
-        """The answers to logits [N, classes], int64.
+        """Predictions from logits [N, classes], int64.
 
         Class in each head [N, heads] (a single class is [N, 1]), of equal logits the first; or 0
         and 1 for each label [N, labels].
@@ -142,7 +142,7 @@ class Task:
         return np.asarray(np.stack(answers, axis=1), np.int64)
 
     def confidence(self, probabilities: Floats, answers: Integers) -> Floats:
-        """Probability of whole answers, float32 [N]: their parts taken as independent."""
+        """Joint probability of each prediction, float32 [N]: outputs taken as independent."""
         if self.kind == "multi_label":
             parts = np.where(answers == 1, probabilities, 1 - probabilities)
         else:
@@ -150,15 +150,15 @@ class Task:
         return np.asarray(parts.prod(axis=1), np.float32)
 
     def of_answers(self, probabilities: Floats, answers: Integers) -> Floats:
-        """Probability of the class that each head answers, float32 [N, heads]."""
+        """Probability of the class predicted by each head, float32 [N, heads]."""
         starts = np.array([span.start for span in self.slices])
         return np.take_along_axis(probabilities, answers + starts, axis=1)
 
     def text(self, answer: Sequence[int] | Integers) -> str:
-        """An answer as `decide` gives it, for people and tables.
+        """A prediction as `decide` returns it, as text for people and tables.
 
-        Heads of single characters make a word; blanks at its end are left out. Other heads and
-        several labels stand with `|` between them.
+        Heads of single characters make a word, without trailing blanks. Other heads and
+        labels are separated by `|`.
         """
         if self.kind == "multi_label":
             return JOINT.join(self.classes[index] for index in np.flatnonzero(answer).tolist())
@@ -173,7 +173,7 @@ class Task:
     def texts(self, answers: Integers) -> list[str]:
         """`text` of each of [N] (single), [N, heads] or [N, labels]."""
         rows = answers[:, None] if answers.ndim == 1 else answers
-        # of thousands of labels an image has few: NumPy looks for them
+        # of thousands of labels an image has few: NumPy finds them
         return [self.text(row) for row in (rows if self.kind == "multi_label" else rows.tolist())]
 
     @functools.cached_property

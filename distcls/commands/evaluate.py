@@ -1,6 +1,6 @@
 """`distcls evaluate`: metrics of a `.pth` or `.onnx` model on a split of a dataset directory.
 
-`accelerate launch -m distcls.evaluate` divides the images over several processes.
+`accelerate launch -m distcls.evaluate` shards the images over multiple processes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`evaluate_model`: the metrics of a model on a split, over one process or several."""
+"""`evaluate_model`: the metrics of a model on a split, on one or more processes."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Both compare the file with its checkpoint on real images. A multi-head or multi-label prediction is
 right if it is right in every head or label; the accuracy certificate also counts each head by
-itself, and all labels together.
+itself, and all labels jointly.
 """
 
 from __future__ import annotations

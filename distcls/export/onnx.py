@@ -30,9 +30,9 @@ class ExportOptions:
     ckpt: Path
     """Checkpoint to export, such as runs/digits/best.pth."""
     out: Path | None = None
-    """File to write; unset, the checkpoint's name with .onnx, .fp16.onnx or .int8.onnx."""
+    """File to write; default: the checkpoint's name with .onnx, .fp16.onnx or .int8.onnx."""
     data: Path | None = None
-    """Dataset directory to compare on; unset, the one it was trained on."""
+    """Dataset directory to compare on; default: the one it was trained on."""
     split: str = "val"
     """Split the images are taken from."""
     limit: int = 512
@@ -90,7 +90,7 @@ def export_onnx(options: ExportOptions) -> Certificate | AccuracyCertificate:
 
     reference = open_checkpoint(options.ckpt, device="cpu")
     trained_on = Path(reference.card.training["dataset"])
-    # an exported file is published, where a path tells of the machine and helps nobody
+    # an exported file may be published: a path would reveal details of this machine
     training = {**reference.card.training, "dataset": trained_on.name}
     reference.card = dataclasses.replace(reference.card, training=training)
     folder = options.data or trained_on

@@ -44,7 +44,7 @@ class TritonOptions:
     out: Path
     """Model repository; other models in it are not changed."""
     name: str | None = None
-    """Name of the model for clients; unset, the file's name without its suffix."""
+    """Name of the model for clients; default: the file's name without its suffix."""
     version: int = 1
     """Version of the model, the name of its folder."""
     max_batch_size: int = 64
@@ -181,5 +181,5 @@ def _quoted(text: str) -> str:
 
 
 def _labels(classes: Sequence[str]) -> str:
-    """A class a line; a line break in a name becomes a space, a blank is shown."""
+    """One class per line; a line break in a name becomes a space, a blank is shown."""
     return "".join((" ".join(name.splitlines()) or BLANK_SHOWN) + "\n" for name in classes)

@@ -46,7 +46,7 @@ COMPARED_UNMEASURED = 8
 MAX_SECONDS = 2.0
 """Time after which only those groups are still measured that are in any case."""
 MAX_REFERENCE_SECONDS = 0.3
-"""Time for the logits that the others are compared with; of a slow model, fewer images."""
+"""Time limit for the reference logits; a slow model gets fewer images."""
 
 Open = Callable[[ExecutionConfig], OnnxModel]
 
@@ -178,7 +178,7 @@ def choose(measured: Sequence[Measurement]) -> Measurement:
 
 
 def explain(best: Measurement, measured: Sequence[Measurement]) -> str:
-    """Why it was chosen: its speed, and the best of each of the others."""
+    """Why it was chosen: its speed, and the best speed of each other provider."""
     others: dict[str, Measurement] = {}
     for found in measured:
         if found.problem is None and found.execution.session != best.execution.session:
@@ -286,7 +286,7 @@ def _seconds_per_image(model: OnnxModel, benchmark: Benchmark) -> float:
 
 
 FORMAT = 2
-"""Of the entries of the cache; others are not read."""
+"""Of the entries of the cache; other versions are not read."""
 _MAX_BYTES, _MAX_REASON = 10_000, 1_000
 
 
@@ -309,7 +309,7 @@ def cache_key(sha256: str, request: ExecutionRequest) -> str:
 def read_cache(key: str, request: ExecutionRequest) -> tuple[ExecutionConfig, str] | None:
     """The cached execution config and why it was chosen; None unless all of it is sound.
 
-    The file lies where others may write, so nothing is taken from it that measuring could not have
+    Other users may write to the file, so nothing is taken from it that measuring could not have
     found for the request, and no text that could control a terminal.
     """
     with contextlib.suppress(OSError, ValueError, RuntimeError, KeyError, TypeError, BadValue):

@@ -24,7 +24,7 @@ from distcls.runtime.providers import ExecutionConfig
 from distcls.task import Task
 
 IMAGES = 32
-"""Images that are measured with, and whose outputs are compared."""
+"""Images used for the measurement and for comparing outputs."""
 MAX_LOADING_SECONDS = 0.3
 """Time for loading them; those loaded by then are enough."""
 MIN_SECONDS = 0.1
@@ -32,7 +32,7 @@ MIN_SECONDS = 0.1
 TOLERANCE = 1e-3
 """Largest difference of a logit where the model's certificate states none."""
 MIN_REDUCED_AGREEMENT = 0.998
-"""Fraction of images whose prediction reduced precision has to leave as it is."""
+"""Least fraction of images whose prediction must be unchanged in reduced precision."""
 
 Images = NDArray[np.uint8]
 
@@ -134,7 +134,7 @@ def _first_images(source: ImageSource, count: int) -> list[Images]:
 
 
 def _synthetic(seed: int) -> Images:
-    """A soft picture with some grain, uint8 [375, 500, 3], about as hard to decode as a photo."""
+    """A smooth image with some grain, uint8 [375, 500, 3], about as hard to decode as a photo."""
     rng = np.random.default_rng(seed)
     rough = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
     soft = cv2.resize(rough, (500, 375), interpolation=cv2.INTER_CUBIC).astype(np.int16)

@@ -1,7 +1,7 @@
-"""Ensembling: the mean over several models, or over an image and its mirror image.
+"""Ensembling: the mean over multiple models, or over an image and its mirror image.
 
-What is averaged is the probabilities; the output is their logarithm, whose softmax gives them
-back, and of labels their log-odds, whose sigmoid does. Averages of logits would let one
+Probabilities are averaged; the output is their logarithm, whose softmax gives them back, and for
+multi-label tasks their log-odds, whose sigmoid does. Averages of logits would let one
 overconfident model outvote the others.
 """
 
@@ -118,7 +118,7 @@ def _log_mean(outputs: Sequence[Floats], task: Task) -> Floats:
     with np.errstate(invalid="ignore"):  # infinite logits become NaN, which the stream reports
         if task.kind != "multi_label":
             return _log([task.probabilities(logits) for logits in outputs])
-        # yes and no by themselves: one minus a probability near one would be zero
+        # both outcomes separately: one minus a probability near one would be zero
         broken = np.any([~np.isfinite(logits) for logits in outputs], axis=0)
         odds = _log([sigmoid(logits) for logits in outputs])
         odds -= _log([sigmoid(-logits) for logits in outputs])

@@ -54,7 +54,7 @@ class OnnxModel:
     """A `best.onnx` ready to classify; safe to call from several threads."""
 
     def __init__(self, file: Path | OnnxFile, execution: ExecutionConfig | None = None) -> None:
-        """Open a file as `execution` says; default: on the CPU with one thread per core.
+        """Open a file with the config `execution`; default: on the CPU with one thread per core.
 
         Raises UsageError if it is no ONNX file, was not exported by distcls, was changed since,
         names weights outside its folder, or if the execution provider does not work here.

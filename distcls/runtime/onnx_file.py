@@ -1,4 +1,4 @@
-"""One `.onnx` file: read once, verified, and what it says without a session.
+"""One `.onnx` file: read once, verified, and its metadata without a session.
 
 The protobuf wire format is read here, because the inference side installs without `onnx`. Field
 numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto

@@ -4,11 +4,11 @@
 number of threads. Both decode, compute and check alike, so an image has the same logits either way.
 
 OpenCV and ONNX Runtime release the GIL, so threads decode and compute side by side. The layout of
-the model's execution config (see `distcls.runtime.providers`) says how they divide the work:
+the model's execution config (see `distcls.runtime.providers`) defines how they divide the work:
 
 - workers: each thread takes a batch, decodes it and computes it. Nothing is handed over, and as
   many threads as cores keep all cores busy.
-- stages: threads decode the next batches while others compute; for GPUs, and for models that
+- stages: some threads decode the next batches while others compute; for GPUs, and for models that
   compute one batch with all cores.
 
 A batch of `stream` is always the same run of consecutive inputs, so its content depends neither on
@@ -65,7 +65,7 @@ class Profiler:
     decode: reading, decoding and resizing. infer: the model. write: what the consumer of a stream
     does with its chunks, in its own thread. wait: the rest of the threads' time. A phase that
     shares a core with another takes longer by the clock, so with more threads than cores the
-    seconds say where threads were, not what the work would cost alone.
+    seconds show where threads were, not what the work would cost alone.
     """
 
     def __init__(self) -> None:
@@ -236,7 +236,7 @@ class _WorkerPool:
 
 
 class _StagedPool(_WorkerPool):
-    """Some threads decode, others compute (layout `stages`)."""
+    """Separate decoding and computing threads (layout `stages`)."""
 
     def __init__(
         self, model: Model, profiler: Profiler, threads: int, streams: int, size: int
@@ -403,7 +403,7 @@ class _Request(Generic[T]):
         self.future: Future[T] = Future()
 
     def fail(self, error: Exception) -> None:
-        """End the future with an error, unless whoever waited has cancelled it."""
+        """End the future with an error, unless its caller has cancelled it."""
         if self.future.running() or self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 

@@ -1,4 +1,4 @@
-"""Execution providers, and the execution configs that say how one runs a model.
+"""Execution providers, and the execution configs that describe how one runs a model.
 
 An execution provider is what ONNX Runtime computes with: the CPU, OpenVINO, CUDA, TensorRT. Each is
 one subclass of `Provider`. A new one is such a class under `@register`, here or in a module that
@@ -33,9 +33,9 @@ Precision = Literal["fp32", "reduced"]
 Layout = Literal["workers", "stages"]
 
 AUTO = "auto"
-"""In place of a provider's name: the fastest of those installed."""
+"""Instead of a provider's name: the fastest of those installed."""
 REFERENCE = "cpu"
-"""The provider that is always installed, and whose outputs in fp32 the others are compared with."""
+"""The provider that is always installed; its fp32 outputs are the reference for all others."""
 BATCH_SIZE = 64
 """Images per batch where nothing was measured: of a PyTorch model, and of a plain session."""
 
@@ -52,7 +52,7 @@ class ExecutionConfig:
     """How threads divide the work. workers: each thread decodes a batch and computes it too, with
     no hand-over. stages: some threads decode the next batches while others compute."""
     threads: int = 0
-    """Threads that compute one batch together; 0: one per core. Of no meaning on a GPU."""
+    """Threads that compute one batch (intra-op); 0: one per core. Ignored on a GPU."""
     streams: int = 1
     """Batches that are computed at the same time."""
     batch_size: int = BATCH_SIZE
@@ -104,7 +104,7 @@ class ExecutionConfig:
 
 
 class ExecutionOptions(Protocol):
-    """The options of a command that say how the model is run."""
+    """The options of a command that control how the model is run."""
 
     @property
     def provider(self) -> str:
@@ -162,7 +162,7 @@ class SearchGroup:
     executions: tuple[ExecutionConfig, ...]
     """At least one; they share a session."""
     always: bool
-    """Measured however long that takes; the others only while there is time."""
+    """Measured however long that takes; all other configs only while there is time."""
 
 
 class Provider(abc.ABC):
@@ -175,7 +175,7 @@ class Provider(abc.ABC):
     execution_provider: ClassVar[str]
     """ONNX Runtime's name of it."""
     packages: ClassVar[tuple[str, ...]] = ()
-    """Distributions whose versions decide how fast it is, and how exact."""
+    """Distributions whose versions affect its speed and accuracy."""
     gpu: ClassVar[bool] = False
     """Whether it computes on a GPU."""
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32",)
