@@ -69,7 +69,7 @@ def _exit_code(main: Main, arguments: Sequence[str]) -> int:
 
 def _exit(code: int) -> NoReturn:
     if log.world_size() > 1 or _reader_hangs():
-        # One of several processes: gloo's threads may outlive Python's and abort it on its way out
+        # One of multiple processes: gloo's threads may outlive Python's and abort it at exit
         # ("terminate called without an active exception", seen in 1 of 6 two-process runs). For a
         # thread that hangs in a read Python would wait for ever. Everything is written by now, so
         # nothing is lost without the interpreter's finalisation.

@@ -29,7 +29,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it takes `path`'s place if the block ends well.
+    """Yield a temporary path beside `path` to write to; renamed to `path` if the block succeeds.
 
     Raises DistclsError, naming the path and the free space, if the disk cannot take the file.
     """
@@ -57,7 +57,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def second_name(source: Path, path: Path) -> None:
     """Give the file `source` the name `path` too, atomically; a copy where a link cannot be made.
 
-    What is written by `atomic_path` later takes the place of one name and leaves the other as is.
+    A later `atomic_path` replaces one of the names and leaves the other as it is.
     """
     with atomic_path(path) as temporary:
         temporary.unlink()
@@ -69,7 +69,7 @@ def second_name(source: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder beside `path` to fill; it becomes `path` if the block ends well.
+    """Yield a temporary folder beside `path`; renamed to `path` if the block succeeds.
 
     Raises UsageError if `path` exists: nothing is ever replaced silently.
     """
@@ -81,10 +81,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
         try:
             yield temporary
-            with ThreadPoolExecutor(16) as pool:  # 1,800 files: 6 s one by one, 0.2 s together
+            with ThreadPoolExecutor(16) as pool:  # 1,800 files: 6 s one by one, 0.2 s at once
                 list(pool.map(sync_folder, [*temporary.rglob("*"), temporary]))
             temporary.chmod(0o777 & ~_umask())
-            temporary.replace(path)  # an empty folder in its place is replaced, as rename(2) allows
+            temporary.replace(path)  # an empty folder at the path is replaced, as rename(2) allows
             sync_folder(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -92,14 +92,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """Turn the system's refusals to write below `folder` into errors that say what to do."""
+    """Turn the system's errors on writing below `folder` into ones that tell users what to do."""
     try:
         yield
     except PermissionError as error:
         raise UsageError(
             f"{error.filename or folder} cannot be written: permission denied"
         ) from error
-    except (NotADirectoryError, FileExistsError) as error:  # mkdir's words for the same mistake
+    except (NotADirectoryError, FileExistsError) as error:  # mkdir's error for the same mistake
         raise UsageError(f"{folder} cannot hold files: part of it is a file") from error
     except OSError as error:
         if error.errno is None:
@@ -205,7 +205,7 @@ def safe_names(names: Iterable[str]) -> list[str]:
 
 
 def _shorten(name: str) -> str:
-    """The end of a long name, which is what tells files apart."""
+    """The end of a long name, the part that distinguishes files."""
     short = name[-_LONGEST:]
     while len(short.encode()) > 200:
         short = short[1:]

@@ -89,7 +89,7 @@ NARROWEST = 4.5
 LETTERS = 28
 """What fits on a line below an image."""
 SMALL = 100
-"""Images with fewer pixels a side are drawn pixel by pixel."""
+"""Images with fewer pixels per side are drawn pixel by pixel."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,7 +146,7 @@ def draw_grid(tiles: Sequence[Tile], path: Path, *, title: str = "") -> None:
 def _draw_image(axes: Axes, tile: Tile) -> None:
     smooth = "nearest" if max(tile.image.shape[:2]) < SMALL else "antialiased"
     axes.imshow(tile.image, interpolation=smooth)
-    axes.set_anchor("S")  # beside its text, where others are taller
+    axes.set_anchor("S")  # beside its text, in a row with taller images
     if tile.color is None:
         axes.axis("off")
         return
@@ -157,7 +157,7 @@ def _draw_image(axes: Axes, tile: Tile) -> None:
 
 
 def _draw_text(figure: Figure, tile: Tile, center: float, top: float, height: float) -> None:
-    """`center` is a part of the figure's width, `top` and `height` (the figure's) are inches."""
+    """`center` is a fraction of the figure's width; `top`, `height` (the figure's): inches."""
     style: dict[str, Any] = {"fontfamily": fonts(), "parse_math": False, "ha": "center"}
     color = RED if tile.color == RED else "#111827"
     text = "\n".join(tile.lines)
@@ -236,7 +236,7 @@ def curves(
 ) -> None:
     """Draw loss, accuracy and learning rate against epochs as a PNG.
 
-    `history` has one row an epoch with `epoch`, and where known `train_loss`, `val_loss`,
+    `history` has one row per epoch with `epoch`, and where known `train_loss`, `val_loss`,
     `train_top1`, `val_top1`, `val_macro_f1`, `val_exact`, `lr`; the best epoch by `monitor`
     and `mode` (min or max; min of a loss unless given) is marked.
     """

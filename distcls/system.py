@@ -30,7 +30,7 @@ def cache_folder() -> Path:
 
 
 def cpu_name() -> str:
-    """The processor's model, as the system calls it."""
+    """Name of the processor's model, from the system."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -41,7 +41,7 @@ def cpu_name() -> str:
 
 
 def gpu_names() -> list[str]:
-    """NVIDIA GPUs as the driver names them."""
+    """Names of the NVIDIA GPUs, from the driver."""
     names = []
     for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         with contextlib.suppress(OSError):
@@ -54,19 +54,19 @@ def gpu_names() -> list[str]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what it freed: a step frees and takes the same gigabyte again and again.
+    """Have glibc keep freed memory: each step frees and allocates the same gigabyte again.
 
-    Handed back to the system, it comes back page by page. Measured on 2 cores, MobileNetV3-Large at
+    Returned to the system, it comes back page by page. Measured on 2 cores, MobileNetV3-Large at
     224 px, batch 32: 33.4 to 39.1 img/s, page faults 2.4 to 0.7 million; at 32 px no difference.
     """
     _set_malloc(mmap_threshold=1 << 30, trim_threshold=(1 << 31) - 1)
 
 
 def hand_back_freed_memory() -> None:
-    """Have glibc hand large arrays back to the system when they are freed.
+    """Have glibc return large arrays to the system when they are freed.
 
-    Where memory is scarce: kept in the heap, what a trial that failed had taken is lost to all that
-    does not come from there, such as the code that oneDNN generates.
+    Where memory is scarce: memory of a failed trial that stays in the heap is lost to allocations
+    outside the heap, such as the code that oneDNN generates.
     """
     _set_malloc(mmap_threshold=1 << 16, trim_threshold=1 << 20)
 

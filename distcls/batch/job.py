@@ -1,7 +1,7 @@
 """Batch prediction: one row for each input, in input order, an error included.
 
-    check_output    nothing is computed that could not be written
-    predict         the parts that are missing are written, then joined into the output
+    check_output    fails early if the output could not be written
+    predict         writes the missing parts, then joins them into the output
 
 The rows are written in parts (see `distcls.batch.parts`), so that an interrupted run can be
 resumed; the finished parts become the output in one step.
@@ -80,7 +80,7 @@ def predict(
     profile = writer.profiler.to_json()
     if options.show:
         task = model.card.task
-        # a true class may be given by number; several classes or labels are always text
+        # a true class may be given by number; multi-output labels are always text
         writer.gallery.draw(source, task.classes if task.single else (), options.picture)
     if options.profile is not None:
         draw_profile(profile, options.profile, title=model.provider)
@@ -154,7 +154,7 @@ def _new_records(
 
 
 def _deliver(parts: Parts, writer: PartWriter) -> None:
-    """Join the finished parts and move the output to its place."""
+    """Join the finished parts and move the output to its final path."""
     options = writer.options
     if sum(record.errors for record in parts.records) == writer.count:
         first = next(record.first_error for record in parts.records)

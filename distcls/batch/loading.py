@@ -1,7 +1,7 @@
-"""The models and images of a batch prediction, opened as its options say.
+"""Opens the models and images of a batch prediction according to its options.
 
-With scaled decoding the JPEG decoder scales as part of its transform, and so has a fraction of the
-pixels to compute: photographs of 12 megapixels decode several times as fast. The pixels are not
+With scaled decoding the JPEG decoder scales as part of its transform and so computes a fraction of
+the pixels: photographs of 12 megapixels decode several times as fast. The pixels are not
 those of training to the last bit, so it is an option, and refused if too many labels change.
 """
 
@@ -37,8 +37,8 @@ def load_models(
 ) -> Model:
     """The model, an ensemble, or a model with features or flips; raises as `load_model` does.
 
-    Each model runs as `executions` say, or unless given as in the run that `--resume` continues,
-    where possible.
+    Each model runs with its config of `executions`; default: as in the run that `--resume`
+    continues, where possible.
     """
     request, paths = options.execution_request(len(source)), options.models
     if options.classes is None:
@@ -152,7 +152,7 @@ def _plain(values: tuple[float, ...] | None) -> list[float] | None:
 COMPARED = 128
 """Images, spread over the input, that are predicted both ways."""
 MIN_AGREEMENT = 0.998
-"""Fraction of them whose label must stay, as for a model in reduced precision."""
+"""Least fraction of them with an unchanged label, as for a model in reduced precision."""
 
 
 def scale_decoding(source: ImageSource, model: Model) -> ImageSource:

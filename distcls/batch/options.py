@@ -33,32 +33,32 @@ class PredictOptions:
     """Parquet file to write as well: the features of each image, the input of the network's last
     layer."""
     split: str | None = None
-    """Split of a dataset directory; test unless given."""
+    """Split of a dataset directory; default: test."""
     batch_size: int | None = None
-    """Images the model takes at a time; by default chosen with the provider (64 for a .pth)."""
+    """Batch size; by default chosen with the provider (64 for a .pth)."""
     provider: str = "auto"
-    """What runs an ONNX model: auto takes the fastest that is installed and agrees with the CPU;
-    or cpu, openvino, cuda, tensorrt."""
+    """Execution provider of an ONNX model: auto (the fastest installed one that agrees with
+    the CPU), cpu, openvino, cuda, tensorrt."""
     top_k: int = 1
     """Classes to name for each image, the likeliest first; 1 for multi-head and multi-label."""
     probabilities: bool = False
     """Add a column p:CLASS with the probability of each class."""
     threshold: float | None = None
-    """Least probability of a class, in each head by itself; below it the label stays empty and the
+    """Least probability of a class, for each head separately; below it the label is empty and the
     column `abstained` is true. Not for multi-label models, which have a threshold per label."""
     tta: Tta = "none"
     """Test-time augmentation: flip predicts the mean of the probabilities of each image and of its
     mirror image."""
     show: int = 0
-    """Draw that many random images with their predictions as a PNG."""
+    """Draw this many random images with their predictions as a PNG."""
     show_out: Path | None = None
-    """The PNG that --show writes; the name of --out with .png unless given."""
+    """The PNG that --show writes; default: the name of --out with .png."""
     seed: int = 0
-    """Chooses the images of --show."""
+    """Seed of the random images of --show."""
     limit: int | None = None
     """Take the first images only."""
     workers: int | None = None
-    """Threads that decode; one a core unless given."""
+    """Decoding threads; default: one per core."""
     engine: Engine = "local"
     """Where to compute: on this machine, or with ray on the nodes of a Ray cluster (that of
     RAY_ADDRESS), all of which need access to input and model."""
@@ -70,14 +70,14 @@ class PredictOptions:
     fetch_timeout: float = TIMEOUT
     """Seconds that one attempt to download an image may take; there are four."""
     classes: Path | None = None
-    """For an ONNX file that distcls has not exported: file with its class names, one a line or a
+    """For an ONNX file that distcls has not exported: file with its class names, one per line or a
     JSON list; --size, --mean and --std give its preprocessing."""
     size: tuple[int, int] | None = None
     """With --classes: height and width of the model's input; by default the file's."""
     mean: tuple[float, float, float] | None = None
-    """With --classes: mean of each RGB channel, of values scaled to 0..1; 0,0,0 unless given."""
+    """With --classes: mean of each RGB channel, of values scaled to 0..1; default: 0,0,0."""
     std: tuple[float, float, float] | None = None
-    """With --classes: standard deviation of each RGB channel, likewise; 1,1,1 unless given."""
+    """With --classes: standard deviation of each RGB channel, likewise; default: 1,1,1."""
     part_rows: int = 4096
     """Rows of a part, after each of which the run can be resumed; rounded up to whole batches."""
     resume: bool = False

@@ -1,7 +1,7 @@
 """The finished parts of an unfinished output, which survive a kill, and their fingerprint.
 
 pre.csv.parts/
-    fingerprint.json    what decides the rows: digests of inputs and models, and the options
+    fingerprint.json    what determines the rows: digests of inputs and models, and the options
     00000000.csv        rows 0 to 4095, and so on; with --features .features.parquet beside it
     00000000.json       how many rows and errors, and the files' SHA-256; written last
 
@@ -31,7 +31,7 @@ from distcls.files import atomic_path, digest, remove_stale_parts, sync_folder, 
 ENDING = ".parts"
 FINGERPRINT = "fingerprint.json"
 EXECUTION = "execution configs"
-"""Key of a fingerprint: how each model is run, as plain values."""
+"""Key of a fingerprint: the execution config of each model, as plain values."""
 _OURS = re.compile(
     # identity.json and whole.* are what 0.1.0 wrote
     r"\.?((?:fingerprint|identity)\.json|\d{8}\.[\w.]+|(?:joined|whole)\.[\w.]+)(\..*\.part)?"
@@ -40,7 +40,7 @@ _OURS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """What decides the rows of an output; runs with equal fingerprints write equal bytes."""
+    """What determines the rows of an output; runs with equal fingerprints write equal bytes."""
 
     values: dict[str, Any]
     """Plain values, by names that an error can show."""

@@ -86,7 +86,7 @@ class WorkerAllocation:
                 raise UsageError("provider: no node of the Ray cluster has a GPU")
             return cls(workers=gpus, cpus=1, gpus=1)
         sizes = [int(node.get("CPU", 0)) for node in resources]
-        sizes = [size for size in sizes if size]  # a head node may be kept free of work
+        sizes = [size for size in sizes if size]  # a head node may have no resources for work
         if not sizes:
             raise UsageError("engine: no node of the Ray cluster has a CPU to compute on")
         each = min(cores, *sizes)
@@ -224,7 +224,7 @@ def _with_absolute_paths(options: PredictOptions) -> PredictOptions:
 @contextlib.contextmanager
 def _cluster() -> Iterator[None]:
     """Connect to Ray, quietly, and turn its errors into one line."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings look like errors of ours
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings resemble our errors
     import ray
     from ray.data import DataContext
     from ray.exceptions import RayError, RayTaskError
@@ -240,7 +240,7 @@ def _cluster() -> Iterator[None]:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         yield
     except RayTaskError:
-        raise  # a bug of ours, with the worker's traceback
+        raise  # a bug in distcls, with the worker's traceback
     except (RayError, ConnectionError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DistclsError(f"prediction on Ray failed: {lines[0]}") from error

@@ -28,10 +28,10 @@ LabelColumns = tuple[list[str | None], Floats]
 class RowBuilder:
     """Turns chunks into columns of a table.
 
-    image_id, label, probability, then for a single label the next likely ones (label_2,
+    image_id, label, probability, then for single-label tasks the next likely classes (label_2,
     probability_2, ...), for heads each one's own (label:HEAD, probability:HEAD), then on request
     p:CLASS, with a threshold abstained, and error. The probability of a multi-head or multi-label
-    prediction is that of all its classes together, as if they were independent.
+    prediction is the joint one of all its classes, as if they were independent.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ def _blank_where(texts: list[str], abstained: NDArray[np.bool_]) -> list[str | N
 
 
 def _spread(good: NDArray[np.bool_], values: list[Any]) -> list[Any]:
-    """`values` for the images that are good, None for the others."""
+    """`values` for the readable images, None for bad ones."""
     if good.all():
         return values
     left = iter(values)
@@ -186,7 +186,7 @@ def open_writer(
 ) -> Iterator[Write]:
     """Open `path` for a table with columns `names`.
 
-    Those in `numbers` are float32, those in `booleans` true or false, the others text. `ending`
+    Those in `numbers` are float32, those in `booleans` true or false, all other text. `ending`
     decides the format: .csv, .jsonl or .parquet. Yields a function that appends
     rows; each call gives all columns in the order of `names`.
     """

@@ -1,4 +1,4 @@
-"""`distcls show`: a picture of training images as the network is given them, labels below."""
+"""`distcls show`: a grid of training images as the network gets them, labels below."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distcls.training.config import TrainConfig
 
 ABOUT = "Draw the first training images of an epoch as the network is given them."
 MOST = 400
-"""Images in a picture: more would take minutes to draw and be too small to see."""
+"""Most images in the grid: more would take minutes to draw and be too small to see."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class ShowConfig(TrainConfig):
     data: Path = positional()
     """Dataset directory."""
     out: Path = Path("show.png")
-    """Picture to write (PNG); the `out` of a config file is not meant."""
+    """Image file to write (PNG); the `out` of a config file is ignored."""
     overwrite: bool = False
     """Replace `out`."""
     epoch: int = 1
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def check_output(config: ShowConfig) -> None:
-    """Raise UsageError, before any work, if the picture could not be drawn or written."""
+    """Raise UsageError, before any work, if the image could not be drawn or written."""
     from distcls.files import require_writable
     from distcls.plotting import new_figure
 

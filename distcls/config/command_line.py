@@ -1,7 +1,7 @@
 """A command line made from a dataclass: its fields are the flags, their docstrings the help.
 
 argparse, because a user's mistake is to end in one line that names the key, the value, the choices
-and the file, the same for a flag and for YAML. tyro 1.0.17 draws a box of five to eight lines and
+and the file, the same for a flag and for YAML. tyro 1.0.17 prints a box of five to eight lines and
 knows nothing of the file (tried 2026-11; it also adds 60 ms to every command).
 """
 
@@ -21,7 +21,7 @@ C = TypeVar("C")
 
 
 def positional(default: Any = MISSING) -> Any:
-    """A dataclass field that stands on the command line without a flag."""
+    """A dataclass field that is a positional argument on the command line."""
     return dataclasses.field(default=default, metadata={"positional": True})
 
 
@@ -31,7 +31,7 @@ def repeated() -> Any:
 
 
 def bare(value: str) -> Any:
-    """A field that is null unless its flag is given, which means `value` where it stands alone."""
+    """A field that is null unless its flag is given; the flag without a value means `value`."""
     return dataclasses.field(default=None, metadata={"bare": value})
 
 
@@ -51,7 +51,7 @@ def parse(
 ) -> C:
     """Build a `cls` from command-line arguments; with `config`, also from `--config FILE`.
 
-    `aside` are keys of the file that this command does not take from there. Raises UsageError for
+    `aside` are keys of the file that this command ignores. Raises UsageError for
     anything wrong; prints and leaves with 0 for `--help`.
     """
     fields = leaves(cls)

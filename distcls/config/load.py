@@ -1,4 +1,4 @@
-"""Building a config dataclass out of values from several places; the last place wins."""
+"""Building a config dataclass out of values from several sources; the last source wins."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ RENAMED = {
     "checkpoint.best_only": "checkpoint.save_best_only",
     "checkpoint.whole": "checkpoint.save_training_state",
 }
-"""Training's config keys by the names they had in 0.1.0. A user who gives such a name is warned,
-until it goes; files that are read without a user's doing (saved states, model cards) keep it."""
+"""Training's config keys by their names in 0.1.0. A user of such a name gets a deprecation warning;
+files that are read without a user's doing (saved states, model cards) keep it."""
 
 
 class Given(NamedTuple):
-    """A raw value and where it came from, so that an error can say so."""
+    """A raw value and its source, for error messages."""
 
     value: Any
     source: str
@@ -107,7 +107,7 @@ def _rename(layers: Sequence[dict[str, Given]], known: Iterable[str]) -> list[di
 def build(cls: type[C], *layers: dict[str, Given]) -> C:
     """Make a `cls` from layers of dotted values; later layers win.
 
-    Raises UsageError naming the key, the value, what is allowed and the place it was given.
+    Raises UsageError naming the key, the value, the allowed values and its source.
     """
     known = {leaf.key: leaf for leaf in leaves(cls)}
     mappings = [
@@ -147,7 +147,7 @@ def _gather(layer: dict[str, Given], mappings: list[str]) -> dict[str, Given]:
 
 
 def _refuse_section(key: str, source: str, known: Iterable[str]) -> None:
-    """Say so if `key` holds other keys, as a section left empty in YAML does not."""
+    """Add a hint if `key` is a section, such as one left empty in YAML."""
     inside = [name for name in known if name.startswith(key + ".")]
     if inside:
         raise UsageError(f"{source}: {key!r} takes keys of its own: {', '.join(inside)}")

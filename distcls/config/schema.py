@@ -32,11 +32,11 @@ class Leaf:
     doc: str
     """The docstring under the field."""
     positional: bool = False
-    """Given by place on the command line, not by flag."""
+    """Whether it is a positional argument on the command line, not a flag."""
     repeated: bool = False
-    """Its flag is given once for each of its texts."""
+    """Whether its flag is repeated, once for each of its texts."""
     bare: str | None = None
-    """What its flag means without a value."""
+    """The value of its flag when given without one."""
 
 
 def leaves(cls: type, prefix: str = "") -> list[Leaf]:

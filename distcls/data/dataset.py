@@ -93,7 +93,7 @@ class Split(ImageSource):
     table: pa.Table
     packed: bool
     task: Task
-    """What its labels are of."""
+    """The task of its labels."""
 
     def __len__(self) -> int:
         """Number of images."""

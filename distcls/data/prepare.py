@@ -60,7 +60,7 @@ class PrepareOptions:
     labels_column: str | None = None
     """Multi-label: column of the manifest with any number of labels per image, none included."""
     separator: str | None = None
-    """With labels_column: what stands between the labels; default: |."""
+    """With labels_column: separator of the labels; default: |."""
     val_fraction: float | None = None
     """Fraction of each class for validation, where the source has no validation split; default:
     0.1."""
@@ -68,17 +68,17 @@ class PrepareOptions:
     """Fraction of each class for testing, where the source has no test split."""
     folds: int | None = None
     """Cross-validation: split the training images into this number of stratified folds; `fold` is
-    for validation, the others are for training."""
+    for validation, all other folds are for training."""
     fold: int | None = None
     """With folds: which of them, counted from 1."""
     bootstrap: int | None = bare("1")
     """A bootstrap sample: training images drawn with replacement, the times that each is drawn as
-    its weight; those never drawn (37 %) are for validation. Its number, 1 where none is given: with
-    other numbers other samples of the same images."""
+    its weight; those never drawn (37 %) are for validation. The value is the number of the
+    sample, 1 where none is given; each number draws another sample of the same images."""
     seed: int = 0
     """Seed of the splits (also of folds and bootstrap samples) and of `limit`."""
     limit: int | None = None
-    """Take at most so many images, drawn evenly over splits and classes."""
+    """Use at most this many images, drawn evenly over splits and classes."""
     write_images: bool = False
     """Also write OUT/images/SPLIT/CLASS/ID.png."""
     pack: Literal["auto", "on", "off"] = "auto"
@@ -119,7 +119,7 @@ class PrepareOptions:
 
     @property
     def resolved_val_fraction(self) -> float:
-        """The fraction that is cut off for validation, as given or usual."""
+        """The fraction that is cut off for validation, as given or by default."""
         if self.resampling is not None:
             return 0.0
         return VAL_FRACTION if self.val_fraction is None else self.val_fraction
@@ -188,7 +188,7 @@ def prepare(options: PrepareOptions) -> Prepared:
 
 
 def require_absent(out: Path) -> None:
-    """Refuse early, before anything is read, what `atomic_folder` refuses in the end."""
+    """Raise early, before anything is read, where `atomic_folder` would raise at the end."""
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out} exists already; choose another folder or remove it")
 
@@ -253,7 +253,7 @@ def _decode(
     pack: PackWriter | None,
     copies: list[str] | None,
 ) -> tuple[list[int], list[tuple[ImageRecord, str]]]:
-    """Positions of the readable images, which are then in the pack, and the others with reasons."""
+    """Indices of the readable images, which are then in the pack, and the bad ones with reasons."""
     paths = None if copies is None else [folder / path for path in copies]
     images = load_all(source.source, assignment.records, paths)
     bar = tqdm(

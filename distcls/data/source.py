@@ -39,7 +39,7 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-"""What sources call their splits, in lower case, and what they are called here."""
+"""Names of splits in sources, in lower case, and their names in distcls."""
 
 
 class ImageSource(abc.ABC):
@@ -80,7 +80,7 @@ class ImageSource(abc.ABC):
     def true_labels(self) -> Sequence[str | None] | None:
         """The text of each image's label, [N], None where an image has none; None without labels.
 
-        A class name, or what `Task.text` makes of several outputs.
+        A class name, or the text of `Task.text` for multi-output tasks.
         """
         return None
 
@@ -193,14 +193,14 @@ def with_decoder(source: ImageSource, decoder: Callable[[bytes], Images]) -> Ima
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRecord:
-    """What training has to know of one image besides its pixels."""
+    """The metadata of one image that training needs besides its pixels."""
 
     index: int
-    """Position in the source."""
+    """Index in the source."""
     image_id: str
     """Unique in the source."""
     label: int
-    """Index of the class; with several outputs the first of `labels`, or -1 (see `first_label`)."""
+    """Index of the class; multi-output: the first of `labels`, or -1 (see `first_label`)."""
     split: str | None = None
     """The source's own split: train, val or test; None where it has none."""
     path: str | None = None
@@ -225,7 +225,7 @@ class LabelledImages:
     root: Path | None
     """Folder of the records' paths, absolute; None if the images are no files."""
     task: Task
-    """What the labels are of, with the class names in label order."""
+    """The task of the labels, with the class names in label order."""
     records: list[ImageRecord]
     """In the source's order."""
 
@@ -235,14 +235,14 @@ class LabelledImages:
         return self.task.classes
 
     def positions(self, record: ImageRecord) -> list[int]:
-        """Positions of an image's labels among the classes."""
+        """Class indices of an image's labels."""
         if record.labels is None:
             return [record.label]
         return self.task.flat(record.labels)
 
 
 def first_label(labels: Sequence[int]) -> int:
-    """The one label that stands for several where one is needed: the first, or -1."""
+    """The label that represents multiple ones where one is needed: the first, or -1."""
     return labels[0] if labels else -1
 
 
@@ -261,7 +261,7 @@ class LabelOptions:
     labels_column: str | None = None
     """Multi-label: the column of any number of labels."""
     separator: str | None = None
-    """What stands between those labels; None is |."""
+    """Separator of those labels; None is |."""
 
     def __post_init__(self) -> None:
         given = self.options
@@ -301,7 +301,7 @@ class LabelOptions:
 
 
 _UNKNOWN = (-1, -1)
-"""Size and time of a file that cannot be looked up."""
+"""Size and time of a file whose status cannot be read."""
 
 
 def state_of(paths: Iterable[str]) -> str:

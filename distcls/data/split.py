@@ -25,8 +25,8 @@ def assign_splits(
 
     The source's own splits stay as they are. Those it lacks are cut from its training images, the
     same fraction of each class (rounded to the nearest, at least one image where the class has
-    enough); a class always keeps a training image. Raises UsageError if the source's splits tear
-    a group apart.
+    enough); a class always keeps a training image. Raises UsageError if the source's splits divide
+    a group.
     """
     given = {record.split for record in records} - {None}
     fractions = {
@@ -166,7 +166,7 @@ FOLDS_STREAM, BOOTSTRAP_STREAM = 2, 3
 """Which random numbers of the seed; 0 and 1 are those of `distcls.data.split`."""
 
 Units = list[list[int]]
-"""Positions of images that stay together: those of a group, or one without a group alone."""
+"""Indices of images that stay in one split: those of a group, or a single one without a group."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,7 +183,7 @@ class Resampling:
 def require_one_way(
     folds: int | None, fold: int | None, bootstrap: int | None, val_fraction: float | None
 ) -> None:
-    """Raise BadValue unless these options say in one way which images validate."""
+    """Raise BadValue unless exactly one of these options chooses the validation images."""
     require(folds is None or folds >= 2, "folds", folds, "at least 2")
     if folds is None:
         require(fold is None, "fold", fold, "nothing without folds, which says of how many")
@@ -264,8 +264,8 @@ def draw_bootstrap(
 ) -> dict[int, int]:
     """How often each of the images `training` is drawn: as many with replacement as there are.
 
-    A class is drawn from by itself, so it keeps its size and at least one image; of n images about
-    n / e, 36.8 %, are drawn never. Groups are drawn whole, with those that are mostly of the same
+    Each class is sampled separately, so it keeps its size and at least one image; of n images about
+    n / e, 36.8 %, are never drawn. Groups are drawn whole, with those that are mostly of the same
     class. (Efron: Bootstrap Methods, 1979; the stratified one.)
     """
     strata: dict[int, Units] = defaultdict(list)
@@ -288,7 +288,7 @@ def _check_classes(
     """Raise UsageError if a class lies in one fold: while that validates, no other has any."""
     homes: dict[int, set[int]] = defaultdict(set)
     for index, fold in fold_of.items():
-        if records[index].labels is None:  # with several labels, the first is not the image's class
+        if records[index].labels is None:  # multi-output: `label` is not the image's class
             homes[records[index].label].add(fold)
     for label in sorted(homes):
         if len(homes[label]) == 1:
@@ -404,7 +404,7 @@ def _check_no_validation(source: LabelledImages, resampling: Resampling) -> None
 def check_training_images(assignment: SplitAssignment, source: LabelledImages) -> None:
     """Raise UsageError, naming the class, unless every class has a training image.
 
-    Multi-head and multi-label: not every class can have one, such as a rare letter at each place
+    Multi-head and multi-label: not every class can have one, such as a rare letter at each position
     of a text; there it is enough that some image trains (see `untrained_classes`).
     """
     if not source.task.single:

@@ -195,8 +195,8 @@ def write_manifest(
 ) -> None:
     """Write the manifest. The pack's images are those of `assignment`, in its order.
 
-    Rows stand split by split. Where an image had to change its split they are then in another order
-    than the pack, and `Split.uniform` is None; all else works.
+    Rows are ordered by split. Where an image had to change its split they are then in another order
+    than the pack, and `Split.uniform` is None; everything else works.
     """
     order = sorted(range(len(assignment)), key=lambda index: SPLITS.index(assignment.splits[index]))
     records = assignment.records
@@ -274,7 +274,7 @@ def write_rejected(
 
 
 def copy_paths(source: LabelledImages, assignment: SplitAssignment) -> list[str]:
-    """Where --write-images puts each image: images/SPLIT/CLASS/ID.png."""
+    """Path of each image under --write-images: images/SPLIT/CLASS/ID.png."""
     folders = safe_names(source.classes)
     by_class: dict[int, list[int]] = defaultdict(list)
     for index, record in enumerate(assignment.records):

@@ -1,4 +1,4 @@
-"""From bytes to the uint8 array a network sees: the only preprocessing there is.
+"""From bytes to the uint8 array that a network gets: the only implementation of preprocessing.
 
 Training's evaluation pass, `evaluate`, `predict` and the server call this package and no other
 code, so a model meets in production exactly what it was measured on.

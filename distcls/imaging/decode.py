@@ -1,4 +1,4 @@
-"""Decoding an image file into uint8 RGB, or saying in a few words why not.
+"""Decoding an image file into uint8 RGB, or a short reason why it cannot be decoded.
 
 OpenCV decodes (measured on one core, 500x375 JPEG to 224: OpenCV 850 img/s, Pillow 240); it
 applies the EXIF orientation, turns CMYK and grey into RGB, scales 16 bits to 8 and drops alpha.
@@ -22,7 +22,7 @@ from PIL import Image
 from distcls.errors import BadImage
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
-"""What is decoded, by content. The name's ending says nothing. Pillow counts MPO as JPEG."""
+"""Formats that are decoded, by content, not by file ending. Pillow counts MPO as JPEG."""
 
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".mpo")
@@ -113,7 +113,7 @@ def _open_header(data: bytes) -> Any:
 
 
 def _silence_libraries() -> None:
-    """OpenCV and Pillow complain of odd files in their own ways; ours reach the user already."""
+    """Silence OpenCV's and Pillow's own warnings; the user gets ours already."""
     global _silenced
     if not _silenced:
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

@@ -48,7 +48,7 @@ class Preprocess:
     interpolation: Interpolation = "area"
     """area averages when shrinking (no aliasing) and is linear when enlarging."""
     crop_fraction: float = 1.0
-    """With crop: the part of the resized image's fitting side that is kept (0.875: 256 to 224)."""
+    """With crop: fraction of the resized image's sides that is cut out (0.875: 256 to 224)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean of each RGB channel, of values scaled to 0..1; applied by the model."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -134,6 +134,6 @@ class Preprocess:
 
 
 def _middle(image: Image, height: int, width: int) -> Image:
-    """The central part of at most this height and width."""
+    """The central region of at most this height and width."""
     top, left = (max(0, a - b) // 2 for a, b in zip(image.shape, (height, width), strict=False))
     return image[top : top + height, left : left + width]

@@ -4,7 +4,7 @@ Started as the job will be, it runs on every rank:
 
     accelerate launch --config_file C -m launch.preflight --processes 16 --shared runs
 
-Every rank checks its own machine and sends a `RankReport` to all others; rank 0 prints them. Exit
+Every rank checks its own machine and sends a `RankReport` to all ranks; rank 0 prints them. Exit
 codes: 0 no failure, 1 a check failed or timed out, 2 wrong usage.
 """
 
@@ -119,7 +119,7 @@ def run_checks(options: PreflightOptions) -> list[RankReport]:
     rendezvous, limit = Rendezvous.from_environment(), options.timeout
     device, name = ranks.choose_device()
     with rendezvous.time_limit(limit, f"rendezvous at {rendezvous.endpoint}"):
-        ranks.join(device, seconds=4 * limit)  # ours ends first: it says what to check
+        ranks.join(device, seconds=4 * limit)  # ours ends first: its message tells what to check
     with rendezvous.time_limit(limit, "an all-reduce of 4 MiB"):
         correct, seconds = ranks.check_all_reduce(device)
     with rendezvous.time_limit(3 * limit, "comparing clocks and the shared folder"):
@@ -144,7 +144,7 @@ def run_checks(options: PreflightOptions) -> list[RankReport]:
             versions=_versions(),
         )
         reports = [RankReport(**row) for row in ranks.all_gather(dataclasses.asdict(report))]
-        folder.remove()  # all ranks have looked: they have sent their reports
+        folder.remove()  # all ranks have checked: they have sent their reports
         ranks.leave()
     return reports
 
@@ -195,7 +195,7 @@ class Rendezvous:
 
     @contextlib.contextmanager
     def time_limit(self, seconds: float, operation: str) -> Iterator[None]:
-        """Turn a failure of the block, or its timeout, into an error that says what to check.
+        """Turn a failure of the block, or its timeout, into an error that lists what to check.
 
         A collective hangs in C code, where no exception reaches it: then the process exits.
         """

@@ -1,8 +1,8 @@
 """`python -m launch.search --config C --data D --out DIR --grid lr=1e-3,3e-3`: the best values.
 
 Every trial is an ordinary training run in DIR/NNN-VALUES, started as `distcls train` is, and
-DIR/search.csv has a row for each. optuna draws the values, says which trials to prune, and keeps
-the study in DIR/study.journal, from which `--resume auto` continues: finished and pruned trials
+DIR/search.csv has a row for each. optuna draws the values, decides what to prune, and stores the
+study in DIR/study.journal, from which `--resume auto` continues: finished and pruned trials
 stay as they are, one that was under way resumes from its last state, failed ones are tried again.
 
 Starting, stopping and resuming trials is written here, as optuna calls a function, where a trial is
@@ -56,7 +56,7 @@ ABOUT = "Train with every combination of values, or with drawn ones; all else as
 TABLE, STUDY = "search.csv", "study.journal"
 FIGURES = ("state", "best_score", "std", "best_epoch", "seconds", "exit_code", "error")
 SAVING = "120"
-"""Seconds that the launcher gives its processes to save when it is told to stop."""
+"""Seconds that the launcher gives its processes to save after a signal to stop."""
 POLL = 0.2
 """Seconds between two polls of the trials and of the signals."""
 
@@ -99,7 +99,7 @@ def locked(folder: Path, signals: StopSignals) -> Iterator[int]:
     """Hold the folder for one search; yields a descriptor for its trials to hold it with.
 
     Where a search was killed and its last trials still run, this waits for them to end. Raises
-    Stopped if it is told to stop meanwhile.
+    Stopped if a signal to stop arrives meanwhile.
     """
     require_writable(folder)
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -156,7 +156,7 @@ def open_study(space: SearchSpace) -> optuna.Study:
 
 
 class Process:
-    """A training run in a process of its own, or in several; the last line it prints is JSON."""
+    """A training run in one or more processes of its own; the last line it prints is JSON."""
 
     def __init__(self, config: TrainConfig, call: list[str], lock: int, gpus: str | None) -> None:
         self.config = config
@@ -185,7 +185,7 @@ class Process:
         self._files.close()
 
     def poll(self) -> int | None:
-        """Its exit code; None while it runs."""
+        """The exit code; None while it runs."""
         return self._process.poll()
 
     def stop(self) -> None:
@@ -240,7 +240,7 @@ class Search:
     def __init__(
         self, space: SearchSpace, planned: list[Trial], signals: StopSignals, lock: int
     ) -> None:
-        """`planned` holds all trials, or none where each follows from the scores before it.
+        """`planned` holds all trials, or none where each depends on the scores before it.
 
         Raises UsageError if the folder holds a search of another config.
         """
@@ -414,7 +414,7 @@ def ranking(config: SearchConfig, rows: list[Row]) -> list[Row]:
 
 
 def table(config: SearchConfig, rows: list[Row]) -> list[str]:
-    """The ranking for people, a line a trial; pruned ones below."""
+    """The ranking for people, one line per trial; pruned ones below."""
     columns = ["best_score", *["std"] * (config.folds is not None), "best_epoch", "seconds"]
     keys = [key for key in rows[0] if key not in ("trial", *FIGURES)]
     titles = {"best_score": config.monitor.metric, "best_epoch": "epoch"}

@@ -1,6 +1,6 @@
 """The space of a search: its keys and values, what optuna is given, and the config of every trial.
 
-optuna takes values of any kind; here every config is built, and its network and dataset looked up,
+optuna takes values of any type; here every config is built, and its network and dataset looked up,
 before the first trial is started.
 """
 
@@ -63,16 +63,16 @@ Values = dict[str, str]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchConfig(TrainConfig):
-    """A training run's keys, which all trials share, and those of the search."""
+    """The keys of a training run, common to all trials, and those of the search."""
 
     grid: tuple[str, ...] = repeated()
-    """Key and the values to try, such as `lr=1e-3,3e-3`; `;` stands between values that hold
+    """Key and the values to try, such as `lr=1e-3,3e-3`; `;` separates values that hold
     commas. Once for each key."""
     range: tuple[str, ...] = repeated()
     """With random or tpe: key and the range to draw from, such as `lr=1e-4..1e-2`; all orders of
     magnitude are equally likely. Once for each key."""
     random: int | None = None
-    """So many random combinations by `seed`: short for sampler random and trials N."""
+    """This many random combinations by `seed`: short for sampler random and trials N."""
     sampler: Literal["grid", "random", "tpe"] | None = None
     """How values are chosen: grid takes all combinations; random draws; tpe draws near the values
     of the best trials so far (Bergstra et al.: Algorithms for Hyper-Parameter Optimization, 2011);
@@ -84,10 +84,10 @@ class SearchConfig(TrainConfig):
     finished trials at the same epoch, hyperband (Li et al., 2018) all but the best third at epochs
     1, 3, 9 and so on."""
     folds: int | None = None
-    """Cross-validation: train each trial on so many dataset directories, which data names as
+    """Cross-validation: train each trial on this many dataset directories, which data names as
     `{fold}`: datasets/fold{fold}; the score is their mean."""
     jobs: int = 1
-    """Trials at a time; each gets its share of the cores and GPUs."""
+    """Trials at a time; each gets an equal fraction of the cores and GPUs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,8 +183,8 @@ class SearchSpace:
         self._known = {k: Given(value, "config") for k, value in tree.items() if k not in own}
 
     def settings(self) -> dict[str, Any]:
-        """What a continued search has to share with the one before: all but the number of trials,
-        and how they are run."""
+        """The settings that a continued search must have in common with the one before: all but
+        the number of trials, and how they are run."""
         own = {"grid": self.choices, "range": self.ranges, "folds": self.config.folds}
         values = {key: given.value for key, given in self._known.items() if key not in HOW}
         plain: dict[str, Any] = json.loads(json.dumps({**values, **own}))
@@ -313,7 +313,7 @@ class SearchSpace:
 
 
 def plan(space: SearchSpace) -> list[Trial]:
-    """All trials of a grid or random search; of tpe, whose values follow from the scores, those at
+    """All trials of a grid or random search; of tpe, whose values depend on the scores, those at
     the corners of its space, to be checked.
 
     Every config is built here: raises UsageError for values that are not valid, and for those that

@@ -42,7 +42,7 @@ class TorchModel:
 
     @property
     def provider(self) -> str:
-        """What computes, for the user to read."""
+        """The backend that computes, for display."""
         return f"PyTorch {torch.__version__} on {self.device}"
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -66,7 +66,7 @@ def save_checkpoint(
 
 
 def read_checkpoint(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
-    """Card and state dict of a checkpoint. Raises UsageError if it is none of ours."""
+    """Card and state dict of a checkpoint. Raises UsageError if it is not one of distcls."""
     content = load_tensors(path)
     if "card" not in content or "model" not in content:
         raise UsageError(f"{path}: not a checkpoint of distcls (no model card in it)")

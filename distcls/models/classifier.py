@@ -60,7 +60,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 def head_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters of the head, the layer that gives the logits.
 
-    That is what stands beside `model.backbone`, if anything with parameters does; or what timm
+    That is the module beside `model.backbone`, if one with parameters exists; or what timm
     calls its classifier; or the last module with parameters of its own, as in all of torchvision's.
     """
     inside, prefix = _backbone(model)
@@ -76,7 +76,7 @@ def depths(model: nn.Module) -> dict[str, int]:
     """The layer that each parameter belongs to, counted from 0 at the pixels; the head's is the
     greatest.
 
-    timm's networks say it themselves (`group_matcher`). In others the layers are the modules in
+    timm's networks define it themselves (`group_matcher`). In others the layers are the modules in
     their order, lists of modules opened; a norm that stands alone belongs to the layer below it,
     and what no layer holds (a class token) to the lowest.
     """
@@ -122,7 +122,7 @@ def _holds_a_stack(module: nn.Module) -> bool:
 
 
 def _backbone(model: nn.Module) -> tuple[nn.Module, str]:
-    """The network itself, and what stands before the names of its parameters."""
+    """The network itself, and the prefix of its parameters' names."""
     inside = getattr(model, "backbone", None)
     return (inside, "backbone.") if isinstance(inside, nn.Module) else (model, "")
 

@@ -20,14 +20,14 @@ class ModelConfig:
     and `torchvision:NAME` choose the library; `module:attribute` is one of your own."""
     stem_stride: Literal["auto", 1, 2] = "auto"
     """Stride of the first convolution; auto is the architecture's own, but 1 where that is 2 and
-    the input has up to 64 pixels, whose detail five halvings would leave nothing of."""
+    the input has up to 64 pixels, of which five halvings would leave too little detail."""
     dropout: float | None = None
     """Probability that a feature before the last layer is dropped in training; default: the
     architecture's own (0.2 in MobileNets, none in ResNets)."""
     pool: Literal["avg", "columns"] = "avg"
     """Pooling of the last feature map: avg is the mean over the image, columns the mean of each
     column, concatenated: for texts, whose heads depend on the order from left to right. In
-    MobileNetV3, EfficientNet, ResNet, RegNet, torchvision's ConvNeXt, Swin, and others."""
+    MobileNetV3, EfficientNet, ResNet, RegNet, torchvision's ConvNeXt, Swin, and more."""
     batch_norm_momentum: float = 0.1
     """Momentum of batch norm's running statistics. torchvision's MobileNetV3 has 0.01, made for
     600 epochs of ImageNet: after 100 steps its evaluation still sees mostly the initial zeros and

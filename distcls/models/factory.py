@@ -180,7 +180,7 @@ def drop_before_last(network: nn.Module, classes: int, dropout: float) -> None:
 
 
 def stem_stride(backbone: nn.Module) -> int | None:
-    """Stride of the convolution that sees the image; None where there is none."""
+    """Stride of the first convolution; None where there is none."""
     stem = _stem(backbone)
     return None if stem is None else int(stem.stride[0])
 
@@ -222,10 +222,10 @@ class ColumnMeans(nn.Module):
 
 
 def keep_columns(model: Classifier, size: tuple[int, int]) -> None:
-    """Put a mean of each column in the place of the mean over all, for inputs of `size`.
+    """Replace the mean over all positions by a mean of each column, for inputs of `size`.
 
     The first linear layer above it grows by as many times and is drawn anew (PyTorch's way). Raises
-    UsageError where the network has no such place, or its last feature map one column only.
+    UsageError where the network has no such layer, or its last feature map one column only.
     """
     holder, name = _place(model.backbone)
     pool: nn.Module = getattr(holder, name)
@@ -301,14 +301,14 @@ def build(config: ModelConfig, classes: int, preprocess: Preprocess) -> Classifi
 
 
 def require_known(name: str) -> None:
-    """Raise UsageError unless `name` is a network that we can build."""
+    """Raise UsageError unless `name` is a network that distcls can build."""
     resolve(name)
 
 
 def _fit_to_size(
     model: Classifier, config: ModelConfig, classes: int, size: tuple[int, int]
 ) -> None:
-    """Set the stem's stride and see whether an image passes."""
+    """Set the stem's stride and check that an image passes through the network."""
     wanted = config.wanted_stride(size)
     if config.stem_stride != "auto":
         require_stride(model.backbone, config.stem_stride)
@@ -317,7 +317,7 @@ def _fit_to_size(
         set_stem_stride(model.backbone, 1)
         if _failure(model, classes, size) is None:
             return
-        set_stem_stride(model.backbone, 2)  # a hybrid, whose attention knows one resolution only
+        set_stem_stride(model.backbone, 2)  # a hybrid, whose attention supports one resolution only
     if reason := _failure(model, classes, size):
         height, width = size
         raise UsageError(

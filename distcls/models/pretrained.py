@@ -28,7 +28,7 @@ INTERPOLATIONS: dict[str, Interpolation] = {
     "lanczos": "lanczos",
     "nearest": "nearest",
 }
-"""Pillow's filters, which the libraries mean, by what comes nearest to them here: Pillow averages
+"""The resampling here that is nearest to each of Pillow's filters (the libraries'): Pillow averages
 where it shrinks, as `area` alone does of OpenCV's (tests/test_weights.py measures it)."""
 RESIZES: dict[str, Resize] = {"center": "crop", "squash": "squash", "border": "pad"}
 """timm's crop modes."""
@@ -122,7 +122,7 @@ def _from_timm(name: str) -> Weights:
     try:
         # timm's own loading knows the formats of its many sources, and unpickles nothing
         network = timm.create_model(name, pretrained=True)
-    except Exception as error:  # of timm, of the Hugging Face hub, of its HTTP library
+    except Exception as error:  # of timm, of the Hugging Face Hub, of its HTTP library
         hub = published.hf_hub_id
         _cannot_get(f"https://huggingface.co/{hub}" if hub else published.url, error)
     tag = f".{published.tag}" if published.tag else ""
@@ -168,7 +168,7 @@ def _cannot_get(address: str, error: Exception) -> NoReturn:
 LIBRARIES = ("library", "torchvision", "timm")
 """Values of `model.pretrained` that are no file."""
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "pretrain_")
-"""What wrappers put before a tensor's name."""
+"""Prefixes that wrappers add to a tensor's name."""
 WRAPPERS = (
     *("tensors", "state_dict_ema", "model_ema", "ema"),
     *("state_dict", "model_state_dict", "model"),
@@ -260,7 +260,7 @@ def _from_file(path: Path, model: str) -> Weights:
         return Weights(tensors=tensors, source=str(path), preprocess=card.preprocess)
     origin = resolve(model)
     published = library_preprocess(origin, path.name)
-    if published is None and "." in origin.name:  # timm's tag says which weights are meant
+    if published is None and "." in origin.name:  # timm's tag names the weights
         published = library_preprocess(origin)
     return Weights(tensors=_state_dict(content), source=str(path), preprocess=published)
 

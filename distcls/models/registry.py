@@ -16,7 +16,7 @@ Library = Literal["distcls", "torchvision", "timm"]
 NETWORKS: Registry[Any] = Registry(
     "model", "model.name", home="distcls.models.simple", prefixes=("torchvision", "timm")
 )
-"""Networks of neither library: called with (classes, size, dropout), whose dropout has a default,
+"""Networks of neither library: called with (classes, size, dropout), where dropout has a default,
 they give an nn.Module from float [N, 3, H, W] to logits [N, classes]."""
 ALIASES = {
     "adv-efficientnet-b0": "timm:tf_efficientnet_b0.ap_in1k",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from distcls.models.registry import NETWORKS
 
 SMALLEST = 10
-"""Pixels a side, below which nothing is left after the convolutions of `SimpleCnn`."""
+"""Pixels per side, below which nothing is left after the convolutions of `SimpleCnn`."""
 
 
 @NETWORKS.register("simple_cnn")

@@ -1,6 +1,6 @@
 """Augmentation of whole batches, vectorised, on the training device: crops, flips, policies.
 
-Each takes images uint8 [B, H, W, 3] and one amount an image, float32 [B] on the same device, and
+Each takes images uint8 [B, H, W, 3] and one amount per image, float32 [B] on the same device, and
 returns uint8 of that shape; `tests/test_operations.py` holds it to torchvision's kernels.
 
 RandAugment: Cubuk et al., 2019; TrivialAugment (wide): Mueller, Hutter, 2021. Operations, ranges
@@ -29,15 +29,15 @@ GREY = (0.2989, 0.587, 0.114)
 
 
 def warp(images: Tensor, theta: Tensor) -> Tensor:
-    """Sample at affine places, bilinearly; black comes in from outside.
+    """Sample at affine positions, bilinearly; the outside is black.
 
-    Theta float32 [B, 2, 3] maps an output pixel's place (x, y, 1), in pixels from the centre, to
+    Theta float32 [B, 2, 3] maps an output pixel's position (x, y, 1), in pixels from the centre, to
     the input's (x, y).
     """
     height, width = images.shape[1:3]
     x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=images.device)
     y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device)[:, None]
-    # spelt out: a matrix product may run in TF32, which is too coarse for places
+    # written out: a matrix product may run in TF32, which is too coarse for positions
     rows = theta[:, :, :, None, None].unbind(1)
     places = [(r[:, 0] * x + r[:, 1] * y + r[:, 2]) * 2 for r in rows]
     grid = torch.stack([places[0] / width, places[1] / height], dim=-1)
@@ -198,7 +198,7 @@ class RandomOperations:
         """Change images [B, H, W, 3] in 0..255 by draws [B, `draws`] in [0, 1); returns uint8.
 
         The draws should lie on the CPU, wherever the images are: which operation an image gets
-        decides what is launched, and reading that back would make a GPU wait.
+        decides which kernels are launched, and reading that back would make a GPU wait.
         """
         if images.is_floating_point():
             images = images.round().clamp(0, 255).to(torch.uint8)
@@ -249,7 +249,7 @@ def _apply(images: Tensor, ops: Tensor, amounts: Tensor) -> Tensor:
 
 
 def _theta(ops: Tensor, amounts: Tensor, height: int, width: int) -> Tensor:
-    """Affine maps from output to input places, in pixels from the centre, [B, 2, 3].
+    """Affine maps from output to input positions, in pixels from the centre, [B, 2, 3].
 
     Shearing keeps the corner above left where it is, rotation the centre.
     """
@@ -382,7 +382,7 @@ class Augment:
 
 
 def _inside(place: Tensor, length: Tensor, side: int) -> Tensor:
-    """Which of `side` pixels lie in `length` ones from the drawn place on, bool [B, side]."""
+    """Mask of `length` of `side` pixels from the drawn position on, bool [B, side]."""
     start = (place * (side - length + 1)).floor()
     pixel = torch.arange(side, device=place.device)
     return (pixel >= start[:, None]) & (pixel < (start + length)[:, None])

@@ -1,6 +1,6 @@
 """The checkpoints of a run: `best.pth`, the top-k models, and the training states in `last/`.
 
-`CheckpointManager` writes them all, each beside its place, flushed and renamed. A training state
+`CheckpointManager` writes them all, each to a temporary file, flushed and renamed. A training state
 has its checksum (the first half of the SHA-256) in its name, so one rename makes file and checksum
 appear together; an older one goes only after the newer one is complete.
 """
@@ -47,15 +47,15 @@ MAY_CHANGE = (
     "checkpoint.",
     "loader.",
 )
-"""Config keys that a resumed run may give other values; all others shape the result."""
+"""Config keys that may differ in a resumed run; all other keys affect the result."""
 ON_DISK = {"top_models": "kept"}
-"""Fields of `TrainingState` that files have under another name, the one they had before 0.3."""
+"""Fields of `TrainingState` stored under another name, the one they had before 0.3."""
 STATE_NAME = re.compile(r"step_(\d+)\.([0-9a-f]{32})\.pth")
 
 
 @dataclasses.dataclass
 class TrainingState:
-    """Everything a run has to remember besides tensors."""
+    """All state of a run besides tensors."""
 
     epoch: int = 0
     """Epochs finished."""
@@ -75,7 +75,7 @@ class TrainingState:
     best_epoch: int = 0
     epochs_since_best: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    """One row an epoch, as in history.csv."""
+    """One row per epoch, as in history.csv."""
     top_models: list[tuple[float, str]] = dataclasses.field(default_factory=list)
     """Score and file name of the top-k models in the run directory, best first."""
 
@@ -151,13 +151,13 @@ class EpochModel:
 class CheckpointManager:
     """Finds, reads and writes the checkpoints of a run directory.
 
-    All processes read a state, the main one alone writes: on the others saving does nothing.
+    All processes read a state, only the main process writes: on all others saving does nothing.
     """
 
     def __init__(
         self, config: TrainConfig, *, given: TrainConfig | None = None, main_process: bool = True
     ) -> None:
-        """Remove what a killed run was writing.
+        """Remove the unfinished files of a killed run.
 
         `config` is resolved; `given` is it as the user wrote it, which states of 0.1.0 hold.
         """
@@ -177,7 +177,7 @@ class CheckpointManager:
         """The state to go on from, with `Engine.state_dict()`; None to start anew.
 
         Raises UsageError if it is none, or if the config differs from the state's in a key that
-        shapes the result; DistclsError if all states are damaged.
+        affects the result; DistclsError if all states are damaged.
         """
         resume = self._config.resume
         if resume == "none":
@@ -203,9 +203,9 @@ class CheckpointManager:
         return found
 
     def save_epoch(self, state: TrainingState, tensors: dict[str, Any], model: EpochModel) -> None:
-        """Write what an epoch leaves: best.pth, the top-k models, history.csv, the training state.
+        """Write the files of an epoch: best.pth, the top-k models, history.csv, the training state.
 
-        The state comes last: a resume starts from it, and writes the others again. `tensors` are
+        The state comes last: a resume starts from it and rewrites the other files. `tensors` are
         `Engine.state_dict()` at the end of the epoch.
         """
         if not self._main_process:
@@ -238,7 +238,7 @@ class CheckpointManager:
         self._writing = self._pool.submit(self._write, state.step, content)
 
     def wait(self) -> None:
-        """Return when nothing is being written any more; raises what went wrong."""
+        """Wait for the write in progress; raises its error."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
@@ -266,7 +266,7 @@ class CheckpointManager:
     def _save_top_k(self, state: TrainingState, tensors: dict[str, Any], model: EpochModel) -> None:
         """Save the epoch's model if it is among the best, and remove the one it displaces.
 
-        `state.top_models` remembers the files, so that a resumed run goes on ranking.
+        `state.top_models` records the files, so that a resumed run continues the ranking.
         """
         config, options = self._config, self._config.checkpoint
         if options.save_top_k == 0 or (options.save_best_only and not model.best):
@@ -308,7 +308,7 @@ class CheckpointManager:
 def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest state whose checksum is right, with its content; None if there is no state.
 
-    Damaged ones are passed over with a warning. Raises DistclsError if all are.
+    Damaged ones are skipped with a warning. Raises DistclsError if all are.
     """
     found = states(folder)
     for path in found:

@@ -24,7 +24,7 @@ OPTIMIZERS: Registry[Any] = Registry(
 POLICIES: Registry[Any] = Registry("policy", "augment.policy", home="distcls.training.augment")
 
 SMALL_IMAGE = 64
-"""Images of up to this many pixels a side are trained on at their own size by default."""
+"""Images of up to this many pixels per side are trained on at their own size by default."""
 SMALLEST_INPUT = 28
 LARGE_INPUT = 224
 
@@ -62,7 +62,7 @@ class LoaderConfig:
     workers: int | None = None
     """Decoding threads; default: the cores of this process."""
     prefetch: int = 3
-    """Batches read ahead of the step that needs them."""
+    """Batches to prefetch."""
     timeout: float = 300.0
     """Seconds without a batch after which the run stops and names the files it waits for."""
 
@@ -90,7 +90,7 @@ class AugmentConfig:
     (Zhong et al.: Random Erasing Data Augmentation, 2017)."""
     policy: str | None = None
     """Random operations out of torchvision's fourteen: randaugment (Cubuk et al., 2019) applies
-    several of one magnitude, trivialaugment (Mueller, Hutter, 2021) one of a random magnitude; or
+    multiple ones of one magnitude, trivialaugment (Mueller, Hutter, 2021) one of a random one; or
     module:attribute of your own; null is off."""
     randaugment_ops: int | None = None
     """randaugment: operations applied one after the other; default 2."""
@@ -174,8 +174,8 @@ class LossConfig:
     class_weights: Literal["balanced"] | tuple[float, ...] | dict[str, float] | None = None
     """Weight of each class in the loss, against class imbalance: `balanced` (inversely to the
     class's training images, as scikit-learn has it), a list in label order, or some classes by
-    name, such as cat=2,dog=0.5, where the others are 1. Scaled to 1 on average over the training
-    images."""
+    name, such as cat=2,dog=0.5, where all other weights are 1. Scaled to 1 on average over the
+    training images."""
     sample_weights: Literal["auto", "on", "off"] = "auto"
     """Weigh each image by its weight in the dataset: auto where it has weights, always, or never.
     Scaled to 1 on average over the training images."""
@@ -314,7 +314,7 @@ class AverageConfig:
     """Mean of the weights over the last epochs; it is what is evaluated and saved during them."""
 
     last_epochs: int | None = None
-    """So many of `epochs` at the end, whose final weights are averaged; null is off. A run that
+    """Number of final epochs whose weights are averaged; null is off. A run that
     stops early has no such mean."""
 
     def __post_init__(self) -> None:
@@ -360,12 +360,12 @@ class CheckpointConfig:
     and the best models by score, saved beside `best.pth`."""
 
     every_steps: int | None = None
-    """Optimiser steps between two training states within an epoch; null: none by steps."""
+    """Optimiser steps between two training states within an epoch; null: no limit by steps."""
     every_minutes: float | None = 10.0
-    """Minutes between two training states within an epoch; null: none by time."""
+    """Minutes between two training states within an epoch; null: no limit by time."""
     keep_last: int = 2
-    """Training states that are not deleted, the newest ones; a damaged one is passed over for the
-    one before."""
+    """Number of training states to keep, the newest ones; a damaged one is skipped for the one
+    before."""
     filename: str = "{model}_e{epoch}_{score:.5f}.pth"
     """Name of such a model file, made from {model}, {epoch}, {step}, {metric} and {score}."""
     save_top_k: int | None = 1
@@ -416,15 +416,15 @@ class TrainConfig:
     seed: int = 0
     """Seed of the data order, the augmentation, the initialisation and dropout."""
     limit: int | None = None
-    """Train and evaluate on at most this many images of each split, to try things out."""
+    """Train and evaluate on at most this many images of each split, for quick trials."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Mixed precision (AMP): type of the forward pass; auto is bf16 on GPUs that have it, fp16 with
-    gradient scaling on others, fp32 on CPUs (where bf16 measured slower in training)."""
+    gradient scaling on other GPUs, fp32 on CPUs (where bf16 measured slower in training)."""
     memory_format: Literal["channels_last", "contiguous"] = "channels_last"
     """Memory format of activations and weights; channels_last trains MobileNetV3 3 times as
     fast on CPUs. Sharded weights (FSDP) are contiguous."""
     compile: bool = False
-    """Compile the model with torch.compile; the start of the run says what that cost and saves (the
+    """Compile the model with torch.compile; the start of the run prints its cost and gain (the
     bare step of MobileNetV3-Large on 2 CPU cores: 445 to 463 img/s at 28 px after 52 s, 42 to 40 at
     224 after 59 s)."""
     accumulate: int = 1
@@ -447,12 +447,12 @@ class TrainConfig:
     """Steps in a row with a loss or gradient that is not finite, after which the run stops; each is
     skipped by all processes."""
     collective_timeout: float = 600.0
-    """Seconds a process waits for the others in a collective operation before it fails; a silent
-    network ends the run instead of holding it."""
+    """Timeout of collective operations in seconds, after which a process fails; a silent network
+    ends the run instead of blocking it."""
     log_every: int = 50
     """Steps between two lines in metrics.jsonl."""
     tracker: str | None = None
-    """Experiment tracker that gets the figures too: tensorboard, mlflow, wandb and others."""
+    """Experiment tracker that also gets the metrics: tensorboard, mlflow, wandb and more."""
     quiet: bool = False
     """Print warnings and errors only."""
     json: bool = False

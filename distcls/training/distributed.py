@@ -34,8 +34,8 @@ from distcls.training.fsdp import require_shardable
 def start(config: TrainConfig) -> Accelerator:
     """Join the other processes and set up device, precision and threads.
 
-    Raises UsageError if the run did not get the processes it was told to use, if the device has no
-    such precision, or if the weights are to be sharded with options that exclude it.
+    Raises UsageError if the number of processes is not the configured one, if the device lacks the
+    precision, or if the weights are to be sharded with options that exclude it.
     """
     check_processes(config.processes)
     precision = choose_precision(config.precision)
@@ -60,7 +60,7 @@ def start(config: TrainConfig) -> Accelerator:
         project_dir=config.out,
     )
     # after accelerate, which takes all cores where the launcher left OMP_NUM_THREADS open, as
-    # torchrun does with one process a machine
+    # torchrun does with one process per machine
     set_threads(config.threads)
     if accelerator.num_processes != world_size():
         raise DistclsError(
@@ -71,7 +71,7 @@ def start(config: TrainConfig) -> Accelerator:
 
 
 def check_processes(wanted: int | None) -> None:
-    """Raise UsageError if there are not as many processes as the config demands."""
+    """Raise UsageError if the number of processes is not the one that the config requires."""
     found = world_size()
     if wanted is not None and found != wanted:
         raise UsageError(
@@ -90,7 +90,7 @@ def check_processes(wanted: int | None) -> None:
 
 
 def process_group_timeout(seconds: float) -> InitProcessGroupKwargs:
-    """How long a process waits for the others in a collective operation.
+    """The timeout of collective operations.
 
     Without it gloo waits half an hour, NCCL 10 minutes. A process group that a launcher (Ray) has
     made already keeps its own.
@@ -109,7 +109,7 @@ def explain_lost_processes(limit: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # NCCL's and the store's have a class of their own, gloo's only a file name in the message
+        # NCCL's and the store's have their own class, gloo's only a file name in the message
         if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()):
             raise
         what = (str(error).splitlines() or [""])[0].strip()
@@ -142,7 +142,7 @@ def set_threads(wanted: int | None) -> None:
 
 
 def any_process(*flags: bool) -> list[bool]:
-    """For each flag, whether any process has raised it. All processes have to call this."""
+    """For each flag, whether any process has set it. All processes have to call this."""
     state = PartialState()
     if state.num_processes == 1:
         return list(flags)
@@ -191,7 +191,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         return sync.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, C, H, W] of floats to the same shape. Raises ValueError for one value a channel."""
+        """[N, C, H, W] of floats to the same shape. Raises ValueError for one value per channel."""
         if not self.training or not _is_distributed():
             return super().forward(input)
         self._check_input_dim(input)
@@ -252,7 +252,7 @@ def broadcast_buffers(*models: nn.Module) -> None:
     """Send the main process's running statistics to all.
 
     Each process has its own from the images it saw. DDP broadcasts the main process's at every
-    forward pass, and a state holds no others, so a resumed run goes on as this one does.
+    forward pass, and a state holds only these, so a resumed run continues as this one does.
     """
     if not _is_distributed():
         return

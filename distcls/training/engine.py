@@ -59,7 +59,7 @@ class StepReport:
     """This process's term of the batch's mean loss, [], on the device: reading it would wait."""
     lr: float
     data_wait: float
-    """Seconds that the step stood waiting for its images."""
+    """Seconds that the step waited for its images."""
     anomalies: Anomalies
     """Found since the last report, in this step and the ones before."""
 
@@ -126,7 +126,7 @@ class Engine:
         )
 
     def _prepare_model(self, model: Classifier) -> None:
-        """The model with what moves and watches its weights: optimiser, averages, guard."""
+        """The model with what updates and checks its weights: optimiser, averages, guard."""
         config, accelerator = self._config, self._accelerator
         self._sharding = Sharding(accelerator)
         self._model = self._sharding.place(model, config.memory_format)
@@ -200,7 +200,7 @@ class Engine:
         samples, size = self._data.val_samples, self.micro_batching.evaluation_batch
         passes = self._shards.evaluation_passes(samples, size)
         models = list(evaluated.values())
-        # without autocast: the figures shall be those of `distcls evaluate`
+        # without autocast: the metrics have to equal those of `distcls evaluate`
         with self._sharding.evaluating(models, passes, self._preprocess.size) as forward:
             for batch in self._val_loader.batches(self._shards.evaluation(samples, size)):
                 outputs = forward(batch.images.to(self._accelerator.device))
@@ -209,7 +209,7 @@ class Engine:
         return {name: self._summed(state).compute() for name, state in states.items()}
 
     def end_epoch(self, step: int, *, improved: bool) -> float | None:
-        """Tell the schedule of the epoch that ended after `step` steps.
+        """Inform the schedule of the epoch that ended after `step` steps.
 
         Returns the learning rate if it falls because the monitored metric did not improve.
         """
@@ -235,7 +235,7 @@ class Engine:
         return gather_full(state, keep=keep) if self._sharding.on else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the state of an earlier run."""
+        """Continue from the state of an earlier run."""
         load_full_state(self._model, state["model"])
         load_full_optimizer_state(self._optimizer, state["optimizer"])
         if self._accelerator.scaler is not None:
@@ -354,7 +354,7 @@ class Engine:
 
     def _update(self) -> Tensor:
         """Clip the gradients and step optimiser and averages; whether it was skipped, bool []."""
-        # without a limit the norm is taken all the same: it tells whether the gradients are finite
+        # without a limit the norm is still computed: it shows whether the gradients are finite
         limit = self._config.optimizer.clip_norm or math.inf
         norm = full_tensor(self._accelerator.clip_grad_norm_(self._parameters, limit))
         scaled = self._accelerator.scaler is not None

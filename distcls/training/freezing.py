@@ -36,7 +36,7 @@ class FreezeSchedule:
     """Which parameters learn in each step, a pure function of the step.
 
     A frozen batch norm keeps its running statistics and normalises by them: those of the new images
-    would spoil what the layers above it were made for.
+    would not fit the layers above it.
     """
 
     def __init__(

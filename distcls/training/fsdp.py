@@ -118,12 +118,12 @@ REFUSED_SETTINGS = {
 
 
 def is_requested() -> bool:
-    """Whether accelerate's launcher was told to shard."""
+    """Whether accelerate's launcher is configured to shard."""
     return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 def require_shardable(config: TrainConfig, precision: str) -> None:
-    """Raise UsageError if FSDP was requested together with what it cannot do."""
+    """Raise UsageError if FSDP was requested with options that it does not support."""
     if is_requested():
         for reason in _reasons_against(config, precision):
             raise UsageError(f"FSDP: {reason}")
@@ -155,7 +155,7 @@ def _reasons_against(config: TrainConfig, precision: str) -> Iterator[str]:
 class Sharding:
     """What differs in a run whose weights are sharded (`on`).
 
-    In any other run each method does what is usual for one process or DDP.
+    In any other run each method does the default for one process or DDP.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -236,7 +236,7 @@ class Sharding:
                     f"FSDP: {name} of this network is a single number, which cannot be "
                     "sharded; choose another --model.name"
                 )
-        plugin = FullyShardedDataParallelPlugin()  # as the launcher's environment says
+        plugin = FullyShardedDataParallelPlugin()  # as set in the launcher's environment
         device, processes = self._accelerator.device.type, self._accelerator.num_processes
         mesh = init_device_mesh(device, (processes,))
         for unit in _units(model, plugin):
@@ -269,7 +269,7 @@ class _Autocast(nn.Module):
 def _no_views(module: nn.Module, inputs: Any, output: Any) -> Any:
     """Copies of those outputs of a module that are views.
 
-    Whoever changes a view in place, as a `ReLU(inplace=True)` after the module does, cuts off the
+    Changing a view in place, as a `ReLU(inplace=True)` after the module does, cuts off the
     hook by which FSDP2 gathers the weights for the backward pass.
     """
     if isinstance(output, Tensor):

@@ -22,7 +22,7 @@ from distcls.training.config import (
 from distcls.training.sampler import Indices
 
 SIZES_READ = 16
-"""Images looked at to learn the size of a dataset that is not packed."""
+"""Images read to find the size of a dataset that is not packed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def open_input(config: TrainConfig) -> TrainingInput:
 
 
 def choose_preprocess(config: InputConfig, split: Split, weights: Preprocess | None) -> Preprocess:
-    """The preprocessing of a run: what the config says, else the weights', else the images'."""
+    """The preprocessing of a run: from the config, else from the weights, else from the images."""
     base = weights or Preprocess(size=_own_size(split))
     return dataclasses.replace(
         base,

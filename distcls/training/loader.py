@@ -1,6 +1,6 @@
-"""The loader: reads and preprocesses batches in background threads, ahead of their use.
+"""The loader: prefetches and preprocesses batches in background threads.
 
-Threads, not processes: OpenCV releases the interpreter's lock while it decodes and resizes, so
+Threads, not processes: OpenCV releases the GIL while it decodes and resizes, so
 threads scale with the cores, start at once and hand arrays over without copying them between
 processes.
 """
@@ -49,7 +49,7 @@ Item = Batch | BaseException | None
 
 
 class Loader:
-    """Reads batches of a split in a given order, `prefetch` of them ahead."""
+    """Reads batches of a split in a given order and prefetches `prefetch` of them."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Loader:
         self._pin = pin
         self._workers = workers
         self.waited = 0.0
-        """Seconds the consumer stood waiting for data so far."""
+        """Seconds that the consumer has waited for data so far."""
 
     def batches(self, index_batches: Iterable[Indices]) -> Generator[Batch]:
         """Yield a batch for each array of indices, int64 [B].

@@ -148,7 +148,7 @@ def require_tracker(name: str | None) -> None:
 
 
 def open_tracker(config: TrainConfig, accelerator: Accelerator, step: int) -> Track:
-    """Begin, or go on after `step` steps; what it returns does nothing without a tracker.
+    """Start, or continue after `step` steps; the result does nothing without a tracker.
 
     TensorBoard's files go to `distcls/` in the run directory; other trackers have their
     own settings.
@@ -170,7 +170,7 @@ def _plain(value: object) -> bool | int | float | str:
 
 CONFIG, METRICS, CURVES = "config.yaml", "metrics.jsonl", "curves.png"
 PLACES = ("step", "epoch")
-"""Keys of a line that say when its figures were taken, and are none themselves."""
+"""Keys of a line that locate its figures in time, and are no figures themselves."""
 DRAWING_TIME = 0.005
 """Fraction of the time that drawing may take: one takes 0.2 to 0.5 s, some epochs little more."""
 
@@ -186,7 +186,7 @@ def require_free(out: Path, resume: str) -> None:
 class Records:
     """config.yaml, metrics.jsonl and curves.png of a run directory, and the tracker.
 
-    The main process alone writes: on the others nothing is opened, and every method does nothing.
+    Only the main process writes: on all others nothing is opened, and every method does nothing.
     """
 
     def __init__(
@@ -253,7 +253,7 @@ class Records:
             self.line("spike", step=spike.step, epoch=epoch, loss=spike.loss, usual=spike.usual)
 
     def curves(self, history: list[dict[str, float]]) -> None:
-        """Redraw curves.png now and then, from all epochs so far."""
+        """Redraw curves.png from all epochs so far, unless it was drawn recently."""
         if self._metrics is None:
             return
         self._undrawn = history

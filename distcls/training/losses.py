@@ -1,4 +1,4 @@
-"""Losses of each image, class and sample weights, and what a batch is trained on.
+"""Per-image losses, class and sample weights, and the targets of a batch.
 
 The loss of a step is the mean over the images of its global batch: the sum of a batch's weights
 does not enter, so the result depends on neither processes nor gradient accumulation. (PyTorch's
@@ -84,8 +84,8 @@ def focal(logits: Tensor, targets: Tensor, config: LossConfig, weights: Tensor |
 def bce(logits: Tensor, targets: Tensor, config: LossConfig, weights: Tensor | None) -> Tensor:
     """Binary cross-entropy of each class's sigmoid, the mean over the classes (as timm's).
 
-    The weights are those of the image's own classes: by class they would weigh yes and no alike,
-    which does not correct class imbalance.
+    The weights are those of the image's own classes: by class they would weigh positives and
+    negatives alike, which does not correct class imbalance.
     """
     soft = soft_labels(logits, targets)
     smooth = _smoothed(soft, config.label_smoothing)
@@ -149,7 +149,7 @@ class HeadsLoss:
 
 
 class LabelsLoss:
-    """Yes or no for each label: the mean of BCE, or of the focal loss of a sigmoid."""
+    """Binary loss of each label: the mean of BCE, or of the focal loss of a sigmoid."""
 
     def __init__(self, config: LossConfig) -> None:
         self._smoothing = config.label_smoothing
@@ -158,8 +158,8 @@ class LabelsLoss:
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of each image, [B]. Logits float [B, labels]; targets 0 to 1, [B, labels].
 
-        Smoothing moves yes and no towards 1/2. Focal is y * (1 - p)^gamma * -log p and the same of
-        no (Lin et al., 2017, equation 4, of a sigmoid); with gamma 0 it is BCE.
+        Smoothing moves targets 0 and 1 towards 1/2. Focal is y * (1 - p)^gamma * -log p and the
+        same of 1 - y and 1 - p (Lin et al., 2017, equation 4, of a sigmoid); gamma 0 gives BCE.
         """
         soft = targets.to(logits.dtype) * (1 - self._smoothing) + self._smoothing / 2
         if not self._gamma:
@@ -290,7 +290,7 @@ class Objective:
 
     @property
     def group_size(self) -> int:
-        """Images in a row of a step that have to come in one batch."""
+        """Consecutive images of a step that have to be in one batch."""
         return 2 if self._mixing.active else 1
 
     def examples(self, epoch: int, batch: Batch) -> Examples:

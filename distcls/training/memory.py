@@ -1,6 +1,6 @@
 """Trials before the first step: what fits into memory, and what torch.compile gains.
 
-Under DDP a process that runs out of memory within a step leaves the others waiting for its
+Under DDP a process that runs out of memory within a step leaves all others waiting for its
 gradients. So a trial runs on each process alone, and the processes compare the outcomes afterwards.
 """
 
@@ -23,9 +23,9 @@ from distcls.training.engine import Engine
 from distcls.training.fsdp import is_requested
 
 HEADROOM = 1.25
-"""Images of a trial for one of a step: memory in use breaks into pieces, others take some too."""
+"""Images of a trial per image of a step: a margin for fragmentation and other processes."""
 LIBRARIES = ("ALLOC_FAILED", "could not create a", "could not execute a primitive")
-"""How cuBLAS, cuDNN and oneDNN put it when they get no memory for their own."""
+"""Messages of cuBLAS, cuDNN and oneDNN when their own allocations fail."""
 PASSES = 5
 """Passes timed before and after compiling; their median counts."""
 
@@ -71,7 +71,7 @@ def fit_into_memory(engine: Engine) -> None:
 
 @contextlib.contextmanager
 def explain_out_of_memory(config: TrainConfig, engine: Engine) -> Iterator[None]:
-    """Turn running out of memory in the middle of a run into a DistclsError that says what helps.
+    """Turn running out of memory in the middle of a run into a DistclsError with advice.
 
     The step is not taken again: other processes may already wait for its gradients.
     """
@@ -103,7 +103,7 @@ def _advice(config: TrainConfig, engine: Engine) -> str:
 
 def _fits_everywhere(trial: Callable[[], object]) -> bool:
     fits = _fits(trial)
-    if not fits:  # only now have the exception's frames let go of their tensors
+    if not fits:  # only now have the exception's frames released their tensors
         clear_device_cache(garbage_collection=True)
     [failed] = any_process(not fits)
     return not failed

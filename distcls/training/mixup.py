@@ -1,9 +1,9 @@
 """mixup and CutMix: training images in pairs, and their soft labels.
 
 Images are mixed with their neighbour in the batch: 0 and 1, 2 and 3, and so on; the last of an odd
-number stays as it is. The sampler keeps neighbours on one process, and every image's random numbers
+number is not mixed. The sampler keeps neighbours on one process, and every image's random numbers
 come from (seed, epoch, image), so the number of processes changes nothing. How a step is cut into
-micro-batches (`accumulate`) does: it decides who are neighbours.
+micro-batches (`accumulate`) does: it decides which images are neighbours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distcls.training.config import AugmentConfig
 MIX_DRAWS = 5
 """Random numbers that one image needs."""
 KNOTS = 4096
-"""Places between which a beta distribution's quantiles are interpolated."""
+"""Points between which a beta distribution's quantiles are interpolated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Mixed:
     own: Tensor
     """Weight of each image's own label, float32 [B]; its partner's is 1 minus it."""
     partner: Tensor
-    """Place of each image's partner in the batch, int64 [B]."""
+    """Index of each image's partner in the batch, int64 [B]."""
 
     def targets(self, labels: Tensor, classes: int) -> Tensor:
         """Soft labels, float32 [B, classes], from labels int64 [B]."""
@@ -41,7 +41,7 @@ class Mixed:
     def soft_labels(self, labels: Tensor) -> Tensor:
         """Soft labels, float32 [B, classes], from 0 and 1 for each class, int64 [B, classes].
 
-        An image may have several ones: one in each head, or any number of labels.
+        An image may have multiple ones: one in each head, or any number of labels.
         """
         first = labels * self.own[:, None]
         second = labels[self.partner] * (1 - self.own)[:, None]
@@ -53,7 +53,7 @@ class Mixed:
 
 
 class Mixing:
-    """Mixes batches as the config says; nothing where neither alpha is above 0."""
+    """Mixes batches according to the config; does nothing if neither alpha is above 0."""
 
     def __init__(self, config: AugmentConfig, device: torch.device) -> None:
         self.active = config.mixup > 0 or config.cutmix > 0

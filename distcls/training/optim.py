@@ -118,8 +118,8 @@ def adabelief(groups: Groups, lr: float, config: OptimizerConfig) -> torch.optim
 @OPTIMIZERS.register("ranger", weight_decay=0.05, beta1=0.95, beta2=0.999, eps=1e-5)
 def ranger(groups: Groups, lr: float, config: OptimizerConfig) -> torch.optim.Optimizer:
     """RAdam (Liu et al.: On the Variance of the Adaptive Learning Rate and Beyond, 2019) in timm's
-    Lookahead (Zhang et al.: Lookahead Optimizer: k steps forward, 1 step back, 2019), as Wright put
-    them together (lessw2020/Ranger-Deep-Learning-Optimizer, 2019), without the centred gradients
+    Lookahead (Zhang et al.: Lookahead Optimizer: k steps forward, 1 step back, 2019), as Wright
+    combined them (lessw2020/Ranger-Deep-Learning-Optimizer, 2019), without the centred gradients
     that he added in 2020.
 
     Every 6 steps the slow weights move halfway to the weights, which continue from there. timm's
@@ -135,7 +135,7 @@ def ranger(groups: Groups, lr: float, config: OptimizerConfig) -> torch.optim.Op
 
 
 def _refuse_old_ranger(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Its own Lookahead's slow weights would be passed over without a word."""
+    """Its own Lookahead's slow weights would be silently ignored."""
     if any("slow" in values for values in state["state"].values()):
         raise UsageError(
             "optimizer.name: this training state is of the ranger of distcls 0.1.0, which had "
@@ -156,9 +156,9 @@ def _eps(config: OptimizerConfig) -> float:
 
 TIMM = "timm:"
 LOOKAHEAD = "lookahead_"
-"""What timm takes before a name to put Lookahead around that optimiser."""
+"""timm's prefix to a name that wraps that optimiser in Lookahead."""
 NOT_EXACT = ("kron", "kronw", "kronc")
-"""Those of timm's that draw random numbers which their state does not hold."""
+"""timm's optimisers that draw random numbers which their state does not hold."""
 
 
 def make_optimizer(

@@ -1,4 +1,4 @@
-"""The first images of an epoch exactly as the network is given them, with their targets."""
+"""The first images of an epoch exactly as the network gets them, with their targets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from distcls.training.resolve import require_usable
 from distcls.training.sampler import EpochSampler, ShardedSampler
 
 LETTERS = 20
-"""Of a class's name, where an image has more than one."""
+"""Most characters shown of a class name, where an image has more than one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
 
     They are those of a run with this config, on any number of processes: the same images in the
     same order with the same augmentation, on the device that would train. Full batches are
-    computed, as mixup needs an image's neighbour. Raises UsageError as `train` would.
+    computed, as mixup needs an image's neighbour. Raises UsageError as `train` does.
     """
     require_usable(config)
     data = open_input(config)

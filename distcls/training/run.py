@@ -51,7 +51,7 @@ from distcls.training.signals import StopSignals
 from distcls.training.weight_averaging import select_weights
 
 POLL_EVERY = 10
-"""Steps between two moments at which processes ask each other whether to save or stop."""
+"""Steps between two all-reduces by which processes agree whether to save or stop."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class Evaluation:
     metrics: dict[str, Metrics]
     """On validation, of each of the evaluated weights: raw, EMA, averaged."""
     scores: dict[str, float]
-    """Theirs of the monitored metric."""
+    """Their values of the monitored metric."""
     chosen: str
     """The weights with the best score."""
     score: float
@@ -199,7 +199,7 @@ def _save_or_stop(run: Run, loss_sum: torch.Tensor) -> None:
     due = run.checkpoints.due(state.step)
     stop, save = any_process(run.signals.received is not None, due)
     if stop or save:
-        # the state holds no step that is not read yet
+        # the state must not hold a step that is not read yet
         run.records.anomalies(state.epoch + 1, run.engine.poll_anomalies())
         state.loss_sum = sum_over_processes(loss_sum)
         run.checkpoints.save(state, run.engine.state_dict())
@@ -221,7 +221,7 @@ def evaluate(run: Run) -> Evaluation:
 def decide(run: Run, figures: dict[str, float], evaluation: Evaluation, seconds: float) -> bool:
     """Finish the epoch, which took `seconds`: whether it is the best so far.
 
-    `figures` are those of `train_steps`. The schedule learns of it, the user and the history too.
+    `figures` are those of `train_steps`. It goes to the schedule, the log and the history.
     """
     config, state, monitor = run.config, run.state, run.config.monitor
     state.epoch += 1
@@ -245,7 +245,7 @@ def decide(run: Run, figures: dict[str, float], evaluation: Evaluation, seconds:
 
 
 def save_epoch(run: Run, evaluation: Evaluation, *, best: bool) -> None:
-    """Write what the epoch just finished leaves; the training state comes last."""
+    """Write the files of the epoch just finished; the training state comes last."""
     tensors = run.engine.state_dict()
     run.records.line("epoch", **run.state.history[-1])
     weights = select_weights(tensors, evaluation.chosen)
@@ -256,7 +256,7 @@ def save_epoch(run: Run, evaluation: Evaluation, *, best: bool) -> None:
 
 
 def _stop(run: Run) -> None:
-    """Leave once the state is on disk. Raises Stopped, on all processes."""
+    """Wait until the state is on disk, then raise Stopped, on all processes."""
     run.checkpoints.wait()
     run.accelerator.wait_for_everyone()
     cause = run.signals.received.name if run.signals.received else "another process"
@@ -330,7 +330,7 @@ def open_run(
 def _remember_micro_batching(
     config: TrainConfig, engine: Engine, state: TrainingState, records: Records
 ) -> None:
-    """Have the state remember how many images are taken at a time: a resumed run does the same."""
+    """Record the micro-batching in the state, so that a resumed run uses the same."""
     batching = engine.micro_batching
     sizes = {"accumulate": batching.accumulate, "evaluation_batch": batching.evaluation_batch}
     known = {name: getattr(state, name) for name in sizes}

@@ -1,9 +1,9 @@
-"""Which images a step trains on, and which of them this process reads.
+"""Samplers: the global batches of an epoch, and their sharding by rank.
 
 `EpochSampler` draws the global batches, a pure function of (seed, epoch): it knows nothing of
 processes and workers, so 1, 2 or N processes take the same global batches, and a run resumed at a
-step goes on as if it had never stopped. `MicroBatching` says how many images a process takes at a
-time, `ShardedSampler` which ones.
+step continues as if it had never stopped. `MicroBatching` holds the number of images that a process
+takes at a time, `ShardedSampler` selects them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _WEYL = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpochSampler:
-    """Draws the global batches of each epoch: `samples` images, at most `batch_size` a batch.
+    """Draws the global batches of each epoch: `samples` images, at most `batch_size` per batch.
 
     An epoch is cut into ceil(samples / batch_size) batches whose sizes differ by at most one. So
-    every sample is seen exactly once an epoch, and no tiny last batch upsets batch normalisation.
+    every sample is seen exactly once per epoch, and no tiny last batch upsets batch normalisation.
     """
 
     samples: int
@@ -57,15 +57,15 @@ class EpochSampler:
         return np.random.Generator(stream).permutation(self.samples)
 
     def bounds(self, step: int) -> tuple[int, int]:
-        """Where the batch of `step` (in its epoch) begins and ends in the epoch's permutation."""
+        """Start and end of the batch of `step` (in its epoch) in the epoch's permutation."""
         return step * self.samples // self.steps, (step + 1) * self.samples // self.steps
 
 
 def shard(batch: Indices, rank: int, world_size: int, *, group_size: int = 1) -> Indices:
     """The samples of a global batch that one process computes, [about len(batch) / world_size].
 
-    The processes' shards partition the batch, and their sizes differ by at most `group_size`: so
-    many samples in a row go to one process, as pairs have to that mixup mixes with each other.
+    The processes' shards partition the batch, and their sizes differ by at most `group_size`: that
+    many consecutive samples go to one process, as the pairs that mixup mixes have to.
     """
     groups = np.arange(len(batch)) // group_size
     return np.compress(groups % world_size == rank, batch)
@@ -74,9 +74,9 @@ def shard(batch: Indices, rank: int, world_size: int, *, group_size: int = 1) ->
 def uniforms(seed: int, epoch: int, samples: Indices, draws: int) -> NDArray[np.float32]:
     """`draws` random numbers in [0, 1) for each sample, float32 [len(samples), draws].
 
-    They belong to (seed, epoch, sample): the same image is augmented the same way whichever process
-    or worker handles it. A counter-based generator: SplitMix64's finaliser (Steele, Lea, Flood:
-    Fast splittable pseudorandom number generators, 2014) over a Weyl sequence.
+    They are a function of (seed, epoch, sample): an image is augmented the same way on any process
+    or worker. A counter-based generator: SplitMix64's finaliser (Steele, Lea, Flood: Fast
+    splittable pseudorandom number generators, 2014) over a Weyl sequence.
     """
     root = _mix(np.array([seed], np.uint64) * _WEYL + np.uint64(epoch))
     keys = _mix(samples.astype(np.uint64) * _WEYL + root)
@@ -92,10 +92,9 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @dataclasses.dataclass(kw_only=True)
 class MicroBatching:
-    """How many images a process takes at a time.
+    """The number of images that a process takes at a time.
 
-    The global batch is the config's and stays; what a process takes at a time may be fewer images,
-    where memory demands it.
+    The global batch is always the config's; micro-batches may be smaller where memory requires it.
     """
 
     sampler: EpochSampler
@@ -135,16 +134,16 @@ class ShardedSampler:
     rank: int
     world_size: int
     group_size: int
-    """Neighbours in a batch that have to go to the same process (see `shard`)."""
+    """Group size: neighbours in a batch that have to go to the same process (see `shard`)."""
 
     def training(
         self, samples: Indices, sampler: EpochSampler, epoch: int, first: int, accumulate: int
     ) -> Iterator[Indices]:
-        """This process's micro-batches of `epoch`, `accumulate` a step, from step `first` on."""
+        """This process's micro-batches of `epoch`, `accumulate` per step, from step `first` on."""
         permutation = samples[sampler.permutation(epoch)]
         for step in range(first, sampler.steps):
             begin, end = sampler.bounds(step)
-            # cut before it is sharded: which images stand in a micro-batch, whose statistics batch
+            # cut before it is sharded: which images are in a micro-batch, whose statistics batch
             # norm takes, does not depend on the number of processes
             for micro_batch in np.array_split(permutation[begin:end], accumulate):
                 yield shard(micro_batch, self.rank, self.world_size, group_size=self.group_size)
@@ -156,5 +155,5 @@ class ShardedSampler:
         return (batch for batch in batches if len(batch))
 
     def evaluation_passes(self, samples: Indices, batch_size: int) -> int:
-        """The most batches of `evaluation` that any process gets; some get one less."""
+        """The largest number of batches of `evaluation` on any process; some get one less."""
         return -(-len(shard(samples, 0, self.world_size)) // batch_size)

@@ -26,7 +26,7 @@ class ScheduleConfig:
     your own."""
     warmup: str | None = None
     """Duration of the warm-up to `lr`: steps, epochs or percent of the run; default `5%`. onecycle
-    warms up along half a cosine, by default for `30%`, the others linearly."""
+    warms up along half a cosine, by default for `30%`, all other schedules linearly."""
     start: float | None = None
     """onecycle: learning rate of the first step, as a fraction of `lr`; default 0.04."""
     final: float | None = None
@@ -93,7 +93,7 @@ class Schedule:
         return {}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from `state_dict` of an earlier run."""
+        """Continue from `state_dict` of an earlier run."""
 
 
 @SCHEDULES.register("cosine", warmup="5%", final=0.01)
@@ -132,7 +132,7 @@ class Restarts(Schedule):
 @SCHEDULES.register("step", warmup="5%", every="30%", factor=0.1)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step(Schedule):
-    """Times `factor` every so many steps."""
+    """Times `factor` at a fixed interval of steps."""
 
     every: int
     factor: float

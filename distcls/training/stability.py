@@ -1,7 +1,7 @@
 """Steps that go wrong: gradients that are not finite, and spikes of the loss.
 
-Reading a number of a step makes a GPU wait for the host, so steps are
-recorded as tensors and read several at a time (`poll`).
+Reading a value of a step synchronises a GPU with the host, so steps are recorded as tensors and
+read in groups (`poll`).
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ NAMED = 8
 POLL_EVERY = 16
 """Steps between two readings of the losses, which the processes add up."""
 WINDOW = 64
-"""Losses that a step's is compared with."""
+"""Number of previous losses that a step's is compared with."""
 FEWEST = 10
-"""Losses it takes to say what is usual."""
+"""Fewest previous losses for a comparison."""
 DEVIATIONS = 10.0
-"""A spike is so many standard deviations above the median, and twice the median, and ..."""
+"""A spike is this many standard deviations above the median, and twice the median, and ..."""
 LEAST_RISE = 0.5
-"""... by so much above it: of losses near zero, one hard image makes a multiple."""
+"""... by this much above it: for losses near zero, one hard image makes a multiple."""
 TO_DEVIATION = 1.4826
 """From the median absolute deviation to a standard deviation, if losses were normal."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossSpike:
-    """A step with a loss far above the usual."""
+    """A step with a loss far above the median."""
 
     step: int
     loss: float
@@ -86,7 +86,7 @@ class NonFiniteGuard:
 
         The fused optimisers read `found_inf` on the device, where a gradient scaler puts it; so
         nothing has to be read back. With a scaler the scaler does it. For all others the norm is
-        read before the step, which a GPU has to be waited for: of their state nothing may change,
+        read before the step, which synchronises with a GPU: nothing of their state may change,
         neither the momentum nor a count of steps.
         """
         bad = ~torch.isfinite(norm)
@@ -125,7 +125,7 @@ class NonFiniteGuard:
                     f"{self._message(flag)}; lower --lr, or look at these images"
                 )
         self._flags.clear()
-        if skipped:  # the forward passes have spoilt batch norm's running statistics
+        if skipped:  # the forward passes have corrupted batch norm's running statistics
             torch._foreach_copy_(self._buffers, self._backup)
         else:
             self.back_up()
@@ -185,13 +185,13 @@ class LossSpikeDetector:
         spikes = []
         for step, loss in zip(steps, losses.tolist(), strict=True):
             if not math.isfinite(loss):
-                continue  # the guard's matter
+                continue  # handled by the guard
             usual = _usual(recent, loss)
             if usual is not None:
                 first = step - self._last >= WINDOW
                 spikes.append(LossSpike(step=step, loss=loss, usual=usual, first=first))
                 self._last = step
-            # a spike counts as well: a loss that stays high becomes the usual one
+            # a spike counts as well: a loss that stays high becomes the baseline
             recent = [*recent, loss][-WINDOW:]
         self.recent = torch.tensor(recent, dtype=torch.float64)
         return spikes

@@ -21,7 +21,7 @@ class Ema:
     """A second model whose weights trail the trained ones: average = d*average + (1-d)*weights.
 
     The decay d rises with the updates, min(decay, (1 + updates) / (10 + updates)), so that the
-    random weights of the beginning are soon forgotten (TensorFlow's ExponentialMovingAverage).
+    initial random weights soon lose their influence (TensorFlow's ExponentialMovingAverage).
     """
 
     def __init__(self, model: Classifier, decay: float) -> None:
@@ -31,7 +31,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: Classifier) -> None:
-        """Take one more step's weights into the average."""
+        """Update the average with the weights of one more step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         pairs = _paired(self.model, model)
@@ -70,7 +70,7 @@ class LastEpochsAverage:
 
 
 class WeightAverages:
-    """The averages that a config asks for, one or none, beside the model that is trained."""
+    """The averages that a config requests, one or none, beside the model that is trained."""
 
     def __init__(self, config: TrainConfig, model: Classifier) -> None:
         decay, last = config.ema.decay, config.average.last_epochs
@@ -116,7 +116,7 @@ class WeightAverages:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the averages of an earlier run."""
+        """Continue from the averages of an earlier run."""
         if self._ema is not None:
             load_full_state(self._ema.model, state["ema"])
             self._ema.updates = state["ema_updates"]

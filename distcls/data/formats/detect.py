@@ -158,7 +158,7 @@ def _open_url(url: str, timeout: float) -> ImageSource:
         plain = url.partition("?")[0] if url.startswith("http") else url
         try:
             content = read(url, timeout)
-        except BadImage as error:  # what `read` says of any object
+        except BadImage as error:  # what `read` reports for any object
             raise DistclsError(f"{url}: {error}") from error
         return ManifestSource(plain, folder_of(url), timeout, content)
     if not is_pattern(url) and ending_of(url) == ".tar":

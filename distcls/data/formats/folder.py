@@ -44,7 +44,7 @@ def is_image_name(name: str) -> bool:
 
 @dataclasses.dataclass(kw_only=True)
 class LeftOut:
-    """Counts what a search for images leaves out, and says it in one line."""
+    """Counts what a search for images leaves out, and prints one line about it."""
 
     hidden_images: int = 0
     hidden_folders: int = 0
@@ -57,7 +57,7 @@ class LeftOut:
         self.first = self.first or path
 
     def say(self, where: str) -> None:
-        """Say it, if there is anything."""
+        """Print the line, if anything was left out."""
         texts = (
             (self.hidden_images, "hidden images"),
             (self.hidden_folders, "hidden folders"),
@@ -112,7 +112,7 @@ def list_folder(folder: Path) -> os._ScandirIterator[str]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself: reading it says so
+    except OSError:  # a link to itself: reading it fails with the reason
         return False
 
 
@@ -155,7 +155,7 @@ class FolderSource(FileSource):
     def labelled(self, options: LabelOptions) -> LabelledImages:
         """See `ImageSource`: one folder per class, at the top or in each of the split folders.
 
-        Raises UsageError if no image lies in a class folder, or in one that is none of the classes
+        Raises UsageError if no image lies in a class folder, or if one lies in a folder of no class
         given.
         """
         options.require_no_columns(self.location)

@@ -62,7 +62,7 @@ class IdxFile:
 def find_idx(folder: Path) -> dict[str, Path]:
     """The IDX files of a folder: `train-images`, `train-labels`, `t10k-images`, `t10k-labels`.
 
-    Raises UsageError if there is more than one set. A plain file wins over its packed twin.
+    Raises UsageError if there is more than one set. A plain file is preferred to its packed twin.
     """
     found: dict[str, Path] = {}
     prefixes: dict[str, str] = {}
@@ -227,7 +227,7 @@ def _read_stream(path: Path, handle: BinaryIO, dimensions: int) -> IdxFile:
     size = int(np.prod(shape, dtype=object))
     if size == 0:
         raise UsageError(f"{path}: holds no values; its header says {'x'.join(map(str, shape))}")
-    if size > path.stat().st_size * _DEFLATE_LIMIT:  # before so much memory is asked for
+    if size > path.stat().st_size * _DEFLATE_LIMIT:  # before so much memory is allocated
         raise UsageError(f"{path}: truncated; its header promises {size:,} values")
     values = np.empty(size, np.uint8)
     md5 = hashlib.md5(header, usedforsecurity=False)

@@ -1,7 +1,7 @@
-"""Manifests: a CSV or Parquet table with one image a row.
+"""Manifests: a CSV or Parquet table with one image per row.
 
 Columns, the first that is there of each: the file (path, file, filename, image, image_id), the
-label (label, class, category, target; others where they are named), and where given image_id,
+label (label, class, category, target; or the named column), and where given image_id,
 split, weight (another column where it is named), group; upper and lower case are one. Rows are
 counted from 1 and the header is not one of them.
 
@@ -149,7 +149,7 @@ class ManifestSource(ListedSource):
     def _record(
         self, where: str, index: int, row: dict[str, str | None], weight: str
     ) -> ImageRecord:
-        """What the row says, the label left open."""
+        """The row's record, without its label."""
         split = (row.get("split") or "").strip().lower()
         if "split" in row and split not in SPLIT_NAMES:
             raise UsageError(
@@ -431,7 +431,7 @@ def _parquet_blocks(
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without the cycle collector: rows hold no cycles, and it would look at each of a million
+    """Without the cycle collector: rows hold no cycles, and it would traverse each of a million
     again and again, half of the time."""
     before = gc.isenabled()
     gc.disable()

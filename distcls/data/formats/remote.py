@@ -4,7 +4,7 @@ An object that cannot be read is an error of that image, after three more attemp
 prefetched, 16 at a time: one response takes longer than one decoding. fsspec fetches one object or
 a whole list; prefetching in order, in bounded memory, with a time limit and retries, is ours.
 
-Credentials, endpoints and the like are taken from where the libraries look for them; any option of
+Credentials, endpoints and the like are read from the libraries' default locations; any option of
 a file system can be set by FSSPEC_S3_ANON=true and the like (fsspec's documentation, "config").
 """
 
@@ -38,7 +38,7 @@ CONCURRENT = 16
 """Objects fetched at a time."""
 
 PREFETCH = 64
-"""Objects fetched ahead of the one that is requested."""
+"""Objects prefetched beyond the one that is requested."""
 
 _TRANSIENT = (408, 425, 429)
 """Statuses below 500 after which another attempt makes sense."""
@@ -115,7 +115,7 @@ def _reason(error: Exception, timeout: float) -> str:
 
 
 class Prefetcher:
-    """Objects by index, fetched ahead of the threads that request them, in bounded memory."""
+    """Objects by index, prefetched for the threads that request them, in bounded memory."""
 
     def __init__(self, url_of: Callable[[int], str | None], count: int, timeout: float) -> None:
         """`url_of` gives the URL at an index below `count`, or None if there is none to fetch."""
@@ -168,7 +168,7 @@ class ListedSource(ImageSource):
         schemes = {urlsplit(base).scheme}
         if files.mentions("://"):
             schemes |= {_scheme(name) for name in files if is_url(name)}
-        for scheme in sorted(schemes & SCHEMES.keys()):  # others are errors of their own rows
+        for scheme in sorted(schemes & SCHEMES.keys()):  # bad URLs are errors of their own rows
             filesystem(scheme)
 
     @property
@@ -213,17 +213,17 @@ DEEPEST = 64
 """Folders below each other; a web server may make up any number of them."""
 
 _TAGS = ("size", "ETag", "etag", "LastModified", "updated", "mtime")
-"""What the stores call that which changes with an object."""
+"""Keys of the stores' listings whose values change with an object."""
 
 Listed = tuple[str, str]
-"""URL of an object, and what the store says of its state."""
+"""URL of an object, and its state in the store's listing."""
 
 
 class RemoteSource(ImageSource):
     """The images behind a URL: an object, a glob, or all images below a folder, sorted."""
 
     def __init__(self, url: str, timeout: float) -> None:
-        """Raises UsageError if there is none, DistclsError if the store does not answer."""
+        """Raises UsageError if there is none, DistclsError if the store does not respond."""
         self.location = url
         web = url.startswith("http")
         root, listed = _listed(url, web)
@@ -355,7 +355,7 @@ def _tag(info: dict[str, Any]) -> str:
 
 
 def _magic(url: str, web: bool) -> int | None:
-    """Where the wildcards of a glob begin; None if there are none.
+    """Index of the first wildcard of a glob; None if there is none.
 
     Of http a question mark begins a query, and brackets may be part of the host.
     """
