@@ -80,7 +80,7 @@ def _exit(code: int) -> NoReturn:
 
 
 def _reader_hangs() -> bool:
-    """Whether a reading thread of ours still runs; Python would wait for its pool."""
+    """Whether one of distcls's reading threads still runs; Python would wait for its pool."""
     return any(thread.name.startswith("distcls-") for thread in threading.enumerate())
 
 

@@ -60,7 +60,7 @@ def save(figure: Figure, path: Path, dpi: int = 120) -> None:
 
 @functools.cache
 def fonts() -> list[str]:
-    """Font families to draw names with: DejaVu Sans, then what is installed of wider ones."""
+    """Font families to draw names with: DejaVu Sans, then the installed ones of wider coverage."""
     from matplotlib import font_manager
 
     installed = set(font_manager.fontManager.get_font_names())
@@ -103,7 +103,7 @@ class Tile:
     name: str = ""
     """Below the text in small grey letters; of a long one the end is shown."""
     color: str | None = None
-    """Of its frame: GREY, GREEN, or RED, which stands out; without, it has no frame."""
+    """Colour of its frame: GREY, GREEN or (highlighted) RED; None: no frame."""
 
     @functools.cached_property
     def lines(self) -> list[str]:
@@ -238,7 +238,7 @@ def curves(
 
     `history` has one row per epoch with `epoch`, and where known `train_loss`, `val_loss`,
     `train_top1`, `val_top1`, `val_macro_f1`, `val_exact`, `lr`; the best epoch by `monitor`
-    and `mode` (min or max; min of a loss unless given) is marked.
+    and `mode` (min or max; default: min of a loss) is marked.
     """
     if not history:
         raise ValueError("no epochs to draw")

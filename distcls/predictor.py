@@ -58,7 +58,7 @@ class Predictor:
 
     @property
     def task(self) -> Task:
-        """The classes, and what the logits mean."""
+        """The task: the classes, and the meaning of the logits."""
         return self.model.card.task
 
     def stream(

@@ -173,7 +173,7 @@ class Task:
     def texts(self, answers: Integers) -> list[str]:
         """`text` of each of [N] (single), [N, heads] or [N, labels]."""
         rows = answers[:, None] if answers.ndim == 1 else answers
-        # of thousands of labels an image has few: NumPy finds them
+        # an image has few of thousands of labels: NumPy finds them
         return [self.text(row) for row in (rows if self.kind == "multi_label" else rows.tolist())]
 
     @functools.cached_property

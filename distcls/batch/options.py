@@ -123,7 +123,7 @@ class PredictOptions:
         return tuple(Path(name.strip()) for name in self.model.split(",") if name.strip())
 
     def execution_request(self, images: int) -> ExecutionRequest:
-        """How to run the model, on a source of so many images."""
+        """The execution request, for a source of this many images."""
         return ExecutionRequest.of(self, images)
 
     @property
@@ -137,7 +137,7 @@ _GENERIC = "nothing without --classes: a file exported by distcls holds its own"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictResult:
-    """What a batch prediction did."""
+    """The result of a batch prediction."""
 
     images: int
     errors: int

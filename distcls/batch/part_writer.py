@@ -115,7 +115,7 @@ class PartWriter:
 
 @dataclasses.dataclass
 class _Counts:
-    """What is counted while a part is written."""
+    """Counters of a part while it is written."""
 
     source: ImageSource
     rows: int = 0

@@ -42,7 +42,7 @@ class RowBuilder:
         probabilities: bool = False,
         threshold: float | None = None,
     ) -> None:
-        """Raises UsageError for what the task does not have.
+        """Raises UsageError for options that the task does not support.
 
         That is a `top_k` of more classes than there are, or of heads or labels at all, and a
         threshold of labels.
@@ -140,7 +140,7 @@ class RowBuilder:
         return [(_blank_where(self._task.texts(decided), abstained), joint), *heads], abstained
 
     def _below_threshold(self, probabilities: Floats) -> NDArray[np.bool_]:
-        """Whether each of [N] is less than the threshold; with none, no one is."""
+        """Whether each of [N] is less than the threshold; all False without one."""
         if self._threshold is None:
             return np.zeros(len(probabilities), np.bool_)
         return np.asarray(probabilities < self._threshold, np.bool_)

@@ -75,7 +75,7 @@ def flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 def current_names(values: Mapping[str, V], section: str = "") -> dict[str, V]:
     """Dotted values with each renamed key under its present name.
 
-    `section`, such as `model.`, is what stands before the keys in the whole config. Raises
+    `section`, such as `model.`, is the prefix of the keys in the whole config. Raises
     UsageError if a key is there under both names.
     """
     current: dict[str, V] = {}
@@ -134,7 +134,7 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
 
 
 def _gather(layer: dict[str, Given], mappings: list[str]) -> dict[str, Given]:
-    """A layer with what stands below a key that takes a mapping put back into one value."""
+    """A layer with the keys below one that takes a mapping merged back into one value."""
     gathered: dict[str, Given] = {}
     for key, given in layer.items():
         place = next((name for name in mappings if key.startswith(name + ".")), None)

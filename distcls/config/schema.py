@@ -195,7 +195,7 @@ def _tuple(raw: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     if kinds[-1] is Ellipsis:
         return tuple(convert(item, kinds[0]) for item in raw)
     if len(raw) == 1 and len(set(kinds)) == 1:
-        raw = list(raw) * len(kinds)  # `size: 224` stands for 224 by 224
+        raw = list(raw) * len(kinds)  # `size: 224` means 224 by 224
     if len(raw) != len(kinds):
         raise Mismatch
     return tuple(convert(item, kind) for item, kind in zip(raw, kinds, strict=True))

@@ -5,8 +5,8 @@ classes.json       class names in label order; or the task, with its heads or la
 dataset.json       source, root of the paths (absolute or from here), counts, hashes, version
 pack.bin           decoded uint8 images, one after the other (optional)
 
-The pack is ours because it is read through one memory map: a batch of images of one size is one
-gather of rows, where the cells of Parquet, LMDB or tar are copied one by one.
+The pack is a custom format because it is read through one memory map: a batch of images of one
+size is one gather of rows, where the cells of Parquet, LMDB or tar are copied one by one.
 """
 
 from __future__ import annotations

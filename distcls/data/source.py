@@ -90,7 +90,7 @@ class ImageSource(abc.ABC):
         return None
 
     def state(self) -> str:
-        """What is known of the images' content without reading it: a digest of sizes and times.
+        """A digest of the images' sizes and times, computed without reading their content.
 
         Empty where nothing is known. Takes seconds for a million files.
         """
@@ -378,7 +378,7 @@ class Names(Sequence[str]):
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Names:
-        """Gather names; lone surrogates stand for bytes that are not UTF-8, as in `os.fsdecode`."""
+        """Gather names; lone surrogates represent bytes that are not UTF-8, as in `os.fsdecode`."""
         left = iter(names)
         return cls.of_blocks(iter(lambda: list(itertools.islice(left, BLOCK)), []))
 

@@ -109,7 +109,7 @@ def _cut_groups(
 ) -> dict[int, str]:
     """Whole groups, greedily: large ones first, each to the split that comes nearer its goal."""
     groups: dict[object, list[int]] = defaultdict(list)
-    for index in training:  # an image without a group is one of its own
+    for index in training:  # an image without a group forms its own
         group = records[index].group
         groups[index if group is None else group].append(index)
     units = list(groups.values())
@@ -317,7 +317,7 @@ def _assign_groups(records: Sequence[ImageRecord], units: Units, folds: int) -> 
     for unit in units:
         labels = Counter(records[index].label for index in unit)
         gains = [_fold_gain(total, filled[fold], labels, folds) for fold in range(folds)]
-        # of equal ones the smallest: an empty fold is never passed over for a fuller one
+        # of equal ones the smallest: an empty fold always precedes a fuller one
         best = max(range(folds), key=lambda fold: (gains[fold], -sizes[fold]))
         for label, count in labels.items():
             filled[best][label] += count * folds
@@ -432,7 +432,7 @@ def untrained_classes(assignment: SplitAssignment, source: LabelledImages) -> li
 def restore_training_images(assignment: SplitAssignment) -> SplitAssignment:
     """Give a class whose training images all proved bad one back from the splits cut here.
 
-    Its whole group comes along. What the source itself put into val or test stays there.
+    Its whole group moves with it. Images that the source itself put into val or test stay there.
     """
     splits = list(assignment.splits)
     trained = {

@@ -164,13 +164,13 @@ class PackWriter:
         return [0, *np.cumsum(sizes, dtype=np.int64).tolist()][: len(sizes)]
 
     def abandon(self) -> None:
-        """Remove the file; what is added later is passed over."""
+        """Remove the file; images added later are ignored."""
         self._abandoned = True
         self._file.close()
         self._path.unlink()
 
     def _widen(self) -> None:
-        """Turn what is written from grey to RGB."""
+        """Convert the images written so far from grey to RGB."""
         self.channels = 3
         self._file.close()
         wide = self._path.with_name(self._path.name + ".rgb")

@@ -49,7 +49,7 @@ class EvaluateOptions:
     limit: int | None = None
     """Take the first images only."""
     workers: int | None = None
-    """Threads that decode; one a core unless given."""
+    """Decoding threads; default: one per core."""
     json: bool = False
     """Print one JSON object on standard output, for machines."""
     quiet: bool = False
@@ -62,7 +62,7 @@ class EvaluateOptions:
             require(value is None or value >= 1, name, value, "at least 1")
 
     def execution_request(self, images: int) -> ExecutionRequest:
-        """How to run the model, on a split of so many images."""
+        """The execution request, for a split of this many images."""
         return ExecutionRequest.of(self, images)
 
 
@@ -100,7 +100,7 @@ class EvaluationResult:
         }
 
     def to_text(self) -> str:
-        """The figures as a table for people."""
+        """The metrics as a printable table."""
         metrics, width = self.metrics, max(8, *(len(name) for name in self.task.classes))
         lines = [f"{'class':<{width}}  precision  recall      f1  support"]
         lines += [_line(row, width) for row in self._per_class()]

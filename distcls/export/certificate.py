@@ -70,7 +70,7 @@ class Certificate:
         return {**values, "results": list(values["results"])}
 
     def lines(self) -> list[str]:
-        """For people."""
+        """A printable summary."""
         return [
             f"batch {result.batch_size:>2}: top-1 agreement {result.top1_agreement:.2%} of "
             f"{self.images:,} images, largest logit difference {result.max_logit_difference:.1e} "
@@ -236,7 +236,7 @@ class AccuracyCertificate:
         return {**values, "tolerance": self.max_logit_difference}
 
     def lines(self) -> list[str]:
-        """For people."""
+        """A printable summary."""
         kept = f", {len(self.float_layers)} layers left in float" if self.float_layers else ""
         return [
             f"{self.precision}: top-1 {self.top1:.2%}, the checkpoint's {self.top1_reference:.2%} "

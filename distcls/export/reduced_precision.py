@@ -217,7 +217,7 @@ def _logits(path: Path, images: Images) -> Logits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reduction:
-    """What is to be exported in reduced precision, and what it may lose."""
+    """The model to export in reduced precision, and its allowed losses."""
 
     precision: Precision
     reference: Model

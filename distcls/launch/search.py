@@ -135,7 +135,7 @@ def open_study(space: SearchSpace) -> optuna.Study:
 
     config = space.config
     path = config.out / STUDY
-    # what a search leaves that was killed while it wrote: a lock, waited for 30 s, and half a line
+    # a search killed while writing leaves a lock, which would be waited for 30 s, and half a line
     Path(f"{path}.lock").unlink(missing_ok=True)
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
@@ -266,7 +266,7 @@ class Search:
                 self._finished.add(number)
 
     def run(self) -> list[Row]:
-        """Train what is not finished yet; the table's rows in order.
+        """Train all unfinished trials; the table's rows in order.
 
         The table is written after each trial. One that fails gets its row, and the next one begins.
         Raises Stopped when a signal has ended those under way and their states are saved.

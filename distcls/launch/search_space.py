@@ -140,12 +140,12 @@ def recipe(config: TrainConfig) -> Path:
 
 
 def log_of(config: TrainConfig) -> Path:
-    """What a run has printed."""
+    """The log of a run."""
     return config.out.with_name(config.out.name + ".log")
 
 
 def command(config: TrainConfig, jobs: int = 1) -> list[str]:
-    """What a user would type to train it, as one of `jobs` runs at a time."""
+    """The command line that trains it, as one of `jobs` runs at a time."""
     call = ["-m", "distcls.train", "--config", str(recipe(config))]
     processes = config.processes or 1
     if jobs > 1:
@@ -170,7 +170,7 @@ def gpus_of(slot: int, jobs: int, processes: int) -> str | None:
 
 
 class SearchSpace:
-    """What is searched, and the config of every trial in it."""
+    """The search space, and the config of every trial in it."""
 
     def __init__(self, config: SearchConfig) -> None:
         """Raises UsageError for keys and values that cannot be searched."""

@@ -77,7 +77,7 @@ def depths(model: nn.Module) -> dict[str, int]:
     greatest.
 
     timm's networks define it themselves (`group_matcher`). In others the layers are the modules in
-    their order, lists of modules opened; a norm that stands alone belongs to the layer below it,
+    their order, lists of modules opened; a norm outside a layer belongs to the layer below it,
     and what no layer holds (a class token) to the lowest.
     """
     inside, prefix = _backbone(model)

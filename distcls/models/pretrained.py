@@ -192,7 +192,7 @@ class LoadReport:
     """In the network, not in the file; these keep their initialisation."""
 
     def lines(self) -> list[str]:
-        """For people: a table, then a line for each tensor that was not simply loaded."""
+        """Printable: a table, then a line for each tensor that was not simply loaded."""
         rows = {"loaded": self.loaded, "skipped": self.skipped, "missing": self.missing}
         table = [
             f"  {row:<8}{len(found):>5,} tensors {sum(found.values()):>13,} values"

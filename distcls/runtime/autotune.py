@@ -291,7 +291,7 @@ _MAX_BYTES, _MAX_REASON = 10_000, 1_000
 
 
 def cache_key(sha256: str, request: ExecutionRequest) -> str:
-    """What a choice depends on: model file (its SHA-256), machine, versions and request."""
+    """Cache key of a choice: model file (its SHA-256), machine, versions and request."""
     facts = {
         "model": sha256,
         "cpu": cpu_name(),

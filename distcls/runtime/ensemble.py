@@ -37,7 +37,7 @@ class FlipAveraged:
 
     @property
     def provider(self) -> str:
-        """The model's own, with a word on the second pass."""
+        """The model's own, with a mention of the second pass."""
         return f"{self._model.provider}, with flips"
 
     @property

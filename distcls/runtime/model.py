@@ -33,7 +33,7 @@ class Model(Protocol):
 
     @property
     def provider(self) -> str:
-        """What computes, in words for people: an execution provider or a torch device."""
+        """The backend that computes, for display: an execution provider or a torch device."""
 
     @property
     def execution(self) -> ExecutionConfig:
@@ -207,7 +207,7 @@ def open_session(file: OnnxFile, execution: ExecutionConfig) -> Any:
     # from the path; resident afterwards 59 MB (53), and 80 if the wrapper goes on holding them.
     source = str(file.path) if file.external_data else file.content
     try:
-        # without its fallback, which prints and goes on with another provider than requested
+        # without its fallback, which prints and continues with another provider than requested
         session = onnxruntime.InferenceSession(
             source, options, providers=providers, enable_fallback=0
         )
@@ -228,5 +228,5 @@ def open_session(file: OnnxFile, execution: ExecutionConfig) -> Any:
 
 
 def batch_failed(path: Path, images: int, error: Exception) -> DistclsError:
-    """The error of a model that cannot compute a batch of so many images."""
+    """The error of a model that cannot compute a batch of this many images."""
     return DistclsError(f"{path}: a batch of {images} failed: {first_line(error)}")

@@ -120,7 +120,7 @@ def stream(
 
     Yields chunks in the order of `indices`. An image that cannot be decoded, or for which the model
     gives no finite numbers, is an error in its chunk; nothing is raised for it. The batch size is
-    that of the model's execution config unless given, and so is the number of threads.
+    by default that of the model's execution config, and so is the number of threads.
     """
     indices = range(len(source)) if indices is None else indices
     size = batch_size or model.execution.batch_size
@@ -204,7 +204,7 @@ class _WorkerPool:
         return self._decoders.submit(self._run, batch)
 
     def shutdown(self) -> None:
-        """Finish what is under way, drop what has not begun."""
+        """Finish work in progress, drop work that has not begun."""
         self._decoders.shutdown(cancel_futures=True)
 
     def _run(self, batch: _Batch) -> Chunk:
@@ -274,7 +274,7 @@ class _StagedPool(_WorkerPool):
 def _infer(
     model: Model, indices: range, images: Images, errors: list[str | None], profiler: Profiler
 ) -> Chunk:
-    """The model's output for images [n, H, W, 3]; fills `errors` for what is not finite."""
+    """The model's output for images [n, H, W, 3]; fills `errors` for non-finite rows."""
     good = np.array([error is None for error in errors])
     output = np.full((len(good), model.output_width), np.nan, np.float32)
     if good.any():
@@ -291,7 +291,7 @@ def _infer(
 class ImageQueue(Generic[T]):
     """Threads that predict encoded images as they come, batched with whatever else is waiting.
 
-    No timer holds an image back: a free thread takes what is there, up to the batch size. Where
+    No timer delays an image: a free thread takes the waiting images, up to the batch size. Where
     several threads compute they divide a burst between them. Safe to use from any thread.
     """
 
@@ -365,7 +365,7 @@ class ImageQueue(Generic[T]):
                 request.image = preprocess(decode(request.data))
         except BadImage as error:
             request.error = str(error)
-        except Exception as error:  # a bug, and this image's alone: its neighbours go on
+        except Exception as error:  # a bug, and only in this image: its neighbours continue
             request.fail(error)
             return False
         request.data = b""
@@ -409,7 +409,7 @@ class _Request(Generic[T]):
 
 
 class _Batcher(Generic[T]):
-    """A queue whose threads each take what is waiting, up to a number of items.
+    """A queue whose threads each take all waiting items, up to a number of items.
 
     A thread runs only while something waits, so an idle batcher that nobody closes keeps no
     process from ending.
@@ -452,7 +452,7 @@ class _Batcher(Generic[T]):
         return left
 
     def join(self) -> None:
-        """Wait for what is under way, after `stop`."""
+        """Wait for work in progress, after `stop`."""
         self._executor.shutdown()
 
     def _drain(self) -> None:

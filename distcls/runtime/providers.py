@@ -70,7 +70,7 @@ class ExecutionConfig:
 
     @property
     def session(self) -> tuple[str, str, int, int]:
-        """What a session depends on; configs that differ in nothing else share one."""
+        """Cache key of a session; configs with an equal key share one."""
         return self.provider, self.precision, self.threads, self.streams
 
     @property
@@ -125,7 +125,7 @@ class ExecutionOptions(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExecutionRequest:
-    """What the user fixes about how a model is run; the rest is chosen."""
+    """The settings that the user fixes for running a model; the rest is chosen."""
 
     provider: str = AUTO
     """Name of a provider, or auto for the fastest of those installed."""
@@ -141,7 +141,7 @@ class ExecutionRequest:
 
     @classmethod
     def of(cls, options: ExecutionOptions, images: int) -> ExecutionRequest:
-        """The request of a command's options, for an input of so many images."""
+        """The request of a command's options, for an input of this many images."""
         return cls(
             provider=options.provider,
             batch_size=options.batch_size,
@@ -169,7 +169,7 @@ class Provider(abc.ABC):
     """An execution provider; the defaults of this class suit one that computes on the CPU."""
 
     name: ClassVar[str]
-    """What the user writes: --provider NAME."""
+    """Name for the user: --provider NAME."""
     title: ClassVar[str]
     """Its name in messages."""
     execution_provider: ClassVar[str]
@@ -207,7 +207,7 @@ class Provider(abc.ABC):
         """
 
     def search_space(self, cores: int, batch_sizes: Sequence[int]) -> list[SearchGroup]:
-        """The execution configs worth measuring on so many cores, the likeliest fastest first."""
+        """The execution configs worth measuring on this many cores, the likely fastest first."""
         groups = []
         for precision in self.precisions:
             first = precision == self.precisions[0]

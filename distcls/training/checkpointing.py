@@ -2,7 +2,7 @@
 
 `CheckpointManager` writes them all, each to a temporary file, flushed and renamed. A training state
 has its checksum (the first half of the SHA-256) in its name, so one rename makes file and checksum
-appear together; an older one goes only after the newer one is complete.
+appear together; an older one is deleted only after the newer one is complete.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class CheckpointManager:
                         unfinished.unlink(missing_ok=True)
 
     def resume(self) -> tuple[TrainingState, dict[str, Any]] | None:
-        """The state to go on from, with `Engine.state_dict()`; None to start anew.
+        """The state to resume from, with `Engine.state_dict()`; None to start anew.
 
         Raises UsageError if it is none, or if the config differs from the state's in a key that
         affects the result; DistclsError if all states are damaged.
@@ -226,7 +226,7 @@ class CheckpointManager:
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def save(self, state: TrainingState, tensors: dict[str, Any]) -> None:
-        """Copy the training state as it is now and write the copy while training goes on.
+        """Copy the current training state and write the copy while training continues.
 
         Raises DistclsError if the one before could not be written (naming path and free space).
         """

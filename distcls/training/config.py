@@ -311,7 +311,7 @@ class FreezeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AverageConfig:
-    """Mean of the weights over the last epochs; it is what is evaluated and saved during them."""
+    """Mean of the weights over the last epochs; it is evaluated and saved during them."""
 
     last_epochs: int | None = None
     """Number of final epochs whose weights are averaged; null is off. A run that
@@ -349,7 +349,7 @@ class MonitorConfig:
         return default_mode(self.metric) if self.mode == "auto" else self.mode
 
     def best_of(self, scores: Mapping[str, float]) -> str:
-        """The name of the best score, the first of equals; what is not a number comes last."""
+        """The name of the best score, the first of equals; NaN comes last."""
         sign = 1 if self.resolved_mode == "max" else -1
         return max(scores, key=lambda name: (not math.isnan(scores[name]), sign * scores[name]))
 

@@ -120,7 +120,7 @@ def explain_lost_processes(limit: float) -> Iterator[None]:
 
 
 def choose_precision(wanted: str) -> str:
-    """`fp32`, `bf16` or `fp16`. Raises BadValue if the device cannot do what is wanted."""
+    """`fp32`, `bf16` or `fp16`. Raises BadValue if the device does not support it."""
     cuda = torch.cuda.is_available()
     if wanted == "auto":
         launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

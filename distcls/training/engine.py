@@ -66,7 +66,7 @@ class StepReport:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineSummary:
-    """What a run trains, in numbers."""
+    """The size of a run's model and steps."""
 
     parameters: int
     macs: int
@@ -246,7 +246,7 @@ class Engine:
         self._guard.back_up()
 
     def summary(self) -> EngineSummary:
-        """What is trained, in numbers."""
+        """The size of the model and its steps."""
         return EngineSummary(
             parameters=count_parameters(self._model),
             macs=count_macs(self._model, self._preprocess.size),

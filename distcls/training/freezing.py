@@ -60,7 +60,7 @@ class FreezeSchedule:
                 self._norms.append(module)
 
     def begin(self, step: int, *, alone: bool) -> None:
-        """Freeze what is frozen in `step` (counted from 0) of a model in training mode.
+        """Freeze the parameters due in `step` (counted from 0) of a model in training mode.
 
         DDP waits for the gradient of every parameter it was made for. So unless a process is
         `alone` they are computed all the same, and `drop_gradients` removes them.
@@ -76,7 +76,7 @@ class FreezeSchedule:
             parameter.requires_grad_(not (frozen and alone))
 
     def drop_gradients(self, step: int) -> None:
-        """Remove the gradients of what is frozen: the optimiser then holds no state of it either,
+        """Remove the gradients of frozen parameters: the optimiser then has no state of them,
         and begins with a new one once it learns."""
         if step < self._until:
             for parameter in self._backbone:

@@ -218,7 +218,7 @@ class Sharding:
             made += 1
             return [model(images) for model in models]
 
-        with torch.no_grad():  # what is gathered in inference mode could not be trained any more
+        with torch.no_grad():  # weights gathered in inference mode could not be trained any more
             yield forward
             black = torch.zeros(1, *size, 3, dtype=torch.uint8, device=self._accelerator.device)
             while made < passes:
@@ -284,7 +284,7 @@ def _no_views(module: nn.Module, inputs: Any, output: Any) -> Any:
 
 def _release(model: nn.Module) -> None:
     """Free weights that a pass without a backward pass has left gathered: in full, they would
-    stay in memory while training goes on."""
+    stay in memory while training continues."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

@@ -37,7 +37,7 @@ class TrainingInput:
 
     @property
     def task(self) -> Task:
-        """What the model predicts."""
+        """The task of the model."""
         return self.train.task
 
 
@@ -110,7 +110,7 @@ DESCRIPTIONS = {
     "multi_head": "has one class per head",
     "multi_label": "has any number of labels per image",
 }
-"""A dataset in words, by its task."""
+"""A description of a dataset, by its task."""
 
 
 def check_compatibility(config: TrainConfig, task: Task) -> None:

@@ -45,7 +45,7 @@ class Batch:
 
 
 Item = Batch | BaseException | None
-"""What the reading thread hands over: a batch, what reading raised, or the end."""
+"""An item of the reading thread's queue: a batch, an exception, or the end."""
 
 
 class Loader:
@@ -77,7 +77,7 @@ class Loader:
     def batches(self, index_batches: Iterable[Indices]) -> Generator[Batch]:
         """Yield a batch for each array of indices, int64 [B].
 
-        Raises what reading raised (BadImage names the file) when its batch's turn comes, and
+        Raises the exception of reading (BadImage names the file) when its batch's turn comes, and
         DistclsError, naming the files that are being read, after `timeout` seconds without a batch
         and as soon as the reading threads are found dead.
         """
@@ -165,7 +165,7 @@ class Loader:
             return
         try:
             size = self._pack.stat().st_size
-        except OSError:  # what is mapped stays readable when its name is gone
+        except OSError:  # a mapped file stays readable when its name is gone
             return
         if size < self._pack_bytes:
             raise DistclsError(

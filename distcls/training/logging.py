@@ -1,4 +1,4 @@
-"""What a run reports: banner, progress bar, metrics.jsonl, curves.png, experiment trackers."""
+"""The output of a run: banner, progress bar, metrics.jsonl, curves.png, experiment trackers."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def open_tracker(config: TrainConfig, accelerator: Accelerator, step: int) -> Tr
     """
     if config.tracker is None:
         return lambda values, step: None
-    # what a run that was killed has written beyond the state that it is resumed from
+    # lines of a killed run beyond the state that it is resumed from
     own = {"tensorboard": {"purge_step": step}} if step else {}
     settings = flatten(yaml.safe_load(dump_yaml(config)))
     values = {key: _plain(value) for key, value in settings.items()}
@@ -261,7 +261,7 @@ class Records:
             self._draw()
 
     def close(self) -> None:
-        """Draw what is not drawn yet and close metrics.jsonl."""
+        """Draw the remaining epochs and close metrics.jsonl."""
         if self._undrawn:
             self._draw()
         if self._metrics is not None:

@@ -106,7 +106,7 @@ def rmsprop(groups: Groups, lr: float, config: OptimizerConfig) -> torch.optim.O
 @OPTIMIZERS.register("adabelief", weight_decay=0.05, beta1=0.9, beta2=0.999, eps=1e-16)
 def adabelief(groups: Groups, lr: float, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Zhuang et al.: AdaBelief Optimizer, 2020, by timm; RAdam's rectification, which is not part
-    of the paper's algorithm, is had by `timm:radabelief`."""
+    of the paper's algorithm, is in `timm:radabelief`."""
     from timm.optim import AdaBelief
 
     made: torch.optim.Optimizer = AdaBelief(

@@ -87,7 +87,7 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
 
 
 def label_text(target: Tensor, task: Task) -> str:
-    """One image's label in words, soft targets with two decimals.
+    """One image's label as text, soft targets with two decimals.
 
     `target` is a class, int64 []; a class in each head, int64 [heads]; 0 or 1 for each label,
     [labels]; or the weight of each class, float32 [classes].

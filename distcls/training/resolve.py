@@ -1,4 +1,4 @@
-"""What a run uses: the names and options of its config checked, its defaults filled in.
+"""Resolving a config: its names and options checked, its defaults filled in.
 
 `config.yaml` and the training states hold the resolved config, so that a later version with other
 defaults gives the same run from it. Resolved is what changes the result, `precision` included.

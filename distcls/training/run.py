@@ -103,7 +103,7 @@ class Evaluation:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train as the config says and write the run directory.
+    """Train according to the config and write the run directory.
 
     Raises UsageError for a config, dataset or output folder that cannot work, before the first
     step; Stopped when a signal ended the run and its state is saved.
@@ -280,7 +280,7 @@ def _build_model(config: TrainConfig, data: TrainingInput) -> tuple[Classifier, 
 
 
 def _resume(engine: Engine, checkpoints: CheckpointManager) -> TrainingState:
-    """The state to go on from, its tensors loaded into the engine, or a new one."""
+    """The state to resume from, its tensors loaded into the engine, or a new one."""
     found = checkpoints.resume()
     if found is None:
         return TrainingState()

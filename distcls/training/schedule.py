@@ -41,7 +41,7 @@ class ScheduleConfig:
     milestones: tuple[str, ...] | None = None
     """multistep: durations from the start of the run to each reduction; default `50%,75%`."""
     factor: float | None = None
-    """step, multistep, plateau: what a reduction multiplies the learning rate by; default 0.1."""
+    """step, multistep, plateau: factor of each learning rate reduction; default 0.1."""
     patience: int | None = None
     """plateau: epochs without improvement of `monitor.metric` before a reduction, those of the
     warm-up not counted; default 3. (PyTorch counts one less.)"""
@@ -89,7 +89,7 @@ class Schedule:
         return False
 
     def state_dict(self) -> dict[str, int]:
-        """What the learning rate depends on besides the step."""
+        """The state of the learning rate besides the step."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:

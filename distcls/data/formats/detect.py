@@ -59,7 +59,7 @@ class Format:
     open: Callable[[str, float], ImageSource]
     """Open a location, with the seconds that one attempt to fetch an image may take."""
     needs: Literal["a file", "a folder", ""] = ""
-    """What the location has to be when the format is given by name."""
+    """The required type of location when the format is given by name."""
     named: bool = True
     """Whether `--format` may name it."""
 
@@ -70,7 +70,7 @@ _registered: dict[str, Format] = {}
 def register_format(name: str, *, matches: Callable[[str], bool]) -> Callable[[S], S]:
     """Decorate an `ImageSource` made from a location: it opens what `matches`, before all others.
 
-    `--format` takes the name. A name registered again stands for the newer class; raises ValueError
+    `--format` takes the name. A name registered again refers to the newer class; raises ValueError
     for the name of a built-in format.
     """
     if name in ("auto", *FORMATS):
@@ -167,7 +167,7 @@ def _open_url(url: str, timeout: float) -> ImageSource:
 
 
 def _open_standard_input(_: str, timeout: float) -> ImageSource:
-    """The paths or URLs on standard input, one a line; empty lines are passed over."""
+    """The paths or URLs on standard input, one per line; empty lines are skipped."""
     names = Names.of(_lines())
     if not len(names):
         raise UsageError("-: standard input lists no images, expected a path or URL a line")

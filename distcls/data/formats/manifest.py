@@ -129,7 +129,7 @@ class ManifestSource(ListedSource):
         )
 
     def _require_paths(self) -> None:
-        """Raise UsageError for what is no file of this machine."""
+        """Raise UsageError unless it is a file of this machine."""
         if self._content is not None:
             raise UsageError(
                 f"{self.location}: a dataset is prepared from local files; copy them here first"
@@ -353,7 +353,7 @@ def _csv_blocks(
 ) -> Iterator[Block]:
     done = 0
     while rows := _next_rows(name, reader, done):
-        rows = [row for row in rows if row]  # blank lines are passed over
+        rows = [row for row in rows if row]  # blank lines are skipped
         if set(map(len, rows)) - {width}:
             place = next(at for at, row in enumerate(rows) if len(row) != width)
             raise UsageError(

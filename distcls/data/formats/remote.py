@@ -2,7 +2,7 @@
 
 An object that cannot be read is an error of that image, after three more attempts. Objects are
 prefetched, 16 at a time: one response takes longer than one decoding. fsspec fetches one object or
-a whole list; prefetching in order, in bounded memory, with a time limit and retries, is ours.
+a whole list; prefetching in order, in bounded memory, with a time limit and retries, is done here.
 
 Credentials, endpoints and the like are read from the libraries' default locations; any option of
 a file system can be set by FSSPEC_S3_ANON=true and the like (fsspec's documentation, "config").
@@ -155,7 +155,7 @@ class Prefetcher:
 
 
 class ListedSource(ImageSource):
-    """Images by paths or URLs; what is relative is below `base`, a folder or a URL."""
+    """Images by paths or URLs; relative ones are below `base`, a folder or a URL."""
 
     def __init__(
         self, base: str, files: Names, timeout: float, image_ids: Names | None = None
@@ -331,7 +331,7 @@ def _matching(pattern: str, root: str, web: bool) -> Iterator[Listed]:
 def _walk(root: str, web: bool, depth: int | None = None) -> Iterator[Listed]:
     """All objects below a URL, at most `depth` folders deep.
 
-    Not by fsspec's own `find`, which passes over folders that cannot be listed without a word.
+    Not by fsspec's own `find`, which silently skips folders that cannot be listed.
     """
     system, scheme = filesystem_of(root), urlsplit(root).scheme
     folders, seen = [(root, 1)], {root}

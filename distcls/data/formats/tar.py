@@ -52,7 +52,7 @@ class TarSource(ImageSource):
     """The images of tar shards, one shard after the other."""
 
     def __init__(self, paths: Sequence[Path], location: str = "") -> None:
-        """Raises UsageError for what is no whole tar file, or if there is no image in any."""
+        """Raises UsageError for an incomplete tar file, or if there is no image in any."""
         self.location = location or str(paths[0])
         self._paths = list(paths)
         self._shard = array.array("i")
@@ -197,7 +197,7 @@ def _check_unique(location: str, records: Sequence[ImageRecord]) -> None:
 
 
 def expand_braces(text: str) -> list[str]:
-    """`shard-{000..003}.tar` or `{a,b}.tar` as the names it stands for, like a shell does."""
+    """`shard-{000..003}.tar` or `{a,b}.tar` expanded to names, as by a shell."""
     found = _BRACES.search(text)
     if found is None:
         return [text]
