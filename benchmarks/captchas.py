@@ -2,9 +2,9 @@
 
 Each shows five characters (or `--length`) out of 32: the digits 2 to 9 and the capitals without I
 and O, which look like 1 and 0 in some font; 0 and 1 are left out with them. Every character has its
-own font, size, turn, slant, place and colour; the whole is waved, crossed by lines, speckled and
-noisy. A captcha is a pure function of (seed, its number, fonts), and no text is drawn twice: what
-the test split asks for was never seen.
+own font, size, rotation, slant, position and colour; the whole is waved, crossed by lines, speckled
+and noisy. A captcha is a pure function of (seed, its number, fonts), and no text is drawn twice, so
+the texts of the test split are unseen.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HEIGHT, PITCH = 48, 32
 GLYPH = 64
 """Side of the tile that a character is drawn on before it is distorted."""
 FONT_SIZE = 42
-"""Of that drawing, in pixels; capitals are about 30 high."""
+"""Size of the font there, in pixels; capitals are about 30 high."""
 SPLITS = {0: "val", 10: "test"}
 """Of 20 captchas in a row these; the other 18 are for training."""
 FONTS = Path("/usr/share/fonts/truetype")
@@ -55,19 +55,19 @@ Pixels = NDArray[np.uint8]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptchaOptions:
-    """What is drawn."""
+    """Options of the drawing."""
 
     out: Path
     """Folder to write, with `manifest.csv` in it; must not exist."""
     count: int = 20_000
     """Captchas: 90 % for training, 5 % for validation and for testing each."""
     length: int = 5
-    """Characters of each."""
+    """Characters per captcha."""
     seed: int = 0
-    """Of the texts and the drawing."""
+    """Seed of the texts and the drawing."""
     fonts: tuple[str, ...] | None = None
-    """TrueType files, three or more; unset, those of Debian's DejaVu, Liberation and FreeFont that
-    are installed."""
+    """TrueType files, three or more; default: the installed ones of Debian's DejaVu, Liberation and
+    FreeFont."""
     result: Path | None = None
     """File for the JSON line that is printed at the end."""
 
@@ -143,7 +143,7 @@ def _glyph(font: str, character: str) -> Pixels:
 
 
 def _distortion(centre: tuple[float, float], rng: np.random.Generator) -> NDArray[np.float64]:
-    """The map of a tile to its place, turned, slanted and scaled, [2, 3] as OpenCV takes it."""
+    """Affine map of a tile to its position, rotated, slanted, scaled, [2, 3] for OpenCV."""
     angle = np.radians(rng.uniform(-25, 25))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     slant = np.array([[1.0, rng.uniform(-0.3, 0.3)], [0.0, 1.0]])
@@ -212,7 +212,7 @@ def write(options: CaptchaOptions) -> tuple[Path, ...]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, draw, tell."""
+    """Parse, draw, report."""
     about = "Draw distorted texts with their manifest, for `distcls prepare --text-column text`."
     options = parse(CaptchaOptions, arguments, prog="python -m benchmarks.captchas", about=about)
     began = time.monotonic()

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.checkouts OTHER`: this checkout against another one, turn by turn.
+"""`python -m benchmarks.checkouts OTHER`: this checkout against another one, in alternation.
 
-Each contestant is a process of its own that runs the code of one checkout, with that checkout's
+Each contestant is a separate process that runs the code of one checkout, with that checkout's
 own benchmark modules: the training step at 32 and 224 pixels, a whole epoch with its records and
-states (`safety`), and batch prediction on the CPU. Both get the same data. So a change of structure
-shows that it costs no speed; the other checkout may be of any version that has these benchmarks.
+states (`safety`), and batch prediction on the CPU. Both get the same data. So a refactoring
+can be shown to cost no speed; the other checkout may be of any version that has these benchmarks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ sys.stdout = sys.stderr
 for _ in sys.stdin:
     print(run(), file=answers, flush=True)
 """
-"""What a contestant's process runs: a round for each line on its standard input."""
+"""The program of a contestant's process: one round per line on its standard input."""
 
 HERE, THERE = "this checkout", "the other"
 
@@ -64,7 +64,7 @@ def contestant(checkout: Path, make: str) -> Iterator[Contestant]:
 
 
 def makers(scratch: Path, pictures: Path | None, count: int) -> dict[str, str]:
-    """What each comparison has a contestant run; {out} is a folder of its own."""
+    """The code that a contestant of each comparison runs; {out} is a folder of its own."""
     found = {}
     for side, (batch, steps) in SETTINGS.items():
         data = scratch / f"prepared{side}"

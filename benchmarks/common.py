@@ -1,4 +1,4 @@
-"""What all benchmarks share: taking turns, the table, the machine, the JSON line."""
+"""Common to all benchmarks: alternating rounds, the table, the machine, the JSON line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Contestant = Callable[[], float]
 def alternate(contestants: dict[str, Contestant], rounds: int) -> dict[str, list[float]]:
     """Let the contestants take turns, A B A B ..., after one round each that does not count.
 
-    A machine whose speed drifts drifts for all of them.
+    So a drift of the machine's speed affects all of them.
     """
     for run in contestants.values():
         run()

@@ -2,7 +2,7 @@
 
 On scikit-learn's digits. The teacher (MobileNetV3-Small, 1.5 M parameters) learns from all 1,259
 training images. The student (`simple_cnn`, 35 thousand) gets 100 of them, and learns once from
-their labels alone and once from the teacher's answers as well, with the same images, fresh weights,
+their labels alone and once from the teacher's logits as well, with the same images, fresh weights,
 augmentation and number of steps; so for five seeds, each with other images and weights.
 """
 
@@ -25,7 +25,7 @@ from distcls.training.config import AugmentConfig, DistillConfig, MonitorConfig,
 ALONE, TAUGHT = "alone", "taught"
 AUGMENT = AugmentConfig(crop_padding=2, rotate=10)
 MONITOR = MonitorConfig(metric="loss")
-"""With few validation images top-1 is too coarse to tell epochs apart."""
+"""With few validation images top-1 is too coarse to compare epochs."""
 
 
 def teacher(data: Path, out: Path, epochs: int) -> float:
@@ -45,7 +45,7 @@ def teacher(data: Path, out: Path, epochs: int) -> float:
 
 
 def student(data: Path, out: Path, seed: int, given: argparse.Namespace) -> TrainConfig:
-    """What both students have in common."""
+    """Options of both students."""
     return TrainConfig(
         data=data,
         out=out,

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.eight_models SOURCE`: eight kinds of networks through the whole path.
+"""`python -m benchmarks.eight_models SOURCE`: eight architectures through the whole pipeline.
 
 Each trains for one epoch on the same 12,000 images of FashionMNIST (SOURCE is the folder of its IDX
 files), with one recipe for all, is exported, and the exported file is evaluated on all test images:
 by the commands that a user types, in processes of their own. One recipe and one epoch: the table
-tells that each works and what it costs, not which is best.
+shows that each works and what it costs, not which is best.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODELS = (
     *("simple_cnn", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x1_0"),
     *("efficientnet_b0", "resnet18", "regnet_y_400mf", "convnext_atto"),
 )
-"""One of each kind, of those whose epoch takes two cores a minute or two."""
+"""One per family, of those whose epoch takes a minute or two on two cores."""
 SIDE = 32
 """Pixels: a ConvNeXt halves its 4x4 patches three times, and of 28 nothing would be left."""
 RECIPE = [
@@ -56,7 +56,7 @@ def measure(name: str, data: Path, out: Path, images: int) -> dict[str, Any]:
 
 
 def sizes(name: str) -> dict[str, Any]:
-    """Parameters, and multiply-accumulates of an image, as it is trained."""
+    """Parameters, and multiply-accumulates per image, as it is trained."""
     size = (SIDE, SIDE)
     model = factory.build(ModelConfig(name=name), 10, Preprocess(size=size))
     return {"parameters": count_parameters(model), "macs": count_macs(model, size)}

@@ -1,6 +1,6 @@
 """`python -m benchmarks.freezing SOURCE`: from a checkpoint of other classes, and from scratch.
 
-SOURCE is the folder of FashionMNIST's IDX files. A network is trained on 8 of the 10 kinds of
+SOURCE is the folder of FashionMNIST's IDX files. A network is trained on 8 of the 10 classes of
 clothes (bags and ankle boots left out, first half of the training images). Then all 10 are learned
 from 1,000 images of the other half (100 of them validate), for equal epochs and with one recipe:
 from scratch; from that checkpoint; and from it with the backbone frozen for the first epochs, then
@@ -65,7 +65,7 @@ def write_idx(
 
 
 def recipe(data: Path, out: Path, epochs: int, seed: int = 0) -> TrainConfig:
-    """What all train with."""
+    """Options common to all runs."""
     return TrainConfig(
         data=data,
         out=out,

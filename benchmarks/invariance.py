@@ -3,8 +3,8 @@
 Real runs on scikit-learn's digits, all with the same global batch, augmentation and mixup on, a
 teacher, dropout off (its randomness belongs to the process); the loss of every step is recorded,
 and the moving average of the weights at the end. With `--sync-batch-norm` in float32 and float64,
-where rounding leaves enough digits to tell it from a mistake; and without, for contrast: each
-process then normalises by its own share of the batch. The yardstick is one process that computes
+where rounding error is small enough to distinguish it from a bug; and without, for contrast: each
+process then normalises by its own shard of the batch. The yardstick is one process that computes
 with two threads: the very same run, sums taken in another order.
 """
 
@@ -54,7 +54,7 @@ Losses = dict[str, list[float]]
 def teacher(data: Path) -> Path:
     """A model of the digits' classes beside their dataset: fresh weights, always the same.
 
-    What it answers is not right, but as far from what a student says as answers are.
+    Its predictions are not right, but differ from a student's as much as a trained teacher's do.
     """
     path = data.parent / "teacher.pth"
     if not path.exists():
@@ -63,7 +63,7 @@ def teacher(data: Path) -> Path:
         model = factory.build(ModelConfig(name=name), 10, preprocess)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.mul_(2)  # fresh answers hardly differ from class to class
+                parameter.mul_(2)  # predictions of fresh weights hardly differ between classes
         classes = tuple("0123456789")
         card = ModelCard(
             architecture={"name": name}, task=Task(classes=classes), preprocess=preprocess
@@ -132,7 +132,7 @@ def table(losses: Losses) -> str:
 
 
 def summary(losses: Losses) -> dict[str, Any]:
-    """What the JSON line says of a variant."""
+    """The entry of a variant in the JSON line."""
     off, usual = differences(losses), differences(losses, yardstick=True)
     return {
         "largest_difference": max(off),

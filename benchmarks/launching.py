@@ -1,4 +1,4 @@
-"""Commands as a user types them: training on any number of processes, and what it recorded."""
+"""Commands as a user types them: training on any number of processes, and its records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train in `processes` processes of `threads` each; returns the steps that it recorded.
 
-    Raises RuntimeError, with what the run said, if it failed.
+    Raises RuntimeError, with the run's output, if it failed.
     """
     arguments = ["--data", data, "--out", out, "--processes", processes, "--quiet", *options]
     if threads is not None:
@@ -34,7 +34,7 @@ def train(
 
 
 def call(*arguments: object) -> dict[str, Any]:
-    """What a sub-command of `distcls` prints with `--json`. Raises RuntimeError if it failed."""
+    """The `--json` output of a sub-command of `distcls`. Raises RuntimeError if it failed."""
     found: dict[str, Any] = json.loads(_run(["-m", "distcls.cli", *arguments]))
     return found
 

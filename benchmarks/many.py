@@ -3,7 +3,7 @@
 The handwritten digits as PNG files, listed again and again in a manifest, go through `distcls
 predict` with a MobileNetV3-Small of random weights at 28 pixels, as a user starts it. Memory is
 what the system counts as resident (VmRSS, and its peak VmHWM); the first row is there once the file
-of the first part holds more than the line of column names.
+of the first part holds more than the header.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distcls.task import Task
 
 SIDE = 28
 INTERVAL = 0.25
-"""Seconds between two looks at the process."""
+"""Seconds between two polls of the process."""
 
 
 def write_images(folder: Path) -> list[str]:
@@ -66,7 +66,7 @@ def write_model(path: Path) -> None:
 
 
 def watch(process: subprocess.Popen[bytes], out: Path) -> tuple[list[float], float, float]:
-    """Resident MB at each look, their peak, and the seconds until the first row."""
+    """Resident MB at each poll, their peak, and the seconds until the first row."""
     resident, peak, first = [], 0.0, 0.0
     began = looked = time.monotonic()
     while process.poll() is None:

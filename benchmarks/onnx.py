@@ -1,9 +1,9 @@
-"""`python -m benchmarks.onnx`: the model alone, PyTorch in its ways against each provider.
+"""`python -m benchmarks.onnx`: the model alone, PyTorch's modes against each provider.
 
 MobileNetV3-Large at 224 pixels, batches of 1 to 64, 1 and 2 threads; pixels in memory to logits, no
 decoding. PyTorch: eager, channels_last, compiled, and in bf16 (autocast, channels_last), each from
-the same uint8 pixels. Ours: a session with so many threads for a batch at a time. Each contestant
-has a process of its own for each number of threads, and goes through the batch sizes in turn.
+the same uint8 pixels. Ours: a session with that number of threads, one batch at a time. Each runs
+in a separate process for each number of threads, and cycles through the batch sizes.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _sweep(compute: Callable[[Images], object], images: Images) -> Contestant:
 def compare(
     model: Path, images: Images, threads: int, rounds: int, only: Sequence[str] | None
 ) -> dict[str, dict[int, list[float]]]:
-    """Images per second of everyone with so many threads, by batch size."""
+    """Images per second of each contestant with this number of threads, by batch size."""
     entered: dict[str, tuple[Any, ...]] = {
         f"PyTorch {way}": (torch_way, model, images, way, threads)
         for way in ("eager", "channels_last", "compiled", "bf16")

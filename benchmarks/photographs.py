@@ -1,4 +1,4 @@
-"""Photographs of about 500x375 as JPEGs, cut out of large pictures, and a model that knows them."""
+"""Photographs of about 500x375 as JPEGs, cut out of large images, and a model trained on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distcls.task import Task
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 SMALLEST = 1000
-"""Shorter side that a picture has to have, in pixels."""
+"""Least length of the shorter side of a source image, in pixels."""
 CROP = Preprocess(size=(224, 224), crop_fraction=0.875)
 TAUGHT, BATCH = 1024, 32
 """Photographs that the model learns from, and how many at a time."""
@@ -29,12 +29,12 @@ EPOCHS_AT_HALF, EPOCHS = 10, 4
 
 
 def photographs(pictures: Path, count: int) -> Path:
-    """A folder of `count` JPEGs cut out of the large pictures below `pictures`; made once.
+    """A folder of `count` JPEGs cut out of the large images below `pictures`; made once.
 
-    Of each folder the largest picture is taken (the others are often the same one smaller). Each
+    Of each folder the largest image is used (the others are often smaller copies). Each
     photograph is a region of 1 to 4 times its size, so that fine and coarse detail come as in
-    photos; the first part of its name says which picture it is of. Raises UsageError if there is
-    no picture.
+    photos; the first part of its name is the source image. Raises UsageError if there is
+    no image.
     """
     sources = _large(pictures)
     if not sources:
@@ -56,9 +56,9 @@ def photographs(pictures: Path, count: int) -> Path:
 def model_for(folder: Path, name: str = "mobilenet_v3_large") -> Path:
     """The network as `best.onnx` beside the photographs' folder, with `best.pth`; made once.
 
-    It has learnt, for three minutes, to tell the pictures apart that the photographs are of. So its
-    answers are decided ones, as a random network's are not, and it means something that two ways of
-    computing agree on them.
+    It was trained for three minutes to classify photographs by their source image. So its
+    predictions are confident, as a random network's are not, and agreement between two
+    implementations is meaningful.
     """
     target = folder.parent / f"{name}.onnx"
     if target.is_file():
@@ -88,7 +88,7 @@ def model_for(folder: Path, name: str = "mobilenet_v3_large") -> Path:
 
 
 def _large(pictures: Path) -> list[Path]:
-    """The largest picture of each folder that has one of a decent size."""
+    """The largest image of each folder that has one of sufficient size."""
     found: dict[Path, tuple[int, Path]] = {}
     for path in sorted(pictures.rglob("*")):
         if path.suffix.lower() in (".jpg", ".jpeg", ".png") and path.is_file():

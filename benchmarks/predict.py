@@ -1,4 +1,4 @@
-"""`python -m benchmarks.predict`: from JPEG files to a CSV of labels, the usual ways and ours.
+"""`python -m benchmarks.predict`: from JPEG files to a CSV of labels, the common ways and ours.
 
 All classify the same photographs of about 500x375 with MobileNetV3-Large at 224 pixels:
 
@@ -8,10 +8,10 @@ All classify the same photographs of about 500x375 with MobileNetV3-Large at 224
 - distcls: `distcls predict` with each provider that is installed, and with `--provider auto`.
 
 The two limits are measured in the same run: decoding alone on all cores, and the model alone. What
-the stages allow together is 1 / (1 / decode + 1 / infer), as both share the same cores.
+the stages allow combined is 1 / (1 / decode + 1 / infer), as both use the same cores.
 
-Each contestant has a process of its own. Theirs build their model before the clock starts; ours
-opens the model, and writes to disk in a way that outlives a power cut, while it runs.
+Each contestant runs in a separate process. Theirs build their model before the clock starts; ours
+opens the model, and flushes its output to disk, while it runs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def draw(rates: dict[str, list[float]], limits: dict[str, float], path: Path) ->
 def compare(
     folder: Path, model: Path, rounds: int, only: list[str] | None
 ) -> dict[str, list[float]]:
-    """Images per second of everyone, in turns."""
+    """Images per second of each contestant, in alternating rounds."""
     providers = ["auto", *reversed(installed())]
     entered: dict[str, tuple[Any, ...]] = {
         "tutorial": (ways.tutorial, folder),
@@ -76,7 +76,7 @@ def compare(
 
 
 def limits_of(rates: dict[str, list[float]]) -> dict[str, float]:
-    """What decoding and the model allow together on the same cores, for each provider."""
+    """The combined limit of decoding and the model on the same cores, for each provider."""
     if "decode alone" not in rates:
         return {}
     decode = statistics.median(rates["decode alone"])

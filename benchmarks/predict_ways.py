@@ -1,4 +1,4 @@
-"""From image files to a CSV of labels: the usual ways, ours, and the two limits."""
+"""From image files to a CSV of labels: the common ways, ours, and the two limits."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def decode_only(folder: Path) -> Contestant:
 
 
 def infer_only(folder: Path, model: Path, provider: str) -> Contestant:
-    """The model alone, with the plan that `distcls predict` takes; the second limit."""
+    """The model alone, with the execution config of `distcls predict`; the second limit."""
     from distcls.data.source import FunctionSource
     from distcls.runtime.autotune import open_fastest
     from distcls.runtime.pipeline import stream
@@ -147,7 +147,7 @@ def infer_only(folder: Path, model: Path, provider: str) -> Contestant:
     opened: list[Any] = []
 
     def run() -> float:
-        if not opened:  # after the contestants of the same provider have measured and remembered
+        if not opened:  # after the contestants of the same provider have measured and cached
             asked = ExecutionRequest(provider=provider, images=len(images))
             opened.append(open_fastest(model, asked, source))
         began = time.perf_counter()

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.recipe SOURCE`: what each part of FashionMNIST's recipe gives.
+"""`python -m benchmarks.recipe SOURCE`: an ablation of FashionMNIST's recipe.
 
-SOURCE is the folder of FashionMNIST's IDX files. `configs/fashion_mnist.yaml` trains on a part of
+SOURCE is the folder of FashionMNIST's IDX files. `configs/fashion_mnist.yaml` trains on a subset of
 the images for fewer epochs: as it is, with mixup or CutMix added, and with each of its
-parts left out; each by the command, on every seed.
+settings left out; each by the command, on every seed.
 """
 
 from __future__ import annotations

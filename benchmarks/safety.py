@@ -1,8 +1,8 @@
-"""`python -m benchmarks.safety`: what surviving costs, against the same training without it.
+"""`python -m benchmarks.safety`: the overhead of fault tolerance, against training without it.
 
 All train the same network on the same batches of scikit-learn's digits (repeated to fill an epoch),
-with the same augmentation, reading ahead, optimiser and schedule; a round is an epoch and the
-evaluation of 16 images. Contestants, each in a process of its own:
+with the same augmentation, prefetching, optimiser and schedule; a round is an epoch and the
+evaluation of 16 images. Contestants, each in a separate process:
 
 - plain: forward, backward, clipping (part of the recipe: it changes the result), optimiser step,
   nothing else. Left out are the non-finite guard and the copy of batch norm's statistics that a
@@ -14,7 +14,7 @@ evaluation of 16 images. Contestants, each in a process of its own:
   epoch; the state's writing is waited for before the round's clock stops.
 - every N steps: the same with a state every `--every-steps` as well.
 
-The look at the pack's length before each batch remains in all.
+The check of the pack's length before each batch remains in all.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def make_engine(
 
 
 def plain(config: TrainConfig, steps: int) -> Contestant:
-    """The loop that any tutorial ends with."""
+    """The training loop of a tutorial."""
     accelerator = start(config)
     engine = make_engine(config, accelerator, *make_input(config, steps))
     epochs = itertools.count()
@@ -128,7 +128,7 @@ def _plain_epoch(engine: Engine, epoch: int) -> Iterator[int]:
 
 
 def _read_ahead(loader: Loader, index_batches: Iterable[Indices], ahead: int) -> Iterator[Batch]:
-    """Batches in order, some of them read before they are asked for."""
+    """Batches in order, with prefetching."""
     waiting: collections.deque[Future[Batch]] = collections.deque()
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(available_cores()) as pool:
         for indices in index_batches:

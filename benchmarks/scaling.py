@@ -1,8 +1,8 @@
 """`python -m benchmarks.scaling`: training throughput of processes against threads on the CPU.
 
 The contestants take turns, each in processes of its own as a user starts them: 1 process of 1
-thread, 2 processes of 1 thread, 1 process of 2 threads, and 2 runs of 1 thread that know nothing of
-each other, with half the batch each: no exchange of gradients at all, so what the machine allows.
+thread, 2 processes of 1 thread, 1 process of 2 threads, and 2 independent runs of 1 thread, with
+half the batch each: no exchange of gradients, so the limit of the machine.
 All train on the same photographs; what counts is a run's own images/s after its first steps.
 """
 
@@ -43,7 +43,7 @@ def measure(
     contestant: tuple[int, int, int],
     numbers: itertools.count[int],
 ) -> float:
-    """Images per second of all runs together, of each the median of its laps but the first."""
+    """Total images per second of all runs, of each the median of its laps but the first."""
     runs, processes, threads = contestant
 
     def one(number: int) -> float:

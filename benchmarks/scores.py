@@ -1,4 +1,4 @@
-"""Runs one after the other in this process, and what their models reach on the test split."""
+"""Sequential runs in this process, and the scores of their models on the test split."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def table(scores: dict[str, list[float]], baseline: str) -> str:
     """Mean, spread and extremes over the seeds, and the mean gain over the baseline, seed by seed.
 
     The gain's spread is that of the differences: what both have in common (the seed's images and
-    weights) is in neither.
+    weights) cancels out.
     """
     heads = ("mean", "spread", "min", "max", "gain", "spread")
     lines = [f"{'test top-1':<28}" + "".join(f"{head:>9}" for head in heads)]
@@ -51,11 +51,11 @@ def table(scores: dict[str, list[float]], baseline: str) -> str:
 
 
 def gain(scores: dict[str, list[float]], name: str, baseline: str) -> tuple[float, float]:
-    """Mean of what a contestant has more than the baseline, seed by seed, and its spread."""
+    """Mean and spread of a contestant's gain over the baseline, seed by seed."""
     found = differences(scores, name, baseline)
     return statistics.mean(found), spread(found)
 
 
 def differences(scores: dict[str, list[float]], name: str, baseline: str) -> list[float]:
-    """What a contestant has more than the baseline, seed by seed."""
+    """A contestant's gain over the baseline, seed by seed."""
     return [own - other for own, other in zip(scores[name], scores[baseline], strict=True)]

@@ -1,7 +1,7 @@
 """`python -m benchmarks.train_float64`: `distcls.train` with its network in double precision.
 
 Training multiplies rounding errors from step to step. In float32 they soon reach the third digit of
-the loss; in float64 what is left after some dozen steps still tells noise from a mistake.
+the loss; in float64 the difference after some dozen steps still distinguishes noise from a bug.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Both train the same MobileNetV3-Large with AdamW on the same images from real photographs. The
 tutorial's way: PNG files opened with Pillow in `Dataset.__getitem__`, torchvision's transforms, a
 DataLoader with a worker per core, contiguous (NCHW) fp32. Ours: the defaults of `distcls train`.
-Each lives in a process of its own: what one sets for itself (the allocator, threads) helps or
-hinders no other.
+Each runs in a separate process: settings of one (the allocator, threads) do not
+affect another.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def write_photographs(folder: Path, side: int, count: int) -> None:
 
 
 def tutorial(folder: Path, side: int, batch: int, steps: int) -> Contestant:
-    """The loop that most tutorials show."""
+    """The training loop of most tutorials."""
     pipeline = transforms.Compose(
         [
             transforms.Resize((side, side)),
@@ -97,7 +97,7 @@ def ours(folder: Path, side: int, batch: int, steps: int) -> Contestant:
         out=folder / "unused",
         epochs=10_000,
         batch_size=batch,
-        # torchvision's own stem, since the tutorial's model has it
+        # torchvision's own stem, as in the tutorial's model
         model=ModelConfig(name=MODEL, stem_stride=2),
         augment=AugmentConfig(flip=0.5),
     )
