@@ -89,7 +89,7 @@ class Task:
 
     @property
     def alphabet(self) -> tuple[str, ...] | None:
-        """The classes of all heads where they share them, else None."""
+        """The classes of all heads if they are the same, else None."""
         shared = {head.classes for head in self.heads}
         return next(iter(shared)) if len(shared) == 1 else None
 

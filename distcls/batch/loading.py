@@ -1,7 +1,7 @@
 """Opens the models and images of a batch prediction according to its options.
 
 With scaled decoding the JPEG decoder scales as part of its transform and so computes a fraction of
-the pixels: photographs of 12 megapixels decode several times as fast. The pixels are not
+the pixels: photographs of 12 megapixels decode many times as fast. The pixels are not
 those of training to the last bit, so it is an option, and refused if too many labels change.
 """
 
@@ -69,7 +69,7 @@ def reopen(
 def _resumed_executions(options: PredictOptions) -> list[ExecutionConfig | None]:
     """How the run that `--resume` continues ran each of its models; None where that is unknown.
 
-    What `--provider auto` finds fastest may differ the next time.
+    The choice of `--provider auto` may differ the next time.
     """
     unknown: list[ExecutionConfig | None] = [None] * len(options.models)
     if not options.resume or options.provider != "auto":

@@ -99,7 +99,7 @@ def write_on_ray(
     """The parts of these numbers in order, each as soon as it and those before it are written.
 
     Works on the cluster of RAY_ADDRESS or of this machine, or starts one here. Raises
-    DistclsError for what goes wrong on a worker.
+    DistclsError if a worker fails.
     """
     import ray
     from ray.data import ActorPoolStrategy

@@ -225,7 +225,7 @@ def require_duration(field: str, text: str, *, above_zero: bool = False) -> None
 
 
 def duration_in_steps(text: str, steps_per_epoch: int, total_steps: int) -> int:
-    """'100 steps', '2 epochs' or '5%' in optimiser steps. Every duration comes through here."""
+    """'100 steps', '2 epochs' or '5%' in optimiser steps; the only conversion of durations."""
     match = DURATION.fullmatch(text.strip())
     if match is None:
         raise BadValue("duration", text, EXPECTED)

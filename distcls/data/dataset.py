@@ -123,7 +123,7 @@ class Split(ImageSource):
 
     @functools.cached_property
     def weights(self) -> NDArray[np.float64] | None:
-        """How much each image counts in training, [N]; None where the manifest does not say.
+        """How much each image counts in training, [N]; None if the manifest has no weights.
 
         Raises UsageError for a weight below 0 or none at all.
         """

@@ -45,12 +45,12 @@ SPLIT_NAMES = {
 class ImageSource(abc.ABC):
     """Images by index, in a fixed order; millions of them in little memory.
 
-    A format has to give `image_ids` and `read`, or `image` where the images are no encoded files
-    (then `encoded` is False). All methods may be called from several threads at once.
+    A format has to define `image_ids` and `read`, or `image` where the images are no encoded files
+    (then `encoded` is False). All methods may be called concurrently from multiple threads.
     """
 
     location: str = ""
-    """Where the images come from, for messages."""
+    """The location of the images, for messages."""
 
     @property
     @abc.abstractmethod
@@ -59,7 +59,7 @@ class ImageSource(abc.ABC):
 
     @property
     def encoded(self) -> bool:
-        """Whether `read` gives encoded image files; False where they are decoded already."""
+        """Whether `read` returns encoded image files; False where they are decoded already."""
         return True
 
     def read(self, index: int) -> bytes:
@@ -119,7 +119,7 @@ class ImageSource(abc.ABC):
 
 
 class FunctionSource(ImageSource):
-    """Images that functions give: of arrays in memory, or of another source read in another way."""
+    """Images returned by functions: of arrays in memory, or of a source read in another way."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class FunctionSource(ImageSource):
         uniform: Images | None = None,
         state: Callable[[], str] | None = None,
     ) -> None:
-        """`image` decodes the image at an index, `read` gives its file; either may be left out."""
+        """`image` decodes the image at an index, `read` returns its file; either may be omitted."""
         self._image_ids = image_ids
         self._image, self._read, self._state = image, read, state
         self._true_labels = true_labels
@@ -384,7 +384,7 @@ class Names(Sequence[str]):
 
     @classmethod
     def of_blocks(cls, blocks: Iterable[list[str]]) -> Names:
-        """The same from names that come many at a time."""
+        """The same from batches of names."""
         builder = NamesBuilder()
         for block in blocks:
             builder.extend(block)

@@ -177,7 +177,7 @@ class Resampling:
     """Number of folds; `fold`, counted from 1, validates."""
     fold: int = 1
     bootstrap: int | None = None
-    """Or: the number of a bootstrap sample; the images that it leaves out validate."""
+    """Or: the number of a bootstrap sample; the images not in it validate."""
 
 
 def require_one_way(

@@ -150,7 +150,7 @@ class EvaluationResult:
 def evaluate_model(options: EvaluateOptions) -> EvaluationResult:
     """Evaluate a model on a split, and write `options.out` if given.
 
-    With several processes (see `distcls.log.world_size`) each evaluates a shard of the images,
+    With multiple processes (see `distcls.log.world_size`) each evaluates a shard of the images,
     all of them get the result of all images, and rank 0 writes. Raises UsageError for a model that
     does not fit the data, and DistclsError, in all processes, if any image is bad.
     """
@@ -270,7 +270,7 @@ def _summary(task: Task) -> str:
 
 
 def _drawn_matrix(confusion: Integers, task: Task) -> tuple[Integers, Sequence[str]] | None:
-    """The confusion matrix to draw, with its classes: of heads that share theirs, their sum."""
+    """The confusion matrix to draw, with its classes: the sum over heads of the same classes."""
     if task.single:
         return confusion, task.classes
     if task.alphabet is None:

@@ -44,7 +44,7 @@ class PreflightOptions:
     processes: int
     """Processes that the job will have."""
     shared: Path
-    """Folder that all machines share, such as the one that will hold the run directory."""
+    """Folder on a shared file system, such as the one that will hold the run directory."""
     timeout: float = 120.0
     """Seconds for the rendezvous, the all-reduce and the shared folder each."""
     free_gib: float = 10.0
@@ -164,7 +164,7 @@ def _versions() -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rendezvous:
-    """The endpoint at which the ranks meet, as this process sees it."""
+    """The endpoint of the rendezvous, as this process sees it."""
 
     host: str
     address: str

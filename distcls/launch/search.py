@@ -181,7 +181,7 @@ class Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()  # a second Ctrl-C leaves from here
+        self.stop()  # a second Ctrl-C exits here
         self._files.close()
 
     def poll(self) -> int | None:
@@ -340,7 +340,7 @@ class Search:
         """Report the epochs that are new, as the mean over the folds so far; whether to prune."""
         means = [result["best_score"] for result in before]
         for epoch, score in process.new_scores():
-            if math.isfinite(score):  # pruners take percentiles, which NaN would spoil
+            if math.isfinite(score):  # pruners take percentiles, which NaN would invalidate
                 step = len(before) * process.config.epochs + epoch
                 handle.report(statistics.fmean([*means, score]), step)
                 if handle.should_prune():

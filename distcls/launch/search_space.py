@@ -47,7 +47,7 @@ RESERVED = {
 NAME_LETTERS = 80
 """Of a trial's values in the name of its folder."""
 HOW = ("out", "resume", "json", "quiet")
-"""Keys that a continued search may give other values."""
+"""Keys that may differ in a continued search."""
 LOCK = ".lock"
 """File in the folder of a search, which it locks."""
 TRIES = 200

@@ -8,7 +8,7 @@ from typing import Literal
 from distcls.errors import require
 
 SMALL_INPUT = 64
-"""Up to this many pixels a side, the stem keeps the resolution (stride 1) by default."""
+"""Up to this many pixels per side, the stem keeps the resolution (stride 1) by default."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

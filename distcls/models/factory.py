@@ -33,7 +33,7 @@ def construct(
 ) -> Built:
     """Build a network for inputs of `size` (height, width), with its library's initialisation.
 
-    `dropout` goes before the last layer where the constructor knows of it; None is its own.
+    `dropout` goes before the last layer where the constructor takes it; None is its default.
     Raises UsageError if the network cannot be built for that size.
     """
     make = {"distcls": _ours, "torchvision": _from_torchvision, "timm": _from_timm}[origin.library]
@@ -186,7 +186,7 @@ def stem_stride(backbone: nn.Module) -> int | None:
 
 
 def set_stem_stride(backbone: nn.Module, stride: int) -> None:
-    """Give the stem another stride; its weights fit any."""
+    """Set the stem's stride; its weights fit any."""
     stem = _stem(backbone)
     assert stem is not None
     stem.stride = (stride, stride)

@@ -17,7 +17,7 @@ NETWORKS: Registry[Any] = Registry(
     "model", "model.name", home="distcls.models.simple", prefixes=("torchvision", "timm")
 )
 """Networks of neither library: called with (classes, size, dropout), where dropout has a default,
-they give an nn.Module from float [N, 3, H, W] to logits [N, classes]."""
+they return an nn.Module from float [N, 3, H, W] to logits [N, classes]."""
 ALIASES = {
     "adv-efficientnet-b0": "timm:tf_efficientnet_b0.ap_in1k",
     "adv-efficientnet-b1": "timm:tf_efficientnet_b1.ap_in1k",

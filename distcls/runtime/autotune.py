@@ -230,7 +230,7 @@ class _Measurer:
             opened = self._reference.with_execution(first) or self._open(first)
             for execution in group.executions:
                 model = opened.with_execution(execution)
-                assert model is not None  # a group shares one session
+                assert model is not None  # one session per group
                 measured.append(self._measure(model, execution))
                 slower = len(measured) > 1 and measured[-1].rate < measured[-2].rate
                 if slower or measured[-1].problem is not None:

@@ -58,7 +58,7 @@ class FlipAveraged:
 
 
 class Ensemble:
-    """Several models with the same classes and the same preprocessing of images."""
+    """Multiple models with the same classes and the same preprocessing of images."""
 
     def __init__(self, models: Sequence[Model], names: Sequence[str]) -> None:
         """Raises UsageError, with the models' `names`, if classes or preprocessing differ."""

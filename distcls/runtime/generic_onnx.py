@@ -28,7 +28,7 @@ _SUM_TOLERANCE = 1e-3
 
 
 class GenericOnnxModel:
-    """A third-party ONNX model ready to classify; safe to call from several threads."""
+    """A third-party ONNX model ready to classify; thread-safe."""
 
     def __init__(
         self,

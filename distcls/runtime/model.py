@@ -51,7 +51,7 @@ class Model(Protocol):
 
 
 class OnnxModel:
-    """A `best.onnx` ready to classify; safe to call from several threads."""
+    """A `best.onnx` ready to classify; thread-safe."""
 
     def __init__(self, file: Path | OnnxFile, execution: ExecutionConfig | None = None) -> None:
         """Open a file with the config `execution`; default: on the CPU with one thread per core.

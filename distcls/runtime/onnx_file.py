@@ -103,7 +103,7 @@ class OnnxFile:
 def checksum(model: bytes) -> str:
     """SHA-256 of a serialised ModelProto without its metadata_props, hexadecimal.
 
-    Graph, weights, operator sets and functions count; the metadata, in which the checksum stands,
+    Graph, weights, operator sets and functions count; the metadata, which holds the checksum,
     does not, nor does the order of the fields, since a writer may choose it. Raises ValueError if
     the bytes are no message.
     """

@@ -56,7 +56,7 @@ class Chunk:
     errors: list[str | None]
     """Why an image has no logits: it cannot be decoded, or they are not finite."""
     features: Floats | None = None
-    """[n, D] of a model that gives them; NaN where there is an error."""
+    """[n, D] if the model returns them; NaN where there is an error."""
 
 
 class Profiler:
@@ -289,10 +289,10 @@ def _infer(
 
 
 class ImageQueue(Generic[T]):
-    """Threads that predict encoded images as they come, batched with whatever else is waiting.
+    """Threads that predict encoded images on arrival, batched with all others that are waiting.
 
     No timer delays an image: a free thread takes the waiting images, up to the batch size. Where
-    several threads compute they divide a burst between them. Safe to use from any thread.
+    multiple threads compute they divide a burst between them. Thread-safe.
     """
 
     def __init__(
@@ -461,7 +461,7 @@ class _Batcher(Generic[T]):
 
     def _take(self) -> list[T]:
         with self._lock:
-            # divided among the threads: one that took all would leave the others idle meanwhile
+            # divided among the threads: one that took all would leave the rest idle meanwhile
             number = min(self._most, math.ceil(len(self._items) / self._threads))
             if not number:
                 self._active -= 1

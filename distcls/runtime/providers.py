@@ -5,7 +5,7 @@ one subclass of `Provider`. A new one is such a class under `@register`, here or
 DISTCLS_IMPORT names: the command line offers it, `--provider auto` measures it, and no other code
 has to know it.
 
-CUDA and TensorRT come inside `onnxruntime-gpu`. OpenVINO is a plug-in beside plain `onnxruntime`:
+CUDA and TensorRT are part of `onnxruntime-gpu`. OpenVINO is a plug-in beside plain `onnxruntime`:
 a library that is registered by its path, whose devices a session is then given
 (https://onnxruntime.ai/docs/execution-providers/plugin-ep-libraries/usage.html).
 """

@@ -133,7 +133,7 @@ class Bar:
 PROJECT = "distcls"
 
 Track = Callable[[dict[str, float], int], None]
-"""Takes named figures and the step that they belong to."""
+"""Takes named metrics and their step."""
 
 
 def require_tracker(name: str | None) -> None:

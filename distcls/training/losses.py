@@ -43,7 +43,7 @@ class Loss:
         """Loss of each image, [B].
 
         Logits float [B, classes]; targets are labels int64 [B], or soft labels float [B, classes],
-        which add up to 1 unless an image may be of several classes (bce).
+        which add up to 1 unless an image may have multiple classes (bce).
         """
         weights = None if self._weights is None else self._weights.to(logits.dtype)
         losses: Tensor = self._function(logits, targets, self._config, weights)

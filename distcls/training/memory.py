@@ -42,7 +42,7 @@ def fit_into_memory(engine: Engine) -> None:
     fits.
 
     The global batch stays. The model's state and all random states are as before. All processes
-    have to call this; they come to the same numbers. Raises DistclsError if the micro-batch cannot
+    have to call this; they get the same numbers. Raises DistclsError if the micro-batch cannot
     be halved any more.
     """
     batching = engine.micro_batching

@@ -53,7 +53,7 @@ def learning_rate_scales(config: OptimizerConfig, model: nn.Module) -> dict[str,
 class SGD(torch.optim.SGD):
     """torch's SGD, whose momentum is zero at first instead of absent.
 
-    The first step comes out the same. But torch's fused SGD (2.14) leaves the momentum
+    The first step is the same. But torch's fused SGD (2.14) leaves the momentum
     uninitialised where the first step is skipped, and takes it for real in the second.
     """
 

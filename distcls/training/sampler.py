@@ -1,6 +1,6 @@
 """Samplers: the global batches of an epoch, and their sharding by rank.
 
-`EpochSampler` draws the global batches, a pure function of (seed, epoch): it knows nothing of
+`EpochSampler` draws the global batches, a pure function of (seed, epoch), independent of
 processes and workers, so 1, 2 or N processes take the same global batches, and a run resumed at a
 step continues as if it had never stopped. `MicroBatching` holds the number of images that a process
 takes at a time, `ShardedSampler` selects them.

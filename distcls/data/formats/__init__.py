@@ -1,1 +1,1 @@
-"""One reader for each format that images come in."""
+"""One reader per source format of images."""

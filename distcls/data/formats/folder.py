@@ -29,7 +29,7 @@ from distcls.imaging.decode import SUFFIXES, read_file
 from distcls.task import Task
 
 JUNK_FOLDERS = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"))
-"""Folders that archives, NAS systems and file systems make; what lies in them is no data."""
+"""Folders that archives, NAS systems and file systems make; their files are no data."""
 
 
 def is_hidden(path: str) -> bool:

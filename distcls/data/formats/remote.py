@@ -125,7 +125,7 @@ class Prefetcher:
         self._lock = threading.Lock()
         self._waiting: dict[int, Future[bytes]] = {}
         self._next = 0
-        # by this name a command that ends knows them, and does not wait for a slow server
+        # a command that ends recognises them by this name, and does not wait for a slow server
         self._pool = ThreadPoolExecutor(CONCURRENT, thread_name_prefix="distcls-fetch")
 
     def get(self, index: int) -> bytes:
