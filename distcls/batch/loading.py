@@ -1,7 +1,7 @@
 """Opens the models and images of a batch prediction according to its options.
 
 With scaled decoding the JPEG decoder scales as part of its transform and so computes a fraction of
-the pixels: photographs of 12 megapixels decode many times as fast. The pixels are not
+the pixels: photographs of 12 megapixels decode several times as fast. The pixels are not
 those of training to the last bit, so it is an option, and refused if too many labels change.
 """
 
