@@ -16,6 +16,7 @@ import functools
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import runpy
 import select
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +36,7 @@ PRELOADED = (
     *("torch", "torch._dynamo", "torch.distributed.tensor", "torchvision.models", "timm"),
     *("accelerate", "accelerate.tracking", "scipy.special", "onnxruntime", "cv2", "PIL.Image"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "pyarrow.parquet", "yaml", "tqdm"),
+    "sklearn.datasets",
     *("distcls.commands.train", "distcls.training.run", "distcls.commands.predict"),
     *("accelerate.commands.launch", "torch.distributed.run"),
 )
@@ -57,6 +59,7 @@ class Forked:
         if self.returncode is None and select.select([self._ended], [], [], 0)[0]:
             self.returncode = int(_ask({"reap": self.pid})["code"])
             os.close(self._ended)
+            self._written = (self._read(self.stdout), self._read(self.stderr))
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -70,8 +73,7 @@ class Forked:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for its end; all that it wrote (streams are files, so nothing fills up)."""
         self.wait(timeout)
-        if self._written is None:
-            self._written = (self._read(self.stdout), self._read(self.stderr))
+        assert self._written is not None
         return self._written
 
     def send_signal(self, number: int) -> None:
@@ -94,6 +96,14 @@ class Forked:
         with stream:
             stream.seek(0)
             return stream.read()
+
+
+def spawn(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -> None:
+    """`torch.multiprocessing.spawn`, whose workers are forked from one that has torch loaded."""
+    from torch.multiprocessing.spawn import start_processes
+
+    multiprocessing.set_forkserver_preload(["tests.forked_torch"])
+    start_processes(work, arguments, nprocs=processes, start_method="forkserver")  # type: ignore[no-untyped-call]
 
 
 def start(
@@ -181,7 +191,8 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> None:
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["cwd"])
-        sys.path[0] = request["cwd"]
+        more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:1] = [request["cwd"], *filter(None, more)]
         if os.environ.get("PYTHONWARNINGS") == "ignore":
             warnings.simplefilter("ignore")
         sys.argv = [request["module"], *request["arguments"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,9 +33,15 @@ def checkpoint(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return untrained(tmp_path_factory.mktemp("run") / "best.pth", digits, (28, 36))
 
 
-def test_exported_file_agrees_and_says_so(checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "model.onnx"
-    certificate = export_onnx(ExportOptions(ckpt=checkpoint, out=out, limit=70))
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path) -> tuple[Path, Any]:
+    """The checkpoint's exported file, and its certificate."""
+    out = checkpoint.with_name("model.onnx")
+    return out, export_onnx(ExportOptions(ckpt=checkpoint, out=out, limit=70))
+
+
+def test_exported_file_agrees_and_says_so(exported: tuple[Path, Any]) -> None:
+    out, certificate = exported
     assert certificate.holds
     assert certificate.images == 70
     card = OnnxModel(out).card
@@ -43,9 +50,10 @@ def test_exported_file_agrees_and_says_so(checkpoint: Path, tmp_path: Path) -> N
     assert card.preprocess.size == (28, 36)
 
 
-def test_no_path_of_this_machine_is_in_the_file(checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "model.onnx"
-    assert export_onnx(ExportOptions(ckpt=checkpoint, out=out, limit=20)).holds
+def test_no_path_of_this_machine_is_in_the_file(
+    checkpoint: Path, exported: tuple[Path, Any]
+) -> None:
+    out, _ = exported
     content = out.read_bytes()
     folders = [checkpoint.parent, Path(torch.__file__).parents[1], Path(onnx.__file__).parents[2]]
     for text in (*map(str, folders), "stack_trace", ".py"):

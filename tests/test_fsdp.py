@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from distcls.errors import UsageError
 from distcls.models.checkpoint import load_tensors
@@ -23,6 +22,7 @@ from distcls.training.fsdp import (
     require_shardable,
 )
 from distcls.training.sampler import ShardedSampler
+from tests.forked import spawn
 from tests.sharded_training import (
     FSDP,
     IN_BF16,
@@ -46,7 +46,7 @@ def folder(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
         for cases in (IN_FULL, IN_BF16):  # a process has one precision
-            spawn(work, (digits, folder, cases), nprocs=WORLD)  # type: ignore[no-untyped-call]
+            spawn(work, (digits, folder, cases), WORLD)
     finally:
         os.environ.pop("OMP_NUM_THREADS")
         if threads is not None:
@@ -250,7 +250,7 @@ def test_networks_of_the_libraries_learn_the_same_sharded(
     name: str, digits: Path, tmp_path: Path
 ) -> None:
     """Attention that reads its layers' weights, views that are changed in place, and others."""
-    spawn(work_on_network, (digits, tmp_path, name), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    spawn(work_on_network, (digits, tmp_path, name), WORLD)
     for rank in range(WORLD):
         seen = load_tensors(tmp_path / f"{name}.{rank}.pth")
         whole, sharded = seen["whole"], seen["sharded"]

@@ -15,6 +15,7 @@ import pytest
 
 from distcls.errors import UsageError
 from distcls.launch.preflight import PreflightOptions, RankReport, failures, main, table, warnings
+from tests.e2e import commands
 from tests.e2e.commands import ROOT, run
 
 REPORT = RankReport(
@@ -45,7 +46,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def spawn(*call: object, **environment: str) -> subprocess.Popen[str]:
+def spawn(*call: object, **environment: str) -> commands.Process:
+    if call[1] == "-m":
+        variables = {**os.environ, **environment, "PYTHONWARNINGS": "ignore"}
+        return commands.start(list(map(str, call)), variables)
     return subprocess.Popen(
         list(map(str, call)),
         env={**os.environ, **environment, "PYTHONWARNINGS": "ignore"},
@@ -56,14 +60,14 @@ def spawn(*call: object, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def start(rank: int, port: int, *call: object) -> subprocess.Popen[str]:
+def start(rank: int, port: int, *call: object) -> commands.Process:
     """Start one rank of two, as srun does."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
     numbers = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return spawn(sys.executable, *call, **place, **numbers)
 
 
-def preflight(rank: int, port: int, shared: Path, *more: object) -> subprocess.Popen[str]:
+def preflight(rank: int, port: int, shared: Path, *more: object) -> commands.Process:
     options = ("--processes", 2, "--shared", shared, "--free-gib", 0, *more)
     return start(rank, port, "-m", "launch.preflight", *options)
 

@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from distcls.errors import BadValue, UsageError
 from distcls.registry import IMPORTS, Registry
 from distcls.training.config import OPTIMIZERS
+from tests import forked
 
 ROOT = Path(__file__).parent.parent
 
@@ -129,8 +129,9 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def call(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "distcls.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    process = forked.start("distcls.cli", words)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess([], process.wait(), out, err)
 
 
 def chosen(prefix: str, names: tuple[str, ...]) -> list[str]:

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from distcls.training.distributed import CpuSyncBatchNorm, convert_sync_batch_norm
 from distcls.training.sampler import shard
+from tests.forked import spawn
 
 IMAGES, CHANNELS = 7, 5
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -91,7 +91,7 @@ def seen(
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        spawn(work, (request.param, folder), nprocs=request.param)  # type: ignore[no-untyped-call]
+        spawn(work, (request.param, folder), request.param)
     finally:
         os.environ.pop("OMP_NUM_THREADS")
         if threads is not None:

@@ -173,6 +173,8 @@ PLACES = ("step", "epoch")
 """Keys of a line that locate its figures in time, and are no figures themselves."""
 DRAWING_TIME = 0.005
 """Fraction of the time that drawing may take: one takes 0.2 to 0.5 s, some epochs little more."""
+FIRST_DRAWING = 10.0
+"""Seconds from the start to the first drawing; a shorter run is drawn once, at its end."""
 
 
 def require_free(out: Path, resume: str) -> None:
@@ -207,7 +209,7 @@ class Records:
         self._monitor = config.monitor.metric
         self._mode = config.monitor.resolved_mode
         self._undrawn: list[dict[str, float]] = []
-        self._next_drawing = 0.0
+        self._next_drawing = time.monotonic() + FIRST_DRAWING
         if not main_process:
             return
         require_writable(self.folder)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from distcls import cli
+from tests import forked
 
 
 def command(*arguments: object) -> list[str]:
@@ -16,7 +17,14 @@ def command(*arguments: object) -> list[str]:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    process = start(*arguments)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess([], process.wait(), out, err)
+
+
+def start(*arguments: object) -> forked.Forked:
+    """`distcls prepare` in a process of its own, forked from one that has the libraries loaded."""
+    return forked.start("distcls.cli", ["prepare", *arguments], environment=None, cwd=Path.cwd())
 
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from distcls.data.dataset import MANIFEST, PACK, Dataset
-from tests.faults.preparing import command, parts, refused, run
+from tests.faults.preparing import command, parts, refused, run, start
 
 
 def begun(folder: Path) -> bool:
@@ -34,7 +34,7 @@ def flushing(folder: Path) -> bool:
 
 def killed_at(moment: Callable[[Path], bool], folder: Path, *arguments: object) -> bool:
     """Kill a run at that moment; False if it was over before."""
-    process = subprocess.Popen(command(*arguments))
+    process = start(*arguments)
     while not moment(folder) and process.poll() is None:
         pass
     process.kill()
@@ -63,7 +63,7 @@ def test_kill_9_leaves_nothing_that_looks_whole(
 
 def test_the_unfinished_folder_of_a_living_run_is_left_alone(tmp_path: Path) -> None:
     arguments = ("digits", "--out", tmp_path / "data", "--limit", 500, "--quiet")
-    first = subprocess.Popen(command(*arguments, "--write-images"))
+    first = start(*arguments, "--write-images")
     while not writing_images(tmp_path):
         assert first.poll() is None
     first.send_signal(signal.SIGSTOP)
