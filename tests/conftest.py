@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from distcls import log
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.system import CACHE_VARIABLE
 
@@ -28,6 +29,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def _not_quiet() -> None:
+    """A command that another test ran with --quiet in this process silences no other."""
+    log.set_quiet(False)
 
 
 @pytest.fixture(scope="session")

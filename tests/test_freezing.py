@@ -146,6 +146,7 @@ def test_a_duration_that_is_none() -> None:
         FreezeConfig(backbone="long")
 
 
+@pytest.mark.slow
 def test_two_processes_freeze_alike(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = ("--freeze.backbone", "1 epoch", "--freeze.names", "features.0", "--lr", "0.01")

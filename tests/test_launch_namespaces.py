@@ -51,6 +51,7 @@ def test_two_machines_meet(machines: list[Machine], tmp_path: Path) -> None:
     assert "cableb 10.87.0.2  10.87.0.1:29471" in said
 
 
+@pytest.mark.slow
 def test_a_machine_without_its_cable_is_told_what_to_check(
     machines: list[Machine], tmp_path: Path
 ) -> None:

@@ -133,6 +133,7 @@ printf '%s\\n' "$@" > "pod-$PET_NODE_RANK"
 """torchrun, except that a training only leaves its arguments."""
 
 
+@pytest.mark.slow
 def test_two_pods_with_the_variables_that_kubeflow_sets_form_one_run(tmp_path: Path) -> None:
     (tmp_path / "torchrun").write_text(TORCHRUN)
     (tmp_path / "torchrun").chmod(0o755)

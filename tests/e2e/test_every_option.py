@@ -185,6 +185,14 @@ class Left:
 Train = Callable[[dict[str, Any]], Left]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_curves() -> Iterator[None]:
+    """No drawing, which takes most of the time of such a run; tests/test_plots.py looks at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distcls.training.logging.curves", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Trains with a config's keys, each of them once."""

@@ -93,9 +93,8 @@ def test_the_ranks_see_different_scores(
     assert found[1]["progress"]["step"] == ends[0][1] + 1
 
 
-@pytest.mark.parametrize(
-    ("blind", "factor"), [(0, 0.5), pytest.param(1, 1.0, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("blind", "factor"), [(0, 0.5), (1, 1.0)])
 def test_the_rate_falls_on_the_same_step_everywhere(
     blind: int, factor: float, digits: Path, tmp_path: Path
 ) -> None:
