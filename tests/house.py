@@ -107,7 +107,7 @@ def figures(root: Path) -> dict[str, object]:
     code = sum(map(code_lines, plain.values()))
     starts = {
         "train": ("distcls.commands.train", "distcls.train"),
-        "predict": ("distcls.commands.predict", "distcls.commands.predict"),
+        "predict": ("distcls.commands.predict", "distcls.predict"),
     }
     return {
         "files": len(plain),

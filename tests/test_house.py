@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house import arrows, cycles, figures, folder, modules
+from tests.house import arrows, cycles, figures, folder, modules, reached
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
@@ -109,6 +109,8 @@ def test_the_house_stays_as_it_is_divided() -> None:
     per_thousand = found["arrows per 1,000 lines"]
     assert isinstance(per_thousand, float)
     assert per_thousand <= 36
+    assert len(reached("distcls.commands.train", GRAPH)) <= 70
+    assert len(reached("distcls.commands.predict", GRAPH)) <= 45
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
