@@ -15,7 +15,7 @@ from types import TracebackType
 import numpy as np
 
 from distcls.data.source import ImageSource
-from distcls.errors import UsageError
+from distcls.errors import UsageError, require
 from distcls.runtime.model import Model
 from distcls.runtime.pipeline import Chunk, ImageQueue, Profiler, stream
 from distcls.runtime.providers import ExecutionRequest
@@ -47,7 +47,12 @@ class Predictor:
     def __init__(
         self, model: Model, *, batch_size: int | None = None, workers: int | None = None
     ) -> None:
-        """`batch_size` and the number of decoding threads are the model's defaults unless given."""
+        """`batch_size` and the number of decoding threads are the model's defaults unless given.
+
+        Raises BadValue unless they are at least 1.
+        """
+        for name, value in (("batch_size", batch_size), ("workers", workers)):
+            require(value is None or value >= 1, name, value, "at least 1")
         self.model = model
         self.batch_size = batch_size or model.execution.batch_size
         """Maximum batch size of the model."""
@@ -71,8 +76,10 @@ class Predictor:
         """The model's output for the images of `source` at `indices` (all by default), in order.
 
         See `distcls.runtime.pipeline.stream`; each stream has threads of its own, which end with it
-        or when it is closed.
+        or when it is closed. Raises IndexError for indices that the source does not have.
         """
+        if indices and not (min(indices) >= 0 and max(indices) < len(source)):
+            raise IndexError(f"{indices} of a source of {len(source)} images")
         return stream(
             source,
             self.model,

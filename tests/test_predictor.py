@@ -16,7 +16,7 @@ from PIL import Image
 
 from distcls.commands.predict import main
 from distcls.data.source import FunctionSource
-from distcls.errors import DistclsError
+from distcls.errors import BadValue, DistclsError
 from distcls.predictor import Prediction, Predictor
 from distcls.runtime import pipeline
 from distcls.runtime.model import Model, OnnxModel, WithFeatures
@@ -283,3 +283,21 @@ def test_a_process_ends_though_nobody_closes(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() in tiny_onnx.COLOURS
+
+
+def test_sizes_and_indices_that_cannot_be() -> None:
+    model = OnnxModel(EXPORTED / "whole" / "best.onnx")
+    for wrong in ({"batch_size": 0}, {"batch_size": -1}, {"workers": 0}):
+        with pytest.raises(BadValue, match="at least 1"):
+            Predictor(model, **wrong)
+    images = np.zeros((4, *model.card.preprocess.size, 3), np.uint8)
+    images[:, 0, 0] = np.arange(4)[:, None] * 60
+    source = FunctionSource(list("abcd"), lambda index: images[index], uniform=images)
+    with Predictor(model, batch_size=3) as predictor:
+        for indices in (range(3, 5), range(-1, 2)):
+            with pytest.raises(IndexError, match="of a source of 4 images"):
+                predictor.stream(source, indices=indices)
+        forwards = np.concatenate([chunk.logits for chunk in predictor.stream(source)])
+        down = predictor.stream(source, indices=range(3, -1, -1))
+        backwards = np.concatenate([chunk.logits for chunk in down])
+    np.testing.assert_array_equal(backwards, forwards[::-1])

@@ -65,7 +65,9 @@ def test_an_old_name_is_taken_with_one_line_of_warning(
     recipe.write_text(f"{old}: {OTHER[old]}\n")
     flags = [f"--{old}", OTHER[old]] if place == "flag" else ["--config", str(recipe)]
     found = read(*flags, *NEEDED.get(old, []))
-    assert warnings(capsys) == [f"warning: {old} is now {RENAMED[old]}; the old name will go"]
+    assert warnings(capsys) == [
+        f"warning: {old} is now {RENAMED[old]}; the old name will be removed"
+    ]
     assert found == read(f"--{RENAMED[old]}", OTHER[old], *NEEDED.get(old, []))
     assert value_of(found, RENAMED[old]) != value_of(read(*NEEDED.get(old, [])), RENAMED[old])
     assert not warnings(capsys)
@@ -91,7 +93,7 @@ def test_the_config_of_an_old_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert found.checkpoint.keep_last == 1
     [line] = warnings(capsys)
     assert line.count(" is now ") == len(RENAMED)
-    assert line.endswith("the old names will go")
+    assert line.endswith("the old names will be removed")
 
 
 def test_a_flag_wins_over_a_file_whatever_their_names(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def check_output(options: PredictOptions) -> None:
     check_ending(options.out)
     if options.features is not None:
         check_ending(options.features)
-    resuming = options.resume and parts_folder(options.out).is_dir()
+    # an empty folder is no unfinished run: nothing would be resumed, and a whole output replaced
+    resuming = options.resume and any(parts_folder(options.out).glob("*"))
     for target in _outputs(options):
         if target.is_dir():
             raise UsageError(f"out: {target} is a folder, expected the name of a file")

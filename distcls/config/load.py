@@ -100,7 +100,7 @@ def _rename(layers: Sequence[dict[str, Given]], known: Iterable[str]) -> list[di
     if not met:
         return list(layers)
     changes = ", ".join(f"{old} is now {new}" for old, new in met.items())
-    warn(f"{changes}; the old name{'s' * (len(met) > 1)} will go")
+    warn(f"{changes}; the old name{'s' * (len(met) > 1)} will be removed")
     return [current_names(layer) for layer in layers]
 
 

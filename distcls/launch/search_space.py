@@ -369,7 +369,7 @@ def _key_and_rest(
     name, equals, rest = text.partition("=")
     key = name.strip().replace("-", "_")
     if key in RENAMED:
-        log.warn(f"{flag}: {key} is now {RENAMED[key]}; the old name will go")
+        log.warn(f"{flag}: {key} is now {RENAMED[key]}; the old name will be removed")
         key = RENAMED[key]
     if not equals or not key or not rest.strip():
         raise UsageError(f"{flag}: {text!r} is not valid, expected {shape}")

@@ -65,7 +65,7 @@ class OnnxFile:
         try:
             self._parse()
             self._verify_checksum()
-        except (ValueError, RecursionError) as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             raise UsageError(f"{path} is not an ONNX file") from error
         self._verify_external_data()
 

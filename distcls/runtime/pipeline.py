@@ -167,7 +167,8 @@ def _batches(
     ready = _ready_array(source, preprocess)
     for start in range(0, len(indices), size):
         run = indices[start : start + size]
-        rows = None if ready is None else ready[run.start : run.stop : run.step]
+        stop = run.stop if run.stop >= 0 else None  # of a range that counts down to 0
+        rows = None if ready is None else ready[run.start : stop : run.step]
         yield _Batch(source, run, rows)
 
 
