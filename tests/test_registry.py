@@ -208,11 +208,11 @@ def test_a_librarys_prefix_is_no_import_path() -> None:
 def test_an_error_inside_the_module_keeps_its_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "broken_plugin.py").write_text("import no_such_module_here\n")
+    (tmp_path / "plugin_with_a_broken_import.py").write_text("import no_such_module_here\n")
     importlib.invalidate_caches()
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ModuleNotFoundError, match="no_such_module_here"):
-        registry().find("broken_plugin:Net")
+        registry().find("plugin_with_a_broken_import:Net")
 
 
 def test_a_list_of_imports_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
