@@ -127,7 +127,8 @@ def draw_grid(tiles: Sequence[Tile], path: Path, *, title: str = "") -> None:
     most = max(len(tile.lines) + bool(tile.name) for tile in tiles)
     pitch = tall + LINE * most + 2 * GAP
     wide = columns * (WIDTH + GAP) - GAP
-    width, height = max(NARROWEST, wide + 2 * GAP), rows * pitch + TITLE
+    above = TITLE if title else GAP
+    width, height = max(NARROWEST, wide + 2 * GAP), rows * pitch + above
     figure = new_figure(width, height)
     # positions are computed here: a layout engine would take a second for each dozen of images
     figure.set_layout_engine("none")
@@ -135,7 +136,7 @@ def draw_grid(tiles: Sequence[Tile], path: Path, *, title: str = "") -> None:
     for index, tile in enumerate(tiles):
         row, column = divmod(index, columns)
         left = (width - wide) / 2 + column * (WIDTH + GAP)
-        bottom = height - TITLE - row * pitch - tall
+        bottom = height - above - row * pitch - tall
         axes = figure.add_axes((left / width, bottom / height, WIDTH / width, tall / height))
         _draw_image(axes, tile)
         center = (left + WIDTH / 2) / width
