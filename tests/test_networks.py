@@ -58,9 +58,11 @@ def test_exported_it_answers_as_its_checkpoint(name: str, digits: Path, tmp_path
         training={"dataset": str(digits)},
     )
     save_checkpoint(tmp_path / "best.pth", model, card)
-    certificate = export_onnx(ExportOptions(ckpt=tmp_path / "best.pth", limit=64))
-    assert certificate.holds
     expected = open_checkpoint(tmp_path / "best.pth", "cpu").logits(images)
     assert np.ptp(expected, axis=0).max() > 1e-4  # the images do differ to it
+    # untrained networks may have logits in the tens, with an error in proportion
+    tolerance = 1e-3 * max(1.0, float(np.abs(expected).max()))
+    options = ExportOptions(ckpt=tmp_path / "best.pth", limit=64, tolerance=tolerance)
+    assert export_onnx(options).holds
     found = OnnxModel(tmp_path / "best.onnx").logits(images)
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(found, expected, atol=tolerance)

@@ -98,7 +98,7 @@ def test_what_no_halving_helps_is_refused_before_anything_is_written(
     said = finish(start(digits, out, *AUTO, *more, "--quiet", **SCARCE | {"ROOM": "40"}), code=1)
     (line,) = said.splitlines()
     assert line.startswith("error: out of memory with")
-    assert "batch normalisation needs two in every part" in line
+    assert "batch normalisation needs two in every micro-batch" in line
     assert not list(out.glob("*"))
 
 
