@@ -44,7 +44,13 @@ from distcls.models.config import ModelConfig
 from distcls.system import available_cores
 from distcls.training.augment import DRAWS
 from distcls.training.checkpointing import CheckpointManager, TrainingState
-from distcls.training.config import AugmentConfig, CheckpointConfig, TrainConfig
+from distcls.training.config import (
+    AugmentConfig,
+    CheckpointConfig,
+    MonitorConfig,
+    TrainConfig,
+    chosen,
+)
 from distcls.training.distributed import start
 from distcls.training.engine import Engine
 from distcls.training.inputs import TrainingInput, choose_preprocess, open_input
@@ -63,6 +69,9 @@ def recipe(data: Path, out: Path, model: str, batch: int, every: int | None = No
         out=out,
         epochs=10_000,
         batch_size=batch,
+        lr=1e-3,
+        # no epoch after the first, which does not count, is the best: its files are no state
+        monitor=MonitorConfig(min_delta=1.0, patience=None),
         model=ModelConfig(name=model),
         augment=AugmentConfig(crop_padding=2, rotate=10),
         checkpoint=CheckpointConfig(every_steps=every),
@@ -76,7 +85,7 @@ def make_input(config: TrainConfig, steps: int) -> tuple[TrainingInput, Preproce
         classes=found.classes,
         train=found.train,
         val=found.val,
-        train_samples=np.resize(found.train_samples, steps * config.batch_size),
+        train_samples=np.resize(found.train_samples, steps * chosen(config.batch_size)),
         val_samples=found.val_samples[:EVALUATED],
     )
     return data, choose_preprocess(config.input, data.train, None)

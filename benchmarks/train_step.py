@@ -97,6 +97,7 @@ def ours(folder: Path, side: int, batch: int, steps: int) -> Contestant:
         out=folder / "unused",
         epochs=10_000,
         batch_size=batch,
+        lr=1e-3,
         # torchvision's own stem, as in the tutorial's model
         model=ModelConfig(name=MODEL, stem_stride=2),
         augment=AugmentConfig(flip=0.5),

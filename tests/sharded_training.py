@@ -25,13 +25,13 @@ from distcls.training.config import (
     FreezeConfig,
     InputConfig,
     OptimizerConfig,
-    TrainConfig,
 )
 from distcls.training.distributed import start, sum_over_processes
 from distcls.training.engine import Engine
 from distcls.training.fsdp import local_shard
 from distcls.training.inputs import choose_preprocess, open_input
 from distcls.training.weight_averaging import select_weights
+from tests.plain import plain_config
 
 WORLD = 2
 EPOCHS = 2
@@ -104,7 +104,7 @@ def sharding(on: bool) -> Iterator[None]:
 
 def make_engine(digits: Path, changes: dict[str, Any], *, sharded: bool) -> Engine:
     """An engine over the small network or one of the libraries', the same weights each time."""
-    base = TrainConfig(
+    base = plain_config(
         data=digits, out=digits / "unused", batch_size=50, limit=250, epochs=EPOCHS, threads=1
     )
     config = dataclasses.replace(base, **changes)

@@ -20,16 +20,16 @@ from distcls.training.config import (
     EmaConfig,
     LossConfig,
     OptimizerConfig,
-    TrainConfig,
 )
 from distcls.training.distributed import start, sum_over_processes
 from distcls.training.engine import Engine
 from distcls.training.inputs import choose_preprocess, open_input
+from tests.plain import plain_config
 
 
 def make_engine(digits: Path, **changes: object) -> Engine:
     """An engine over a linear model: no batch norm, so a batch may be split without a trace."""
-    base = TrainConfig(data=digits, out=digits / "unused", batch_size=100, limit=250)
+    base = plain_config(data=digits, out=digits / "unused", batch_size=100, limit=250)
     config = dataclasses.replace(base, **changes)
     accelerator = start(config)
     data = open_input(config)
@@ -41,7 +41,7 @@ def make_engine(digits: Path, **changes: object) -> Engine:
 
 def make_norm_engine(digits: Path) -> Engine:
     """The same over a network with batch norm."""
-    config = TrainConfig(data=digits, out=digits / "unused", batch_size=100, limit=250)
+    config = plain_config(data=digits, out=digits / "unused", batch_size=100, limit=250)
     accelerator = start(config)
     data = open_input(config)
     preprocess = choose_preprocess(config.input, data.train, None)

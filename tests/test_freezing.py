@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from distcls.errors import BadValue, UsageError
 from distcls.models.classifier import Classifier
 from distcls.training.checkpointing import states
-from distcls.training.config import FreezeConfig, OptimizerConfig, TrainConfig
+from distcls.training.config import FreezeConfig, OptimizerConfig
 from distcls.training.distributed import start
 from distcls.training.engine import Engine
 from distcls.training.inputs import choose_preprocess, open_input
 from tests.e2e.commands import train
+from tests.plain import plain_config
 
 OPTIMISERS = ("adamw", "sgd", "ranger", "adabelief")
 
 
 def make_engine(digits: Path, **changes: Any) -> Engine:
     """An engine over two convolutions with a batch norm each, and a head."""
-    base = TrainConfig(data=digits, out=digits / "unused", batch_size=40, limit=120, epochs=2)
+    base = plain_config(data=digits, out=digits / "unused", batch_size=40, limit=120, epochs=2)
     config = dataclasses.replace(base, **changes)
     accelerator = start(config)
     data = open_input(config)

@@ -10,18 +10,18 @@ import torch
 from distcls.errors import DistclsError
 from distcls.models import factory
 from distcls.models.config import ModelConfig
-from distcls.training.config import TrainConfig
 from distcls.training.distributed import start
 from distcls.training.engine import Engine
 from distcls.training.inputs import choose_preprocess, open_input
 from distcls.training.memory import explain_out_of_memory, fit_into_memory, is_out_of_memory
+from tests.plain import plain_config
 
 HUGE = 1 << 60
 
 
 def make_engine(digits: Path, batch_size: int = 20) -> Engine:
     """An engine over the default network: batch norm, dropout."""
-    config = TrainConfig(
+    config = plain_config(
         data=digits, out=digits / "unused", batch_size=batch_size, limit=40, auto_micro_batch=True
     )
     accelerator = start(config)

@@ -21,7 +21,6 @@ from distcls.training.config import (
     DistillConfig,
     LossConfig,
     MonitorConfig,
-    TrainConfig,
 )
 from distcls.training.distributed import start
 from distcls.training.engine import Engine
@@ -29,6 +28,7 @@ from distcls.training.inputs import choose_preprocess, open_input
 from distcls.training.loader import Batch
 from distcls.training.losses import make_loss, multi_hot
 from tests import multi_output
+from tests.plain import plain_config
 
 CPU = torch.device("cpu")
 HEADS = multi_output.heads(3, 4)
@@ -102,7 +102,7 @@ def test_labels_are_bce_and_torchvisions_sigmoid_focal_loss() -> None:
 
 def make_engine(data: Path, **changes: Any) -> Engine:
     """An engine over a linear model."""
-    config = TrainConfig(data=data, out=data / "unused", batch_size=20)
+    config = plain_config(data=data, out=data / "unused", batch_size=20)
     config = dataclasses.replace(config, **changes)
     found = open_input(config)
     accelerator = start(config)
@@ -217,7 +217,7 @@ def test_contradictions_are_refused_with_the_reason(
     kind: str, changes: dict[str, Any], told: str, request: pytest.FixtureRequest
 ) -> None:
     data: Path = request.getfixturevalue(kind)
-    config = dataclasses.replace(TrainConfig(data=data, out=data / "unused"), **changes)
+    config = dataclasses.replace(plain_config(data=data, out=data / "unused"), **changes)
     with pytest.raises(UsageError, match=told) as caught:
         open_input(config)
     assert "\n" not in str(caught.value)

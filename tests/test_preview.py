@@ -19,6 +19,7 @@ from distcls.training.config import AugmentConfig, TrainConfig
 from distcls.training.loader import Batch
 from distcls.training.losses import Examples
 from distcls.training.preview import label_text, preview
+from tests.plain import plain_config
 from tests.test_engine import make_engine
 
 PLAIN = AugmentConfig(crop_padding=3, flip=0.5)
@@ -46,7 +47,7 @@ def trained_on(data: Path, epoch: int, **changes: Any) -> list[Examples]:
 
 
 def config(data: Path, **changes: Any) -> TrainConfig:
-    return TrainConfig(data=data, out=data / "unused", batch_size=100, limit=250, **changes)
+    return plain_config(data=data, out=data / "unused", batch_size=100, limit=250, **changes)
 
 
 @pytest.mark.parametrize(

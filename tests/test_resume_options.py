@@ -12,6 +12,7 @@ from distcls.training import run
 from distcls.training.checkpointing import newest_intact
 from distcls.training.config import MonitorConfig, OptimizerConfig, TrainConfig
 from distcls.training.schedule import ScheduleConfig
+from tests.plain import plain_config
 
 
 class Interrupted(Exception):
@@ -20,7 +21,7 @@ class Interrupted(Exception):
 
 def settings(data: Path, out: Path) -> TrainConfig:
     """Every epoch after the first counts as no improvement, so the rate falls each time."""
-    return TrainConfig(
+    return plain_config(
         data=data,
         out=out,
         epochs=4,

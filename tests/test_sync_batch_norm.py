@@ -14,7 +14,7 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from distcls.training.distributed import CpuSyncBatchNorm, convert_sync_batch_norm
+from distcls.training.batch_norm import CpuSyncBatchNorm, convert_sync_batch_norm
 from distcls.training.sampler import shard
 from tests.forked import spawn
 

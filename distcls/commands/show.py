@@ -37,8 +37,10 @@ class ShowConfig(TrainConfig):
         super().__post_init__()
         ending = self.out.suffix.lower() == ".png"
         require(ending, "out", str(self.out), "a name that ends in .png")
-        epochs = f"1 to {self.epochs}, the epochs of the run"
-        require(1 <= self.epoch <= self.epochs, "epoch", self.epoch, epochs)
+        known = self.epochs != "auto"
+        epochs = f"1 to {self.epochs}, the epochs of the run" if known else "at least 1"
+        last = self.epoch if self.epochs == "auto" else self.epochs
+        require(1 <= self.epoch <= last, "epoch", self.epoch, epochs)
         require(1 <= self.count <= MOST, "count", self.count, f"1 to {MOST}")
 
 

@@ -47,6 +47,7 @@ from distcls.launch.search_space import (
     require_continuable,
 )
 from distcls.training.config import TrainConfig
+from distcls.training.recipe import MOST_EPOCHS
 from distcls.training.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -341,7 +342,8 @@ class Search:
         means = [result["best_score"] for result in before]
         for epoch, score in process.new_scores():
             if math.isfinite(score):  # pruners take percentiles, which NaN would invalidate
-                step = len(before) * process.config.epochs + epoch
+                epochs = process.config.epochs
+                step = len(before) * (MOST_EPOCHS if epochs == "auto" else epochs) + epoch
                 handle.report(statistics.fmean([*means, score]), step)
                 if handle.should_prune():
                     return True

@@ -218,9 +218,9 @@ class SearchSpace:
             return MedianPruner()
         if self.config.pruner == "none":
             return NopPruner()
-        searched = {"epochs"} & {*self.choices, *self.ranges}
-        epochs = self.config.epochs * (self.config.folds or 1)
-        return HyperbandPruner(max_resource="auto" if searched else epochs)
+        epochs, folds = self.config.epochs, self.config.folds or 1
+        known = epochs != "auto" and "epochs" not in {*self.choices, *self.ranges}
+        return HyperbandPruner(max_resource=epochs * folds if known else "auto")
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """The space as optuna takes it; ranges are log-uniform."""

@@ -30,7 +30,7 @@ from distcls.files import atomic_path, second_name, writable, write_text
 from distcls.log import say, warn
 from distcls.model_card import ModelCard
 from distcls.models.checkpoint import load_tensors, save_checkpoint
-from distcls.training.config import MonitorConfig, TrainConfig
+from distcls.training.config import MonitorConfig, TrainConfig, chosen
 
 BEST, LAST, HISTORY = "best.pth", "last", "history.csv"
 MAY_CHANGE = (
@@ -100,7 +100,8 @@ class TrainingState:
 
     def out_of_patience(self, monitor: MonitorConfig) -> bool:
         """Whether early stopping is due."""
-        return monitor.patience is not None and self.epochs_since_best >= monitor.patience
+        patience = chosen(monitor.patience)
+        return patience is not None and self.epochs_since_best >= patience
 
     def to_plain(self) -> dict[str, Any]:
         """As plain values, under the names that files have."""

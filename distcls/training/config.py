@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from distcls.config.schema import require_duration
 from distcls.errors import require
@@ -22,6 +22,17 @@ OPTIMIZERS: Registry[Any] = Registry(
     "optimiser", "optimizer.name", home="distcls.training.optim", prefixes=("timm",)
 )
 POLICIES: Registry[Any] = Registry("policy", "augment.policy", home="distcls.training.augment")
+
+Value = TypeVar("Value")
+Auto = Literal["auto"]
+"""A default that depends on the images; `training/recipe.py` decides."""
+
+
+def chosen(value: Value | Auto) -> Value:
+    """The value of a field that may be `auto`, in a resolved config."""
+    assert value != "auto", "the config is not resolved"
+    return value
+
 
 SMALL_IMAGE = 64
 """Images of up to this many pixels per side are trained on at their own size by default."""
@@ -331,8 +342,9 @@ class MonitorConfig:
     all labels right."""
     mode: Literal["auto", "min", "max"] = "auto"
     """Whether less or more of it is better; auto: by the metric."""
-    patience: int | None = None
-    """Early stopping: epochs without improvement after which training stops; null is off."""
+    patience: int | Auto | None = "auto"
+    """Early stopping: epochs without improvement after which training stops; null is off; auto: a
+    third of `epochs`, at least 10."""
     min_delta: float = 0.0
     """Smallest change that counts as an improvement."""
 
@@ -340,7 +352,8 @@ class MonitorConfig:
         names = ", ".join(MONITORED)
         require(self.metric in MONITORED, "metric", self.metric, f"one of {names}")
         patience = self.patience
-        require(patience is None or patience >= 1, "patience", patience, "at least 1, or null")
+        valid = patience is None or patience == "auto" or patience >= 1
+        require(valid, "patience", patience, "at least 1, auto, or null")
         require(self.min_delta >= 0, "min_delta", self.min_delta, "0 or more")
 
     @property
@@ -407,12 +420,14 @@ class TrainConfig:
     """Dataset directory, as `distcls prepare` writes it."""
     out: Path
     """Run directory to write."""
-    epochs: int = 10
-    """Passes over the training images."""
-    batch_size: int = 128
-    """Global batch: images per optimiser step, over all processes and accumulated batches."""
-    lr: float = 1e-3
-    """Peak learning rate."""
+    epochs: int | Auto = "auto"
+    """Passes over the training images; auto: 10, and more for small sets, whose epochs have few
+    steps."""
+    batch_size: int | Auto = "auto"
+    """Global batch: images per optimiser step, over all processes and accumulated batches; auto:
+    128, and less for sets of less than 1,280 images."""
+    lr: float | Auto = "auto"
+    """Peak learning rate; auto: by the batch size, and lower for pretrained weights."""
     seed: int = 0
     """Seed of the data order, the augmentation, the initialisation and dropout."""
     limit: int | None = None
@@ -472,17 +487,20 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "max_nonfinite_steps", "log_every"):
+        for name in ("accumulate", "max_nonfinite_steps", "log_every"):
             value = getattr(self, name)
             require(value >= 1, name, value, "at least 1")
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            require(value == "auto" or value >= 1, name, value, "at least 1, or auto")
         for name in ("limit", "processes", "threads"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1, or null")
         limit = self.collective_timeout
         require(limit > 0, "collective_timeout", limit, "a number of seconds above 0")
-        require(self.lr > 0, "lr", self.lr, "a number above 0")
+        require(self.lr == "auto" or self.lr > 0, "lr", self.lr, "a number above 0, or auto")
         last = self.average.last_epochs
-        fits = last is None or last <= self.epochs
+        fits = last is None or self.epochs == "auto" or last <= self.epochs
         require(fits, "average.last_epochs", last, f"at most epochs ({self.epochs})")
         alone = last is None or self.ema.decay is None
         require(alone, "average.last_epochs", last, "null with ema.decay: one average is saved")

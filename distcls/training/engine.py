@@ -20,12 +20,13 @@ from distcls.imaging import Preprocess
 from distcls.models.classifier import Classifier, count_macs, count_parameters
 from distcls.models.factory import stem_stride
 from distcls.training.augment import Augment
-from distcls.training.config import TrainConfig
-from distcls.training.distributed import (
+from distcls.training.batch_norm import (
     CpuSyncBatchNorm,
+    RunningStatistics,
     broadcast_buffers,
     convert_sync_batch_norm,
 )
+from distcls.training.config import TrainConfig, chosen
 from distcls.training.freezing import FreezeSchedule, freeze_by_name
 from distcls.training.fsdp import (
     Sharding,
@@ -101,7 +102,7 @@ class Engine:
         self._preprocess = preprocess
         world_size = int(accelerator.num_processes)
         self._sampler = EpochSampler(
-            samples=len(data.train_samples), batch_size=config.batch_size, seed=config.seed
+            samples=len(data.train_samples), batch_size=chosen(config.batch_size), seed=config.seed
         )
         self.micro_batching = MicroBatching(
             sampler=self._sampler, world_size=world_size, accumulate=config.accumulate
@@ -109,10 +110,10 @@ class Engine:
         self.micro_batching.require_possible()
         self._prepare_model(model)
         self._schedule = make_schedule(
-            config.schedule, config.lr, self.steps_per_epoch, config.epochs
+            config.schedule, chosen(config.lr), self.steps_per_epoch, chosen(config.epochs)
         )
         self._freezing = FreezeSchedule(
-            config.freeze, self._model, self.steps_per_epoch, config.epochs
+            config.freeze, self._model, self.steps_per_epoch, chosen(config.epochs)
         )
         self._augment = Augment(config.augment, preprocess.size)
         self._objective = Objective(config, data, self._augment, accelerator.device)
@@ -135,7 +136,7 @@ class Engine:
         self._averages = WeightAverages(config, self._model)
         freeze_by_name(config.freeze, self._model)
         optimizer = make_optimizer(
-            config.optimizer, self._model, config.lr, sharded=self._sharding.on
+            config.optimizer, self._model, chosen(config.lr), sharded=self._sharding.on
         )
         # `_wrapped` is the model in its DDP or FSDP and autocast wrappers; `_model` the bare one
         self._wrapped, self._optimizer = self._sharding.prepare(
@@ -149,6 +150,9 @@ class Engine:
             self._data.train.image_ids,
         )
         self._spikes = LossSpikeDetector()
+        self._statistics = RunningStatistics(
+            self._model, correct_bias=config.model.batch_norm_bias_correction
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -187,6 +191,8 @@ class Engine:
         All processes have to call this. Raises DistclsError for too many skipped steps in a row.
         """
         skipped = self._guard.poll(flush=flush)
+        if skipped:
+            self._statistics.recount()
         return Anomalies(skipped=skipped, spikes=self._spikes.poll(flush=flush))
 
     def evaluate(self) -> dict[str, Metrics]:
@@ -244,6 +250,7 @@ class Engine:
         self._schedule.load_state_dict(state["schedule"])
         self._spikes.recent = state.get("recent_losses", self._spikes.recent)
         self._guard.back_up()
+        self._statistics.recount()
 
     def summary(self) -> EngineSummary:
         """The size of the model and its steps."""
@@ -350,7 +357,12 @@ class Engine:
     def _losses(self, epoch: int, batch: Batch) -> Tensor:
         """Loss of each image of a micro-batch, [B]."""
         examples = self._objective.examples(epoch, batch)
-        return self._objective.losses(self._wrapped(examples.images), examples)
+        settling = self._statistics.before_batch()
+        # compiled code holds batch norm's momentum as a constant
+        eager = settling and self._config.compile
+        with torch.compiler.set_stance("force_eager" if eager else "default"):
+            logits = self._wrapped(examples.images)
+        return self._objective.losses(logits, examples)
 
     def _update(self) -> Tensor:
         """Clip the gradients and step optimiser and averages; whether it was skipped, bool []."""

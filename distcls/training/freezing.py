@@ -9,9 +9,8 @@ from torch import nn
 from distcls.config.schema import duration_in_steps
 from distcls.errors import UsageError, did_you_mean
 from distcls.models.classifier import head_parameters
+from distcls.training.batch_norm import BatchNorm
 from distcls.training.config import FreezeConfig
-
-BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def freeze_by_name(config: FreezeConfig, model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from distcls.imaging import Preprocess
 from distcls.log import warn
 from distcls.plotting import curves
 from distcls.training.checkpointing import TrainingState
-from distcls.training.config import TrainConfig
+from distcls.training.config import TrainConfig, chosen
 from distcls.training.engine import EngineSummary, StepReport
 from distcls.training.inputs import TrainingInput
 from distcls.training.stability import Anomalies
@@ -76,7 +76,7 @@ def banner(
         f"steps      {config.epochs} epochs of {model.steps_per_epoch}, "
         f"global batch {config.batch_size} = {processes} x {model.accumulate} micro-batch(es)",
         f"optimiser  {config.optimizer.name}, {config.schedule.name} schedule, "
-        f"learning rate up to {config.lr:g}",
+        f"learning rate up to {chosen(config.lr):g}",
         f"writes to  {config.out}",
     ]
 

@@ -15,10 +15,11 @@ from distcls.plotting import shorten
 from distcls.system import available_cores
 from distcls.task import Task
 from distcls.training.augment import Augment
-from distcls.training.config import DistillConfig, TrainConfig
+from distcls.training.config import DistillConfig, TrainConfig, chosen
 from distcls.training.inputs import choose_preprocess, open_input
 from distcls.training.loader import Loader
 from distcls.training.losses import Examples, Objective
+from distcls.training.recipe import fill_recipe
 from distcls.training.resolve import require_usable
 from distcls.training.sampler import EpochSampler, ShardedSampler
 
@@ -55,12 +56,19 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
     weights = find_weights(config.model)
     known = None if weights is None else weights.preprocess
     preprocess = choose_preprocess(config.input, data.train, known)
+    config, _ = fill_recipe(
+        config,
+        images=len(data.train_samples),
+        task=data.task,
+        size=preprocess.size,
+        pretrained=weights is not None,
+    )
     augment = Augment(config.augment, preprocess.size)
     # a teacher sees the same images and changes none
     config = dataclasses.replace(config, distill=DistillConfig())
     objective = Objective(config, data, augment, _training_device())
     sampler = EpochSampler(
-        samples=len(data.train_samples), batch_size=config.batch_size, seed=config.seed
+        samples=len(data.train_samples), batch_size=chosen(config.batch_size), seed=config.seed
     )
     shards = ShardedSampler(rank=0, world_size=1, group_size=objective.group_size)
     micro_batches = shards.training(data.train_samples, sampler, epoch, 0, config.accumulate)
@@ -80,10 +88,10 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
             labels += _texts(examples, data.train.task)
             if len(labels) >= count:
                 break
-    chosen = torch.cat(images)[:count]
+    first = torch.cat(images)[:count]
     ends = [sampler.bounds(step)[1] for step in range(sampler.steps)]
-    steps = 1 + sum(end < len(chosen) for end in ends)
-    return Preview(images=chosen, labels=labels[:count], steps=steps)
+    steps = 1 + sum(end < len(first) for end in ends)
+    return Preview(images=first, labels=labels[:count], steps=steps)
 
 
 def label_text(target: Tensor, task: Task) -> str:

@@ -37,6 +37,7 @@ from distcls.training.config import (
     TrainConfig,
 )
 from distcls.training.inputs import TrainingInput
+from distcls.training.recipe import fill_recipe
 from distcls.training.schedule import SCHEDULES
 
 PRECISIONS: dict[str, Literal["fp32", "bf16", "fp16"]] = {
@@ -78,14 +79,22 @@ def resolved(
     preprocess: Preprocess,
     model: Classifier,
     precision: str,
-) -> TrainConfig:
-    """The config with the values that the defaults, the weights and the dataset filled in.
+) -> tuple[TrainConfig, list[str]]:
+    """The config with the values that the defaults, the weights and the dataset filled in, and in
+    words what `auto` became.
 
     `model` is built from the config, `precision` as accelerate calls it. Resolving a resolved
     config changes nothing.
     """
     height, width = preprocess.size
-    return dataclasses.replace(
+    config, reasons = fill_recipe(
+        config,
+        images=len(data.train_samples),
+        task=data.task,
+        size=preprocess.size,
+        pretrained=config.model.pretrained is not None,
+    )
+    filled = dataclasses.replace(
         config,
         precision=PRECISIONS[precision],
         model=_model(config.model, model),
@@ -103,6 +112,7 @@ def resolved(
         distill=_distill(config.distill),
         monitor=dataclasses.replace(config.monitor, mode=config.monitor.resolved_mode),
     )
+    return filled, reasons
 
 
 def _model(config: ModelConfig, model: Classifier) -> ModelConfig:

@@ -20,13 +20,13 @@ from accelerate.utils import broadcast_object_list
 from distcls.errors import Stopped
 from distcls.evaluation.metrics import Metrics
 from distcls.imaging import Preprocess
-from distcls.log import say
+from distcls.log import say, warn
 from distcls.model_card import ModelCard
 from distcls.models import factory
 from distcls.models.classifier import Classifier
 from distcls.models.pretrained import apply_weights, find_weights
 from distcls.training.checkpointing import CheckpointManager, EpochModel, TrainingState
-from distcls.training.config import TrainConfig
+from distcls.training.config import TrainConfig, chosen
 from distcls.training.distributed import (
     any_process,
     explain_lost_processes,
@@ -48,6 +48,7 @@ from distcls.training.logging import (
 from distcls.training.memory import compile_step, explain_out_of_memory, fit_into_memory
 from distcls.training.resolve import require_usable, resolved
 from distcls.training.signals import StopSignals
+from distcls.training.stability import EpochChecks
 from distcls.training.weight_averaging import select_weights
 
 POLL_EVERY = 10
@@ -86,6 +87,7 @@ class Run:
     checkpoints: CheckpointManager
     records: Records
     signals: StopSignals
+    checks: EpochChecks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,10 +117,11 @@ def train(config: TrainConfig) -> TrainResult:
     data = open_input(config)
     model, preprocess = _build_model(config, data)
     precision = accelerator.mixed_precision
-    given, config = (
-        config,
-        resolved(config, data=data, preprocess=preprocess, model=model, precision=precision),
+    given = config
+    config, reasons = resolved(
+        config, data=data, preprocess=preprocess, model=model, precision=precision
     )
+    epochs = chosen(config.epochs)
     engine = Engine(config, accelerator, data, model, preprocess)
     main = accelerator.is_main_process
     checkpoints = CheckpointManager(config, given=given, main_process=main)
@@ -141,18 +144,18 @@ def train(config: TrainConfig) -> TrainResult:
         explain_out_of_memory(config, engine),
         explain_lost_processes(config.collective_timeout),
     ):
-        for line in banner(config, accelerator, data, preprocess, engine.summary()):
+        for line in [*banner(config, accelerator, data, preprocess, engine.summary()), *reasons]:
             say(line)
-        while state.epoch < config.epochs and not state.out_of_patience(config.monitor):
+        while state.epoch < epochs and not state.out_of_patience(config.monitor):
             began = time.perf_counter()
             figures = train_steps(run)
             evaluation = evaluate(run)
             best = decide(run, figures, evaluation, time.perf_counter() - began)
             save_epoch(run, evaluation, best=best)
             [stop] = any_process(run.signals.received is not None)
-            if stop and state.epoch < config.epochs:
+            if stop and state.epoch < epochs:
                 _stop(run)
-    if state.epoch < config.epochs:
+    if state.epoch < epochs:
         say(f"stopped early: no better {config.monitor.metric} in {config.monitor.patience} epochs")
     accelerator.end_training()
     return TrainResult(
@@ -170,7 +173,7 @@ def train_steps(run: Run) -> dict[str, float]:
     own = state.loss_sum if run.accelerator.is_main_process else 0.0
     loss_sum = torch.full((), own, device=run.accelerator.device)
     lap, epoch, number, lr = Stopwatch(), Stopwatch(), state.epoch + 1, 0.0
-    with Bar(state, config.epochs, engine.steps_per_epoch) as bar:
+    with Bar(state, chosen(config.epochs), engine.steps_per_epoch) as bar:
         for report in engine.train_epoch(state.epoch, state.epoch_step):
             state.step, lr = report.step, report.lr
             state.epoch_step += 1
@@ -237,7 +240,11 @@ def decide(run: Run, figures: dict[str, float], evaluation: Evaluation, seconds:
     state.history.append(row)
     best = state.judge(evaluation.score, monitor)
     mark = "" if not best else f"best ({evaluation.chosen})" if several else "best"
-    say(epoch_line(row, config.epochs, mark))
+    say(epoch_line(row, chosen(config.epochs), mark))
+    for problem in run.checks.problems(
+        state.history, evaluation.metrics[evaluation.chosen], chosen(config.lr)
+    ):
+        warn(problem)
     rate = run.engine.end_epoch(state.step, improved=best)
     if rate is not None:
         say(f"no better {monitor.metric}: the learning rate falls to {rate:.3g}")
@@ -324,6 +331,7 @@ def open_run(
             checkpoints=checkpoints,
             records=records,
             signals=signals,
+            checks=EpochChecks(data.classes if data.task.single else ()),
         )
 
 

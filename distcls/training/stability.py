@@ -1,4 +1,4 @@
-"""Steps that go wrong: gradients that are not finite, and spikes of the loss.
+"""What goes wrong: gradients that are not finite, spikes of the loss, runs that learn nothing.
 
 Reading a value of a step synchronises a GPU with the host, so steps are recorded as tensors and
 read in groups (`poll`).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -17,6 +17,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from distcls.errors import DistclsError
+from distcls.evaluation.metrics import Metrics
 from distcls.log import fail, rank
 
 POLL_EVERY_ON_GPU = 16
@@ -74,7 +75,9 @@ class NonFiniteGuard:
         image_ids: Sequence[str],
     ) -> None:
         self._image_ids = image_ids
-        self._buffers = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+        # a count of batches goes back with the statistics
+        buffers = [buffer for module in modules for buffer in module.buffers()]
+        self._buffers = [b for b in buffers if b.is_floating_point() or b.ndim == 0]
         self._backup = [buffer.clone() for buffer in self._buffers]
         self._flags: list[_Flag] = []
         self._poll_every = 1 if device.type == "cpu" else POLL_EVERY_ON_GPU
@@ -205,3 +208,80 @@ def _usual(recent: list[float], loss: float) -> float | None:
     spread = TO_DEVIATION * statistics.median(abs(other - median) for other in recent)
     rise = max(DEVIATIONS * spread, median, LEAST_RISE)
     return median if loss > median + rise else None
+
+
+CHECKED_EPOCHS = 5
+"""Epochs in a row for which a run has to look wrong before it is said."""
+MEMORISED = 0.25
+"""Training loss, as a fraction of the first epoch's, at which the training images are learnt."""
+ONE_CLASS = 0.95
+"""Fraction of the predictions that one class takes where a model ignores its images."""
+RISEN = 1.25
+"""Training loss, as a multiple of the first epoch's, that tells of divergence."""
+
+
+class EpochChecks:
+    """Compares each epoch's figures with what a run that learns would show.
+
+    Each problem is returned once, in words.
+    """
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        """`classes` are the names of the one output's classes; empty for multi-output tasks."""
+        self._classes = classes
+        self._said: set[str] = set()
+
+    def problems(
+        self, history: Sequence[Mapping[str, float]], metrics: Metrics, lr: float
+    ) -> list[str]:
+        """The problems that were not returned before.
+
+        `history` has the epochs' rows so far, `metrics` are those of the last, `lr` is the peak.
+        """
+        found = {"loss": _loss_rises(history, lr)}
+        if self._classes:
+            found["one class"] = self._one_class(history, metrics)
+            found["chance"] = "" if found["one class"] else _at_chance(history, metrics)
+        new = {name: text for name, text in found.items() if text and name not in self._said}
+        self._said.update(new)
+        return list(new.values())
+
+    def _one_class(self, history: Sequence[Mapping[str, float]], metrics: Metrics) -> str:
+        predicted = metrics.confusion.sum(0)
+        top = int(predicted.argmax())
+        share, actual = predicted[top] / metrics.count, metrics.support[top] / metrics.count
+        if len(history) < CHECKED_EPOCHS or share < ONE_CLASS or actual > ONE_CLASS - 0.1:
+            return ""
+        return (
+            f"{share:.0%} of the validation images are predicted as {self._classes[top]!r}, which "
+            f"{actual:.0%} are: the predictions hardly depend on the image; train longer, or lower "
+            "--lr, and look at the images and their labels"
+        )
+
+
+def _loss_rises(history: Sequence[Mapping[str, float]], lr: float) -> str:
+    first, last = history[0]["train_loss"], history[-1]["train_loss"]
+    if len(history) < 2 or last < RISEN * first:
+        return ""
+    return (
+        f"the training loss rose from {first:.3g} in epoch 1 to {last:.3g} in epoch "
+        f"{history[-1]['epoch']:.0f}: the learning rate ({lr:g}) is too high, lower --lr"
+    )
+
+
+def _at_chance(history: Sequence[Mapping[str, float]], metrics: Metrics) -> str:
+    """Whether validation is no better than always the most frequent class, but training is."""
+    recent = history[-CHECKED_EPOCHS:]
+    chance = int(metrics.support.max()) / metrics.count
+    # what guessing reaches by luck in one of forty evaluations of so many images
+    luck = chance + 2 * math.sqrt(chance * (1 - chance) / metrics.count)
+    best = max(row["val_top1"] for row in recent)
+    learnt = history[-1]["train_loss"] < MEMORISED * history[0]["train_loss"]
+    if len(recent) < CHECKED_EPOCHS or best > luck or not learnt:
+        return ""
+    return (
+        f"validation top-1 stands at {best:.2f}, which guessing reaches ({chance:.2f} for the most "
+        f"frequent class), while the training loss fell to {history[-1]['train_loss']:.2g}: the "
+        "model learns the training images by heart; more images, more augmentation or pretrained "
+        "weights help, and labels may be wrong"
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distcls.models.classifier import Classifier
-from distcls.training.config import TrainConfig
+from distcls.training.config import TrainConfig, chosen
 from distcls.training.fsdp import load_full_state, local_shard
 
 RAW, EMA, AVERAGE = "weights", "ema", "average"
@@ -75,7 +75,9 @@ class WeightAverages:
     def __init__(self, config: TrainConfig, model: Classifier) -> None:
         decay, last = config.ema.decay, config.average.last_epochs
         self._ema = None if decay is None else Ema(model, decay)
-        self._average = LastEpochsAverage(model, last=last, epochs=config.epochs) if last else None
+        self._average = (
+            LastEpochsAverage(model, last=last, epochs=chosen(config.epochs)) if last else None
+        )
 
     @property
     def models(self) -> list[Classifier]:

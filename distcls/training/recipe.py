@@ -1,0 +1,105 @@
+"""The recipe where the config leaves it open (`auto`): by the number and the kind of the images.
+
+Few images make few steps an epoch, so small sets take smaller batches and more epochs; what is
+pretrained learns slower and shorter. Photographs may be mirrored and cropped, characters may not.
+The figures behind the numbers are in benchmarks/README.md, "folders".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from distcls.task import Task
+from distcls.training.config import AugmentConfig, TrainConfig
+
+BATCHES = (8, 128)
+"""Smallest and largest batch that is chosen, ..."""
+STEPS_AN_EPOCH = 10
+"""... with at least this many steps an epoch, as far as the smallest allows."""
+FEWEST_EPOCHS, MOST_EPOCHS = 10, 100
+"""Epochs that are chosen, and the least patience."""
+STEPS, STEPS_PRETRAINED = 600, 300
+"""Optimiser steps of a run on a small set, from scratch and from pretrained weights."""
+LR, LR_PRETRAINED = 1e-3, 3e-4
+"""Peak learning rate for batches of 128; for smaller ones less, by the square root."""
+SHIFT = 8
+"""Small images are shifted by up to their side divided by this."""
+CROP = (0.35, 1.0)
+"""Area of the random resized crops of photographs."""
+
+
+def fill_recipe(
+    config: TrainConfig, *, images: int, task: Task, size: tuple[int, int], pretrained: bool
+) -> tuple[TrainConfig, list[str]]:
+    """The config with a value for each `auto`, and in words what was chosen and why.
+
+    `images` are those of training, `size` the height and width of the network's input.
+    """
+    batch = config.batch_size
+    batch = chosen_batch(images) if batch == "auto" else batch
+    epochs, lr, patience = config.epochs, config.lr, config.monitor.patience
+    if epochs == "auto":
+        epochs = chosen_epochs(math.ceil(images / batch), pretrained)
+    if patience == "auto":
+        patience = max(FEWEST_EPOCHS, math.ceil(epochs / 3))
+    filled = dataclasses.replace(
+        config,
+        epochs=epochs,
+        batch_size=batch,
+        lr=chosen_lr(batch, pretrained) if lr == "auto" else lr,
+        monitor=dataclasses.replace(config.monitor, patience=patience),
+    )
+    before, after = (
+        {
+            "epochs": each.epochs,
+            "batch size": each.batch_size,
+            "learning rate": each.lr,
+            "patience": each.monitor.patience,
+        }
+        for each in (config, filled)
+    )
+    parts = [f"{name} {after[name]}" for name, value in before.items() if value == "auto"]
+    start = "pretrained" if pretrained else "from scratch"
+    lines = [f"recipe     {', '.join(parts)} (auto: {images:,} images, {start})"] if parts else []
+    augment, reasons = fill_augment(config.augment, task=task, size=size)
+    return dataclasses.replace(filled, augment=augment), [*lines, *reasons]
+
+
+def chosen_batch(images: int) -> int:
+    """The largest power of two that leaves ten steps an epoch, within bounds."""
+    low, high = BATCHES
+    size = high
+    while size > low and size * STEPS_AN_EPOCH > images:
+        size //= 2
+    return size
+
+
+def chosen_epochs(steps_per_epoch: int, pretrained: bool) -> int:
+    """Epochs of enough steps."""
+    steps = STEPS_PRETRAINED if pretrained else STEPS
+    return max(FEWEST_EPOCHS, min(MOST_EPOCHS, math.ceil(steps / steps_per_epoch)))
+
+
+def chosen_lr(batch: int, pretrained: bool) -> float:
+    """The peak learning rate, rounded to two digits: it stands in config.yaml."""
+    rate = (LR_PRETRAINED if pretrained else LR) * math.sqrt(min(1.0, batch / BATCHES[1]))
+    return float(f"{rate:.2g}")
+
+
+def fill_augment(
+    config: AugmentConfig, *, task: Task, size: tuple[int, int]
+) -> tuple[AugmentConfig, list[str]]:
+    """The augmentation with a value for each `auto`, and in words what was chosen and why.
+
+    Large pictures are taken for photographs: mirrored and cropped. Small ones are shifted. Nothing
+    is mirrored where classes are characters, or an image has several outputs, which may stand at
+    fixed places.
+    """
+    return config, []
+
+
+def are_characters(classes: Sequence[str]) -> bool:
+    """Whether all class names are single characters or numbers, as those of digits are."""
+    return all(len(name) == 1 or name.isdigit() for name in classes)
