@@ -173,10 +173,10 @@ def test_a_section_without_keys(tmp_path: Path, value: str) -> None:
 def test_wrong_type_names_place_key_value_and_type(tmp_path: Path) -> None:
     recipe = yaml_file(tmp_path, "epochs: many\n")
     assert message("--config", recipe) == (
-        f"{recipe}: epochs: 'many' is not valid, expected an integer"
+        f"{recipe}: epochs: 'many' is not valid, expected an integer or one of auto"
     )
     assert message("--epochs", "2.5") == (
-        "command line: epochs: '2.5' is not valid, expected an integer"
+        "command line: epochs: '2.5' is not valid, expected an integer or one of auto"
     )
 
 

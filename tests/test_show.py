@@ -55,8 +55,8 @@ def test_a_picture_and_nothing_else(digits: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--epoch", "0"], "epoch: 0 is not valid, expected 1 to 10, the epochs of the run"),
-        (["--epoch", "11"], "epoch: 11 is not valid"),
+        (["--epoch", "0"], "epoch: 0 is not valid, expected at least 1"),
+        (["--epoch", "11", "--epochs", "10"], "epoch: 11 is not valid, expected 1 to 10"),
         (["--count", "0"], "count: 0 is not valid, expected 1 to 400"),
         (
             ["--out", "show.jpg"],
