@@ -36,7 +36,7 @@ def photographs(pictures: Path, count: int) -> Path:
     photos; the first part of its name is the source image. Raises UsageError if there is
     no image.
     """
-    sources = _large(pictures)
+    sources = large_pictures(pictures)
     if not sources:
         raise UsageError(
             f"{pictures}: no pictures of at least {SMALLEST} pixels a side; photographs as in "
@@ -87,15 +87,15 @@ def model_for(folder: Path, name: str = "mobilenet_v3_large") -> Path:
     return target
 
 
-def _large(pictures: Path) -> list[Path]:
-    """The largest image of each folder that has one of sufficient size."""
+def large_pictures(pictures: Path, smallest: int = SMALLEST) -> list[Path]:
+    """The largest image of each folder that has one with sides of at least `smallest` pixels."""
     found: dict[Path, tuple[int, Path]] = {}
     for path in sorted(pictures.rglob("*")):
         if path.suffix.lower() in (".jpg", ".jpeg", ".png") and path.is_file():
             with Image.open(path) as header:
                 width, height = header.size
             known, _ = found.get(path.parent, (0, path))
-            if min(width, height) >= SMALLEST and width * height > known:
+            if min(width, height) >= smallest and width * height > known:
                 found[path.parent] = (width * height, path)
     return [path for _, path in found.values()]
 

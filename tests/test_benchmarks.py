@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import common, freezing, scores
+from benchmarks import common, crops, freezing, scores
 from distcls.data.formats.idx import read_idx
 from distcls.data.prepare import PrepareOptions, prepare
+from distcls.imaging import decode_file
 from tests.sources import idx_folder
 
 
@@ -56,3 +57,31 @@ def test_the_line_at_the_end_goes_into_a_file_too(
     line = json.loads(printed)
     assert (line["benchmark"], line["gain"]) == ("trial", 0.5)
     assert line["machine"]["cores"] >= 1
+
+
+def test_the_finest_part_of_a_picture(tmp_path: Path) -> None:
+    picture = np.full((256, 320), 99, np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128), dtype=np.uint8)
+    picture[96:224, 160:288] = noise
+    amount, found = crops.finest(picture, 128)
+    assert np.array_equal(found, noise)
+    assert amount > 100
+    assert crops.finest(np.full((128, 128), 7, np.uint8), 128)[0] == 0
+
+
+def test_textures_are_divided_by_place(tmp_path: Path) -> None:
+    """Training images from the left half, the others from the quarters on the right."""
+    picture = np.full((512, 512), 40, np.uint8)
+    picture[::2, :256], picture[::8, 256:] = 250, 250
+    crops.write_textures(tmp_path, {"stripes": picture}, images=3)
+    counts = {
+        split: len(list((tmp_path / split / "stripes").iterdir()))
+        for split in ("train", "val", "test")
+    }
+    assert counts == {"train": 3, "val": crops.HELD_OUT, "test": 2 * crops.HELD_OUT}
+    for split, period in (("train", 2), ("val", 8), ("test", 8)):
+        image = decode_file(tmp_path / split / "stripes" / "000.jpg")
+        assert image.shape == (crops.PHOTO, crops.PHOTO, 3)
+        assert abs(image.mean() - 128) < 8
+        strength = np.abs(np.fft.rfft(image[:, 200, 0] - image[:, 200, 0].mean()))
+        assert strength.argmax() % (crops.PHOTO / period) < 2

@@ -330,6 +330,7 @@ SPECIAL = {
     "schedule.warmup": st.sampled_from(["5%", "12.5 %", "100 steps", "1 epoch", "0.5 epochs"]),
     "monitor.metric": st.sampled_from(["top1", "loss", "macro_f1"]),
     "augment.crop_padding": st.just(0),
+    "augment.color_jitter": st.none() | st.tuples(*[st.floats(0, 2)] * 3, st.floats(0, 0.5)),
     # these belong to one choice alone
     "augment.policy": st.just("randaugment"),
     "augment.randaugment_ops": st.integers(1, 14),

@@ -60,6 +60,22 @@ def test_enhancements(
     assert torch.equal(photographs(), before)
 
 
+TURNS = [0.1, -0.37, 0.5, 0.0, -0.5, 0.25, 0.3, -0.2]
+
+
+def test_hue() -> None:
+    before = photographs().clone()
+    found = augment.hue(photographs(), torch.tensor(TURNS))
+    assert difference(found, one_by_one(reference.adjust_hue, TURNS)) <= 1
+    assert difference(found, before) > 100
+    assert torch.equal(photographs(), before)
+
+
+def test_invert() -> None:
+    found = augment.invert(photographs(), torch.zeros(8))
+    assert torch.equal(found, one_by_one(lambda image, _: reference.invert(image), [0.0] * 8))
+
+
 def test_posterize() -> None:
     bits = [1, 2, 3, 4, 5, 6, 7, 8]
     found = augment.posterize(photographs(), torch.tensor(bits, dtype=torch.float32))

@@ -1,7 +1,8 @@
-"""RandAugment and TrivialAugment against torchvision's own, told the same operations."""
+"""The policies and colour jitter against torchvision's own, told the same operations."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from distcls.errors import BadValue
-from distcls.training.augment import DRAWS, NAMES, Augment, make_policy
+from distcls.training.augment import (
+    DRAWS,
+    IMAGENET_POLICY,
+    NAMES,
+    NUMBERS,
+    Augment,
+    ColorJitter,
+    make_policy,
+)
 from distcls.training.config import POLICIES, AugmentConfig
 from distcls.training.sampler import uniforms
 from tests.test_operations import photographs
@@ -75,7 +85,100 @@ def test_layers_come_one_after_the_other() -> None:
     assert torch.equal(two(image, torch.cat([first, second], 1)), one(one(image, first), second))
 
 
-@pytest.mark.parametrize("policy", ["randaugment", "trivialaugment"])
+AUTO = v2.AutoAugment()
+
+
+def pair_by_torchvision(image: Tensor, row: int, applied: list[bool], sign: float) -> Tensor:
+    """An image changed by the applied ones of a pair of torchvision's ImageNet policy."""
+    done = image.permute(2, 0, 1)
+    for (name, _, level), chosen in zip(AUTO._policies[row], applied, strict=True):
+        space, signed = AUTO._AUGMENTATION_SPACE[name]
+        magnitudes = space(10, *done.shape[1:])
+        magnitude = 0.0 if magnitudes is None else float(magnitudes[level])
+        magnitude *= sign if signed else 1
+        if chosen:
+            transform = AUTO._apply_image_or_video_transform
+            done = transform(done, name, magnitude, BILINEAR, AUTO._fill)
+    return done.permute(1, 2, 0)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("row", range(25))
+def test_autoaugment(row: int, sign: float) -> None:
+    policy = make_policy(AugmentConfig(policy="autoaugment"))
+    side = 0.9 if sign > 0 else 0.1
+    chances = [pair[1] for pair in IMAGENET_POLICY[row]]
+    for given in itertools.product([0.05, 0.99], repeat=2):
+        applied = [drawn < chance for drawn, chance in zip(given, chances, strict=True)]
+        draws = torch.tensor([[(row + 0.5) / 25, given[0], side, given[1], side]])
+        found = policy(photographs()[:1], draws)[0]
+        expected = pair_by_torchvision(photographs()[0], row, applied, sign)
+        if sum(applied) < 2:
+            assert_same(found, expected)
+        else:  # a difference of 1 after the first operation may grow in the second
+            assert ((found.int() - expected.int()).abs() > 4).float().mean() < 0.01
+
+
+def test_the_pairs_are_torchvisions() -> None:
+    names = dict(zip(("Invert", *THEIRS), ("invert", *NAMES), strict=True))
+    theirs = [
+        tuple((names[name], chance, level or 0) for name, chance, level in pair)
+        for pair in AUTO._policies
+    ]
+    assert theirs == list(IMAGENET_POLICY)
+
+
+ORDERS = list(itertools.permutations(range(4)))
+ADJUST = (
+    *(functional.adjust_brightness, functional.adjust_contrast),
+    *(functional.adjust_saturation, functional.adjust_hue),
+)
+
+
+@pytest.mark.parametrize("order", range(24))
+def test_colour_jitter(order: int) -> None:
+    """The factors that torchvision's own draws its from, in each order."""
+    strengths = (0.4, 0.5, 1.5, 0.2)
+    theirs = v2.ColorJitter(*strengths)
+    ranges = [theirs.brightness, theirs.contrast, theirs.saturation, theirs.hue]
+    draws = torch.from_numpy(uniforms(order, 0, np.arange(8), 5))
+    draws[:, 0] = (order + 0.5) / 24
+    found = ColorJitter(strengths)(photographs(), draws)
+    for image, given, drawn in zip(found, photographs(), draws[:, 1:].tolist(), strict=True):
+        expected = given.permute(2, 0, 1)
+        for place in ORDERS[order]:
+            low, high = ranges[place]
+            expected = ADJUST[place](expected, low + drawn[place] * (high - low))
+        apart = (image.int() - expected.permute(1, 2, 0).int()).abs()
+        assert (apart > 2).float().mean() < 0.01  # rounding differs, and adds up
+    assert (found != photographs()).any()
+
+
+def test_colour_jitter_of_one_kind_is_that_operation() -> None:
+    for place, name in enumerate(("brightness", "contrast", "color", "hue")):
+        strengths = [0.0] * 4
+        strengths[place] = 0.3
+        jitter = ColorJitter(strengths)
+        assert sorted(jitter._ops.tolist()) == [0, 0, 0, NUMBERS[name]]
+        draws = torch.tensor([[0.3, 0.5, 0.5, 0.5, 0.5]])
+        changed = jitter(photographs()[:1], draws)  # factor 1, no turn
+        assert_same(changed[0], photographs()[0])
+
+
+def test_colour_jitter_comes_before_the_policy_and_moves_no_draws() -> None:
+    strengths = (0.4, 0.4, 0.4, 0.1)
+    both = Augment(AugmentConfig(policy="randaugment", color_jitter=strengths, flip=0.5), (90, 120))
+    flips = Augment(AugmentConfig(flip=0.5), (90, 120))
+    assert both.draws == DRAWS + 6 + 5
+    draws = torch.from_numpy(uniforms(0, 0, np.arange(8), both.draws))
+    flipped = flips(photographs(), draws)
+    jittered = ColorJitter(strengths)(flipped, draws[:, DRAWS + 6 :])
+    policy = make_policy(AugmentConfig(policy="randaugment"))
+    assert policy is not None
+    assert torch.equal(both(photographs(), draws), policy(jittered, draws[:, DRAWS : DRAWS + 6]))
+
+
+@pytest.mark.parametrize("policy", ["randaugment", "trivialaugment", "autoaugment"])
 def test_each_image_has_its_own_and_depends_on_no_other(policy: Any) -> None:
     chosen = make_policy(AugmentConfig(policy=policy))
     images = photographs().repeat(5, 1, 1, 1)
@@ -89,8 +192,6 @@ def test_each_image_has_its_own_and_depends_on_no_other(policy: Any) -> None:
     assert torch.equal(alone, whole)
     changed = (whole != images).flatten(1).any(1)
     assert changed.float().mean() > 0.5
-    ops = (draws[:, 0] * len(NAMES)).long()
-    assert len(set(ops.tolist())) > 9
 
 
 def test_every_operation_is_as_likely() -> None:
@@ -119,6 +220,9 @@ def test_within_the_augmentation() -> None:
     [
         ({"policy": "randaugment", "randaugment_magnitude": 31}, "randaugment_magnitude"),
         ({"policy": "randaugment", "randaugment_ops": 0}, "randaugment_ops"),
+        ({"color_jitter": (0.4, 0.4, -0.4, 0.1)}, "color_jitter"),
+        ({"color_jitter": (0.4, 0.4, 0.4, 0.6)}, "color_jitter"),
+        ({"color_jitter": (float("inf"), 0.4, 0.4, 0.1)}, "color_jitter"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], key: str) -> None:
@@ -138,8 +242,8 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], key: str) -> None:
             "trivialaugment does not read it",
         ),
         (
-            {"policy": "autoaugment"},
-            "policy: 'autoaugment' is not valid, .*did you mean 'randaugment'",
+            {"policy": "randaument"},
+            "policy: 'randaument' is not valid, .*did you mean 'randaugment'",
         ),
     ],
 )

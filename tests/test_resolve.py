@@ -169,7 +169,7 @@ def test_filling_twice_changes_nothing() -> None:
         ("optimizer.momentum", "0.5"),
         ("loss.focal_gamma", "2"),
         ("loss.name", "crossentropy"),
-        ("augment.policy", "autoaugment"),
+        ("augment.policy", "autoaugmentt"),
         ("augment.randaugment_ops", "2"),
         ("optimizer.name", "adamv"),
         ("model.name", "resnet19"),

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 
 from distcls.data.source import SPLITS, Images, ImageSource, state_of, to_rgb
 from distcls.errors import BadImage, BadValue, UsageError, did_you_mean
-from distcls.imaging import decode_file
-from distcls.imaging.decode import read_file
+from distcls.imaging.decode import Downscale, decode, read_file
 from distcls.task import Task
 
 Value = TypeVar("Value")
@@ -163,10 +162,13 @@ class Split(ImageSource):
         """See `ImageSource`; BadImage with the file's path."""
         return super().read(index) if self.packed else self._with_path(index, read_file)
 
-    def image(self, index: int) -> Images:
-        """See `ImageSource`; BadImage with the file's path."""
+    def image(self, index: int, downscale: Downscale | None = None) -> Images:
+        """See `ImageSource`; BadImage with the file's path.
+
+        `downscale` is that of `decode`, for files; a pack has its images in full size.
+        """
         if not self.packed:
-            return self._with_path(index, decode_file)
+            return self._with_path(index, lambda path: decode(read_file(path), downscale=downscale))
         offsets, shapes = self._places
         start, shape = int(offsets[index]), shapes[index]
         pixels = self._pack[start : start + int(np.prod(shape))].reshape(shape)

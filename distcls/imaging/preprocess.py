@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import cv2
 import numpy as np
@@ -34,6 +34,15 @@ LONGEST = 16
 30,000 pixels, scaled to be 224 high, would take 4.5 GB."""
 
 Image = NDArray[np.uint8]
+
+
+class Box(NamedTuple):
+    """A region of an image, in whole pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +82,14 @@ class Preprocess:
         if self.resize == "crop":
             return self._crop(image)
         return self._pad(image)
+
+    def region(self, image: Image, box: Box) -> Image:
+        """Bring a region of uint8 RGB [h, w, 3] to uint8 RGB [size[0], size[1], 3].
+
+        Its aspect ratio is ignored, as are `resize` and `crop_fraction`.
+        """
+        part = image[box.top : box.top + box.height, box.left : box.left + box.width]
+        return np.ascontiguousarray(self._scale(part, self.size))
 
     def keeps(self, shape: tuple[int, ...]) -> bool:
         """Whether images of this shape (height, width, ...) pass unchanged."""

@@ -1,10 +1,15 @@
-"""Augmentation of whole batches, vectorised, on the training device: crops, flips, policies.
+"""Augmentation of whole batches, vectorised, on the training device: flips, crops, policies.
 
 Each takes images uint8 [B, H, W, 3] and one amount per image, float32 [B] on the same device, and
 returns uint8 of that shape; `tests/test_operations.py` holds it to torchvision's kernels.
 
-RandAugment: Cubuk et al., 2019; TrivialAugment (wide): Mueller, Hutter, 2021. Operations, ranges
-and strengths are torchvision's; pixels between pixels are bilinear, where its default is nearest.
+AutoAugment: Cubuk et al., 2018; RandAugment: Cubuk et al., 2019; TrivialAugment (wide): Mueller,
+Hutter, 2021; colour jitter. Operations, ranges and strengths are torchvision's; pixels between
+pixels are bilinear, where its default is nearest.
+
+Random resized crops of images larger than the network's input are cut out of the original pixels
+while they are read (`loader.RandomResizedCrop`), before everything here; those of small images are
+cut here.
 
 Every image's random numbers come from (seed, epoch, image), so neither the number of processes nor
 that of workers changes what the network sees.
@@ -13,8 +18,9 @@ that of workers changes what the network sees.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -111,6 +117,31 @@ def equalize(images: Tensor, _: Tensor) -> Tensor:
     return spread.to(torch.uint8).reshape(shape).permute(0, 2, 3, 1)
 
 
+def invert(images: Tensor, _: Tensor) -> Tensor:
+    """The negative."""
+    return 255 - images
+
+
+def hue(images: Tensor, turn: Tensor) -> Tensor:
+    """Turn each pixel's hue by a fraction of the colour circle, -0.5 to 0.5; HSV's value and
+    saturation stay."""
+    pixels = images.float()
+    red, green, blue = pixels.unbind(-1)
+    value, chroma = pixels.amax(-1), pixels.amax(-1) - pixels.amin(-1)
+    divisor = chroma.clamp(min=1)  # of a grey pixel any hue will do
+    sector = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
+    )
+    sector = sector + 6 * turn[:, None, None]
+    # HSV to RGB without cases: all channels are one function of the hue, at other places of it
+    places = (sector[..., None] + torch.arange(5, 0, -2, device=images.device)) % 6
+    missing = torch.minimum(places, 4 - places).clamp(0, 1)
+    turned = value[..., None] - chroma[..., None] * missing
+    return (turned * (255.999 / 255)).to(torch.uint8)  # torchvision's rounding, from 0..1
+
+
 def _grey(images: Tensor) -> Tensor:
     """Luminance in whole numbers, float32 [B, H, W, 1]."""
     red, green, blue = images.float().unbind(-1)
@@ -129,6 +160,8 @@ NAMES = (
     *("brightness", "color", "contrast", "sharpness"),
     *("posterize", "solarize", "autocontrast", "equalize"),
 )
+"""Operations that RandAugment and TrivialAugment choose from."""
+NUMBERS = {name: number for number, name in enumerate((*NAMES, "invert", "hue"))}
 GEOMETRIC = range(1, 6)
 """Operations that are one affine map, which all their images are sampled by at once."""
 SIGNED = range(1, 10)
@@ -143,6 +176,8 @@ COLOURS: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
     11: solarize,
     12: autocontrast,
     13: equalize,
+    14: invert,
+    15: hue,
 }
 
 
@@ -166,6 +201,13 @@ def make_policy(config: AugmentConfig) -> Policy | None:
         return None
     made: Policy = POLICIES.find(config.policy).value(POLICIES.filled(config))
     return made
+
+
+@POLICIES.register("autoaugment")
+def autoaugment(config: AugmentConfig) -> AutoAugment:
+    """Cubuk et al.: AutoAugment, 2018; the policy found on ImageNet."""
+    del config
+    return AutoAugment()
 
 
 @POLICIES.register("randaugment", randaugment_ops=2, randaugment_magnitude=9)
@@ -200,8 +242,7 @@ class RandomOperations:
         The draws should lie on the CPU, wherever the images are: which operation an image gets
         decides which kernels are launched, and reading that back would make a GPU wait.
         """
-        if images.is_floating_point():
-            images = images.round().clamp(0, 255).to(torch.uint8)
+        images = _whole(images)
         for layer in draws.cpu().reshape(-1, self.layers, 3).unbind(1):
             ops = (layer[:, 0] * len(NAMES)).long()
             amounts = self._amounts(ops, layer, *images.shape[1:3])
@@ -213,21 +254,126 @@ class RandomOperations:
         level = torch.full_like(layer[:, 2], self._level)
         if self._wide:
             level = (layer[:, 2] * (LEVELS + 1)).floor()
-        sign = torch.where(layer[:, 1] < 0.5, -1.0, 1.0)
-        amounts = level * torch.tensor(self._reach(height, width))[ops] / LEVELS
-        amounts = torch.where((ops >= SIGNED.start) & (ops < SIGNED.stop), sign * amounts, amounts)
-        amounts = torch.where((ops == 3) | (ops == 4), amounts.trunc(), amounts)
-        amounts = torch.where((ops >= 6) & (ops <= 9), 1 + amounts, amounts)
-        amounts = torch.where(ops == 10, (8 - amounts).round(), amounts)
-        return torch.where(ops == 11, 255 * (LEVELS - level) / LEVELS, amounts)
+        reach = WIDE_REACH if self._wide else _reach(height, width)
+        return _amounts(ops, level, layer[:, 1] < 0.5, reach)
 
-    def _reach(self, height: int, width: int) -> list[float]:
-        """The greatest amount of each operation: slopes, pixels, degrees, fractions, bits lost."""
-        if self._wide:
-            geometric = [0.99, 0.99, 32.0, 32.0, 135.0]
-            return [0.0, *geometric, 0.99, 0.99, 0.99, 0.99, 6.0, 0.0, 0.0, 0.0]
-        geometric = [0.3, 0.3, 150 / 331 * width, 150 / 331 * height, 30.0]
-        return [0.0, *geometric, 0.9, 0.9, 0.9, 0.9, 4.0, 0.0, 0.0, 0.0]
+
+class AutoAugment:
+    """Applies one of 25 pairs of operations to each image, either with its own probability."""
+
+    draws = 5
+    """Random numbers that one image needs: the pair, and whether and with which sign each of its
+    operations is applied."""
+
+    def __init__(self) -> None:
+        rows = [
+            [(NUMBERS[name], probability, magnitude) for name, probability, magnitude in pair]
+            for pair in IMAGENET_POLICY
+        ]
+        self._pairs = torch.tensor(rows)
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """See `Policy`."""
+        images, draws = _whole(images), draws.cpu()
+        pairs = self._pairs[(draws[:, 0] * len(self._pairs)).long()]
+        chances = draws[:, 1:].reshape(-1, 2, 2)
+        for drawn, chance in zip(pairs.unbind(1), chances.unbind(1), strict=True):
+            numbers, probability, magnitude = drawn.unbind(1)
+            ops = torch.where(chance[:, 0] < probability, numbers, 0).long()
+            levels = magnitude * LEVELS / 9  # the paper's magnitudes go from 0 to 9
+            reach = _reach(*images.shape[1:3])
+            images = _apply(images, ops, _amounts(ops, levels, chance[:, 1] < 0.5, reach))
+        return images
+
+
+IMAGENET_POLICY = (
+    (("posterize", 0.4, 8), ("rotate", 0.6, 9)),
+    (("solarize", 0.6, 5), ("autocontrast", 0.6, 0)),
+    (("equalize", 0.8, 0), ("equalize", 0.6, 0)),
+    (("posterize", 0.6, 7), ("posterize", 0.6, 6)),
+    (("equalize", 0.4, 0), ("solarize", 0.2, 4)),
+    (("equalize", 0.4, 0), ("rotate", 0.8, 8)),
+    (("solarize", 0.6, 3), ("equalize", 0.6, 0)),
+    (("posterize", 0.8, 5), ("equalize", 1.0, 0)),
+    (("rotate", 0.2, 3), ("solarize", 0.6, 8)),
+    (("equalize", 0.6, 0), ("posterize", 0.4, 6)),
+    (("rotate", 0.8, 8), ("color", 0.4, 0)),
+    (("rotate", 0.4, 9), ("equalize", 0.6, 0)),
+    (("equalize", 0.0, 0), ("equalize", 0.8, 0)),
+    (("invert", 0.6, 0), ("equalize", 1.0, 0)),
+    (("color", 0.6, 4), ("contrast", 1.0, 8)),
+    (("rotate", 0.8, 8), ("color", 1.0, 2)),
+    (("color", 0.8, 8), ("solarize", 0.8, 7)),
+    (("sharpness", 0.4, 7), ("invert", 0.6, 0)),
+    (("shear_x", 0.6, 5), ("equalize", 1.0, 0)),
+    (("color", 0.4, 0), ("equalize", 0.6, 0)),
+    (("equalize", 0.4, 0), ("solarize", 0.2, 4)),
+    (("solarize", 0.6, 5), ("autocontrast", 0.6, 0)),
+    (("invert", 0.6, 0), ("equalize", 1.0, 0)),
+    (("color", 0.6, 4), ("contrast", 1.0, 8)),
+    (("equalize", 0.8, 0), ("equalize", 0.6, 0)),
+)
+"""Pairs of (operation, probability, magnitude from 0 to 9); the paper's table 9."""
+
+
+class ColorJitter:
+    """Brightness, contrast, saturation and hue by random factors, in random order.
+
+    As torchvision's: factors are uniform in [max(0, 1 - strength), 1 + strength], the hue turns by
+    up to its strength either way.
+    """
+
+    draws = 5
+    """Random numbers that one image needs: the order, and the four factors."""
+
+    def __init__(self, strengths: Sequence[float]) -> None:
+        """Strengths of brightness, contrast, saturation and hue; 0 leaves one out."""
+        names = ("brightness", "contrast", "color", "hue")
+        used = zip(names, strengths, strict=True)
+        self._ops = torch.tensor(
+            [NUMBERS[name if strength else "identity"] for name, strength in used]
+        )
+        *around_one, hue_strength = strengths
+        self._low = torch.tensor([*(max(0.0, 1 - each) for each in around_one), -hue_strength])
+        self._high = torch.tensor([*(1 + each for each in around_one), hue_strength])
+        self._orders = torch.tensor(list(itertools.permutations(range(4))))
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """See `Policy`."""
+        images, draws = _whole(images), draws.cpu()
+        orders = self._orders[(draws[:, 0] * len(self._orders)).long()]
+        factors = self._low + draws[:, 1:] * (self._high - self._low)
+        for place in orders.unbind(1):
+            images = _apply(images, self._ops[place], factors.gather(1, place[:, None])[:, 0])
+        return images
+
+
+WIDE_REACH = [0.0, 0.99, 0.99, 32.0, 32.0, 135.0, *[0.99] * 4, 6.0, *[0.0] * 5]
+"""As `_reach`, of TrivialAugment's wide space."""
+
+
+def _reach(height: int, width: int) -> list[float]:
+    """The greatest amount of each operation: slopes, pixels, degrees, fractions, bits lost."""
+    geometric = [0.3, 0.3, 150 / 331 * width, 150 / 331 * height, 30.0]
+    return [0.0, *geometric, *[0.9] * 4, 4.0, *[0.0] * 5]
+
+
+def _amounts(ops: Tensor, level: Tensor, negative: Tensor, reach: Sequence[float]) -> Tensor:
+    """The argument of each image's operation of this level (0 to LEVELS), float32 [B]."""
+    amounts = level * torch.tensor(reach)[ops] / LEVELS
+    signed = (ops >= SIGNED.start) & (ops < SIGNED.stop)
+    amounts = torch.where(signed & negative, -amounts, amounts)
+    amounts = torch.where((ops == 3) | (ops == 4), amounts.trunc(), amounts)
+    amounts = torch.where((ops >= 6) & (ops <= 9), 1 + amounts, amounts)
+    amounts = torch.where(ops == 10, (8 - amounts).round(), amounts)
+    return torch.where(ops == 11, 255 * (LEVELS - level) / LEVELS, amounts)
+
+
+def _whole(images: Tensor) -> Tensor:
+    """Images in 0..255 as uint8."""
+    if not images.is_floating_point():
+        return images
+    return images.round().clamp(0, 255).to(torch.uint8)
 
 
 def _apply(images: Tensor, ops: Tensor, amounts: Tensor) -> Tensor:
@@ -265,32 +411,46 @@ def _theta(ops: Tensor, amounts: Tensor, height: int, width: int) -> Tensor:
 
 
 CANVAS = 1.15
-"""Random resized crops are cut from an image this much larger than the input, so that most of them
-shrink rather than enlarge (the 256 to 224 of common practice)."""
+"""Random resized crops of small images are cut from an image this much larger than the input, so
+that the largest of them shrink rather than enlarge."""
 
 ASPECT = math.log(4 / 3)
 ERASE_AREA, ERASE_ASPECT = (0.02, 0.33), math.log(3.3)
 DRAWS = 14
-"""Random numbers that one image needs, besides those of a policy."""
+"""Random numbers that one image needs, besides those of a policy and of colour jitter, which come
+after them in this order: an option that is switched on changes no other's draws."""
 
 
 class Augment:
-    """Turns uint8 batches of canvas size into batches of the input's size."""
+    """Turns uint8 batches of canvas size into batches of the input's size.
 
-    def __init__(self, config: AugmentConfig, size: tuple[int, int]) -> None:
+    In this order: crop (unless the loader did), flip and rotation; colour jitter; policy; erasing.
+    """
+
+    def __init__(
+        self, config: AugmentConfig, size: tuple[int, int], *, cropped: bool = False
+    ) -> None:
+        """`cropped`: images come as random resized crops already, of the input's size. A rotation
+        then turns the crop, about its centre, and black moves into its corners."""
         self.config = config
         self.size = size
+        self._area = None if cropped else config.resized_crop
         self._policy = make_policy(config)
+        self._jitter = None if config.color_jitter is None else ColorJitter(config.color_jitter)
 
     @property
     def draws(self) -> int:
         """Random numbers that one image needs."""
+        return self._before_jitter + (0 if self._jitter is None else self._jitter.draws)
+
+    @property
+    def _before_jitter(self) -> int:
         return DRAWS + (0 if self._policy is None else self._policy.draws)
 
     @property
     def canvas(self) -> tuple[int, int]:
         """Height and width that images have to come in."""
-        if self.config.resized_crop is None:
+        if self._area is None:
             return self.size
         return (round(self.size[0] * CANVAS), round(self.size[1] * CANVAS))
 
@@ -307,12 +467,14 @@ class Augment:
         """
         config, host = self.config, draws
         draws = draws.to(images.device)
-        if config.resized_crop is not None or config.rotate:
+        if self._area is not None or config.rotate:
             images = self._warp(images, draws)
         elif config.crop_padding or config.flip:
             images = self._shift_and_flip(images, draws)
+        if self._jitter is not None:
+            images = self._jitter(images, host[:, self._before_jitter : self.draws])
         if self._policy is not None:
-            images = self._policy(images, host[:, DRAWS : self.draws])
+            images = self._policy(images, host[:, DRAWS : self._before_jitter])
         if config.erase:
             images = self._erase(images, draws)
         return images
@@ -351,12 +513,12 @@ class Augment:
 
     def _boxes(self, draws: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
         """Height, width and centre (y, x) of each image's crop, in pixels, each [B]."""
-        if self.config.resized_crop is None:
+        if self._area is None:
             whole = torch.ones_like(draws[:, 0])
             shift = (draws[:, 1:3] * 2 - 1) * self.config.crop_padding
             centre_y, centre_x = height / 2 + shift[:, 0], width / 2 + shift[:, 1]
             return height * whole, width * whole, centre_y, centre_x
-        low, high = self.config.resized_crop
+        low, high = self._area
         area = low + draws[:, 4] * (high - low)
         aspect = torch.exp((draws[:, 5] * 2 - 1) * ASPECT)
         box_h = (torch.sqrt(area / aspect)).clamp(max=1) * height

@@ -66,10 +66,12 @@ class InputConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """Data loading; none of it changes the result."""
+    """Data loading; none of it changes the result, but for `pack` where it says so."""
 
     pack: Literal["auto", "on", "off"] = "auto"
-    """Read decoded images from the dataset's pack: where there is one, always, or never."""
+    """Read decoded images from the dataset's pack: where there is one, always, or never. The same
+    images, but for JPEG files under `augment.resized_crop`: decoded at a reduced size where a crop
+    allows it, their pixels differ slightly from the pack's."""
     workers: int | None = None
     """Decoding threads; default: the cores of this process."""
     prefetch: int = 3
@@ -93,20 +95,26 @@ class AugmentConfig:
     crop_padding: int = 0
     """Random crop: shift by up to this many pixels either way; black moves in."""
     resized_crop: tuple[float, float] | None = None
-    """Random resized crop: smallest and largest fraction of the area, such as 0.35,1."""
+    """Random resized crop: smallest and largest fraction of the area, such as 0.35,1, of an aspect
+    ratio of 3/4 to 4/3 of the input's. Cut out of the original pixels, whatever `input.resize`
+    says; of images up to 64 pixels and no larger than the input, out of the enlarged image."""
     rotate: float = 0.0
-    """Random rotation by up to this many degrees either way."""
+    """Random rotation by up to this many degrees either way, after the crop; black moves in."""
     erase: float = 0.0
     """Probability of erasing a rectangle of 2 to 33 % of the area with one random colour
     (Zhong et al.: Random Erasing Data Augmentation, 2017)."""
     policy: str | None = None
-    """Random operations out of torchvision's fourteen: randaugment (Cubuk et al., 2019) applies
-    multiple ones of one magnitude, trivialaugment (Mueller, Hutter, 2021) one of a random one; or
-    module:attribute of your own; null is off."""
+    """Random operations, torchvision's: autoaugment (Cubuk et al., 2018) applies pairs that were
+    found on ImageNet, randaugment (Cubuk et al., 2019) multiple ones of one magnitude,
+    trivialaugment (Mueller, Hutter, 2021) one of a random one; or module:attribute of your own;
+    null is off."""
     randaugment_ops: int | None = None
     """randaugment: operations applied one after the other; default 2."""
     randaugment_magnitude: int | None = None
     """randaugment: magnitude of the operations, 0 to 30; default 9."""
+    color_jitter: tuple[float, float, float, float] | None = None
+    """Colour jitter: how far brightness, contrast, saturation (0 or more, such as 0.4: factors of
+    0.6 to 1.4) and hue (0 to 0.5) change at most, such as 0.4,0.4,0.4,0.1; null is off."""
     mixup: float = 0.0
     """Alpha of mixup (Zhang et al., 2017): each image becomes a mean of two, weighted by
     Beta(alpha, alpha), and its label too; 0 is off, 0.2 is common."""
@@ -131,6 +139,11 @@ class AugmentConfig:
             clash = self.crop_padding == 0
             require(clash, "crop_padding", self.crop_padding, "0 where resized_crop is on")
         self._check_policy()
+        if self.color_jitter is not None:
+            *factors, hue = self.color_jitter
+            valid = all(0 <= each < math.inf for each in factors) and 0 <= hue <= 0.5
+            expected = "three numbers of 0 or more and one from 0 to 0.5, or null"
+            require(valid, "color_jitter", self.color_jitter, expected)
         self._check_mixing()
 
     def _check_policy(self) -> None:

@@ -36,7 +36,7 @@ from distcls.training.fsdp import (
     load_full_state,
 )
 from distcls.training.inputs import TrainingInput
-from distcls.training.loader import Batch, make_loader
+from distcls.training.loader import Batch, make_crops, make_loader
 from distcls.training.losses import Objective
 from distcls.training.optim import make_optimizer
 from distcls.training.sampler import EpochSampler, MicroBatching, ShardedSampler
@@ -115,10 +115,11 @@ class Engine:
         self._freezing = FreezeSchedule(
             config.freeze, self._model, self.steps_per_epoch, chosen(config.epochs)
         )
-        self._augment = Augment(config.augment, preprocess.size)
+        crops = make_crops(config.augment, data.train, preprocess.size, config.seed)
+        self._augment = Augment(config.augment, preprocess.size, cropped=crops is not None)
         self._objective = Objective(config, data, self._augment, accelerator.device)
         reading = self._augment.reading(preprocess)
-        self._train_loader = make_loader(config.loader, data.train, reading, accelerator)
+        self._train_loader = make_loader(config.loader, data.train, reading, accelerator, crops)
         self._val_loader = make_loader(config.loader, data.val, preprocess, accelerator)
         self._shards = ShardedSampler(
             rank=accelerator.process_index,
@@ -169,7 +170,7 @@ class Engine:
         micro_batches = self._shards.training(
             self._data.train_samples, self._sampler, epoch, first, self.micro_batching.accumulate
         )
-        batches = self._train_loader.batches(micro_batches)
+        batches = self._train_loader.batches(micro_batches, epoch)
         with contextlib.closing(batches):
             for step in range(first, self.steps_per_epoch):
                 begin, end = self._sampler.bounds(step)

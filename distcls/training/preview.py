@@ -17,7 +17,7 @@ from distcls.task import Task
 from distcls.training.augment import Augment
 from distcls.training.config import DistillConfig, TrainConfig, chosen
 from distcls.training.inputs import choose_preprocess, open_input
-from distcls.training.loader import Loader
+from distcls.training.loader import Loader, make_crops
 from distcls.training.losses import Examples, Objective
 from distcls.training.recipe import fill_recipe
 from distcls.training.resolve import require_usable
@@ -63,7 +63,8 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
         size=preprocess.size,
         pretrained=weights is not None,
     )
-    augment = Augment(config.augment, preprocess.size)
+    crops = make_crops(config.augment, data.train, preprocess.size, config.seed)
+    augment = Augment(config.augment, preprocess.size, cropped=crops is not None)
     # a teacher sees the same images and changes none
     config = dataclasses.replace(config, distill=DistillConfig())
     objective = Objective(config, data, augment, _training_device())
@@ -78,10 +79,11 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
         workers=config.loader.workers or available_cores(),
         prefetch=1,
         timeout=config.loader.timeout,
+        crops=crops,
     )
     images: list[Tensor] = []
     labels: list[str] = []
-    with contextlib.closing(loader.batches(filter(len, micro_batches))) as batches:
+    with contextlib.closing(loader.batches(filter(len, micro_batches), epoch)) as batches:
         for batch in batches:
             examples = objective.examples(epoch, batch)
             images.append(examples.images.cpu())

@@ -71,8 +71,12 @@ def shard(batch: Indices, rank: int, world_size: int, *, group_size: int = 1) ->
     return np.compress(groups % world_size == rank, batch)
 
 
-def uniforms(seed: int, epoch: int, samples: Indices, draws: int) -> NDArray[np.float32]:
+def uniforms(
+    seed: int, epoch: int, samples: Indices, draws: int, *, first: int = 0
+) -> NDArray[np.float32]:
     """`draws` random numbers in [0, 1) for each sample, float32 [len(samples), draws].
+
+    They are those from number `first` on of a sample's own sequence.
 
     They are a function of (seed, epoch, sample): an image is augmented the same way on any process
     or worker. A counter-based generator: SplitMix64's finaliser (Steele, Lea, Flood: Fast
@@ -80,7 +84,8 @@ def uniforms(seed: int, epoch: int, samples: Indices, draws: int) -> NDArray[np.
     """
     root = _mix(np.array([seed], np.uint64) * _WEYL + np.uint64(epoch))
     keys = _mix(samples.astype(np.uint64) * _WEYL + root)
-    counters = keys[:, None] + np.arange(1, draws + 1, dtype=np.uint64)[None, :] * _WEYL
+    numbers = np.arange(first + 1, first + draws + 1, dtype=np.uint64)
+    counters = keys[:, None] + numbers[None, :] * _WEYL
     return ((_mix(counters) >> np.uint64(40)).astype(np.float32)) * np.float32(2**-24)
 
 

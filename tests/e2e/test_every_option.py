@@ -100,6 +100,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "augment.policy": ("trivialaugment", {}, WEIGHTS),
     "augment.randaugment_ops": (1, RANDAUGMENT, WEIGHTS),
     "augment.randaugment_magnitude": (20, RANDAUGMENT, WEIGHTS),
+    "augment.color_jitter": ("0.4,0.4,0.4,0.1", {}, WEIGHTS),
     "augment.mixup": (0.4, {}, WEIGHTS),
     "augment.cutmix": (1, {}, WEIGHTS),
     "augment.mix_probability": (0.5, BOTH_MIXED, WEIGHTS),
