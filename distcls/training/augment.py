@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distcls.imaging import Preprocess
-from distcls.training.config import POLICIES, AugmentConfig
+from distcls.training.config import POLICIES, AugmentConfig, chosen
 
 GREY = (0.2989, 0.587, 0.114)
 """Luminance of red, green and blue (ITU-R BT.601), with torchvision's digits."""
@@ -432,9 +432,11 @@ class Augment:
     ) -> None:
         """`cropped`: images come as random resized crops already, of the input's size. A rotation
         then turns the crop, about its centre, and black moves into its corners."""
+        config = config.without_auto()
         self.config = config
         self.size = size
-        self._area = None if cropped else config.resized_crop
+        self._flip, self._padding = chosen(config.flip), chosen(config.crop_padding)
+        self._area = None if cropped else chosen(config.resized_crop)
         self._policy = make_policy(config)
         self._jitter = None if config.color_jitter is None else ColorJitter(config.color_jitter)
 
@@ -469,7 +471,7 @@ class Augment:
         draws = draws.to(images.device)
         if self._area is not None or config.rotate:
             images = self._warp(images, draws)
-        elif config.crop_padding or config.flip:
+        elif self._padding or self._flip:
             images = self._shift_and_flip(images, draws)
         if self._jitter is not None:
             images = self._jitter(images, host[:, self._before_jitter : self.draws])
@@ -481,12 +483,12 @@ class Augment:
 
     def _shift_and_flip(self, images: Tensor, draws: Tensor) -> Tensor:
         height, width = self.size
-        padding = self.config.crop_padding
+        padding = self._padding
         padded = F.pad(images, (0, 0, padding, padding, padding, padding))
         offsets = (draws[:, 1:3] * (2 * padding + 1)).long()
         rows = offsets[:, :1] + torch.arange(height, device=images.device)
         columns = torch.arange(width, device=images.device).expand(len(images), width)
-        mirrored = draws[:, :1] < self.config.flip
+        mirrored = draws[:, :1] < self._flip
         columns = offsets[:, 1:] + torch.where(mirrored, width - 1 - columns, columns)
         batch = torch.arange(len(images), device=images.device)
         return padded[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
@@ -495,7 +497,7 @@ class Augment:
         """Crop, flip and rotation as one affine map, sampled bilinearly."""
         height, width = images.shape[1:3]
         box_h, box_w, centre_y, centre_x = self._boxes(draws, height, width)
-        sign = torch.where(draws[:, 0] < self.config.flip, -1.0, 1.0)
+        sign = torch.where(draws[:, 0] < self._flip, -1.0, 1.0)
         angle = (draws[:, 3] * 2 - 1) * math.radians(self.config.rotate)
         cos, sin = torch.cos(angle), torch.sin(angle)
         # rows map output coordinates in [-1, 1] to input ones; lengths in between are in pixels
@@ -505,7 +507,7 @@ class Augment:
         grid = F.affine_grid(theta, [len(images), 3, *self.size], align_corners=False)
         pixels = images.permute(0, 3, 1, 2).float()
         # a plain crop never leaves the image, but interpolation at its rim would mix black in
-        outside = "zeros" if self.config.rotate or self.config.crop_padding else "border"
+        outside = "zeros" if self.config.rotate or self._padding else "border"
         warped = F.grid_sample(
             pixels, grid, mode="bilinear", padding_mode=outside, align_corners=False
         )
@@ -515,7 +517,7 @@ class Augment:
         """Height, width and centre (y, x) of each image's crop, in pixels, each [B]."""
         if self._area is None:
             whole = torch.ones_like(draws[:, 0])
-            shift = (draws[:, 1:3] * 2 - 1) * self.config.crop_padding
+            shift = (draws[:, 1:3] * 2 - 1) * self._padding
             centre_y, centre_x = height / 2 + shift[:, 0], width / 2 + shift[:, 1]
             return height * whole, width * whole, centre_y, centre_x
         low, high = self._area

@@ -90,12 +90,14 @@ class LoaderConfig:
 class AugmentConfig:
     """Data augmentation of training images, drawn per image from (seed, epoch, image)."""
 
-    flip: float = 0.0
-    """Probability of a horizontal mirror image."""
-    crop_padding: int = 0
-    """Random crop: shift by up to this many pixels either way; black moves in."""
-    resized_crop: tuple[float, float] | None = None
-    """Random resized crop: smallest and largest fraction of the area, such as 0.35,1, of an aspect
+    flip: float | Auto = "auto"
+    """Probability of a horizontal mirror image; auto: 0.5, but 0 where the classes are characters
+    or an image has several outputs."""
+    crop_padding: int | Auto = "auto"
+    """Random crop: shift by up to this many pixels either way; black moves in; auto: an eighth of
+    the side of inputs up to 64 pixels."""
+    resized_crop: tuple[float, float] | Auto | None = "auto"
+    """Random resized crop (auto: 0.35,1 for inputs of more than 64 pixels): smallest and largest fraction of the area, such as 0.35,1, of an aspect
     ratio of 3/4 to 4/3 of the input's. Cut out of the original pixels, whatever `input.resize`
     says; of images up to 64 pixels and no larger than the input, out of the enlarged image."""
     rotate: float = 0.0
@@ -129,15 +131,18 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         for name in ("flip", "erase"):
             value = getattr(self, name)
-            require(0 <= value <= 1, name, value, "a probability from 0 to 1")
-        require(self.crop_padding >= 0, "crop_padding", self.crop_padding, "0 or more pixels")
+            valid = value == "auto" or 0 <= value <= 1
+            require(valid, name, value, "a probability from 0 to 1")
+        padding = self.crop_padding
+        valid = padding == "auto" or padding >= 0
+        require(valid, "crop_padding", padding, "0 or more pixels")
         require(0 <= self.rotate <= 180, "rotate", self.rotate, "0 to 180 degrees")
-        if self.resized_crop is not None:
+        if self.resized_crop is not None and self.resized_crop != "auto":
             low, high = self.resized_crop
             valid = 0 < low <= high <= 1
             require(valid, "resized_crop", self.resized_crop, "two fractions, 0 < low <= high <= 1")
-            clash = self.crop_padding == 0
-            require(clash, "crop_padding", self.crop_padding, "0 where resized_crop is on")
+            fits = padding in (0, "auto")
+            require(fits, "crop_padding", padding, "0 where resized_crop is on")
         self._check_policy()
         if self.color_jitter is not None:
             *factors, hue = self.color_jitter
@@ -166,6 +171,12 @@ class AugmentConfig:
             require(0 <= cutmix <= 1, "cutmix_probability", cutmix, expected)
             both = self.mixup > 0 and self.cutmix > 0
             require(both, "cutmix_probability", cutmix, "null unless mixup and cutmix are both on")
+
+    def without_auto(self) -> AugmentConfig:
+        """The same with everything off that is still `auto`."""
+        off: dict[str, Any] = {"flip": 0.0, "crop_padding": 0, "resized_crop": None}
+        still = {name: value for name, value in off.items() if getattr(self, name) == "auto"}
+        return dataclasses.replace(self, **still)
 
     @property
     def resolved_cutmix_probability(self) -> float:

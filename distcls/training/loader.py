@@ -26,7 +26,7 @@ from distcls.data.source import to_rgb
 from distcls.errors import DistclsError
 from distcls.imaging.preprocess import Box, Image, Preprocess
 from distcls.system import available_cores
-from distcls.training.config import SMALL_IMAGE, AugmentConfig, LoaderConfig
+from distcls.training.config import SMALL_IMAGE, AugmentConfig, LoaderConfig, chosen
 from distcls.training.inputs import SIZES_READ
 from distcls.training.sampler import Indices, uniforms
 
@@ -150,9 +150,10 @@ def make_crops(
     than the network's input have to be enlarged in any case, and are cut on the device for a whole
     batch at once (see `Augment`). Raises BadImage if one of the first images cannot be read.
     """
-    if config.resized_crop is None or _small(split, size):
+    area = chosen(config.without_auto().resized_crop)
+    if area is None or _small(split, size):
         return None
-    return RandomResizedCrop(area=config.resized_crop, size=size, seed=seed)
+    return RandomResizedCrop(area=area, size=size, seed=seed)
 
 
 def _small(split: Split, size: tuple[int, int]) -> bool:

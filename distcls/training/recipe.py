@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from distcls.task import Task
 from distcls.training.config import AugmentConfig, TrainConfig
@@ -97,7 +98,35 @@ def fill_augment(
     is mirrored where classes are characters, or an image has several outputs, which may stand at
     fixed places.
     """
-    return config, []
+    characters = task.single and are_characters(task.classes)
+    small = max(size) <= SMALL_IMAGE
+    mirrored = task.single and not characters
+    cropped = not small and task.single
+    values: dict[str, Any] = {
+        "flip": 0.5 if mirrored else 0.0,
+        "resized_crop": CROP if cropped and config.crop_padding in (0, "auto") else None,
+        "crop_padding": max(1, min(size) // SHIFT) if small else 0,
+    }
+    if config.resized_crop not in (None, "auto"):
+        values["crop_padding"] = 0
+    auto = {name: value for name, value in values.items() if getattr(config, name) == "auto"}
+    if not auto:
+        return config, []
+    filled = dataclasses.replace(config, **auto)
+    kind = "characters" if characters else "small images" if small else "photographs"
+    kind = kind if task.single else "several outputs per image"
+    return filled, [f"augment    {_in_words(filled)} (auto: {kind})"]
+
+
+def _in_words(config: AugmentConfig) -> str:
+    """The flips, shifts and crops of a config."""
+    crop = chosen(config.resized_crop)
+    parts = [
+        f"flips {chosen(config.flip):g}" if config.flip else "no flips",
+        f"shifts up to {config.crop_padding} pixels" if config.crop_padding else "",
+        f"crops of {crop[0]:g} to {crop[1]:g} of the area" if crop else "",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def are_characters(classes: Sequence[str]) -> bool:
