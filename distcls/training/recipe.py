@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distcls.task import Task
-from distcls.training.config import AugmentConfig, TrainConfig
+from distcls.training.config import SMALL_IMAGE, AugmentConfig, TrainConfig, chosen
 
 BATCHES = (8, 128)
 """Smallest and largest batch that is chosen, ..."""
