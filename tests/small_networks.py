@@ -13,7 +13,8 @@ from distcls.models.checkpoint import save_checkpoint
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
 from distcls.models.factory import build
-from distcls.models.pretrained import LoadReport, apply_weights, find_weights
+from distcls.models.matching import LoadReport, apply_weights
+from distcls.models.pretrained import find_weights
 from distcls.task import Task
 
 PROCESS = Preprocess(size=(32, 32), mean=(0.5, 0.4, 0.3))

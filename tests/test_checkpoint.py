@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
+import datetime
 import io
 import pickle
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +95,62 @@ def test_card_and_tensors_are_read_as_written(tmp_path: Path) -> None:
     assert all(torch.equal(tensors[name], state[name]) for name in state)
 
 
+def test_what_training_scripts_keep_beside_their_weights(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.pth"
+    things = {
+        "args": argparse.Namespace(lr=0.1, out=Path("runs"), betas=(0.9, 0.99)),
+        "best": np.float64(0.5),
+        "steps": np.int32(7),
+        "weights": np.arange(4.0),
+        "shape": torch.Size([3, 4]),
+        "meters": collections.defaultdict(list, {"loss": [1.0]}),
+        "recent": collections.deque([1, 2], 5),
+        "when": datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC),
+        "config": types.SimpleNamespace(a=1),
+        "ids": frozenset([1]),
+    }
+    known = set(torch.serialization.get_safe_globals())
+    for name, thing in things.items():
+        save_tensors(path, {"w": torch.ones(2), name: thing})
+        assert torch.equal(load_tensors(path)["w"], torch.ones(2)), name
+    assert load_tensors(path).keys() == {"w", "ids"}
+    save_tensors(path, {"shape": things["shape"], "best": things["best"]})
+    assert load_tensors(path)["shape"] == torch.Size([3, 4])
+    assert set(torch.serialization.get_safe_globals()) == known
+
+
+class ViaNamespace:
+    """A harmless type is given code to call."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return argparse.Namespace, (), {"x": Payload(self.target)}
+
+
+class ViaNumpy:
+    """numpy's own reconstruction is asked for an array of objects."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        array = np.empty(1, object)
+        array[0] = Payload(self.target)
+        return array.__reduce__()  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("wrapper", [ViaNamespace, ViaNumpy])
+def test_harmless_types_open_no_way_for_others(tmp_path: Path, wrapper: type[Any]) -> None:
+    path, target = tmp_path / "best.pth", tmp_path / "owned"
+    torch.save({"x": wrapper(target), "w": torch.zeros(2)}, path)
+    assert "refused" in refused(path)
+    assert not target.exists()
+    assert pickle.loads(pickle.dumps(wrapper(target))) is not None  # it would have worked
+    assert target.exists()
+
+
 class Payload:
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -109,6 +169,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, kind: str) ->
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
     for reader in (load_tensors, read_checkpoint, open_checkpoint):
         assert "refused" in refused(path, reader)
+        assert "save `model.state_dict()` alone" in refused(path, reader)
         assert not target.exists()
     if kind == "pickle":  # the payload would have worked
         pickle.loads(path.read_bytes())

@@ -329,6 +329,8 @@ def unread(registry: Registry[Any], name: str) -> set[str]:
 SPECIAL = {
     "schedule.warmup": st.sampled_from(["5%", "12.5 %", "100 steps", "1 epoch", "0.5 epochs"]),
     "monitor.metric": st.sampled_from(["top1", "loss", "macro_f1"]),
+    "model.pretrained": st.sampled_from(["auto", "library", "0"]),
+    "model.pretrained_sha256": st.sampled_from([None, "0" * 64, "e" * 64]),
     "augment.crop_padding": st.just(0),
     "augment.color_jitter": st.none() | st.tuples(*[st.floats(0, 2)] * 3, st.floats(0, 0.5)),
     # these belong to one choice alone

@@ -19,7 +19,8 @@ from torchvision.models import MobileNet_V3_Small_Weights, get_model
 from distcls.errors import DistclsError
 from distcls.files import digest
 from distcls.models.config import ModelConfig
-from distcls.models.pretrained import apply_weights, find_weights
+from distcls.models.matching import apply_weights
+from distcls.models.pretrained import find_weights
 from tests.small_networks import assert_taken, load, network
 
 LEAK = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
@@ -30,6 +31,7 @@ SMALL = MobileNet_V3_Small_Weights.DEFAULT
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder where torch keeps downloaded weights, empty, for this test alone."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.delenv("DISTCLS_OFFLINE")
     folder = tmp_path / "hub" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     return folder

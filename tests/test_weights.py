@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import numpy as np
@@ -16,12 +18,14 @@ from torch import Tensor
 from torchvision.models import get_model, get_model_weights
 
 from distcls.errors import DistclsError, UsageError
+from distcls.files import digest
 from distcls.imaging import Preprocess
 from distcls.imaging.preprocess import INTERPOLATIONS
 from distcls.models import pretrained
 from distcls.models.config import ModelConfig
 from distcls.models.factory import build
-from distcls.models.pretrained import apply_weights, find_weights, library_preprocess
+from distcls.models.matching import apply_weights
+from distcls.models.pretrained import find_weights, library_preprocess
 from distcls.models.registry import resolve
 
 ADV = "tf_efficientnet_b0.ap_in1k"
@@ -167,3 +171,132 @@ def test_interpolation_is_the_nearest_to_the_librarys(
 def test_every_published_preprocess_can_be_told() -> None:
     for name in [*timm.list_models("*resnet*"), "vit_base_patch16_siglip_224"]:
         assert library_preprocess(resolve(f"timm:{name}")) is not None
+
+
+LAYOUT = {
+    "architecture": "resnet10t",
+    "num_classes": 7,
+    "pretrained_cfg": {
+        **{"input_size": [3, 176, 176], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
+        **{"interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"},
+    },
+}
+
+
+def folder_of(path: Path, config: Any = LAYOUT, name: str = "resnet10t") -> dict[str, Tensor]:
+    """A folder as timm and the Hugging Face Hub lay one out."""
+    path.mkdir()
+    torch.manual_seed(4)
+    tensors = timm.create_model(name, num_classes=7).state_dict()
+    save_file(tensors, path / "model.safetensors")
+    if config is not None:
+        text = config if isinstance(config, str) else json.dumps(config)
+        (path / "config.json").write_text(text)
+    return dict(tensors)
+
+
+def test_a_folder_with_its_config(tmp_path: Path) -> None:
+    tensors = folder_of(tmp_path / "hub")
+    config = ModelConfig(name="timm:resnet10t", pretrained=str(tmp_path / "hub"))
+    weights = find_weights(config)
+    assert weights is not None
+    assert weights.preprocess == Preprocess(
+        size=(176, 176), crop_fraction=0.9, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
+    )
+    assert weights.notes == ()
+    assert (weights.name, weights.sha256) == (
+        str(tmp_path / "hub"),
+        digest(tmp_path / "hub" / "model.safetensors"),
+    )
+    model = build(config, 5, weights.preprocess)
+    report = apply_weights(model, weights)
+    own = model.backbone.state_dict()
+    assert all(torch.equal(own[name], tensors[name]) for name in report.loaded)
+    assert {name.split()[0] for name in report.skipped} == {"fc.weight", "fc.bias"}
+
+
+def test_a_folder_with_a_pickle_and_an_old_config(tmp_path: Path) -> None:
+    """timm's layout before pretrained_cfg, and a network of the same names elsewhere."""
+    flat = {"architecture": "resnet18", **LAYOUT["pretrained_cfg"]}  # type: ignore[dict-item]
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(flat))
+    torch.save(
+        get_model("resnet18", num_classes=5).state_dict(), tmp_path / "hub/pytorch_model.bin"
+    )
+    weights = find_weights(ModelConfig(name="resnet18", pretrained=str(tmp_path / "hub")))
+    assert weights is not None
+    assert weights.preprocess is not None
+    report = apply_weights(build(ModelConfig(name="resnet18"), 5, weights.preprocess), weights)
+    assert report.lines()[1] == (
+        "  its config.json names timm's resnet18 (--model.name timm:resnet18), "
+        "model.name is torchvision's resnet18"
+    )
+    assert report.missing == {}
+
+
+def test_a_folder_of_another_network_names_it(tmp_path: Path) -> None:
+    folder_of(tmp_path / "hub")
+    weights = find_weights(ModelConfig(pretrained=str(tmp_path / "hub")))
+    assert weights is not None
+    model = build(ModelConfig(), 5, Preprocess(size=(64, 64)))
+    with pytest.raises(
+        UsageError, match=r"config\.json names timm's resnet10t \(--model\.name timm:"
+    ):
+        apply_weights(model, weights)
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    return {**LAYOUT, "pretrained_cfg": {**LAYOUT["pretrained_cfg"], **values}}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ("{", r"config\.json: cannot be read as JSON"),
+        ("[" * 100_000, r"config\.json: cannot be read as JSON"),
+        ("[]", "expected a JSON object"),
+        (" " * (2**20 + 1), "larger than 1 MiB"),
+        (changed(input_size=[1, 28, 28]), "takes 1 channels, images here have 3"),
+        (changed(input_size=[3, 0, 28]), "input_size: .* is not valid"),
+        (changed(input_size=[3, 1e9, 28]), "input_size: .* is not valid"),
+        (changed(mean="red"), "mean: 'red' is not valid"),
+        (changed(std=[0, 1, 1]), "std: .* is not valid"),
+        (changed(crop_pct=[1]), "crop_pct: .* is not valid"),
+        (changed(crop_mode={}), "crop_mode: .* is not one of center"),
+    ],
+)
+def test_a_folders_config_is_checked(tmp_path: Path, config: Any, text: str) -> None:
+    folder_of(tmp_path / "hub", config)
+    with pytest.raises(UsageError, match=text) as caught:
+        find_weights(ModelConfig(name="timm:resnet10t", pretrained=str(tmp_path / "hub")))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_folder_without_config_or_weights(tmp_path: Path) -> None:
+    folder_of(tmp_path / "hub", None)
+    weights = find_weights(ModelConfig(name="timm:resnet10t", pretrained=str(tmp_path / "hub")))
+    assert weights is not None
+    assert weights.preprocess is None
+    assert weights.notes == ("no config.json beside it: its preprocessing is not known",)
+    (tmp_path / "empty").mkdir()
+    refusal = r"empty is a folder without weights, expected one of model\.safetensors"
+    with pytest.raises(UsageError, match=refusal):
+        find_weights(ModelConfig(pretrained=str(tmp_path / "empty")))
+
+
+def test_published_weights_by_their_own_name(offline: Path) -> None:
+    publish(offline, "resnet50.a2_in1k")
+    weights = find_weights(ModelConfig(name="timm:resnet50", pretrained="timm:a2_in1k"))
+    assert weights is not None
+    assert weights.name == "timm:a2_in1k"
+    assert weights.source == "timm's resnet50.a2_in1k"
+    assert weights.sha256 is not None
+    with pytest.raises(UsageError, match=r"timm's resnet50 has no weights 'a7_in1k'; did you mean"):
+        find_weights(ModelConfig(name="timm:resnet50", pretrained="timm:a7_in1k"))
+    with pytest.raises(
+        UsageError, match=r"torchvision's resnet50 has no weights 'V3'.*IMAGENET1K_V1"
+    ):
+        find_weights(ModelConfig(name="resnet50", pretrained="torchvision:V3"))
+    with pytest.raises(UsageError, match="has no resnet50, which is of torchvision"):
+        find_weights(ModelConfig(name="resnet50", pretrained="timm:a1_in1k"))

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from distcls import log
 from distcls.cli import run
 from distcls.config import dump_yaml, parse
+from distcls.data.dataset import Dataset
 from distcls.errors import DistclsError, Stopped, UsageError
 from distcls.files import require_writable, write_text
 from distcls.launch.search_space import (
@@ -46,6 +47,7 @@ from distcls.launch.search_space import (
     recipe,
     require_continuable,
 )
+from distcls.models.config import AUTO, OFFLINE, SMALLEST_PRETRAINED
 from distcls.training.config import TrainConfig
 from distcls.training.recipe import MOST_EPOCHS
 from distcls.training.signals import StopSignals
@@ -79,6 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     trials = plan(space)
     check(trials)
     require_continuable(config)
+    fetch_weights(trials)
     with StopSignals() as signals, locked(config.out, signals) as lock:
         search = Search(space, [] if config.kind == "tpe" else trials, signals, lock)
         rows = search.run()
@@ -93,6 +96,26 @@ def main(arguments: Sequence[str]) -> None:
         raise DistclsError(f"all {failed} trials failed; {config.out / TABLE} says why")
     if failed:
         log.warn(f"{failed} of {len(rows)} trials failed; {config.out / TABLE} says why")
+
+
+def fetch_weights(trials: list[Trial]) -> None:
+    """Download the published weights that trials start from, or say that there are none.
+
+    Under `model.pretrained: auto` the trials themselves read the cache only: all of one network
+    start alike, whether or not a server can be reached meanwhile.
+    """
+    configs = [each for trial in trials for each in trial.runs if each.model.pretrained is not None]
+    unlike = {(each.model, each.input.size, each.data): each for each in configs}
+    for config in unlike.values():
+        split = Dataset.open(config.data).split("train")
+        size = config.input.size
+        if size is None and split.uniform is not None:
+            size = split.uniform.shape[1:3]
+        if config.model.pretrained == AUTO and size and min(size) < SMALLEST_PRETRAINED:
+            continue  # from scratch; known without loading torch
+        from distcls.training.inputs import choose_weights
+
+        choose_weights(config, split)
 
 
 @contextlib.contextmanager
@@ -167,6 +190,8 @@ class Process:
         self._printed = self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         self._began, self._start = time.monotonic(), self._log.tell()
         visible = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
+        if config.model.pretrained == AUTO:
+            visible[OFFLINE] = "1"  # `fetch_weights` has decided
         self._process = subprocess.Popen(
             call,
             stdin=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,22 +100,69 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
-    """Load what `save_tensors` wrote; nothing in the file is executed.
+class _Inert:
+    """Stands in for an object that training scripts keep beside the weights, and drops its data."""
 
-    Raises UsageError for anything else: a pickle with code in it, a truncated file, no file.
+    def __init__(self, *_: object) -> None:
+        """Take anything, keep nothing."""
+
+    def __setstate__(self, state: object) -> None:
+        """Take anything, keep nothing."""
+
+
+def _empty_mapping(*_: object) -> dict[object, object]:
+    return {}
+
+
+def _empty_list(*_: object) -> list[object]:
+    return []
+
+
+_PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+_MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")  # before numpy 2, and since
+HARMLESS: tuple[tuple[Any, str], ...] = (
+    *((_Inert, name) for name in ("argparse.Namespace", "types.SimpleNamespace")),
+    *((_Inert, name) for name in ("numpy.dtype", "numpy.ndarray")),
+    *(
+        (_Inert, f"{module}.{name}")
+        for module in _MULTIARRAY
+        for name in ("scalar", "_reconstruct")
+    ),
+    *((_Inert, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name in _PATHS),
+    *(
+        (_Inert, f"datetime.{name}")
+        for name in ("datetime", "date", "time", "timedelta", "timezone")
+    ),
+    *((_Inert, f"builtins.{name}") for name in ("int", "float", "bool", "str", "list", "dict")),
+    *((_Inert, f"builtins.{name}") for name in ("tuple", "frozenset", "slice", "range")),
+    (_empty_mapping, "collections.defaultdict"),
+    (_empty_list, "collections.deque"),
+)
+"""What pickles of training scripts name beside tensors, and what is built in its place: the name is
+never looked up, so nothing of it runs. torch itself knows OrderedDict, Size, device and dtype."""
+UNKNOWN_TYPE = re.compile(r"GLOBAL ([\w.]{1,100}) was not an allowed global")
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Load what `save_tensors` or a training script wrote; nothing in the file is executed.
+
+    Objects of the `HARMLESS` types come back empty. Raises UsageError for anything else: a pickle
+    with code in it, a truncated file, no file.
     """
     try:
         _check_kind(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(HARMLESS)):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file") from error
     except IsADirectoryError as error:
         raise UsageError(f"{path}: a folder, expected a checkpoint file") from error
     except pickle.UnpicklingError as error:
+        found = UNKNOWN_TYPE.search(str(error))
+        which = f" (first {found[1]})" if found else ""
         raise UsageError(
-            f"{path}: refused, it holds pickled objects other than tensors and plain values; "
-            "nothing of it was run"
+            f"{path}: refused, it holds pickled objects other than tensors and plain values{which};"
+            " nothing of it was run; where its code is at hand, save `model.state_dict()` alone"
         ) from error
     except UsageError:
         raise

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Literal
 
 from distcls.errors import require
 
 SMALL_INPUT = 64
 """Up to this many pixels per side, the stem keeps the resolution (stride 1) by default."""
+AUTO = "auto"
+OFFLINE = "DISTCLS_OFFLINE"
+"""Environment variable: no weights are downloaded, only the libraries' caches are read."""
+SMALLEST_PRETRAINED = 64
+"""Inputs with a shorter side start from scratch under `model.pretrained: auto`: published weights
+are for inputs of about 224."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,10 +44,19 @@ class ModelConfig:
     corrects its means. Without it the initial zeros and ones count for 60 to 80 steps, and small
     sets end at chance (240 photographs of 4 classes, 60 steps: val top-1 0.75 at the end, 0.25 for
     15 of 20 epochs; with it 1.0)."""
-    pretrained: str | None = None
-    """Pretrained weights, for transfer learning and fine-tuning: a file (.pth, .safetensors), or
-    `library` for the best ones that the architecture's own library publishes (`torchvision`,
-    `timm`: the same, from that one only)."""
+    pretrained: str | None = AUTO
+    """Pretrained weights, for transfer learning and fine-tuning: a file (.pth, .safetensors), a
+    folder with `model.safetensors` and `config.json` (Hugging Face), or `library` for the best
+    ones that the architecture's own library publishes (`torchvision`, `timm`: the same, from that
+    one only; `torchvision:IMAGENET1K_V1`, `timm:a1_in1k`: these); null trains from scratch. auto is
+    library for inputs of 64 pixels and more, if the weights are in the library's cache or can be
+    downloaded (DISTCLS_OFFLINE=1 forbids it), else null."""
+    pretrained_sha256: str | None = None
+    """SHA-256 of the pretrained weights' file, which has to be this one; default: not checked."""
+    pretrained_match: Literal["auto", "name", "structure"] = "auto"
+    """How a file's tensors are matched to the network's: by their names, or by structure: the same
+    shapes in the same order under other names. auto is by name, by structure where names fit too
+    little."""
     allow_partial: bool = False
     """Accept a file whose weights fill less than half of the network, which is otherwise refused as
     one of another architecture."""
@@ -49,6 +65,11 @@ class ModelConfig:
     and linear layers."""
 
     def __post_init__(self) -> None:
+        digest = self.pretrained_sha256
+        valid = digest is None or re.fullmatch("[0-9a-f]{64}", digest) is not None
+        require(valid, "pretrained_sha256", digest, "64 hexadecimal digits in lower case, or null")
+        needed = digest is None or self.pretrained is not None
+        require(needed, "pretrained_sha256", digest, "null without model.pretrained")
         dropout = self.dropout
         valid = dropout is None or 0 <= dropout < 1
         require(valid, "dropout", dropout, "a number from 0 to below 1, or null")

@@ -24,7 +24,7 @@ import yaml
 from torch import Tensor
 
 from distcls.config import dump_yaml
-from distcls.config.load import current_names, flatten
+from distcls.config.load import current_names, flatten, read_yaml
 from distcls.errors import DistclsError, UsageError
 from distcls.files import atomic_path, second_name, writable, write_text
 from distcls.log import say, warn
@@ -32,7 +32,7 @@ from distcls.model_card import ModelCard
 from distcls.models.checkpoint import load_tensors, save_checkpoint
 from distcls.training.config import MonitorConfig, TrainConfig, chosen
 
-BEST, LAST, HISTORY = "best.pth", "last", "history.csv"
+BEST, LAST, HISTORY, CONFIG = "best.pth", "last", "history.csv", "config.yaml"
 MAY_CHANGE = (
     "out",
     "resume",
@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "tracker",
     "checkpoint.",
     "loader.",
+    "model.pretrained_match",
 )
 """Config keys that may differ in a resumed run; all other keys affect the result."""
 ON_DISK = {"top_models": "kept"}
@@ -304,6 +305,23 @@ class CheckpointManager:
             second_name(self._config.out / BEST, path)
         else:
             save_checkpoint(path, model.weights, model.card)
+
+
+def recorded_config(config: TrainConfig) -> dict[str, Any] | None:
+    """The resolved config, by dotted keys, of the run that is to be resumed; None to start anew.
+
+    Raises UsageError if that file cannot be read.
+    """
+    if config.resume == "none" or (config.resume == "auto" and not states(config.out / LAST)):
+        return None
+    if config.resume == "auto":  # written before the first state; a state would be read twice
+        path = config.out / CONFIG
+        values = read_yaml(path) if path.exists() else {}
+        return current_names({key: given.value for key, given in values.items()})
+    state = load_tensors(Path(config.resume)).get("state")
+    saved = state.get("config") if isinstance(state, dict) else None
+    values = yaml.safe_load(saved) if isinstance(saved, str) else {}
+    return current_names(flatten(values)) if isinstance(values, dict) else {}
 
 
 def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -97,9 +97,10 @@ class AugmentConfig:
     """Random crop: shift by up to this many pixels either way; black moves in; auto: an eighth of
     the side of inputs up to 64 pixels."""
     resized_crop: tuple[float, float] | Auto | None = "auto"
-    """Random resized crop (auto: 0.35,1 for inputs of more than 64 pixels): smallest and largest fraction of the area, such as 0.35,1, of an aspect
+    """Random resized crop: smallest and largest fraction of the area, such as 0.35,1, of an aspect
     ratio of 3/4 to 4/3 of the input's. Cut out of the original pixels, whatever `input.resize`
-    says; of images up to 64 pixels and no larger than the input, out of the enlarged image."""
+    says; of images up to 64 pixels and no larger than the input, out of the enlarged image. auto:
+    0.35,1 for inputs of more than 64 pixels, off for smaller ones."""
     rotate: float = 0.0
     """Random rotation by up to this many degrees either way, after the crop; black moves in."""
     erase: float = 0.0

@@ -68,10 +68,11 @@ def banner(
     layout = "contiguous, weights sharded (FSDP)" if model.sharded else config.memory_format
     counts = f"{len(data.train_samples):,} train, {len(data.val_samples):,} val"
     stride = model.stem_stride or "none"
+    start = f"from {config.model.pretrained or 'scratch'}"
     cost = f"{model.parameters / 1e6:.2f} M parameters, {model.macs / 1e6:.1f} M MACs"
     return [
         f"device     {_device(accelerator)}, {processes}, {precision}, {layout}",
-        f"model      {config.model.name}, stem stride {stride}, {cost} at {height}x{width}",
+        f"model      {config.model.name} {start}, stem stride {stride}, {cost} at {height}x{width}",
         f"data       {config.data}: {counts}, {data.task.summary()}, from {store}",
         f"steps      {config.epochs} epochs of {model.steps_per_epoch}, "
         f"global batch {config.batch_size} = {processes} x {model.accumulate} micro-batch(es)",

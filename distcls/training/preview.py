@@ -10,13 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distcls.models.pretrained import find_weights
 from distcls.plotting import shorten
 from distcls.system import available_cores
 from distcls.task import Task
 from distcls.training.augment import Augment
 from distcls.training.config import DistillConfig, TrainConfig, chosen
-from distcls.training.inputs import choose_preprocess, open_input
+from distcls.training.inputs import choose_preprocess, choose_weights, open_input
 from distcls.training.loader import Loader, make_crops
 from distcls.training.losses import Examples, Objective
 from distcls.training.recipe import fill_recipe
@@ -53,7 +52,7 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
     """
     require_usable(config)
     data = open_input(config)
-    weights = find_weights(config.model)
+    weights = choose_weights(config, data.train)
     known = None if weights is None else weights.preprocess
     preprocess = choose_preprocess(config.input, data.train, known)
     config, _ = fill_recipe(

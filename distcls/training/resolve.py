@@ -15,17 +15,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
+from distcls.config.schema import Mismatch, convert, describe
 from distcls.errors import BadValue
 from distcls.imaging import Preprocess
 from distcls.models import factory
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
+from distcls.models.pretrained import Weights
 from distcls.models.registry import NETWORKS, resolve
 from distcls.training import optim
 from distcls.training.config import (
@@ -79,12 +82,13 @@ def resolved(
     preprocess: Preprocess,
     model: Classifier,
     precision: str,
+    weights: Weights | None,
 ) -> tuple[TrainConfig, list[str]]:
     """The config with the values that the defaults, the weights and the dataset filled in, and in
     words what `auto` became.
 
-    `model` is built from the config, `precision` as accelerate calls it. Resolving a resolved
-    config changes nothing.
+    `model` is built from the config, `precision` as accelerate calls it, `weights` are those that
+    the run started from. Resolving a resolved config changes nothing.
     """
     height, width = preprocess.size
     config, reasons = fill_recipe(
@@ -92,12 +96,12 @@ def resolved(
         images=len(data.train_samples),
         task=data.task,
         size=preprocess.size,
-        pretrained=config.model.pretrained is not None,
+        pretrained=weights is not None,
     )
     filled = dataclasses.replace(
         config,
         precision=PRECISIONS[precision],
-        model=_model(config.model, model),
+        model=_model(config.model, model, weights),
         input=dataclasses.replace(
             config.input,
             size=(height, width),
@@ -115,7 +119,9 @@ def resolved(
     return filled, reasons
 
 
-def _model(config: ModelConfig, model: Classifier) -> ModelConfig:
+def _model(config: ModelConfig, model: Classifier, weights: Weights | None) -> ModelConfig:
+    name, sha256 = (None, None) if weights is None else (weights.name, weights.sha256)
+    config = dataclasses.replace(config, pretrained=name, pretrained_sha256=sha256)
     stride = factory.stem_stride(model.backbone)
     if config.stem_stride == "auto" and stride in (1, 2):
         config = dataclasses.replace(config, stem_stride=1 if stride == 1 else 2)
@@ -159,3 +165,40 @@ def _loss(config: LossConfig, data: TrainingInput) -> LossConfig:
         there = data.train.weights is not None
         config = dataclasses.replace(config, sample_weights="on" if there else "off")
     return config
+
+
+RECORDED = {
+    "": ("epochs", "batch_size", "lr"),
+    "augment": ("flip", "crop_padding", "resized_crop"),
+    "monitor": ("patience",),
+}
+"""The keys, by section, that the recipe fills in."""
+
+
+def with_recorded_recipe(config: TrainConfig, recorded: Mapping[str, Any]) -> TrainConfig:
+    """A resumed run's config with the values that the run was started with in place of `auto`.
+
+    `recorded` is the run's config by dotted keys, as it was written. Raises UsageError for a value
+    that is none.
+    """
+    sections: dict[str, Any] = {}
+    for section, keys in RECORDED.items():
+        part = getattr(config, section) if section else config
+        kinds = typing.get_type_hints(type(part))
+        values = {}
+        for key in keys:
+            name = f"{section}.{key}".lstrip(".")
+            if getattr(part, key) == "auto" and name in recorded:
+                try:
+                    values[key] = convert(recorded[name], kinds[key])
+                except Mismatch as error:
+                    found = recorded[name]
+                    raise BadValue(name, found, describe(kinds[key])) from error
+        if section:
+            sections[section] = dataclasses.replace(part, **values)
+        else:
+            sections |= values
+    if recorded and "model.batch_norm_bias_correction" not in recorded:  # of before 0.3
+        model = dataclasses.replace(config.model, batch_norm_bias_correction=False)
+        sections["model"] = model
+    return dataclasses.replace(config, **sections)

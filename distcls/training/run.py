@@ -24,8 +24,15 @@ from distcls.log import say, warn
 from distcls.model_card import ModelCard
 from distcls.models import factory
 from distcls.models.classifier import Classifier
-from distcls.models.pretrained import apply_weights, find_weights
-from distcls.training.checkpointing import CheckpointManager, EpochModel, TrainingState
+from distcls.models.config import AUTO, ModelConfig
+from distcls.models.matching import apply_weights
+from distcls.models.pretrained import is_published
+from distcls.training.checkpointing import (
+    CheckpointManager,
+    EpochModel,
+    TrainingState,
+    recorded_config,
+)
 from distcls.training.config import TrainConfig, chosen
 from distcls.training.distributed import (
     any_process,
@@ -34,7 +41,7 @@ from distcls.training.distributed import (
     sum_over_processes,
 )
 from distcls.training.engine import Engine
-from distcls.training.inputs import TrainingInput, choose_preprocess, open_input
+from distcls.training.inputs import TrainingInput, choose_preprocess, choose_weights, open_input
 from distcls.training.logging import (
     Bar,
     Records,
@@ -46,11 +53,13 @@ from distcls.training.logging import (
     require_tracker,
 )
 from distcls.training.memory import compile_step, explain_out_of_memory, fit_into_memory
-from distcls.training.resolve import require_usable, resolved
+from distcls.training.resolve import require_usable, resolved, with_recorded_recipe
 from distcls.training.signals import StopSignals
 from distcls.training.stability import EpochChecks
 from distcls.training.weight_averaging import select_weights
 
+WITHOUT_WEIGHTS = {"pretrained": None, "pretrained_sha256": None}
+"""What a model file's architecture has of the weights that its run started from."""
 POLL_EVERY = 10
 """Steps between two all-reduces by which processes agree whether to save or stop."""
 
@@ -115,12 +124,7 @@ def train(config: TrainConfig) -> TrainResult:
     require_free(config.out, config.resume)
     accelerator = start(config)
     data = open_input(config)
-    model, preprocess = _build_model(config, data)
-    precision = accelerator.mixed_precision
-    given = config
-    config, reasons = resolved(
-        config, data=data, preprocess=preprocess, model=model, precision=precision
-    )
+    given, config, model, preprocess, reasons = _set_up(config, data, accelerator.mixed_precision)
     epochs = chosen(config.epochs)
     engine = Engine(config, accelerator, data, model, preprocess)
     main = accelerator.is_main_process
@@ -215,10 +219,10 @@ def evaluate(run: Run) -> Evaluation:
     monitor = run.config.monitor
     metrics = run.engine.evaluate()
     scores = {name: found.scalars()[monitor.metric] for name, found in metrics.items()}
-    chosen = monitor.best_of(scores)
+    best = monitor.best_of(scores)
     # the main process's score, so that all processes draw the same conclusions from it
-    [score] = broadcast_object_list([scores[chosen]])
-    return Evaluation(metrics=metrics, scores=scores, chosen=chosen, score=score)
+    [score] = broadcast_object_list([scores[best]])
+    return Evaluation(metrics=metrics, scores=scores, chosen=best, score=score)
 
 
 def decide(run: Run, figures: dict[str, float], evaluation: Evaluation, seconds: float) -> bool:
@@ -272,18 +276,46 @@ def _stop(run: Run) -> None:
     )
 
 
-def _build_model(config: TrainConfig, data: TrainingInput) -> tuple[Classifier, Preprocess]:
-    """The network and its preprocessing, as config, weights and images have it."""
-    weights = find_weights(config.model)
+def _set_up(
+    config: TrainConfig, data: TrainingInput, precision: str
+) -> tuple[TrainConfig, TrainConfig, Classifier, Preprocess, list[str]]:
+    """The config as given and resolved, the network and its preprocessing, as config, weights and
+    images have it; and in words what `auto` became.
+
+    A resumed run gets its tensors from its state, so no weights are downloaded for it.
+    """
+    recorded = recorded_config(config)
+    resumed = recorded is not None
+    if recorded is not None:
+        config = dataclasses.replace(config, model=with_recorded_weights(config.model, recorded))
+        config = with_recorded_recipe(config, recorded)
+    weights = choose_weights(config, data.train, download=not resumed)
     known = weights.preprocess if weights is not None else None
     preprocess = choose_preprocess(config.input, data.train, known)
     torch.manual_seed(config.seed)  # the initial weights, the same on every process
     model = factory.build(config.model, len(data.classes), preprocess)
-    if weights is not None:
-        report = apply_weights(model, weights, allow_partial=config.model.allow_partial)
-        for line in report.lines():
+    if weights is not None and not resumed:
+        match, partial = config.model.pretrained_match, config.model.allow_partial
+        for line in apply_weights(model, weights, match=match, allow_partial=partial).lines():
             say(line)
-    return model, preprocess
+    full, reasons = resolved(
+        config, data=data, preprocess=preprocess, model=model, precision=precision, weights=weights
+    )
+    return config, full, model, preprocess, reasons
+
+
+def with_recorded_weights(model: ModelConfig, recorded: dict[str, Any]) -> ModelConfig:
+    """A resumed run's network with the weights that the run was started with in place of `auto`.
+
+    `recorded` is the run's config by dotted keys.
+    """
+    name, sha256 = (recorded.get(f"model.{key}") for key in ("pretrained", "pretrained_sha256"))
+    if model.pretrained == AUTO:
+        model = dataclasses.replace(model, pretrained=name)
+    same = model.pretrained == name or is_published(model.pretrained)
+    if same and name is not None and model.pretrained_sha256 is None:
+        model = dataclasses.replace(model, pretrained_sha256=sha256)
+    return model
 
 
 def _resume(engine: Engine, checkpoints: CheckpointManager) -> TrainingState:
@@ -352,7 +384,7 @@ def _card(run: Run, evaluation: Evaluation) -> ModelCard:
     config, state = run.config, run.state
     metrics = evaluation.metrics[evaluation.chosen]
     return ModelCard(
-        architecture=dataclasses.asdict(config.model) | {"pretrained": None},
+        architecture=dataclasses.asdict(config.model) | WITHOUT_WEIGHTS,
         task=dataclasses.replace(run.data.task, thresholds=metrics.thresholds),
         preprocess=run.preprocess,
         training={

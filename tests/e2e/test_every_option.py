@@ -85,6 +85,8 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "model.pool": ("columns", {**NORMS, "input.size": "12,64"}, WEIGHTS),
     "model.batch_norm_momentum": (0.5, NORMS, WEIGHTS),
     "model.pretrained": ("@simple_cnn", {}, WEIGHTS),
+    "model.pretrained_sha256": ("0" * 64, {"model.pretrained": "@simple_cnn"}, REFUSED),
+    "model.pretrained_match": ("structure", {"model.pretrained": "@simple_cnn"}, WORDS),
     "model.allow_partial": ("true", OTHER_SIZE, REFUSED),
     "model.init": ("he", {}, WEIGHTS),
     "input.size": ("14,14", {}, WEIGHTS),
