@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from distcls import __version__, log
-from distcls.errors import DistclsError, Stopped, UsageError, did_you_mean
+from distcls.errors import DistclsError, Reported, Stopped, UsageError, did_you_mean
 
 Main = Callable[[Sequence[str]], None]
 
@@ -43,6 +43,8 @@ def _exit_code(main: Main, arguments: Sequence[str]) -> int:
     except Stopped as stopped:
         log.say(str(stopped))
         return stopped.exit_code
+    except Reported as error:
+        return error.exit_code
     except DistclsError as error:
         log.fail(str(error))
         return error.exit_code

@@ -3,6 +3,7 @@
     DistclsError          the run failed                      exit code 1
     ├── UsageError        wrong usage or input                exit code 2
     │   └── BadValue      one field of a config is wrong      exit code 2
+    ├── Reported          another process prints its error    that error's
     ├── BadImage          one image cannot be decoded         caught by its caller
     └── Stopped           stopped by a signal, resumable      exit code 75
 
@@ -42,6 +43,14 @@ class BadValue(UsageError):
         self.expected = expected
 
 
+class Reported(DistclsError):
+    """The main process failed, prints its error, and ends the run in all others."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("the main process failed")
+        self.exit_code = exit_code
+
+
 class BadImage(DistclsError):
     """An image that cannot be used; the text is the reason, without the image's name."""
 
@@ -58,12 +67,22 @@ def require(condition: bool, field: str, value: object, expected: str) -> None:
         raise BadValue(field, value, expected)
 
 
-def did_you_mean(name: str, choices: Iterable[str], most: int = 12) -> str:
-    """A clause to follow an unknown name: the nearest choice, and the choices if they are few."""
+NEAREST = 5
+"""Of many choices, how many `did_you_mean` shows in the order of their spelling."""
+
+
+def did_you_mean(name: str, choices: Iterable[str], most: int = 12, *, sort: bool = False) -> str:
+    """A clause to follow an unknown name: the nearest choice, and the choices if they are few.
+
+    Of many the first ones are shown; with `sort` those that are spelt most like the name.
+    """
     known = list(choices)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     clause = f"; did you mean {near[0]!r}?" if near else ""
     if known and (len(known) <= most or not near):
+        if sort and len(known) > most:
+            most = NEAREST
+            known = difflib.get_close_matches(name, known, n=most + 1, cutoff=0.0)
         shown = ", ".join(known[:most]) + (", ..." if len(known) > most else "")
         clause += f" (choices: {shown})"
     return clause

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from distcls import __version__
@@ -12,6 +13,8 @@ from distcls.imaging import Preprocess
 from distcls.task import Task
 
 PREFIX = "distcls."
+BEST_ONNX, BEST_PTH = "best.onnx", "best.pth"
+"""The best model in a run directory: as exported, and as training wrote it."""
 FORMAT = 1
 
 
@@ -91,3 +94,35 @@ class ModelCard:
         except json.JSONDecodeError as error:
             raise UsageError(f"{where}: its distcls metadata is damaged: {error}") from error
         return cls.from_json(values, where)
+
+
+def best_model(path: Path, *, exported: bool = True, key: str = "model") -> Path:
+    """The model file that `path` means: itself, or the best model of a run directory.
+
+    That is its best.onnx, unless best.pth is newer (the run went on) or `exported` is false.
+    Raises UsageError, naming the `key` of the option, for a directory without one.
+    """
+    if not path.is_dir():
+        return path
+    onnx, checkpoint = path / BEST_ONNX, path / BEST_PTH
+    if exported and onnx.is_file() and not _is_older(onnx, checkpoint):
+        return onnx
+    if checkpoint.is_file():
+        return checkpoint
+    wanted = f"{BEST_ONNX} or {BEST_PTH}" if exported else BEST_PTH
+    raise UsageError(
+        f"{key}: {path} is a folder without {wanted}; a run directory has one after its first epoch"
+    )
+
+
+def model_choice(path: Path, found: Path) -> str:
+    """What `best_model` found for `path`, in a line for the user; empty for a file."""
+    if found == path:
+        return ""
+    stale = (path / BEST_ONNX).is_file() and _is_older(path / BEST_ONNX, found)
+    older = f"; {BEST_ONNX} is older, distcls export --ckpt {path} --overwrite renews it"
+    return f"model: {found}{older if stale else ''}"
+
+
+def _is_older(one: Path, other: Path) -> bool:
+    return other.is_file() and one.stat().st_mtime < other.stat().st_mtime

@@ -151,6 +151,32 @@ def test_unknown_flag_suggests_the_right_one() -> None:
     assert "distcls train --help" in text
 
 
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        ("--weight-decay", "; did you mean '--optimizer.weight-decay'?"),
+        ("--flips", "; did you mean '--augment.flip'?"),
+        ("--patience", " (choices: --schedule.patience, --monitor.patience)"),
+        ("--checkpoint", "--checkpoint."),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest(flag: str, hint: str) -> None:
+    text = message(flag, "3")
+    assert f"'{flag}'{hint}" in text if hint[0] != "-" else hint in text
+    assert text.count("--") <= 8
+
+
+def test_a_section_with_a_name_takes_it_directly() -> None:
+    config = train("--model", "simple_cnn", "--optimizer=sgd", "--loss", "focal")
+    assert (config.model.name, config.optimizer.name) == ("simple_cnn", "sgd")
+    assert config.loss.name == "focal"
+
+
+def test_a_positional_argument_may_have_the_flag_that_other_commands_have() -> None:
+    assert command("--source", "photos", "--out", "x").source == "photos"
+    assert command("--source=photos", "--out", "x").source == "photos"
+
+
 def test_flags_may_not_be_abbreviated() -> None:
     assert "'--epoch'; did you mean '--epochs'" in message("--epoch", "3")
 

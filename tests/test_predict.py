@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from distcls.commands.predict import main
+from distcls.data.formats.detect import open_source
+from distcls.data.source import JoinedSource
 from distcls.errors import UsageError
+from distcls.model_card import best_model, model_choice
 from tests import tiny_dataset, tiny_onnx
 from tests.test_writers import read
 
@@ -175,3 +182,132 @@ def test_wrong_usage_is_told(
         main([*defaults, *flags])
     assert told in str(caught.value)
     assert not (tmp_path / "pre.csv").exists()
+
+
+def test_several_inputs_are_named_as_given(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images, labels = tiny_dataset.coloured(4)
+    tiny_dataset.write(tmp_path / "data", images, labels, tiny_onnx.COLOURS)
+    (tmp_path / "list.csv").write_text("path\nin/007.png\n")
+    inputs = ["in/003.png", "./in/002.png", f"{folder}/001.png", "in", "in/00[0-1].png"]
+    flags = ["--model", str(model), "--out", "a.csv"]
+    main([*inputs[:2], *flags, *inputs[2:], "list.csv"])  # before and after the flags
+    rows = read(Path("a.csv"))
+    names = [row["image_id"] for row in rows]
+    every = [f"in/{index:03d}.png" for index in range(23)]
+    left = [name for name in every if name != "in/003.png"]
+    assert names == [*inputs[:3], *left, "list.csv/in/007.png"]
+    alone = {row["image_id"]: row["probability"] for row in run("in", model, tmp_path / "b.csv")}
+    for row in rows:
+        assert row["probability"] == alone[row["image_id"][-7:]]
+    main(["data", "in/003.png", *flags[:2], "--out", "c.csv"])
+    assert [row["image_id"] for row in read(Path("c.csv"))] == [
+        *(f"data/image {index:04d}" for index in range(4)),
+        "in/003.png",
+    ]
+
+
+def test_several_inputs_are_images_of_one_source(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = tiny_dataset.coloured(4)
+    data = tiny_dataset.write(tmp_path / "data", images, labels, tiny_onnx.COLOURS)
+    parts = [("a/", open_source(str(folder))), ("", open_source(str(data)))]
+    joined = JoinedSource(parts)
+    assert len(joined) == 27
+    assert not joined.encoded
+    np.testing.assert_array_equal(joined.image(25), images[2])
+    np.testing.assert_array_equal(joined.image(22), parts[0][1].image(22))
+    assert joined.true_labels is not None
+    assert list(joined.true_labels)[22:] == [None, *(parts[1][1].true_labels or ())]
+    before = joined.fingerprint()
+    (folder / "022.png").write_bytes(b"")
+    assert joined.fingerprint() != before
+    twice = JoinedSource([("a/", parts[0][1]), ("a/", parts[0][1])])
+    assert len(twice) == 23
+    assert "warning: 23 of the images named are there twice" in capsys.readouterr().err
+
+
+def test_a_missing_one_of_several_is_told(folder: Path, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.png: no such file"):
+        run(folder, model, tmp_path / "a.csv", str(tmp_path / "none.png"))
+    with pytest.raises(UsageError, match=r"split: .* is not a dataset directory"):
+        run(folder / "001.png", model, tmp_path / "a.csv", str(folder), "--split", "val")
+    assert not (tmp_path / "a.csv").exists()
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_rows_on_standard_output_are_those_of_a_file(
+    folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
+) -> None:
+    (folder / "000.png").write_bytes(b"")
+    run(folder, model, tmp_path / f"a.{ending}", "--part-rows", "4", "--batch-size", "4")
+    capsys.readouterr()
+    before = sorted(tmp_path.iterdir())
+    flags = [] if ending == "csv" else ["--out-format", "jsonl"]
+    main([str(folder), "--model", str(model), "--out", "-", "--part-rows", "4", *flags])
+    printed = capsys.readouterr()
+    assert printed.out == (tmp_path / f"a.{ending}").read_text()
+    assert "23 images, 1 errors" in printed.err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_nothing_is_printed_if_no_image_is_readable(
+    folder: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UsageError, match="none of 23 images is readable"):
+        main([str(folder), "--model", str(model), "--out", "-", "--part-rows", "4"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--out", "-", "--json"], "json: True is not valid, expected false with --out -"),
+        (["--out", "-", "--resume"], "resume: True is not valid, expected false with --out -"),
+        (["--out", "-", "--show", "3"], "show_out: None is not valid"),
+        (["--out", "a.csv", "--out-format", "csv"], "out_format: 'csv' is not valid"),
+    ],
+)
+def test_what_standard_output_excludes(
+    folder: Path, model: Path, flags: list[str], told: str
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        main([str(folder), "--model", str(model), *flags])
+
+
+def test_a_reader_that_leaves_ends_it(folder: Path, model: Path) -> None:
+    call = [sys.executable, "-m", "distcls.cli", "predict", str(folder), "--model", str(model)]
+    with subprocess.Popen(
+        [*call, "--out", "-", "--part-rows", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+    assert process.returncode == 1
+
+
+def test_a_run_directory_means_its_best_model(
+    folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "run"
+    place.mkdir()
+    with pytest.raises(UsageError, match=r"model: .*run is a folder without best.onnx or best.pth"):
+        run(folder, place, tmp_path / "a.csv")
+    shutil.copy(model, place / "best.onnx")
+    expected = run(folder, model, tmp_path / "a.csv")
+    assert run(folder, place, tmp_path / "b.csv") == expected
+    assert f"model: {place / 'best.onnx'}\n" in capsys.readouterr().err
+    (place / "best.pth").write_bytes(b"")
+    os.utime(place / "best.onnx", (1, 1))
+    assert best_model(place) == place / "best.pth"
+    line = model_choice(place, best_model(place))
+    assert line.startswith(f"model: {place / 'best.pth'}; best.onnx is older, distcls export")
+    os.utime(place / "best.pth", (1, 1))
+    assert best_model(place) == place / "best.onnx"
+    assert best_model(place, exported=False) == place / "best.pth"

@@ -80,7 +80,7 @@ def test_bad_input_is_one_line(
 def test_bad_places(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="DATA; see distcls show --help"):
         main([])
-    with pytest.raises(UsageError, match="no such dataset directory"):
+    with pytest.raises(UsageError, match="none: no such file or folder"):
         main([str(tmp_path / "none"), "--out", str(tmp_path / "a.png")])
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UsageError, match=r"folder\.png is a folder, expected the name of a file"):

@@ -33,7 +33,7 @@ def test_every_class_keeps_a_training_image(
 
 @pytest.mark.parametrize(
     ("count", "expected"),
-    [(1, (0, 0)), (2, (1, 0)), (3, (1, 1)), (10, (2, 1)), (15, (3, 2)), (100, (20, 10))],
+    [(1, (0, 0)), (2, (0, 1)), (3, (1, 1)), (10, (2, 1)), (15, (3, 2)), (100, (20, 10))],
 )
 def test_small_classes(count: int, expected: tuple[int, int]) -> None:
     found = split_sizes(count, {"test": 0.2, "val": 0.1})

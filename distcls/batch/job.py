@@ -10,6 +10,8 @@ resumed; the finished parts become the output in one step.
 from __future__ import annotations
 
 import contextlib
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +35,11 @@ from distcls.runtime.model import Model
 
 def check_output(options: PredictOptions) -> None:
     """Raise UsageError, before any work, if the results could not be written."""
-    check_ending(options.out)
+    if options.to_standard_output:
+        if sys.stdout is None:
+            raise UsageError("out: standard output is closed; give --out the name of a file")
+    else:
+        check_ending(options.out)
     if options.features is not None:
         check_ending(options.features)
     # an empty folder is no unfinished run: nothing would be resumed, and a whole output replaced
@@ -54,7 +60,8 @@ def check_output(options: PredictOptions) -> None:
 
 def _outputs(options: PredictOptions) -> list[Path]:
     picture = options.picture if options.show else None
-    targets = (options.out, options.features, picture, options.profile)
+    out = None if options.to_standard_output else options.out
+    targets = (out, options.features, picture, options.profile)
     return [target for target in targets if target is not None]
 
 
@@ -70,7 +77,10 @@ def predict(
     """
     writer = PartWriter(model, source, options)
     began = time.monotonic()
-    with open_parts(options.out, resume=options.resume, overwrite=options.overwrite) as parts:
+    with (
+        _parts_of(options) as out,
+        open_parts(out, resume=options.resume, overwrite=options.overwrite) as parts,
+    ):
         resumed = parts.rows
         with _resume_hint(parts):
             _write_missing_parts(parts, writer, reopen)
@@ -100,6 +110,16 @@ def predict(
 
 
 @contextlib.contextmanager
+def _parts_of(options: PredictOptions) -> Iterator[Path]:
+    """The output beside which the parts are written; for standard output a temporary one."""
+    if not options.to_standard_output:
+        yield options.out
+        return
+    with tempfile.TemporaryDirectory(prefix="distcls-") as folder:
+        yield Path(folder) / f"rows{options.ending}"
+
+
+@contextlib.contextmanager
 def _resume_hint(parts: Parts) -> Iterator[None]:
     """Add to an error of the run that its finished parts can be resumed."""
     try:
@@ -107,7 +127,7 @@ def _resume_hint(parts: Parts) -> Iterator[None]:
     except UsageError:
         raise
     except DistclsError as error:
-        if not parts.records:
+        if not parts.records or parts.printed:
             raise
         hint = f"{parts.rows:,} rows are kept in {parts.folder}, --resume continues them"
         raise DistclsError(f"{error}; {hint}") from error
@@ -130,6 +150,12 @@ def _write_missing_parts(parts: Parts, writer: PartWriter, reopen: Reopen | None
                 if not parts.records:
                     parts.begin(fingerprint.result())
                 parts.finish(record)
+                if options.to_standard_output and _any_readable(parts):
+                    parts.print(options.ending, writer.rows.names)
+
+
+def _any_readable(parts: Parts) -> bool:
+    return any(record.errors < record.rows for record in parts.records)
 
 
 def _new_records(
@@ -157,10 +183,13 @@ def _new_records(
 def _deliver(parts: Parts, writer: PartWriter) -> None:
     """Join the finished parts and move the output to its final path."""
     options = writer.options
-    if sum(record.errors for record in parts.records) == writer.count:
+    if not _any_readable(parts):
         first = next(record.first_error for record in parts.records)
         parts.records.clear()  # nothing worth resuming
-        raise UsageError(f"{options.input}: none of {writer.count} images is readable; {first}")
+        raise UsageError(
+            f"{' '.join(options.inputs[:3])}: none of {writer.count} images is readable; {first}"
+        )
     if options.features is not None:
         parts.deliver(FEATURES, options.features)
-    parts.deliver(options.out.suffix, options.out, writer.rows.names)
+    if not options.to_standard_output:
+        parts.deliver(options.ending, options.out, writer.rows.names)

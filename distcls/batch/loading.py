@@ -8,7 +8,10 @@ those of training to the last bit, so it is an option, and refused if too many l
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +21,9 @@ from numpy.typing import NDArray
 from distcls import __version__, log
 from distcls.batch.options import PredictOptions
 from distcls.batch.parts import EXECUTION, Fingerprint, read_fingerprint
-from distcls.data.formats.detect import open_source
-from distcls.data.source import ImageSource, with_decoder
+from distcls.data.formats.detect import open_source, registered_formats
+from distcls.data.formats.folder import FileSource, is_image_name
+from distcls.data.source import ImageSource, JoinedSource, with_decoder
 from distcls.errors import BadValue, DistclsError, UsageError
 from distcls.files import digest
 from distcls.imaging import decode
@@ -28,6 +32,44 @@ from distcls.runtime.ensemble import Ensemble, FlipAveraged, executions_of, open
 from distcls.runtime.generic_onnx import GenericOnnxModel, read_classes
 from distcls.runtime.model import Model, OnnxModel, WithFeatures
 from distcls.runtime.providers import ExecutionConfig, ExecutionRequest
+
+
+def open_inputs(options: PredictOptions) -> ImageSource:
+    """The images of all inputs; those of several in order, their ids beginning with the input.
+
+    Raises UsageError for an input that is not there.
+    """
+    if len(options.inputs) == 1:
+        return open_source(options.inputs[0], options.split, options.fetch_timeout)
+    parts: list[tuple[str, ImageSource]] = []
+    for kind, group in itertools.groupby(options.inputs, key=_kind_of_file):
+        if kind is None:
+            for text in group:
+                source = open_source(text, options.split, options.fetch_timeout)
+                parts.append((_prefix(text, source), source))
+        elif options.split is not None:
+            raise UsageError(f"split: {next(group)} is not a dataset directory and has no splits")
+        else:  # thousands of files, which the shell made of a glob
+            parts.append(
+                (kind, FileSource(Path(kind), (text.removeprefix(kind) for text in group)))
+            )
+    return JoinedSource(parts)
+
+
+def _kind_of_file(text: str) -> str | None:
+    """`/` for an absolute path of an image file, empty for a relative one, None for all else."""
+    plain = is_image_name(text) and not registered_formats() and Path(text).is_file()
+    return text[: text.startswith("/")] if plain else None
+
+
+def _prefix(text: str, source: ImageSource) -> str:
+    """What makes an input's image ids the paths that the user gave."""
+    first = source.image_ids[0]
+    if text == "-" or (len(source) == 1 and text.endswith(first)):
+        return text.removesuffix("-" if text == "-" else first)
+    if glob.has_magic(text) and not Path(text).exists() and not text.endswith(".tar"):
+        return re.split(r"[*?\[]", text)[0].rpartition("/")[0] + "/" * ("/" in text)
+    return text.rstrip("/") + "/"
 
 
 def load_models(
@@ -61,7 +103,7 @@ def reopen(
     options: PredictOptions, executions: Sequence[ExecutionConfig]
 ) -> tuple[Model, ImageSource]:
     """Model and input of a batch prediction once more, in another process, run as given."""
-    source = open_source(options.input, options.split, options.fetch_timeout)
+    source = open_inputs(options)
     model = load_models(options, source, executions)
     return model, scale_decoding(source, model) if options.scaled_decode else source
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from distcls.config import positional
 from distcls.data.formats.detect import TIMEOUT
 from distcls.errors import require
+from distcls.model_card import best_model, model_choice
 from distcls.runtime.providers import ExecutionRequest, require_provider
 
 Tta = Literal["none", "flip"]
@@ -19,16 +20,21 @@ Engine = Literal["local", "ray"]
 class PredictOptions:
     """Options of `distcls predict`."""
 
-    input: str = positional()
+    input: str | tuple[str, ...] = positional()
     """Folder (searched with all below it), glob, image, manifest (.csv or .parquet with a column
     path, file, filename, image or image_id), dataset directory, tar shards (photos-{000..003}.tar
     or a glob), http://, https://, s3:// or gs:// (an image, folder, glob or manifest), or - for
-    a list on standard input, one path or URL a line."""
+    a list on standard input, one path or URL a line. Of several, the image ids begin with the
+    input as given."""
     model: str
-    """Model file: best.onnx, or a checkpoint best.pth. An ensemble, as in a.onnx,b.onnx, predicts
-    the mean of the probabilities."""
+    """Model file: best.onnx, or a checkpoint best.pth; a run directory means its best.onnx, or its
+    best.pth where that is newer. An ensemble, as in a.onnx,b.onnx, predicts the mean of the
+    probabilities."""
     out: Path = Path("pre.csv")
-    """File to write; .csv, .jsonl or .parquet by its ending."""
+    """File to write; .csv, .jsonl or .parquet by its ending; - writes the rows to standard
+    output."""
+    out_format: Literal["csv", "jsonl"] | None = None
+    """Format of the rows on standard output; default: csv."""
     features: Path | None = None
     """Parquet file to write as well: the features of each image, the input of the network's last
     layer."""
@@ -103,7 +109,9 @@ class PredictOptions:
         require(self.fetch_timeout > 0, "fetch_timeout", self.fetch_timeout, "seconds above 0")
         both = self.resume and self.overwrite
         require(not both, "resume", True, "false with --overwrite, which starts anew")
+        self._check_standard_output()
         table = self.features
+        require(bool(self.inputs), "input", self.input, "at least one")
         parquet = table is None or table.suffix.lower() == ".parquet"
         require(parquet, "features", str(table), "the name of a .parquet file")
         require(table is None or table != self.out, "features", str(table), "another file than out")
@@ -114,13 +122,49 @@ class PredictOptions:
             given = getattr(self, name) is not None
             require(not given or self.classes is not None, name, getattr(self, name), _GENERIC)
 
+    def _check_standard_output(self) -> None:
+        known = self.to_standard_output or self.out_format is None
+        require(known, "out_format", self.out_format, "nothing without --out -: by the ending")
+        if not self.to_standard_output:
+            return
+        require(not self.json, "json", True, "false with --out -, which prints the rows there")
+        require(not self.resume, "resume", True, "false with --out -, which keeps nothing")
+        named = not self.show or self.show_out is not None
+        require(named, "show_out", None, "the name of a .png file with --out -")
+
+    @property
+    def to_standard_output(self) -> bool:
+        """Whether the rows are printed instead of written to a file."""
+        return str(self.out) == "-"
+
+    @property
+    def ending(self) -> str:
+        """Ending of the output's format, such as `.csv`."""
+        return f".{self.out_format or 'csv'}" if self.to_standard_output else self.out.suffix
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """All inputs, in order."""
+        return (self.input,) if isinstance(self.input, str) else self.input
+
     @property
     def models(self) -> tuple[Path, ...]:
-        """The model files; the name of an existing file may hold a comma."""
+        """The model files; the name of an existing file may hold a comma.
+
+        Raises UsageError for a folder without a model.
+        """
+        return tuple(map(best_model, self._named_models()))
+
+    def model_choices(self) -> list[str]:
+        """A line for each run directory among the models: which file it means."""
+        named = zip(self._named_models(), self.models, strict=True)
+        return [line for path, found in named if (line := model_choice(path, found))]
+
+    def _named_models(self) -> list[Path]:
         whole = Path(self.model)
         if "," not in self.model or whole.exists():
-            return (whole,)
-        return tuple(Path(name.strip()) for name in self.model.split(",") if name.strip())
+            return [whole]
+        return [Path(name.strip()) for name in self.model.split(",") if name.strip()]
 
     def execution_request(self, images: int) -> ExecutionRequest:
         """The execution request, for a source of this many images."""

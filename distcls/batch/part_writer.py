@@ -84,7 +84,7 @@ class PartWriter:
     def _write_part(
         self, number: int, chunks: Iterator[Chunk], folder: Path, advance: Callable[[int], object]
     ) -> PartRecord:
-        ending, rows = self.options.out.suffix, self.rows
+        ending, rows = self.options.ending, self.rows
         paths = [folder / part_name(number, name) for name in (ending, FEATURES)]
         counts = _Counts(self.source)
         with contextlib.ExitStack() as stack:

@@ -19,12 +19,13 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from distcls import log
-from distcls.batch.table import join
+from distcls.batch.table import copy_rows, join
 from distcls.errors import UsageError
 from distcls.files import atomic_path, digest, remove_stale_parts, sync_folder, writable, write_json
 
@@ -82,6 +83,8 @@ class Parts:
         self.folder = parts_folder(out)
         self.records: list[PartRecord] = []
         """Of the finished parts, in order, without a gap."""
+        self.printed = 0
+        """How many of them `print` has written."""
 
     @property
     def rows(self) -> int:
@@ -146,6 +149,16 @@ class Parts:
                 with atomic_path(out) as part:
                     shutil.copyfile(joined, part)
             sync_folder(out.parent)
+
+    def print(self, ending: str, names: Sequence[str]) -> None:
+        """Write the finished parts that are not printed yet to standard output, and delete their
+        files; for a folder that nothing will be resumed from."""
+        files = self.files(ending)[self.printed :]
+        copy_rows(files, sys.stdout.buffer, ending, names, header=not self.printed)
+        sys.stdout.flush()
+        self.printed = len(self.records)
+        for path in files:
+            path.unlink()
 
     def remove(self) -> None:
         """Delete the folder, in one step."""

@@ -49,7 +49,9 @@ Reopen = Callable[[PredictOptions, list[ExecutionConfig]], tuple[Model, ImageSou
 
 def check_ray(options: PredictOptions) -> None:
     """Raise UsageError, before any work, if Ray is missing or cannot run with these options."""
-    if options.input == "-":
+    if len(options.inputs) > 1:
+        raise UsageError("engine: ray takes one INPUT; name a folder, a glob or a manifest")
+    if options.inputs == ("-",):
         raise UsageError(
             "engine: ray cannot hand standard input to other machines; write the list into a "
             "manifest (.csv with a column path)"
@@ -214,8 +216,9 @@ def _files(row: dict[str, Any]) -> dict[str, bytes]:
 def _with_absolute_paths(options: PredictOptions) -> PredictOptions:
     """The same options: workers run in folders of their own."""
     changes: dict[str, Any] = {"model": ",".join(str(path.absolute()) for path in options.models)}
-    if not is_url(options.input):
-        changes["input"] = str(Path(options.input).absolute())
+    [location] = options.inputs
+    if not is_url(location):
+        changes["input"] = str(Path(location).absolute())
     if options.classes is not None:
         changes["classes"] = options.classes.absolute()
     return dataclasses.replace(options, **changes)

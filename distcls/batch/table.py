@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -202,13 +202,25 @@ def join(parts: Sequence[Path], path: Path, ending: str, names: Sequence[str] = 
     if ending.lower() == ".parquet":
         _join_parquet(parts, path)
         return
-    header = csv_line(names).encode() if ending.lower() == ".csv" else b""
     with path.open("wb") as joined:
-        joined.write(header)
-        for part in parts:
-            with part.open("rb") as handle:
-                handle.seek(len(header))
-                shutil.copyfileobj(handle, joined, 1 << 20)
+        copy_rows(parts, joined, ending, names)
+
+
+def copy_rows(
+    parts: Sequence[Path],
+    target: BinaryIO,
+    ending: str,
+    names: Sequence[str],
+    *,
+    header: bool = True,
+) -> None:
+    """Append the rows of .csv or .jsonl tables to `target`; a CSV's header once, or not at all."""
+    first = csv_line(names).encode() if ending.lower() == ".csv" else b""
+    target.write(first if header else b"")
+    for part in parts:
+        with part.open("rb") as handle:
+            handle.seek(len(first))
+            shutil.copyfileobj(handle, target, 1 << 20)
 
 
 def shortest(values: NDArray[np.float32]) -> list[float]:

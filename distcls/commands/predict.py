@@ -7,11 +7,16 @@ from collections.abc import Sequence
 
 from distcls import log
 from distcls.batch.job import check_output, predict
-from distcls.batch.loading import check_scaled_decoding, load_models, reopen, scale_decoding
+from distcls.batch.loading import (
+    check_scaled_decoding,
+    load_models,
+    open_inputs,
+    reopen,
+    scale_decoding,
+)
 from distcls.batch.options import PredictOptions
 from distcls.cli import run
 from distcls.config import parse
-from distcls.data.formats.detect import open_source
 
 ABOUT = "Predict the class of many images; one row each, in input order, bad images included."
 
@@ -20,17 +25,20 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, predict, print."""
     options = parse(PredictOptions, arguments, prog="distcls predict", about=ABOUT)
     log.set_quiet(options.quiet)
-    source = open_source(options.input, options.split, options.fetch_timeout)
+    source = open_inputs(options)
     check_output(options)
+    for line in options.model_choices():
+        log.say(line)
     model = load_models(options, source)
     if options.scaled_decode:
         original, source = source, scale_decoding(source, model)
         check_scaled_decoding(original, source, model)
     result = predict(model, source, options, reopen)
     abstained = f"{result.abstained:,} abstained, " if options.threshold is not None else ""
+    out = "standard output" if options.to_standard_output else result.out
     log.say(
         f"{result.images:,} images, {result.errors:,} errors, {abstained}"
-        f"{result.images_per_second:,.0f} images/s on {result.provider}: {result.out}"
+        f"{result.images_per_second:,.0f} images/s on {result.provider}: {out}"
     )
     if result.features is not None:
         log.say(f"features: {result.features}")

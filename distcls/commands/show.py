@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,8 @@ class ShowConfig(TrainConfig):
     """A training run's keys, but `out` is an image file."""
 
     data: Path = positional()
-    """Dataset directory."""
+    """Dataset directory, or anything that `distcls prepare` takes: that is prepared for the
+    picture, and removed again."""
     out: Path = Path("show.png")
     """Image file to write (PNG); the `out` of a config file is ignored."""
     overwrite: bool = False
@@ -52,9 +54,12 @@ def main(arguments: Sequence[str]) -> None:
     log.set_quiet(config.quiet)
     check_output(config)
     from distcls.plotting import Tile, draw_grid
+    from distcls.training.inputs import prepared
     from distcls.training.preview import preview  # torch loads for a right command only
 
-    found = preview(config, epoch=config.epoch - 1, count=config.count)
+    with tempfile.TemporaryDirectory(prefix=".show-", dir=config.out.parent) as folder:
+        drawn = prepared(config, Path(folder) / config.data.name)
+        found = preview(drawn, epoch=config.epoch - 1, count=config.count)
     steps = "step 1" if found.steps == 1 else f"steps 1 to {found.steps}"
     height, width = found.images.shape[1:3]
     title = f"epoch {config.epoch}, {steps}: {len(found.labels)} images of {height}x{width}"

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import typing
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from distcls.config.load import Given, build, old_names, read_yaml
-from distcls.config.schema import MISSING, Leaf, Mismatch, convert, describe, leaves
+from distcls.config.load import RENAMED, Given, build, old_names, read_yaml
+from distcls.config.schema import MISSING, Leaf, Mismatch, convert, describe, leaves, members
 from distcls.errors import UsageError, did_you_mean
 
 C = TypeVar("C")
@@ -59,11 +61,13 @@ def parse(
     parser = _parser(fields, prog, about, config)
     for leaf in renamed:
         _add_flag(parser, leaf, argparse.SUPPRESS)
-    options, unknown = parser.parse_known_args(_spelt_out(arguments, fields + renamed))
+    # intermixed: several positional arguments may stand before and after the flags
+    words = _spelt_out(arguments, fields + renamed)
+    options, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
         names = [_flag(leaf) for leaf in fields if not leaf.positional] + ["--config"] * config
         name = unknown[0].partition("=")[0]
-        hint = did_you_mean(name, names) if name.startswith("-") else ""
+        hint = _nearest_flag(name, names) if name.startswith("-") else ""
         raise UsageError(f"unexpected argument {unknown[0]!r}{hint}; see {prog} --help")
     layers = [read_yaml(Path(options.config))] if config and options.config else []
     layers = [{key: raw for key, raw in layer.items() if key not in aside} for layer in layers]
@@ -75,10 +79,27 @@ def parse(
     return build(cls, *layers, flags)
 
 
+def _nearest_flag(name: str, names: list[str]) -> str:
+    """The clause of `did_you_mean`; those that are right but for their section come first."""
+    plain = name.lstrip("-").replace("_", "-")
+    ends = {flag: flag.rpartition(".")[2].lstrip("-") for flag in names}
+    near = difflib.get_close_matches(plain, set(ends.values()), n=1, cutoff=0.85)
+    found = [flag for flag, end in ends.items() if end in near]
+    if len(found) == 1:
+        return f"; did you mean {found[0]!r}?"
+    return f" (choices: {', '.join(found)})" if found else did_you_mean(name, names, sort=True)
+
+
 def _spelt_out(arguments: Sequence[str], fields: list[Leaf]) -> list[str]:
-    """`--quiet INPUT` to `--quiet=true INPUT`: argparse would take INPUT for the flag's value."""
+    """`--quiet INPUT` to `--quiet=true INPUT`: argparse would take INPUT for the flag's value.
+
+    And `--data DATA` to `DATA` where it is positional: other commands have it as a flag.
+    """
     alone = {name: leaf for leaf in fields if leaf.bare for name in _names(leaf)}
-    words = list(arguments)
+    places = [f"--{leaf.key}" for leaf in fields if leaf.positional]
+    words = [word for word in arguments if word not in places]
+    for name in places:
+        words = [word.removeprefix(name + "=") for word in words]
     for place, word in enumerate(words):
         if word in alone and not _fits("".join(words[place + 1 : place + 2]), alone[word].type):
             words[place] = f"{word}={alone[word].bare}"
@@ -94,7 +115,7 @@ def _fits(word: str, kind: Any) -> bool:
 
 
 def _parser(fields: list[Leaf], prog: str, about: str, config: bool) -> argparse.ArgumentParser:
-    places = [leaf.key.upper() for leaf in fields if leaf.positional]
+    places = [leaf.key.upper() + " ..." * _several(leaf) for leaf in fields if leaf.positional]
     usage = " ".join([prog, *places, *["[--config FILE]"] * config, "[--key value ...]"])
     parser = _Parser(prog=prog, usage=usage, description=about, allow_abbrev=False)
     if config:
@@ -104,6 +125,7 @@ def _parser(fields: list[Leaf], prog: str, about: str, config: bool) -> argparse
         text = f"{leaf.doc} ({describe(leaf.type)}{_default(leaf)})".replace("%", "%%")
         if leaf.positional:
             count = None if leaf.default is MISSING else "?"
+            count = "+" if _several(leaf) else count
             name = leaf.key.upper()
             parser.add_argument(leaf.key, metavar=name, help=text, nargs=count)
             continue
@@ -125,8 +147,17 @@ def _under_old_names(fields: list[Leaf]) -> list[Leaf]:
     return [dataclasses.replace(by_key[new], key=old) for old, new in names.items()]
 
 
+def _several(leaf: Leaf) -> bool:
+    """Whether a positional argument may be given more than once."""
+    return any(typing.get_origin(kind) is tuple for kind in members(leaf.type))
+
+
 def _names(leaf: Leaf) -> list[str]:
-    return list(dict.fromkeys([_flag(leaf), "--" + leaf.key]))
+    """The flags of a leaf; `--model NAME` is short for `--model.name NAME`."""
+    section, _, last = leaf.key.rpartition(".")
+    named = last == "name" and section and leaf.key not in RENAMED
+    short = ["--" + section] if named else []
+    return list(dict.fromkeys([_flag(leaf), "--" + leaf.key, *short]))
 
 
 def _flag(leaf: Leaf) -> str:

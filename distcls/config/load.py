@@ -122,7 +122,7 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
     for key, (raw, source) in given.items():
         if key not in known:
             _refuse_section(key, source, known)
-            raise UsageError(f"{source}: unknown key {key!r}{did_you_mean(key, known)}")
+            raise UsageError(f"{source}: unknown key {key!r}{did_you_mean(key, known, sort=True)}")
         try:
             values[key] = convert(raw, known[key].type)
         except Mismatch:

@@ -205,6 +205,11 @@ class Split(ImageSource):
         return list(self.table.column("path").to_pylist())
 
 
+def is_dataset(folder: Path) -> bool:
+    """Whether it is a dataset directory, whole or damaged."""
+    return (folder / INFO).is_file() or (folder / MANIFEST).is_file()
+
+
 class Dataset:
     """An opened dataset directory."""
 

@@ -308,11 +308,12 @@ def _summarise(prepared: Prepared, source: LabelledImages, options: PrepareOptio
     counts = ", ".join(f"{count:,} {split}" for split, count in prepared.counts.items())
     total = sum(prepared.counts.values())
     classes = source.task.summary()
-    log.say(f"{prepared.kind}: {total:,} images of {classes}: {counts}")
+    say = log.say if not options.quiet else lambda _: None
+    say(f"{prepared.kind}: {total:,} images of {classes}: {counts}")
     if prepared.packed:
-        log.say(f"pack: {prepared.pack_bytes / 2**20:.1f} MiB of decoded images")
+        say(f"pack: {prepared.pack_bytes / 2**20:.1f} MiB of decoded images")
     else:
-        log.say("no pack: the images are decoded whenever they are used")
+        say("no pack: the images are decoded whenever they are used")
     if prepared.rejected:
         log.warn(
             f"{prepared.rejected} of {total + prepared.rejected} images cannot be read; "
@@ -321,4 +322,4 @@ def _summarise(prepared: Prepared, source: LabelledImages, options: PrepareOptio
     for split in ("val", "test"):
         if split not in prepared.counts:
             log.warn(f"there are no images for {split}")
-    log.say(f"wrote {options.out} in {prepared.seconds} s")
+    say(f"wrote {options.out} in {prepared.seconds} s")

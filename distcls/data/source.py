@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import abc
 import array
+import bisect
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -23,6 +25,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from distcls import log
 from distcls.errors import BadValue, UsageError, require
 from distcls.imaging import decode
 from distcls.task import Task
@@ -168,6 +171,63 @@ class FunctionSource(ImageSource):
     def state(self) -> str:
         """See `ImageSource`."""
         return "" if self._state is None else self._state()
+
+
+class JoinedSource(ImageSource):
+    """The images of several sources, one after the other, each with a prefix for its ids."""
+
+    def __init__(self, parts: Sequence[tuple[str, ImageSource]]) -> None:
+        """An image id that occurs again is left out, with a warning."""
+        self._sources = [source for _, source in parts]
+        self._ends = list(itertools.accumulate(map(len, self._sources)))
+        named = (prefix + name for prefix, source in parts for name in source.image_ids)
+        first: dict[str, int] = {}
+        for place, name in enumerate(named):
+            first.setdefault(name, place)
+        self._image_ids = Names.of(first).printable()
+        self._places = array.array("q", first.values())
+        if again := sum(map(len, self._sources)) - len(first):
+            log.warn(f"{again:,} of the images named are there twice or more; each is taken once")
+
+    @property
+    def image_ids(self) -> Sequence[str]:
+        """See `ImageSource`."""
+        return self._image_ids
+
+    @property
+    def encoded(self) -> bool:
+        """See `ImageSource`: whether all are."""
+        return all(source.encoded for source in self._sources)
+
+    def read(self, index: int) -> bytes:
+        """See `ImageSource`."""
+        source, place = self._find(index)
+        return source.read(place)
+
+    def image(self, index: int) -> Images:
+        """See `ImageSource`."""
+        source, place = self._find(index)
+        return source.image(place)
+
+    @functools.cached_property
+    def true_labels(self) -> Sequence[str | None] | None:
+        """See `ImageSource`."""
+        known = [source.true_labels for source in self._sources]
+        if all(labels is None for labels in known):
+            return None
+        pairs = zip(known, self._sources, strict=True)
+        every = [label for labels, source in pairs for label in labels or [None] * len(source)]
+        return [every[place] for place in self._places]
+
+    def state(self) -> str:
+        """See `ImageSource`."""
+        states = (source.state() for source in self._sources)
+        return hashlib.sha256("\n".join(states).encode()).hexdigest()
+
+    def _find(self, index: int) -> tuple[ImageSource, int]:
+        place = self._places[index]
+        part = bisect.bisect_right(self._ends, place)
+        return self._sources[part], place - (self._ends[part - 1] if part else 0)
 
 
 def to_rgb(pixels: Images) -> Images:

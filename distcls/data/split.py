@@ -73,10 +73,14 @@ def draw_subset(
 def split_sizes(count: int, fractions: dict[str, float]) -> dict[str, int]:
     """How many of a class's `count` images each split gets; training keeps at least one.
 
+    Of two images one validates: without it the best epoch would be chosen without the class.
+
     >>> split_sizes(2, {"test": 0.2, "val": 0.1})
-    {'test': 1, 'val': 0}
+    {'test': 0, 'val': 1}
     """
     left = count - 1
+    if left == 1 and "val" in fractions:
+        return {**dict.fromkeys(fractions, 0), "val": 1}
     counts = {}
     for split, fraction in fractions.items():
         counts[split] = min(left, max(1, math.floor(count * fraction + 0.5)))

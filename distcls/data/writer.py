@@ -241,6 +241,7 @@ def write_info(
         "format": FORMAT,
         "kind": source.format,
         "source": source.location,
+        "source_fingerprint": source.source.fingerprint(),
         "root": root,
         "packed": pack is not None,
         "pack_bytes": pack.size if pack else 0,

@@ -18,6 +18,7 @@ from distcls.data.dataset import Dataset, Split
 from distcls.errors import DistclsError, UsageError, require
 from distcls.evaluation.metrics import Integers, Metrics, MetricState, metric_state
 from distcls.files import csv_line, require_writable, write_json, write_text
+from distcls.model_card import best_model, model_choice
 from distcls.predictor import Predictor, load_model
 from distcls.runtime.providers import ExecutionRequest, require_provider
 from distcls.task import BLANK, BLANK_SHOWN, Task
@@ -34,7 +35,8 @@ class EvaluateOptions:
     """Options of `distcls evaluate`."""
 
     model: Path
-    """Model file: best.onnx, or a checkpoint best.pth."""
+    """Model file: best.onnx, or a checkpoint best.pth; a run directory means its best.onnx, or its
+    best.pth where that is newer or several processes evaluate."""
     data: Path
     """Dataset directory, as `distcls prepare` makes it."""
     split: str = "test"
@@ -154,6 +156,7 @@ def evaluate_model(options: EvaluateOptions) -> EvaluationResult:
     all of them get the result of all images, and rank 0 writes. Raises UsageError for a model that
     does not fit the data, and DistclsError, in all processes, if any image is bad.
     """
+    options = _with_model_file(options)
     dataset = Dataset.open(options.data)
     split = dataset.split(options.split)
     if options.out is not None and log.rank() == 0:
@@ -183,6 +186,13 @@ def evaluate_model(options: EvaluateOptions) -> EvaluationResult:
         result.write(options.out)
         log.say(f"written: {options.out}")
     return result
+
+
+def _with_model_file(options: EvaluateOptions) -> EvaluateOptions:
+    found = best_model(options.model, exported=log.world_size() == 1)
+    if line := model_choice(options.model, found):
+        log.say(line)
+    return dataclasses.replace(options, model=found)
 
 
 @contextlib.contextmanager

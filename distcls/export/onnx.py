@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distcls import log
 from distcls.errors import DistclsError, UsageError, require
+from distcls.model_card import best_model
 
 if TYPE_CHECKING:
     from distcls.export.certificate import AccuracyCertificate, Certificate
@@ -28,7 +29,7 @@ class ExportOptions:
     """Options of `distcls export`."""
 
     ckpt: Path
-    """Checkpoint to export, such as runs/digits/best.pth."""
+    """Checkpoint to export, such as runs/digits/best.pth, or the run directory that it is in."""
     out: Path | None = None
     """File to write; default: the checkpoint's name with .onnx, .fp16.onnx or .int8.onnx."""
     data: Path | None = None
@@ -70,7 +71,12 @@ class ExportOptions:
     def target(self) -> Path:
         """The file to write."""
         ending = ".onnx" if self.precision == "fp32" else f".{self.precision}.onnx"
-        return self.out or self.ckpt.with_suffix(ending)
+        return self.out or self.checkpoint.with_suffix(ending)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint, in a run directory its best.pth. Raises UsageError without one."""
+        return best_model(self.ckpt, exported=False, key="ckpt")
 
 
 def export_onnx(options: ExportOptions) -> Certificate | AccuracyCertificate:
@@ -88,7 +94,7 @@ def export_onnx(options: ExportOptions) -> Certificate | AccuracyCertificate:
     from distcls.files import atomic_path
     from distcls.models.checkpoint import open_checkpoint
 
-    reference = open_checkpoint(options.ckpt, device="cpu")
+    reference = open_checkpoint(options.checkpoint, device="cpu")
     trained_on = Path(reference.card.training["dataset"])
     # an exported file may be published: a path would reveal details of this machine
     training = {**reference.card.training, "dataset": trained_on.name}
@@ -135,7 +141,7 @@ def _write_fp32(
     _say(certificate)
     if not certificate.holds:
         raise DistclsError(
-            f"{options.ckpt}: the exported graph disagrees with the checkpoint beyond the "
+            f"{options.checkpoint}: the exported graph disagrees with the checkpoint beyond the "
             f"tolerance; {options.target} was not written"
         )
     write(temporary, graph, dataclasses.replace(reference.card, certificate=certificate.to_json()))

@@ -15,7 +15,7 @@ from distcls import log
 from distcls.cli import run
 from distcls.config import parse
 from distcls.errors import DistclsError, UsageError
-from distcls.training.config import TrainConfig
+from distcls.training.config import NEW_OUT, TrainConfig
 
 MAX_FAILURES = 3
 """Restarts of the workers before the job counts as failed."""
@@ -51,10 +51,13 @@ def train_on_ray(config: TrainConfig) -> None:
         if error.name is None or error.name.partition(".")[0] != "ray":
             raise
         raise UsageError('Ray is not installed; pip install "distcls[ray,train]"') from error
+    from distcls.training.inputs import place
     from distcls.training.logging import require_free
 
-    config = absolute(config)
+    if config.out == NEW_OUT:
+        raise UsageError("out is missing; give it as --out: a folder that all workers see")
     require_free(config.out, config.resume)
+    config = absolute(place(config))
     # from here on a worker that finds a state is a restarted one
     config = dataclasses.replace(config, resume="auto")
     ray.init(ignore_reinit_error=True, log_to_driver=not config.quiet)

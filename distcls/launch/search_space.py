@@ -24,7 +24,7 @@ from distcls import log
 from distcls.config import build, dump_yaml, flatten, leaves, repeated
 from distcls.config.load import RENAMED, Given
 from distcls.config.schema import members
-from distcls.data.dataset import Dataset
+from distcls.data.dataset import Dataset, is_dataset
 from distcls.errors import UsageError, did_you_mean, require
 from distcls.system import available_cores
 from distcls.training.config import TrainConfig
@@ -65,6 +65,8 @@ Values = dict[str, str]
 class SearchConfig(TrainConfig):
     """The keys of a training run, common to all trials, and those of the search."""
 
+    out: Path = dataclasses.field()
+    """Folder of the search, with a run directory for each trial."""
     grid: tuple[str, ...] = repeated()
     """Key and the values to try, such as `lr=1e-3,3e-3`; `;` separates values that hold
     commas. Once for each key."""
@@ -398,6 +400,11 @@ def check(trials: list[Trial]) -> None:
     for name in dict.fromkeys(config.model.name for config in configs):
         resolve(name)
     for data in dict.fromkeys(config.data for config in configs):
+        if data.exists() and not is_dataset(data):
+            raise UsageError(
+                f"data: {data} is no dataset directory; prepare it once for all trials: "
+                f"distcls prepare {data} --out datasets/{data.name}"
+            )
         Dataset.open(data)
 
 

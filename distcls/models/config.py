@@ -46,11 +46,11 @@ class ModelConfig:
     15 of 20 epochs; with it 1.0)."""
     pretrained: str | None = AUTO
     """Pretrained weights, for transfer learning and fine-tuning: a file (.pth, .safetensors), a
-    folder with `model.safetensors` and `config.json` (Hugging Face), or `library` for the best
-    ones that the architecture's own library publishes (`torchvision`, `timm`: the same, from that
-    one only; `torchvision:IMAGENET1K_V1`, `timm:a1_in1k`: these); null trains from scratch. auto is
-    library for inputs of 64 pixels and more, if the weights are in the library's cache or can be
-    downloaded (DISTCLS_OFFLINE=1 forbids it), else null."""
+    folder with `model.safetensors` and `config.json` (Hugging Face), a run directory, or `library`
+    for the best ones that the architecture's own library publishes (`torchvision`, `timm`: the
+    same, from that one only; `torchvision:IMAGENET1K_V1`, `timm:a1_in1k`: these); null trains from
+    scratch. auto is library for inputs of 64 pixels and more, if the weights are in the library's
+    cache or can be downloaded (DISTCLS_OFFLINE=1 forbids it), else null."""
     pretrained_sha256: str | None = None
     """SHA-256 of the pretrained weights' file, which has to be this one; default: not checked."""
     pretrained_match: Literal["auto", "name", "structure"] = "auto"

@@ -35,6 +35,7 @@ from distcls.training.config import MonitorConfig, TrainConfig, chosen
 BEST, LAST, HISTORY, CONFIG = "best.pth", "last", "history.csv", "config.yaml"
 MAY_CHANGE = (
     "out",
+    "source",
     "resume",
     "quiet",
     "json",

@@ -34,6 +34,8 @@ def chosen(value: Value | Auto) -> Value:
     return value
 
 
+NEW_OUT = Path("runs/NAME-N")
+"""The default of `out`, which stands for a new run directory."""
 SMALL_IMAGE = 64
 """Images of up to this many pixels per side are trained on at their own size by default."""
 SMALLEST_INPUT = 28
@@ -236,7 +238,8 @@ class DistillConfig:
     """Knowledge distillation (Hinton et al., 2015) from a trained model, beside the labels."""
 
     teacher: Path | None = None
-    """Teacher, a trained model (best.pth or best.onnx) of the same classes; null is off."""
+    """Teacher, a trained model (best.pth, best.onnx, or their run directory) of the same classes;
+    null is off."""
     temperature: float | None = None
     """With a teacher: both models' logits are divided by it, so that the small probabilities
     matter more; default 4."""
@@ -442,9 +445,14 @@ class TrainConfig:
     """A training run."""
 
     data: Path
-    """Dataset directory, as `distcls prepare` writes it."""
-    out: Path
-    """Run directory to write."""
+    """Dataset directory, as `distcls prepare` writes it, or anything that it takes, such as a
+    folder with one folder per class: that is prepared into the run directory, by its defaults."""
+    out: Path = NEW_OUT
+    """Run directory to write; by default a new one, with the name of the data and the first free
+    number."""
+    source: str | None = None
+    """What a run prepared `data` from, as config.yaml records it; prepared again where `data` is
+    gone."""
     epochs: int | Auto = "auto"
     """Passes over the training images; auto: 10, and more for small sets, whose epochs have few
     steps."""
@@ -512,6 +520,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
+        self._check_places()
         for name in ("accumulate", "max_nonfinite_steps", "log_every"):
             value = getattr(self, name)
             require(value >= 1, name, value, "at least 1")
@@ -530,3 +539,8 @@ class TrainConfig:
         alone = last is None or self.ema.decay is None
         require(alone, "average.last_epochs", last, "null with ema.decay: one average is saved")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more")
+
+    def _check_places(self) -> None:
+        known = self.out != NEW_OUT or self.resume != "auto"
+        require(known, "resume", self.resume, "none without --out, the run to continue")
+        require(self.source != "", "source", self.source, "a path, or null")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distcls.errors import UsageError
+from distcls.model_card import best_model
 from distcls.models.checkpoint import TorchModel
 from distcls.predictor import load_model
 from distcls.runtime.model import Model
@@ -28,7 +29,7 @@ class Teacher:
         self._temperature = config.resolved_temperature
         self._weight = config.resolved_weight
         try:
-            self._model: Model = load_model(config.teacher, str(device))
+            self._model: Model = load_model(best_model(config.teacher), str(device))
         except UsageError as error:
             raise UsageError(f"distill.teacher: {str(error).removeprefix('model: ')}") from error
         known = self._model.card.classes

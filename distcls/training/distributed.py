@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+import typing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -13,15 +17,21 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
+    broadcast_object_list,
     reduce,
 )
 from torch import Tensor
 
-from distcls.errors import BadValue, DistclsError, UsageError
+from distcls.errors import BadValue, DistclsError, Reported, UsageError
 from distcls.log import world_size
 from distcls.system import available_cores, hand_back_freed_memory, keep_freed_memory
 from distcls.training.config import TrainConfig
 from distcls.training.fsdp import require_shardable
+
+V = TypeVar("V")
+
+MEETING = 1.0
+"""Seconds between two all-reduces while all processes wait for the main one's work."""
 
 
 def start(config: TrainConfig) -> Accelerator:
@@ -61,6 +71,12 @@ def start(config: TrainConfig) -> Accelerator:
             f"{accelerator.num_processes}; each would train and write alone"
         )
     return accelerator
+
+
+def set_project_folder(accelerator: Accelerator, folder: Path) -> None:
+    """The run directory, where accelerate's trackers write; it may be chosen after the start."""
+    project = accelerator.project_configuration
+    project.project_dir = project.logging_dir = str(folder)
 
 
 def check_processes(wanted: int | None) -> None:
@@ -141,6 +157,34 @@ def any_process(*flags: bool) -> list[bool]:
         return list(flags)
     raised = torch.tensor(flags, dtype=torch.float32, device=state.device)
     return [bool(count) for count in reduce(raised, reduction="sum").tolist()]
+
+
+def from_main(work: Callable[[], V]) -> V:
+    """What `work` returns on the main process, which alone calls it; all processes have to call
+    this, and get it.
+
+    It may take longer than the timeout of collective operations: meanwhile the processes meet every
+    second. Its error ends all of them; the others raise `Reported`.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return work()
+    if not state.is_main_process:
+        while not any(any_process(False)):
+            pass  # blocked in the all-reduce
+        value, code = broadcast_object_list([None, 0])
+        if code:
+            raise Reported(code)
+        return typing.cast(V, value)
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(work)
+    pool.shutdown(wait=False)  # an interrupt does not wait for the work
+    while not any(any_process(bool(wait([future], MEETING).done))):
+        pass
+    error = future.exception()
+    code = getattr(error, "exit_code", DistclsError.exit_code) if error else 0
+    broadcast_object_list([None if error else future.result(), code])
+    return future.result()
 
 
 def sum_over_processes(term: Tensor) -> float:

@@ -1,17 +1,34 @@
-"""The input of a run: dataset and preprocessing, and whether the config can be used with it."""
+"""The input of a run: its places, dataset and preprocessing, and whether the config fits them.
+
+Data that is no dataset directory is prepared into the run directory, not into a cache of the user:
+a run holds all that it was trained on, and no disk fills where nobody looks. Preparing takes about
+as long as an epoch's decoding.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import os
+import re
+import shutil
 import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from accelerate.utils import gather_object
 
-from distcls.data.dataset import Dataset, Split
+from distcls import log
+from distcls.data.dataset import Dataset, Split, is_dataset
+from distcls.data.formats.detect import open_source
+from distcls.data.prepare import PrepareOptions, prepare
+from distcls.data.source import ImageSource
 from distcls.errors import DistclsError, UsageError
 from distcls.evaluation.metrics import EXACT
+from distcls.files import safe_names, writable
 from distcls.imaging import Preprocess
 from distcls.log import say, warn, world_size
 from distcls.models.config import AUTO, SMALLEST_PRETRAINED
@@ -19,6 +36,7 @@ from distcls.models.pretrained import Weights, find_weights
 from distcls.task import Task
 from distcls.training.config import (
     LARGE_INPUT,
+    NEW_OUT,
     SMALL_IMAGE,
     SMALLEST_INPUT,
     InputConfig,
@@ -32,6 +50,14 @@ SCRATCH = (
     "--model.pretrained FILE gives weights, --model.pretrained none chooses to do without"
 )
 """Said where `auto` finds no weights."""
+C = TypeVar("C", bound=TrainConfig)
+
+DATASET = "dataset"
+"""Folder in a run directory with the dataset that the run prepared."""
+MOST_NAMED, NAMED = 20, 10
+"""Up to so many classes are all named, of more only the first ones."""
+NAME_LETTERS = 40
+"""Of the name of a class, in messages."""
 SIZES_READ = 16
 """Images read to find the size of a dataset that is not packed."""
 
@@ -52,6 +78,141 @@ class TrainingInput:
         return self.train.task
 
 
+def place(config: C) -> C:
+    """The config with its run directory, and data that is a dataset directory.
+
+    Chooses and makes the run directory where `out` is left out, and prepares data that is no
+    dataset directory. One process of a run calls it. Raises UsageError for data that cannot be
+    prepared; a new run directory is then removed.
+    """
+    found = _unprepared(config)  # raises before anything is made
+    out = _new_out(config.data) if config.out == NEW_OUT else config.out
+    try:
+        placed = dataclasses.replace(config, out=out)
+        return placed if found is None else _prepared(placed, *found, folder=out / DATASET)
+    except BaseException:
+        discard_unused(config, out)
+        raise
+
+
+def discard_unused(config: TrainConfig, out: Path) -> None:
+    """Remove the run directory `out`, chosen by `place` for `config`, if no run began in it."""
+    begun = (path.name for path in out.glob("[!.]*") if path.name != DATASET)
+    if config.out != NEW_OUT or any(begun):
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        out.parent.rmdir()  # if it is empty
+
+
+def prepared(config: C, folder: Path) -> C:
+    """The config with data that is a dataset directory: `folder`, prepared if need be."""
+    found = _unprepared(config)
+    return config if found is None else _prepared(config, *found, folder=folder)
+
+
+def class_list(names: Sequence[str]) -> str:
+    """The class names for a line of text; of more than 20 the first ones and their number."""
+    shown = [_in_a_list(name) for name in names[:MOST_NAMED]]
+    if len(names) <= MOST_NAMED:
+        return ", ".join(shown)
+    return f"{', '.join(shown[:NAMED])}, ... ({len(names):,} in all)"
+
+
+def _in_a_list(name: str) -> str:
+    name = name if name.isprintable() else ascii(name)[1:-1]
+    name = name if len(name) <= NAME_LETTERS else name[:NAME_LETTERS] + "..."
+    return f"'{name}'" if "," in name else name
+
+
+def _unprepared(config: TrainConfig) -> tuple[str, ImageSource | UsageError] | None:
+    """What is to be prepared, and its images; None where `data` is a dataset directory.
+
+    Of a run that is continued the source may be gone: then with the error that tells so.
+    """
+    if is_dataset(config.data):
+        return None
+    text = str(config.data)
+    if re.match(r"\w\w+:/", text) and not config.data.exists():  # pathlib leaves one slash of two
+        raise UsageError(f"data: {text}: a dataset is prepared from local files; copy them here")
+    if config.source is not None and not config.data.exists():
+        text = config.source
+    try:
+        return text, open_source(text)
+    except UsageError as error:
+        if config.resume == "auto" and is_dataset(config.out / DATASET):
+            return text, error
+        raise UsageError(f"data: {error}") from error
+
+
+def _prepared(config: C, text: str, images: ImageSource | UsageError, *, folder: Path) -> C:
+    """Prepare the images into `folder`, or take what was prepared there before."""
+    absolute = str(Path(text).absolute()) if Path(text).exists() else text
+    config = dataclasses.replace(config, data=folder, source=absolute)
+    if is_dataset(folder):
+        _check_unchanged(config, text, images)
+        return config
+    if isinstance(images, UsageError):
+        raise images
+    if folder.resolve().is_relative_to(Path(text).resolve()):
+        raise UsageError(f"out: {folder.parent} lies inside {text}, the data; choose another --out")
+    options = PrepareOptions(
+        source=text, out=folder, seed=config.seed, pack=config.loader.pack, quiet=True
+    )
+    try:
+        found = prepare(options)
+    except UsageError as error:
+        advice = "; for its options run distcls prepare first" if "--" in str(error) else ""
+        raise UsageError(f"data: {error}{advice}") from error
+    counts = ", ".join(f"{count:,} {split}" for split, count in found.counts.items())
+    log.say(
+        f"data: {text} is no dataset directory, prepared in {folder}: "
+        f"{sum(found.counts.values()):,} images ({counts}) of {len(found.classes)} classes: "
+        f"{class_list(found.classes)}"
+    )
+    return config
+
+
+def _check_unchanged(config: TrainConfig, text: str, images: ImageSource | UsageError) -> None:
+    """Compare the images with those that were prepared before; a continued run takes these."""
+    info = Dataset.open(config.data).info
+    before, resumed = info["source"], config.resume == "auto"
+    if isinstance(images, UsageError):
+        change = f"cannot be read any more ({images})"
+    else:
+        same = images.fingerprint() == info.get("source_fingerprint")
+        change = "" if same else "has changed since"
+    moved = change and before not in (text, str(Path(text).absolute()), str(Path(text).resolve()))
+    if not (change or resumed or info["seed"] == config.seed):
+        change = f"was split by seed {info['seed']}"
+    if not change:
+        log.say(f"data: {text}, as prepared before in {config.data}")
+    elif resumed and not moved:
+        log.warn(f"{text} {change}; the run goes on with what was prepared in {config.data}")
+    else:
+        raise UsageError(
+            f"data: {config.data} was prepared from {before}, and {text} "
+            f"{'is not the same' if moved else change}; choose another --out, or give it as --data"
+        )
+
+
+def _new_out(data: Path) -> Path:
+    """Make the run directory NAME-N with the first free number; atomic, several may start."""
+    name = data.resolve().name if data.exists() else data.name
+    name = re.split(r"[{*?\[]", name)[0]
+    name = (name if data.is_dir() else name.partition(".")[0]).rstrip("-_. ")
+    [name] = safe_names([name or "run"])
+    with writable(NEW_OUT.parent):
+        NEW_OUT.parent.mkdir(exist_ok=True)
+        for number in itertools.count(1):
+            out = NEW_OUT.with_name(f"{name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                out.mkdir()
+                break
+    log.say(f"out: {out}, a new run directory (--out names another)")
+    return out
+
+
 def open_input(config: TrainConfig) -> TrainingInput:
     """Open the dataset for training. Raises UsageError if the config cannot train on it."""
     dataset = Dataset.open(config.data)
@@ -59,7 +220,10 @@ def open_input(config: TrainConfig) -> TrainingInput:
     counts = dataset.counts()
     for name in ("train", "val"):
         if name not in counts:
-            raise UsageError(f"{config.data}: no {name} split; prepare it with --val-fraction")
+            raise UsageError(
+                f"{config.data}: no {name} split; prepare it with --val-fraction, from at least "
+                "two images of a class"
+            )
     use_pack = {"auto": None, "on": True, "off": False}[config.loader.pack]
     train = dataset.split("train", use_pack=use_pack)
     _check_classes(dataset, train)

@@ -26,7 +26,7 @@ from distcls.plotting import curves
 from distcls.training.checkpointing import TrainingState
 from distcls.training.config import TrainConfig, chosen
 from distcls.training.engine import EngineSummary, StepReport
-from distcls.training.inputs import TrainingInput
+from distcls.training.inputs import TrainingInput, class_list
 from distcls.training.stability import Anomalies
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
@@ -74,6 +74,7 @@ def banner(
         f"device     {_device(accelerator)}, {processes}, {precision}, {layout}",
         f"model      {config.model.name} {start}, stem stride {stride}, {cost} at {height}x{width}",
         f"data       {config.data}: {counts}, {data.task.summary()}, from {store}",
+        f"classes    {class_list(data.classes)}",
         f"steps      {config.epochs} epochs of {model.steps_per_epoch}, "
         f"global batch {config.batch_size} = {processes} x {model.accumulate} micro-batch(es)",
         f"optimiser  {config.optimizer.name}, {config.schedule.name} schedule, "

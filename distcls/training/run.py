@@ -37,11 +37,20 @@ from distcls.training.config import TrainConfig, chosen
 from distcls.training.distributed import (
     any_process,
     explain_lost_processes,
+    from_main,
+    set_project_folder,
     start,
     sum_over_processes,
 )
 from distcls.training.engine import Engine
-from distcls.training.inputs import TrainingInput, choose_preprocess, choose_weights, open_input
+from distcls.training.inputs import (
+    TrainingInput,
+    choose_preprocess,
+    choose_weights,
+    discard_unused,
+    open_input,
+    place,
+)
 from distcls.training.logging import (
     Bar,
     Records,
@@ -123,6 +132,18 @@ def train(config: TrainConfig) -> TrainResult:
     require_tracker(config.tracker)
     require_free(config.out, config.resume)
     accelerator = start(config)
+    asked, config = config, from_main(lambda: place(config))
+    try:
+        return _train(config, accelerator)
+    except BaseException:
+        if accelerator.is_main_process:
+            discard_unused(asked, config.out)
+        raise
+
+
+def _train(config: TrainConfig, accelerator: Accelerator) -> TrainResult:
+    """The run, once its places are known."""
+    set_project_folder(accelerator, config.out)
     data = open_input(config)
     given, config, model, preprocess, reasons = _set_up(config, data, accelerator.mixed_precision)
     epochs = chosen(config.epochs)

@@ -41,12 +41,12 @@ def refused_training(tmp_path: Path, data: Path, *more: object) -> str:
 
 def test_missing_dataset(tmp_path: Path) -> None:
     line = refused_training(tmp_path, tmp_path / "nowhere")
-    assert f"{tmp_path / 'nowhere'}: no such dataset directory" in line
+    assert f"data: {tmp_path / 'nowhere'}: no such file or folder" in line
 
 
 def test_a_folder_that_is_no_dataset_directory(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
-    assert "dataset.json" in refused_training(tmp_path, tmp_path / "pictures")
+    assert "no images in this folder" in refused_training(tmp_path, tmp_path / "pictures")
 
 
 def test_unknown_config_key_names_key_file_and_the_nearest(tmp_path: Path, digits: Path) -> None:
