@@ -357,6 +357,7 @@ SPECIAL = {
     "monitor.metric": st.sampled_from(["top1", "loss", "macro_f1"]),
     "model.pretrained": st.sampled_from(["auto", "library", "0"]),
     "model.pretrained_sha256": st.sampled_from([None, "0" * 64, "e" * 64]),
+    "input.background": st.sampled_from([None, "ignore", (0, 128, 255)]),
     "augment.crop_padding": st.just(0),
     "augment.color_jitter": st.none() | st.tuples(*[st.floats(0, 2)] * 3, st.floats(0, 0.5)),
     # these belong to one choice alone

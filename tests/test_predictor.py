@@ -218,7 +218,7 @@ def test_a_model_that_fails_ends_its_batch_alone(gated: Gated) -> None:
 
 @ONE_STREAM
 def test_a_bug_is_raised_for_its_image_alone(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
-    def decode(data: bytes) -> NDArray[np.uint8]:
+    def decode(data: bytes, background: object) -> NDArray[np.uint8]:
         if data == b"bug":
             raise ZeroDivisionError
         return pictures[int(data)]

@@ -92,6 +92,7 @@ def predict(
     if options.show:
         task = model.card.task
         # a true class may be given by number; multi-output labels are always text
+        source = source.on_background(model.card.preprocess.background)
         writer.gallery.draw(source, task.classes if task.single else (), options.picture)
     if options.profile is not None:
         draw_profile(profile, options.profile, title=model.provider)

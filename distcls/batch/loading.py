@@ -204,8 +204,11 @@ def scale_decoding(source: ImageSource, model: Model) -> ImageSource:
     """
     if not source.encoded:
         raise UsageError("scaled_decode: this input is decoded already; leave it out")
-    downscale = model.card.preprocess.downscale
-    return with_decoder(source, lambda data: decode(data, downscale=downscale))
+    preprocess = model.card.preprocess
+    return with_decoder(
+        source,
+        lambda data: decode(data, downscale=preprocess.downscale, background=preprocess.background),
+    )
 
 
 def check_scaled_decoding(source: ImageSource, scaled: ImageSource, model: Model) -> None:

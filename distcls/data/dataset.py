@@ -21,9 +21,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from distcls import log
 from distcls.data.source import SPLITS, Images, ImageSource, state_of, to_rgb
 from distcls.errors import BadImage, BadValue, UsageError, did_you_mean
-from distcls.imaging.decode import Downscale, decode, read_file
+from distcls.imaging import Color, decode_file
+from distcls.imaging.decode import Downscale, read_file
+from distcls.imaging.preprocess import background_text, require_color
 from distcls.task import Task
 
 Value = TypeVar("Value")
@@ -93,6 +96,11 @@ class Split(ImageSource):
     packed: bool
     task: Task
     """The task of its labels."""
+    background: Color | None = None
+    """The colour that transparent pixels are blended with, in the pack or when a file is read; None
+    ignores alpha."""
+    transparent: bool = False
+    """Whether some of the dataset's images may have transparent pixels."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -168,11 +176,31 @@ class Split(ImageSource):
         `downscale` is that of `decode`, for files; a pack has its images in full size.
         """
         if not self.packed:
-            return self._with_path(index, lambda path: decode(read_file(path), downscale=downscale))
+            decoder = functools.partial(
+                decode_file, downscale=downscale, background=self.background
+            )
+            return self._with_path(index, decoder)
         offsets, shapes = self._places
         start, shape = int(offsets[index]), shapes[index]
         pixels = self._pack[start : start + int(np.prod(shape))].reshape(shape)
         return to_rgb(pixels)
+
+    def on_background(self, color: Color | None) -> Split:
+        """See `ImageSource`; warns if its pack was made with another colour."""
+        if clash := self.clash(color):
+            _warn_of_background(clash)
+        same = self.packed or color == self.background
+        return self if same else dataclasses.replace(self, background=color)
+
+    def clash(self, color: Color | None) -> str | None:
+        """Why its pack does not do for a model with this background; None if it does."""
+        if not self.packed or color == self.background or not self.transparent:
+            return None
+        own, other = background_text(self.background), background_text(color)
+        return (
+            f"background {other}: {self.folder / PACK} was made with {own} for transparent images; "
+            f"prepare it again with --background {other}"
+        )
 
     def state(self) -> str:
         """See `ImageSource`: sizes and times of the files that the split is read from."""
@@ -232,6 +260,11 @@ class Dataset:
         if info.get("format") != FORMAT:
             raise UsageError(f"{folder}: dataset format {info.get('format')!r}, expected {FORMAT}")
         task = _read_task(folder / CLASSES)
+        color = info.get("background")
+        try:
+            require_color("background", tuple(color) if isinstance(color, list) else color)
+        except BadValue as error:
+            raise UsageError(f"{folder / INFO}: {error}") from error
         try:
             table = pq.read_table(folder / MANIFEST)
         except (OSError, pa.ArrowException) as error:
@@ -258,6 +291,13 @@ class Dataset:
         """Whether the images also exist as files of their own."""
         return self.info["root"] is not None
 
+    @property
+    def background(self) -> Color | None:
+        """What transparent pixels were blended with; None: alpha was ignored, as always
+        in directories of earlier versions."""
+        color = self.info.get("background")
+        return None if color is None else tuple(color)
+
     def counts(self) -> dict[str, int]:
         """Images per split, for the splits that have any."""
         names = self.table.column("split").to_pylist()
@@ -279,7 +319,21 @@ class Dataset:
         rows = np.asarray(self.table.column("split").to_numpy(zero_copy_only=False)) == name
         root = self.folder / (self.info["root"] or ".")  # an absolute root replaces the folder
         table = self.table.filter(rows)
-        return Split(name, self.folder, root, table, packed, self.task)
+        return Split(
+            name,
+            self.folder,
+            root,
+            table,
+            packed,
+            self.task,
+            background=self.background,
+            transparent=bool(self.info.get("transparent", True)),
+        )
+
+
+@functools.cache
+def _warn_of_background(clash: str) -> None:
+    log.warn(clash)
 
 
 def _check_pack(folder: Path, info: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from distcls import log
@@ -16,7 +18,14 @@ from distcls.config import bare, positional
 from distcls.data import writer
 from distcls.data.dataset import PACK
 from distcls.data.formats.detect import format_names, open_labelled
-from distcls.data.source import ImageRecord, LabelledImages, LabelOptions, read_class_names
+from distcls.data.source import (
+    ImageRecord,
+    ImageSource,
+    LabelledImages,
+    LabelOptions,
+    read_class_names,
+    with_decoder,
+)
 from distcls.data.split import (
     Resampling,
     SplitAssignment,
@@ -29,6 +38,15 @@ from distcls.data.split import (
 from distcls.data.writer import PackWriter, load_all
 from distcls.errors import BadImage, BadValue, UsageError, require
 from distcls.files import atomic_folder, claimed, remove_stale_parts
+from distcls.imaging import Color, decode
+from distcls.imaging.decode import may_be_transparent
+from distcls.imaging.preprocess import (
+    WHITE,
+    Background,
+    background_color,
+    background_text,
+    require_color,
+)
 
 VAL_FRACTION = 0.1
 """Default of `val_fraction`."""
@@ -83,6 +101,9 @@ class PrepareOptions:
     """Also write OUT/images/SPLIT/CLASS/ID.png."""
     pack: Literal["auto", "on", "off"] = "auto"
     """Store the decoded images in one file; auto does up to 4 GiB and 256x256 pixels on average."""
+    background: Background = WHITE
+    """Colour that transparent pixels are blended with, as red, green and blue from 0 to 255; ignore
+    shows the colours hidden below them. Training and the model's predictions use the same."""
     json: bool = False
     """Print one JSON object with the counts."""
     quiet: bool = False
@@ -99,6 +120,7 @@ class PrepareOptions:
         total = self.resolved_val_fraction + self.test_fraction
         rest = "together with test_fraction below 1, training gets the rest"
         require(total < 1, "val_fraction", self.resolved_val_fraction, rest)
+        require_color("background", background_color(self.background))
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
         labels = self.label_options(None)
@@ -153,6 +175,8 @@ class Prepared:
     packed: bool
     pack_bytes: int
     seconds: float
+    transparent: int = 0
+    """Images with transparency, blended with the background."""
 
 
 def prepare(options: PrepareOptions) -> Prepared:
@@ -182,6 +206,7 @@ def prepare(options: PrepareOptions) -> Prepared:
         packed=info["packed"],
         pack_bytes=info["pack_bytes"],
         seconds=round(time.monotonic() - started, 2),
+        transparent=info["transparent"],
     )
     _summarise(prepared, source, options)
     return prepared
@@ -220,7 +245,8 @@ def _fill(
         parent.mkdir(parents=True)
     with ExitStack() as stack:
         pack = _open_pack(stack, folder, source, len(assignment), options)
-        readable, rejected = _decode(folder, source, assignment, pack, copies)
+        blended, transparent = _blended(source.source, background_color(options.background))
+        readable, rejected = _decode(folder, source, assignment, pack, copies, blended=blended)
     pack = _finish_pack(pack, len(readable), source, options)
     before = assignment.take(readable)
     after = restore_training_images(before)
@@ -242,8 +268,29 @@ def _fill(
         if name not in ("source", "out", "json", "quiet")
     }
     return writer.write_info(
-        folder, source, after, pack, root=root, rejected=len(rejected), options=recorded
+        folder,
+        source,
+        after,
+        pack,
+        root=root,
+        rejected=len(rejected),
+        background=background_color(options.background),
+        transparent=len(transparent),
+        options=recorded,
     )
+
+
+def _blended(source: ImageSource, color: Color | None) -> tuple[ImageSource, list[int]]:
+    """The images, transparent ones on a colour, and a list that grows by one for each of these."""
+    transparent: list[int] = []
+
+    def decode_and_note(data: bytes) -> NDArray[np.uint8]:
+        image = decode(data, background=color)
+        if may_be_transparent(data):
+            transparent.append(1)
+        return image
+
+    return (with_decoder(source, decode_and_note) if source.encoded else source), transparent
 
 
 def _decode(
@@ -252,10 +299,12 @@ def _decode(
     assignment: SplitAssignment,
     pack: PackWriter | None,
     copies: list[str] | None,
+    *,
+    blended: ImageSource,
 ) -> tuple[list[int], list[tuple[ImageRecord, str]]]:
     """Indices of the readable images, which are then in the pack, and the bad ones with reasons."""
     paths = None if copies is None else [folder / path for path in copies]
-    images = load_all(source.source, assignment.records, paths)
+    images = load_all(blended, assignment.records, paths)
     bar = tqdm(
         images, total=len(assignment), unit="img", disable=not log.show_progress(), leave=False
     )
@@ -314,6 +363,10 @@ def _summarise(prepared: Prepared, source: LabelledImages, options: PrepareOptio
         say(f"pack: {prepared.pack_bytes / 2**20:.1f} MiB of decoded images")
     else:
         say("no pack: the images are decoded whenever they are used")
+    if prepared.transparent:
+        color = background_color(options.background)
+        where = "without their alpha" if color is None else f"on {background_text(color)}"
+        say(f"{prepared.transparent:,} images with transparency are shown {where}")
     if prepared.rejected:
         log.warn(
             f"{prepared.rejected} of {total + prepared.rejected} images cannot be read; "

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from distcls import log
 from distcls.errors import BadValue, UsageError, require
-from distcls.imaging import decode
+from distcls.imaging import Color, decode
 from distcls.task import Task
 
 Images = NDArray[np.uint8]
@@ -78,6 +78,16 @@ class ImageSource(abc.ABC):
         Raises BadImage with the reason if it cannot be read or decoded.
         """
         return decode(self.read(index))
+
+    def on_background(self, color: Color | None) -> ImageSource:
+        """The same images, transparent pixels of encoded files blended with a colour.
+
+        With None alpha is ignored, as `image` does by default. Images that are decoded already, or
+        by a function of their own, stay as they are.
+        """
+        if color is None or not self.encoded:
+            return self
+        return with_decoder(self, lambda data: decode(data, background=color))
 
     @property
     def true_labels(self) -> Sequence[str | None] | None:
@@ -157,6 +167,10 @@ class FunctionSource(ImageSource):
     def image(self, index: int) -> Images:
         """See `ImageSource`."""
         return super().image(index) if self._image is None else self._image(index)
+
+    def on_background(self, color: Color | None) -> ImageSource:
+        """See `ImageSource`."""
+        return super().on_background(color) if self._image is None else self
 
     @property
     def true_labels(self) -> Sequence[str | None] | None:

@@ -25,6 +25,7 @@ from distcls.data.source import SPLITS, ImageRecord, Images, ImageSource, Labell
 from distcls.data.split import SplitAssignment
 from distcls.errors import BadImage
 from distcls.files import digest, safe_names
+from distcls.imaging import Color
 from distcls.system import available_cores
 
 Loaded = NDArray[np.uint8] | BadImage
@@ -233,6 +234,8 @@ def write_info(
     *,
     root: str | None,
     rejected: int,
+    background: Color | None,
+    transparent: int,
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Write classes.json and dataset.json; return the latter. Manifest and pack must be there."""
@@ -250,6 +253,8 @@ def write_info(
         },
         "class_counts": _class_counts(source, assignment),
         "rejected": rejected,
+        "background": background,
+        "transparent": transparent,
         "seed": options["seed"],
         "options": options,
         "sha256": {name: digest(folder / name) for name in hashed},

@@ -81,7 +81,7 @@ class Certificate:
 
 def load_images(split: Split, preprocess: Preprocess, limit: int) -> NDArray[np.uint8]:
     """The first `limit` images of a split, preprocessed, uint8 [N, H, W, 3]."""
-    count = min(limit, len(split))
+    count, split = min(limit, len(split)), split.on_background(preprocess.background)
     return np.stack([preprocess(split.image(index)) for index in range(count)])
 
 

@@ -4,7 +4,15 @@ Training's evaluation pass, `evaluate`, `predict` and the server call this packa
 code, so a model meets in production exactly what it was measured on.
 """
 
-from distcls.imaging.decode import MAX_PIXELS, decode, decode_file
+from distcls.imaging.decode import MAX_PIXELS, Color, decode, decode_file
 from distcls.imaging.preprocess import INTERPOLATIONS, RESIZES, Preprocess
 
-__all__ = ["INTERPOLATIONS", "MAX_PIXELS", "RESIZES", "Preprocess", "decode", "decode_file"]
+__all__ = [
+    "INTERPOLATIONS",
+    "MAX_PIXELS",
+    "RESIZES",
+    "Color",
+    "Preprocess",
+    "decode",
+    "decode_file",
+]

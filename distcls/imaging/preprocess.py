@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls.errors import require
+from distcls.imaging.decode import Color
 
 Resize = Literal["squash", "crop", "pad"]
 Interpolation = Literal["area", "linear", "cubic", "lanczos", "nearest"]
@@ -34,6 +35,10 @@ LONGEST = 16
 30,000 pixels, scaled to be 224 high, would take 4.5 GB."""
 
 Image = NDArray[np.uint8]
+
+Background = Color | Literal["ignore"]
+"""A background as an option: red, green and blue, or ignore for none."""
+WHITE: Color = (255, 255, 255)
 
 
 class Box(NamedTuple):
@@ -62,6 +67,9 @@ class Preprocess:
     """Mean of each RGB channel, of values scaled to 0..1; applied by the model."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Standard deviation of each RGB channel; applied by the model."""
+    background: Color | None = None
+    """Red, green and blue (0..255) that transparent pixels are blended with when a file is decoded;
+    None ignores alpha, as models without this field do."""
 
     def __post_init__(self) -> None:
         require(min(self.size) >= 1, "size", self.size, "height and width of at least 1")
@@ -72,6 +80,7 @@ class Preprocess:
         fraction = self.crop_fraction
         require(0 < fraction <= 1, "crop_fraction", fraction, "a number above 0 and at most 1")
         require(min(self.std) > 0, "std", self.std, "numbers above 0")
+        require_color("background", self.background)
 
     def __call__(self, image: Image) -> Image:
         """Bring uint8 RGB [h, w, 3] to uint8 RGB [size[0], size[1], 3]."""
@@ -104,10 +113,11 @@ class Preprocess:
         return max(ratios) if self.resize == "pad" else min(ratios)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a model file's metadata."""
+        """Plain values for a model file's metadata; without a background no word of it."""
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
+            if key != "background" or value is not None
         }
 
     @classmethod
@@ -148,6 +158,28 @@ class Preprocess:
             image, (inner[0], inner[1])
         )
         return canvas
+
+
+def background_color(value: Background) -> Color | None:
+    """The colour of an option; None for ignore."""
+    return None if value == "ignore" else value
+
+
+def background_option(color: Color | None) -> Background:
+    """The inverse of `background_color`."""
+    return "ignore" if color is None else color
+
+
+def background_text(color: Color | None) -> str:
+    """A background as the options take it."""
+    return "ignore" if color is None else ",".join(map(str, color))
+
+
+def require_color(field: str, value: Any) -> None:
+    """Raise BadValue for `field` unless it is three numbers from 0 to 255, or None."""
+    numbers = isinstance(value, tuple) and len(value) == 3 and all(type(n) is int for n in value)
+    known = value is None or (numbers and all(0 <= number <= 255 for number in value))
+    require(known, field, value, "red, green and blue, whole numbers from 0 to 255")
 
 
 def _middle(image: Image, height: int, width: int) -> Image:

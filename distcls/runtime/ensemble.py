@@ -165,7 +165,7 @@ def _check_same(first: ModelCard, other: ModelCard, name: str, other_name: str) 
                 "models of an ensemble have the same classes in the same order"
             )
     ours, theirs = first.preprocess, other.preprocess
-    for key in ("size", "resize", "interpolation", "crop_fraction"):
+    for key in ("size", "resize", "interpolation", "crop_fraction", "background"):
         if getattr(ours, key) != getattr(theirs, key):
             raise UsageError(
                 f"model: {name} takes images by {key} {getattr(ours, key)}, {other_name} by "

@@ -125,6 +125,7 @@ def stream(
     indices = range(len(source)) if indices is None else indices
     size = batch_size or model.execution.batch_size
     profiler = profiler or Profiler()
+    source = source.on_background(model.card.preprocess.background)
     pool = _open_pool(model, size, workers, profiler)
     pending: collections.deque[Future[Chunk]] = collections.deque()
     began = time.perf_counter()
@@ -363,7 +364,7 @@ class ImageQueue(Generic[T]):
         preprocess = self._model.card.preprocess
         try:
             with self._profiler.measure("decode"):
-                request.image = preprocess(decode(request.data))
+                request.image = preprocess(decode(request.data, background=preprocess.background))
         except BadImage as error:
             request.error = str(error)
         except Exception as error:  # a bug, and only in this image: its neighbours continue

@@ -11,7 +11,13 @@ from typing import Any, Literal, TypeVar
 from distcls.config.schema import require_duration
 from distcls.errors import require
 from distcls.evaluation.metrics import MONITORED, default_mode
-from distcls.imaging.preprocess import Interpolation, Resize
+from distcls.imaging.preprocess import (
+    Background,
+    Interpolation,
+    Resize,
+    background_color,
+    require_color,
+)
 from distcls.models.config import ModelConfig
 from distcls.registry import Registry
 from distcls.training.schedule import ScheduleConfig
@@ -58,12 +64,17 @@ class InputConfig:
     crop_fraction: float | None = None
     """crop: fraction of the resized image's sides that is cut out; default: that of the pretrained
     weights, else 1."""
+    background: Background | None = None
+    """Colour that transparent pixels are blended with, as red, green and blue from 0 to 255; ignore
+    shows the colours hidden below them; default: that of `distcls prepare`, white unless given."""
 
     def __post_init__(self) -> None:
         size, fraction = self.size, self.crop_fraction
         require(size is None or min(size) >= 1, "size", size, "height and width of at least 1")
         valid = fraction is None or 0 < fraction <= 1
         require(valid, "crop_fraction", fraction, "a number above 0 and at most 1, or null")
+        if self.background is not None:
+            require_color("background", background_color(self.background))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from distcls.errors import DistclsError, UsageError
 from distcls.evaluation.metrics import EXACT
 from distcls.files import safe_names, writable
 from distcls.imaging import Preprocess
+from distcls.imaging.preprocess import background_color
 from distcls.log import say, warn, world_size
 from distcls.models.config import AUTO, SMALLEST_PRETRAINED
 from distcls.models.pretrained import Weights, find_weights
@@ -238,7 +239,15 @@ def open_input(config: TrainConfig) -> TrainingInput:
 
 
 def choose_preprocess(config: InputConfig, split: Split, weights: Preprocess | None) -> Preprocess:
-    """The preprocessing of a run: from the config, else from the weights, else from the images."""
+    """The preprocessing of a run: from the config, else from the weights, else from the images.
+
+    The background is the dataset's by default; raises UsageError for another one than the pack's.
+    """
+    background = split.background
+    if config.background is not None:
+        background = background_color(config.background)
+        if clash := split.clash(background):
+            raise UsageError(f"input.{clash}, or leave it out")
     base = weights or Preprocess(size=_own_size(split))
     return dataclasses.replace(
         base,
@@ -246,6 +255,7 @@ def choose_preprocess(config: InputConfig, split: Split, weights: Preprocess | N
         resize=config.resize or base.resize,
         interpolation=config.interpolation or base.interpolation,
         crop_fraction=config.crop_fraction or base.crop_fraction,
+        background=background,
     )
 
 

@@ -187,7 +187,7 @@ class Loader:
         crops: RandomResizedCrop | None = None,
     ) -> None:
         """`crops` are cut out of the images in place of their whole (training only)."""
-        self._split = split
+        self._split = split = split.on_background(preprocess.background)
         self._timeout = timeout
         self._gave_up = False
         self._reading: dict[int, int] = {}

@@ -25,6 +25,7 @@ from torch import nn
 from distcls.config.schema import Mismatch, convert, describe
 from distcls.errors import BadValue
 from distcls.imaging import Preprocess
+from distcls.imaging.preprocess import background_option
 from distcls.models import factory
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
@@ -108,6 +109,7 @@ def resolved(
             resize=preprocess.resize,
             interpolation=preprocess.interpolation,
             crop_fraction=preprocess.crop_fraction,
+            background=background_option(preprocess.background),
         ),
         augment=_augment(config.augment),
         optimizer=optim.filled_optimizer(config.optimizer),

@@ -158,6 +158,8 @@ ELSEWHERE = {
     "out": "tests/e2e/test_training.py::test_a_run_leaves_its_files_and_learns",
     "source": "tests/e2e/test_from_a_folder.py"
     "::test_config_yaml_prepares_it_again_where_it_is_gone",
+    "input.background": "tests/test_transparency.py"
+    "::test_another_background_is_taken_for_files_and_refused_for_a_pack",
     "compile": "tests/test_compiling.py::test_a_compiled_run_takes_the_same_losses",
     "sync_batch_norm": "tests/e2e/test_invariance.py"
     "::test_two_processes_with_synchronised_norm_take_the_same_losses",
