@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from distcls import __version__
+from distcls import __version__, log
+from distcls.errors import DistclsError
 from distcls.files import write_text
 
 Contestant = Callable[[], float]
@@ -25,15 +26,28 @@ Contestant = Callable[[], float]
 def alternate(contestants: dict[str, Contestant], rounds: int) -> dict[str, list[float]]:
     """Let the contestants take turns, A B A B ..., after one round each that does not count.
 
-    So a drift of the machine's speed affects all of them.
+    So a drift of the machine's speed affects all of them. One that does not start, such as an
+    execution provider without its hardware, is left out, and that is said.
     """
-    for run in contestants.values():
-        run()
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, run in contestants.items():
+    started = {}
+    for name, run in contestants.items():
+        log.say(f"{name}: warming up")
+        try:
+            run()
+        except NotStarted as error:
+            log.warn(f"{name} does not start and is left out: {error}")
+        else:
+            started[name] = run
+    rates: dict[str, list[float]] = {name: [] for name in started}
+    for number in range(1, rounds + 1):
+        for name, run in started.items():
             rates[name].append(run())
+            log.say(f"{name}: round {number} of {rounds}, {rates[name][-1]:,.1f} a second")
     return rates
+
+
+class NotStarted(DistclsError):
+    """A contestant whose process ended, or that cannot run here; the text is the reason."""
 
 
 class Apart:
@@ -55,17 +69,27 @@ class Apart:
         self._process.kill()
 
     def _run(self) -> float:
-        self._pipe.send("run")
-        rate: float = self._pipe.recv()  # EOFError once the process is gone
-        return rate
+        try:
+            self._pipe.send("run")
+            answer: float | str = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(timeout=30)
+            code = self._process.exitcode
+            raise NotStarted(f"its process ended with code {code}") from error
+        if isinstance(answer, str):
+            raise NotStarted(answer)
+        return answer
 
 
 def _serve(pipe: Connection, make: Callable[..., Contestant], arguments: tuple[Any, ...]) -> None:
-    run = make(*arguments)
     with contextlib.suppress(EOFError):  # the other end closes: the benchmark is over
-        while True:
-            pipe.recv()
-            pipe.send(run())
+        try:
+            run = make(*arguments)
+            while True:
+                pipe.recv()
+                pipe.send(run())
+        except (DistclsError, ModuleNotFoundError) as error:  # any other is a bug, with a traceback
+            pipe.send(str(error))
 
 
 def table(rates: dict[str, list[float]], baseline: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from distcls import log
 from distcls.errors import UsageError
 from distcls.files import atomic_folder, atomic_path
 from distcls.imaging import Preprocess, decode_file
@@ -36,6 +37,7 @@ def photographs(pictures: Path, count: int) -> Path:
     photos; the first part of its name is the source image. Raises UsageError if there is
     no image.
     """
+    log.say(f"looking for pictures of at least {SMALLEST} pixels a side in {pictures}")
     sources = large_pictures(pictures)
     if not sources:
         raise UsageError(
@@ -46,6 +48,7 @@ def photographs(pictures: Path, count: int) -> Path:
     name = hashlib.sha256("\n".join([*told, str(count)]).encode()).hexdigest()[:16]
     folder = cache_folder() / "benchmarks" / name / "photographs"
     if not folder.is_dir():
+        log.say(f"cutting {count:,} photographs out of {len(sources)} pictures into {folder}")
         with atomic_folder(folder) as part:
             for place, path in enumerate(sources):
                 numbers = range(place, count, len(sources))
@@ -76,6 +79,7 @@ def model_for(folder: Path, name: str = "mobilenet_v3_large") -> Path:
     classes = tuple(sorted({path.name.partition("_")[0] for path in files}))
     config = ModelConfig(name=name, stem_stride=2)
     model = factory.build(config, len(classes), CROP)
+    log.say(f"training {name} on them, once: three minutes on 2 cores, more on a slow machine")
     _teach(model, files[:: -(-len(files) // TAUGHT)], classes)
     architecture = {"name": name, "stem_stride": 2}
     card = ModelCard(architecture=architecture, task=Task(classes=classes), preprocess=CROP)
@@ -129,6 +133,7 @@ def _teach(model: Any, files: list[Path], classes: tuple[str, ...]) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     model.train().to(memory_format=torch.channels_last)
     for epoch in range(EPOCHS_AT_HALF + EPOCHS):
+        log.say(f"epoch {epoch + 1} of {EPOCHS_AT_HALF + EPOCHS}")
         step = 2 if epoch < EPOCHS_AT_HALF else 1
         for rows in torch.randperm(len(images)).split(BATCH):
             optimizer.zero_grad()

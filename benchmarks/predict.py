@@ -10,6 +10,9 @@ All classify the same photographs of about 500x375 with MobileNetV3-Large at 224
 The two limits are measured in the same run: decoding alone on all cores, and the model alone. What
 the stages allow combined is 1 / (1 / decode + 1 / infer), as both use the same cores.
 
+What it is doing is said on standard error. A provider that is installed but does not start is left
+out.
+
 Each contestant runs in a separate process. Theirs build their model before the clock starts; ours
 opens the model, and flushes its output to disk, while it runs.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,9 @@ from typing import Any
 from benchmarks import predict_ways as ways
 from benchmarks.common import Apart, alternate, finish, ratio, table
 from benchmarks.photographs import model_for, photographs
-from distcls import plotting
+from distcls import log, plotting
+from distcls.cli import run
+from distcls.errors import UsageError, did_you_mean
 from distcls.runtime.providers import installed, versions
 
 
@@ -69,6 +75,9 @@ def compare(
     entered["decode alone"] = (ways.decode_only, folder)
     for name in providers:
         entered[f"infer alone, {name}"] = (ways.infer_only, folder, model, name)
+    for name in only or ():
+        if name not in entered:
+            raise UsageError(f"only: there is no {name!r}{did_you_mean(name, entered)}")
     chosen = {name: made for name, made in entered.items() if only is None or name in only}
     with ExitStack() as stack:
         contestants = {name: stack.enter_context(Apart(*made)) for name, made in chosen.items()}
@@ -87,7 +96,7 @@ def limits_of(rates: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=Path, required=True, help="folder of large photographs")
@@ -96,10 +105,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="contestants, by their names in the table")
     parser.add_argument("--out", type=Path, default=Path("predict.png"), help="the picture")
     parser.add_argument("--profile", type=Path, help="picture of where our time goes")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     folder = photographs(given.pictures, given.count)
     model = model_for(folder)
+    log.say(f"comparing on {given.count:,} JPEGs, {given.rounds} rounds after one to warm up")
     rates = compare(folder, model, given.rounds, given.only)
+    if not rates:
+        raise UsageError("no contestant starts on this machine")
     baseline = next(iter(rates))
     print(f"{given.count} JPEGs to CSV, MobileNetV3-Large at 224")
     print(table(rates, baseline))
@@ -124,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import threading
@@ -33,7 +34,28 @@ INTERRUPTED = 130
 
 def run(main: Main, arguments: Sequence[str] | None = None) -> NoReturn:
     """Call `main` with the command line, print its error if any, and exit with its code."""
+    _open_standard_streams()
     _exit(_exit_code(main, sys.argv[1:] if arguments is None else arguments))
+
+
+def _open_standard_streams() -> None:
+    """Give what was started without a terminal (`2>&-`, some services) streams that lead nowhere.
+
+    Python's are None then, and the next file that is opened gets the free descriptor: a C library's
+    warning on descriptor 2 would be written into the predictions. Text that standard output cannot
+    encode is escaped, as Python does on standard error: a class name ends no evaluation.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # the lowest free descriptor, which is this one; our children inherit it
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123 - open to the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _exit_code(main: Main, arguments: Sequence[str]) -> int:

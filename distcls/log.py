@@ -5,8 +5,10 @@ Standard output carries results only (`--json`), so that it can be piped.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from typing import Any
 
 _quiet = False
 
@@ -30,21 +32,51 @@ def world_size() -> int:
 def say(message: str) -> None:
     """Print a line of progress, unless quiet; main process only."""
     if not _quiet and rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+        _write(message)
 
 
 def warn(message: str) -> None:
     """Print a warning, also when quiet; main process only."""
     if rank() == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        _write(f"warning: {message}")
 
 
 def fail(message: str) -> None:
     """Print an error; processes other than the main one add their rank."""
     where = f"[rank {rank()}] " if rank() else ""
-    print(f"{where}error: {message}", file=sys.stderr, flush=True)
+    _write(f"{where}error: {message}")
 
 
 def show_progress() -> bool:
     """Whether to draw a live progress bar: on a terminal, in the main process, unless quiet."""
-    return not _quiet and rank() == 0 and sys.stderr.isatty()
+    return not _quiet and rank() == 0 and sys.stderr is not None and sys.stderr.isatty()
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on standard output, for machines.
+
+    Characters that the stream's encoding lacks become JSON's own escapes, so it stays JSON.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text)
+
+
+def _write(line: str) -> None:
+    """Print a line on standard error, if there is one.
+
+    Python has none (None) where it was closed at the start, and print would take standard output
+    instead. A terminal that has gone or a full disk must not end hours of work: messages go nowhere
+    from then on. A reader that has left (`2>&1 | head`) still ends the command.
+    """
+    if sys.stderr is None:
+        return
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - open to the end

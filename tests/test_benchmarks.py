@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import common, crops, freezing, scores
+from benchmarks import common, crops, freezing, predict, scores
+from distcls.cli import run
 from distcls.data.formats.idx import read_idx
 from distcls.data.prepare import PrepareOptions, prepare
+from distcls.errors import UsageError
 from distcls.imaging import decode_file
 from tests.sources import idx_folder
 
@@ -85,3 +89,52 @@ def test_textures_are_divided_by_place(tmp_path: Path) -> None:
         assert abs(image.mean() - 128) < 8
         strength = np.abs(np.fft.rfft(image[:, 200, 0] - image[:, 200, 0].mean()))
         assert strength.argmax() % (crops.PHOTO / period) < 2
+
+
+def works() -> common.Contestant:
+    """A contestant that runs here."""
+    return lambda: 7.0
+
+
+def refuses() -> common.Contestant:
+    """As an execution provider without its hardware does, when the first round opens it."""
+
+    def run() -> float:
+        raise UsageError("provider: cuda finds no GPU")
+
+    return run
+
+
+def dies() -> common.Contestant:
+    """As a library that ends its process."""
+    return lambda: os._exit(3)
+
+
+def test_who_does_not_start_is_left_out_and_progress_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    makers = {"good": works, "cuda": refuses, "native": dies}
+    with ExitStack() as stack:
+        entered = {n: stack.enter_context(common.Apart(made)) for n, made in makers.items()}
+        assert common.alternate(entered, 2) == {"good": [7.0, 7.0]}
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "good: warming up",
+        "cuda: warming up",
+        "warning: cuda does not start and is left out: provider: cuda finds no GPU",
+        "native: warming up",
+        "warning: native does not start and is left out: its process ended with code 3",
+        "good: round 1 of 2, 7.0 a second",
+        "good: round 2 of 2, 7.0 a second",
+    ]
+
+
+def test_predict_ends_in_a_line_for_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(predict.main, ["--pictures", str(tmp_path)])
+    assert ended.value.code == 2
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("looking for pictures")
+    assert last.startswith(f"error: {tmp_path}: no pictures of at least 1000 pixels a side")

@@ -19,7 +19,6 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 from distcls.commands.evaluate import main
 from distcls.commands.predict import main as predict_main
 from distcls.errors import DistclsError, UsageError
-from distcls.evaluation.evaluate import check_classes
 from tests import tiny_dataset, tiny_onnx
 from tests.e2e.commands import run
 
@@ -152,13 +151,21 @@ def test_a_bad_image_is_named_and_nothing_written(
     assert list((tmp_path / "o").iterdir()) == []
 
 
-def test_classes_have_to_be_the_same(tmp_path: Path, data: Path) -> None:
-    check_classes(("a", "b"), ("a", "b"), "data")
-    with pytest.raises(UsageError, match="class 1 is 'b' in the model and 'c' in data"):
-        check_classes(("a", "b"), ("a", "c"), "data")
-    other = tiny_onnx.write(tmp_path / "o.onnx", tiny_onnx.card(("red", "green")))
-    with pytest.raises(UsageError, match=r"the model has 2 classes, .* has 3"):
-        main(["--model", str(other), "--data", str(data)])
+def test_an_evaluation_is_never_replaced_silently(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, data: Path
+) -> None:
+    out = tmp_path / "results"
+    first = figures(capsys, model, data, "--out", str(out))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(
+        UsageError, match=r"metrics.json exists already; .* add --overwrite"
+    ) as told:
+        main(["--model", str(model), "--data", str(data), "--limit", "9", "--out", str(out)])
+    assert told.value.exit_code == 2
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    second = figures(capsys, model, data, "--limit", "9", "--out", str(out), "--overwrite")
+    assert (first["count"], second["count"]) == (COUNT, 9)
+    assert json.loads((out / "metrics.json").read_text()) == second
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from distcls.commands.predict import main as predict_main
 from distcls.data.dataset import Dataset
 from distcls.data.formats.detect import open_source
 from distcls.errors import UsageError
-from distcls.evaluation.evaluate import check_task
+from distcls.evaluation.evaluate import match_classes
 from distcls.export.certificate import certify, certify_accuracy, reference_outputs
 from distcls.model_card import ModelCard
 from distcls.runtime.model import OnnxModel
@@ -224,11 +224,15 @@ def test_other_kinds_are_refused(
         with pytest.raises(UsageError, match=r"the model predicts .*has ") as caught:
             evaluate_main(["--model", str(model), "--data", str(data)])
         assert "\n" not in str(caught.value)
-    check_task(HEADS, HEADS, "data")
-    check_task(LABELS, multi_output.labels(5), "data")  # thresholds are the model's own
+    split = Dataset.open(tagged[0]).split("test")
+    assert split.task.thresholds is None
+    assert match_classes(split, LABELS, "data").split.task == LABELS  # the model's own thresholds
+    split = Dataset.open(heads[0]).split("test")
     other = Task.of_heads([HEADS.heads[0], dataclasses.replace(HEADS.heads[1], name="z")])
-    with pytest.raises(UsageError, match="class 3 is 'b:c0' in the model and 'z:c0' in data"):
-        check_task(HEADS, other, "data")
+    with pytest.raises(UsageError, match="the model has a head 'z', which the data lacks"):
+        match_classes(split, other, "data")
+    with pytest.raises(UsageError, match="data has a head 'b', which the model lacks"):
+        match_classes(split, Task.of_heads([HEADS.heads[0]]), "data")
 
 
 class Altered(tiny_onnx.FakeModel):

@@ -137,6 +137,31 @@ def test_a_dataset_with_its_own_images_can_be_moved(tmp_path: Path) -> None:
     assert moved.split("train").image(0).shape == (8, 8, 3)
 
 
+@pytest.mark.parametrize(
+    ("limit", "value", "options", "reason"),
+    [
+        ("PACK_MEAN_PIXELS", 49, [], "they have more than 7x7 pixels on average; --pack on packs"),
+        ("PACK_MOST_BYTES", 1024, [], "they would take more than 9.53674e-07 GiB decoded; --pack"),
+        ("PACK_MOST_BYTES", 1024, ["--pack", "off"], "--pack off"),
+    ],
+)
+def test_why_there_is_no_pack(  # noqa: PLR0917
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    limit: str,
+    value: int,
+    options: list[str],
+    reason: str,
+) -> None:
+    monkeypatch.setattr(module, limit, value)
+    source = tree(tmp_path / "source", 40)
+    main([str(source), "--out", str(tmp_path / "out"), "--json", *options])
+    captured = capsys.readouterr()
+    assert "no pack, the images are decoded whenever they are used (" + reason in captured.err
+    assert json.loads(captured.out)["no_pack"].startswith(reason)
+
+
 def test_pack_auto_leaves_large_images_to_their_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

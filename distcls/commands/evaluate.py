@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from distcls import log
@@ -24,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     if log.rank() != 0:
         return
     if options.json:
-        print(json.dumps(result.to_json(), ensure_ascii=False))
+        log.print_json(result.to_json())
     else:
         print(result.to_text())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from distcls import log
@@ -45,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     if result.shown is not None:
         log.say(f"drawn: {result.shown}")
     if options.json:
-        print(json.dumps(result.to_json(), ensure_ascii=False))
+        log.print_json(result.to_json())
 
 
 if __name__ == "__main__":

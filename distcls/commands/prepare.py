@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
 from distcls import log
@@ -19,7 +18,7 @@ def main(arguments: Sequence[str]) -> None:
     log.set_quiet(options.quiet)
     prepared = prepare(options)
     if options.json:
-        print(json.dumps(dataclasses.asdict(prepared), ensure_ascii=False))
+        log.print_json(dataclasses.asdict(prepared))
 
 
 if __name__ == "__main__":

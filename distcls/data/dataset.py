@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -146,6 +147,30 @@ class Split(ImageSource):
             )
         return weights
 
+    def first(self, count: int | None) -> Split:
+        """The first images of the split; all of them for None."""
+        return (
+            self if count is None else dataclasses.replace(self, table=self.table.slice(0, count))
+        )
+
+    def relabelled(self, labels: NDArray[np.int64], task: Task, kept: NDArray[np.bool_]) -> Split:
+        """The images that are `kept` [N], with labels of another task.
+
+        `labels` are those of the images that are kept, [n, 1], [n, heads] or 0 and 1 [n, labels].
+        """
+        import pyarrow as pa
+
+        name, column = "label", pa.array(labels[:, 0], pa.int32())
+        if not task.single:
+            rows, columns = np.nonzero(labels if task.kind == "multi_label" else labels >= 0)
+            values = columns if task.kind == "multi_label" else labels.ravel()
+            ends = np.cumsum(np.bincount(rows, minlength=len(labels)))
+            offsets = pa.array([0, *ends.tolist()], pa.int32())
+            name, column = LABELS, pa.ListArray.from_arrays(offsets, pa.array(values, pa.int32()))
+        table = self.table.filter(kept)
+        table = table.set_column(table.column_names.index(name), name, column)
+        return dataclasses.replace(self, table=table, task=task)
+
     @functools.cached_property
     def uniform(self) -> Images | None:
         """See `ImageSource`: a view [N, H, W, 1 or 3] of the pack.
@@ -248,14 +273,22 @@ class Dataset:
         self.table = table
 
     @classmethod
-    def open(cls, folder: Path) -> Dataset:
-        """Open what `distcls prepare` wrote. Raises UsageError if it is not whole or not known."""
+    def open(cls, folder: Path, prepare_flags: str = "") -> Dataset:
+        """Open what `distcls prepare` wrote. Raises UsageError if it is not whole or not known.
+
+        For images that are no dataset directory the error says what to type, with `prepare_flags`.
+        """
         import pyarrow as pa  # an extra of the inference install
         import pyarrow.parquet as pq
 
         folder = Path(folder)
-        if not folder.is_dir():
+        if not folder.exists():
             raise UsageError(f"{folder}: no such dataset directory; distcls prepare makes one")
+        if not is_dataset(folder):
+            raise UsageError(
+                f"{folder} is no dataset directory; make one of it: "
+                + prepare_command(str(folder), prepare_flags)
+            )
         info = _read_json(folder / INFO)
         if info.get("format") != FORMAT:
             raise UsageError(f"{folder}: dataset format {info.get('format')!r}, expected {FORMAT}")
@@ -334,6 +367,12 @@ class Dataset:
 @functools.cache
 def _warn_of_background(clash: str) -> None:
     log.warn(clash)
+
+
+def prepare_command(source: str, flags: str = "") -> str:
+    """The command that makes a dataset directory of a folder or a manifest, to be typed."""
+    out = Path("datasets") / Path(source).resolve().stem
+    return shlex.join(["distcls", "prepare", source, "--out", str(out), *flags.split()])
 
 
 def _check_pack(folder: Path, info: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from distcls.data.split import (
     Resampling,
     SplitAssignment,
     check_training_images,
+    for_evaluation,
     require_one_way,
     restore_training_images,
     split_images,
@@ -83,7 +84,8 @@ class PrepareOptions:
     """Fraction of each class for validation, where the source has no validation split; default:
     0.1."""
     test_fraction: float = 0.2
-    """Fraction of each class for testing, where the source has no test split."""
+    """Fraction of each class for testing, where the source has no test split; 1 for a later test
+    set, of which all images are for testing."""
     folds: int | None = None
     """Cross-validation: split the training images into this number of stratified folds; `fold` is
     for validation, all other folds are for training."""
@@ -113,13 +115,13 @@ class PrepareOptions:
         names = format_names()
         require(self.format in names, "format", self.format, f"one of {', '.join(names)}")
         require_one_way(self.folds, self.fold, self.bootstrap, self.val_fraction)
-        for name in ("val_fraction", "test_fraction"):
-            fraction = getattr(self, name)
-            valid = fraction is None or 0 <= fraction < 1
-            require(valid, name, fraction, "at least 0 and below 1")
-        total = self.resolved_val_fraction + self.test_fraction
+        val, test = self.val_fraction, self.test_fraction
+        require(val is None or 0 <= val < 1, "val_fraction", val, "at least 0 and below 1")
+        require(0 <= test <= 1, "test_fraction", test, "at least 0 and at most 1")
+        total = self.resolved_val_fraction + test
         rest = "together with test_fraction below 1, training gets the rest"
-        require(total < 1, "val_fraction", self.resolved_val_fraction, rest)
+        alone = test == 1 and total == 1 and self.resampling is None
+        require(total < 1 or alone, "val_fraction", self.resolved_val_fraction, rest)
         require_color("background", background_color(self.background))
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
@@ -142,7 +144,7 @@ class PrepareOptions:
     @property
     def resolved_val_fraction(self) -> float:
         """The fraction that is cut off for validation, as given or by default."""
-        if self.resampling is not None:
+        if self.resampling is not None or (self.val_fraction is None and self.test_fraction == 1):
             return 0.0
         return VAL_FRACTION if self.val_fraction is None else self.val_fraction
 
@@ -174,6 +176,8 @@ class Prepared:
     """Images that could not be read; listed in rejected.csv."""
     packed: bool
     pack_bytes: int
+    no_pack: str | None
+    """Why there is no pack; None if there is one."""
     seconds: float
     transparent: int = 0
     """Images with transparency, blended with the background."""
@@ -205,6 +209,7 @@ def prepare(options: PrepareOptions) -> Prepared:
         rejected=info["rejected"],
         packed=info["packed"],
         pack_bytes=info["pack_bytes"],
+        no_pack=info["no_pack"],
         seconds=round(time.monotonic() - started, 2),
         transparent=info["transparent"],
     )
@@ -225,7 +230,7 @@ def _check_sense(source: LabelledImages, options: PrepareOptions) -> None:
         raise UsageError(
             f"{source.location!r}: names of folders and classes must be UTF-8"
         ) from error
-    if shortage := source.task.shortage():
+    if options.test_fraction < 1 and (shortage := source.task.shortage()):
         raise UsageError(f"{source.location}: {shortage}; a classifier needs at least two")
     if source.root is None and options.pack == "off" and not options.write_images:
         raise UsageError(
@@ -247,11 +252,13 @@ def _fill(
         pack = _open_pack(stack, folder, source, len(assignment), options)
         blended, transparent = _blended(source.source, background_color(options.background))
         readable, rejected = _decode(folder, source, assignment, pack, copies, blended=blended)
-    pack = _finish_pack(pack, len(readable), source, options)
+    opened, pack = pack, _finish_pack(pack, len(readable), source, options)
     before = assignment.take(readable)
-    after = restore_training_images(before)
-    check_training_images(after, source)
-    if lost := untrained_classes(after, source):
+    tested = for_evaluation(assignment)
+    after = before if tested else restore_training_images(before)
+    if not tested:
+        check_training_images(after, source)
+    if not tested and (lost := untrained_classes(after, source)):
         some = f"{len(lost)} of {len(source.classes)} classes have no training images"
         log.warn(f"{some} and cannot be learnt, first {lost[0]!r}")
     paths: list[str | None] = [record.path for record in after.records]
@@ -267,7 +274,7 @@ def _fill(
         for name, value in dataclasses.asdict(options).items()
         if name not in ("source", "out", "json", "quiet")
     }
-    return writer.write_info(
+    info = writer.write_info(
         folder,
         source,
         after,
@@ -278,6 +285,7 @@ def _fill(
         transparent=len(transparent),
         options=recorded,
     )
+    return {**info, "no_pack": None if pack else _why_no_pack(opened)}
 
 
 def _blended(source: ImageSource, color: Color | None) -> tuple[ImageSource, list[int]]:
@@ -353,6 +361,17 @@ def _finish_pack(
     return pack
 
 
+def _why_no_pack(opened: PackWriter | None) -> str:
+    if opened is None:
+        return "--pack off"
+    if opened.size > PACK_MOST_BYTES:
+        limit = f"they would take more than {PACK_MOST_BYTES / 2**30:g} GiB decoded"
+    else:
+        side = round(PACK_MEAN_PIXELS**0.5)
+        limit = f"they have more than {side}x{side} pixels on average"
+    return f"{limit}; --pack on packs them all the same"
+
+
 def _summarise(prepared: Prepared, source: LabelledImages, options: PrepareOptions) -> None:
     counts = ", ".join(f"{count:,} {split}" for split, count in prepared.counts.items())
     total = sum(prepared.counts.values())
@@ -362,7 +381,7 @@ def _summarise(prepared: Prepared, source: LabelledImages, options: PrepareOptio
     if prepared.packed:
         say(f"pack: {prepared.pack_bytes / 2**20:.1f} MiB of decoded images")
     else:
-        say("no pack: the images are decoded whenever they are used")
+        say(f"no pack, the images are decoded whenever they are used ({prepared.no_pack})")
     if prepared.transparent:
         color = background_color(options.background)
         where = "without their alpha" if color is None else f"on {background_text(color)}"
@@ -372,7 +391,9 @@ def _summarise(prepared: Prepared, source: LabelledImages, options: PrepareOptio
             f"{prepared.rejected} of {total + prepared.rejected} images cannot be read; "
             f"see {options.out / writer.REJECTED}"
         )
-    for split in ("val", "test"):
+    if set(prepared.counts) == {"test"}:
+        say("all images are for testing: for distcls evaluate, not for training")
+    for split in ("val", "test") if "train" in prepared.counts else ():
         if split not in prepared.counts:
             log.warn(f"there are no images for {split}")
     say(f"wrote {options.out} in {prepared.seconds} s")

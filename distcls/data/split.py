@@ -25,16 +25,17 @@ def assign_splits(
 
     The source's own splits stay as they are. Those it lacks are cut from its training images, the
     same fraction of each class (rounded to the nearest, at least one image where the class has
-    enough); a class always keeps a training image. Raises UsageError if the source's splits divide
-    a group.
+    enough); a class always keeps a training image, unless `test_fraction` is 1: then all images
+    without a split of their own are for testing. Raises UsageError if the source's splits divide a
+    group.
     """
     given = {record.split for record in records} - {None}
     fractions = {
         split: fraction
         for split, fraction in (("test", test_fraction), ("val", val_fraction))
-        if split not in given and fraction > 0
+        if split not in given and 0 < fraction < 1
     }
-    splits = [record.split or "train" for record in records]
+    splits = [record.split or ("test" if test_fraction == 1 else "train") for record in records]
     _check_groups(records, splits)
     training = [index for index, split in enumerate(splits) if split == "train"]
     if any(records[index].group is not None for index in training):
@@ -408,9 +409,13 @@ def _check_no_validation(source: LabelledImages, resampling: Resampling) -> None
 def check_training_images(assignment: SplitAssignment, source: LabelledImages) -> None:
     """Raise UsageError, naming the class, unless every class has a training image.
 
+    A dataset for evaluation alone has none at all, as its source says (see `for_evaluation`).
+
     Multi-head and multi-label: not every class can have one, such as a rare letter at each position
     of a text; there it is enough that some image trains (see `untrained_classes`).
     """
+    if for_evaluation(assignment):
+        return
     if not source.task.single:
         if "train" not in assignment.splits:
             raise UsageError(f"{source.location}: there are no training images")
@@ -422,6 +427,11 @@ def check_training_images(assignment: SplitAssignment, source: LabelledImages) -
         if label not in trained:
             others = f"; its {found[label]} lie in val or test" if found[label] else ""
             raise UsageError(f"{source.location}: class {name!r} has no training images{others}")
+
+
+def for_evaluation(assignment: SplitAssignment) -> bool:
+    """Whether all images are for testing: a later test set, which trains nothing."""
+    return set(assignment.splits) == {"test"}
 
 
 def untrained_classes(assignment: SplitAssignment, source: LabelledImages) -> list[str]:

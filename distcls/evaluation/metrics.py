@@ -10,6 +10,8 @@ the same lines.
     state.merge(vector)   add such a vector
     state.compute()       Metrics
     METRICS               the figures by name; `register_metric` adds one
+    LogitSpread           how much the logits depend on the image
+    constant_answers(...) what is wrong with a model that answers the same to every image
 """
 
 from __future__ import annotations
@@ -62,22 +64,22 @@ class Metrics:
     thresholds: tuple[float, ...] | None = None
     """Of labels: the probability that gives each the greatest F1 on these samples, [K]."""
 
-    # Macro means run over the classes that occur, as truth or as prediction: scikit-learn does the
-    # same (but not for labels), and a class absent from a split is no evidence about the model.
+    # Macro means run over the classes with support (scikit-learn: labels=unique(truth)): a class
+    # without a sample is no evidence about the model, so a wrong prediction as it adds no zero.
 
     @property
     def macro_precision(self) -> float:
-        """Mean precision over the classes that occur."""
+        """Mean precision over the classes with support."""
         return self._macro(self.precision)
 
     @property
     def macro_recall(self) -> float:
-        """Mean recall over the classes that occur."""
+        """Mean recall over the classes with support."""
         return self._macro(self.recall)
 
     @property
     def macro_f1(self) -> float:
-        """Mean F1 over the classes that occur."""
+        """Mean F1 over the classes with support."""
         return self._macro(self.f1)
 
     @property
@@ -100,10 +102,14 @@ class Metrics:
         figures = {name: metric.compute(self) for name, metric in METRICS.items()}
         return {name: float(value) for name, value in figures.items() if value is not None}
 
-    def _macro(self, values: Floats) -> float:
+    @property
+    def predicted(self) -> Integers:
+        """Samples predicted as each class, [K]."""
         labels = self.confusion.ndim == 3
-        predicted = self.confusion[:, :, 1].sum(1) if labels else self.confusion.sum(axis=0)
-        occurs = (predicted + self.support) > 0
+        return np.asarray(self.confusion[:, :, 1].sum(1) if labels else self.confusion.sum(axis=0))
+
+    def _macro(self, values: Floats) -> float:
+        occurs = self.support > 0
         return float(values[occurs].mean()) if occurs.any() else 0.0
 
     def _weighted(self, values: Floats) -> float:
@@ -384,6 +390,87 @@ class MultiLabelState:
         f1 = _quotient(2.0 * yes, support + yes + no)
         nearest = np.argsort(np.abs(_edges() - THRESHOLD), kind="stable")
         return np.asarray(_edges()[nearest[f1[:, nearest].argmax(axis=1)]], np.float64)
+
+
+NEARLY_ALL = 0.95
+"""Fraction of the samples from which predictions count as constant, unless the labels are so."""
+LEAST_EXCESS = 0.05
+"""By how much the fraction predicted as a class has to exceed the fraction that is one."""
+LEAST_SPREAD, LEAST_NATS = 0.05, 0.01
+"""Spread of the logits over the images, as a fraction of the differences between the classes and in
+nats (1 % of a probability), below which the answers hardly depend on the image."""
+
+
+class LogitSpread:
+    """How much the logits vary over the images, beside how much they differ between the classes.
+
+    Sums that processes add up, like `MetricState`. Only differences between classes that compete
+    count, so of each head the image's mean logit is taken off; of labels the logits count as such.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._slices = () if task.kind == "multi_label" else task.slices
+        self._sums: Floats = np.zeros((2, len(task.classes)), np.float64)
+        self._count = 0
+
+    def update(self, logits: NDArray[np.float32]) -> None:
+        """Add a batch, [N, classes]."""
+        exact = logits.astype(np.float64)
+        for span in self._slices:
+            exact[:, span] -= exact[:, span].mean(axis=1, keepdims=True)
+        self._sums += (exact.sum(axis=0), np.square(exact).sum(axis=0))
+        self._count += len(exact)
+
+    def state(self) -> Floats:
+        """All sums as float64, [2 * classes + 1]."""
+        return np.append(self._sums, self._count)
+
+    def merge(self, state: Floats) -> None:
+        """Add the vector of another process, or the sum of such."""
+        self._sums += state[:-1].reshape(self._sums.shape)
+        self._count += round(float(state[-1]))
+
+    def problem(self) -> str | None:
+        """What is wrong if the logits hardly depend on the image; of two images at least."""
+        if self._count < 2:
+            return None
+        means, squares = self._sums / self._count
+        spread = float(np.sqrt(np.maximum(0, squares - np.square(means)).mean()))
+        differences = float(np.sqrt(np.square(means).mean()))
+        if spread > max(LEAST_SPREAD * differences, LEAST_NATS):
+            return None
+        return (
+            f"the logits hardly depend on the image: they vary by {spread:.2g} over the images, "
+            f"and differ by {differences:.2g} between the classes"
+        )
+
+
+def constant_answers(metrics: Metrics, spread: LogitSpread, task: Task) -> list[str]:
+    """What is wrong with a model that answers (nearly) the same to every image; empty if nothing.
+
+    Nothing is where the labels are constant too: then such answers may be right.
+    """
+    found = []
+    share, truth = (n / max(1, metrics.count) for n in (metrics.predicted, metrics.support))
+    if task.kind == "multi_label":
+        varied = bool(((truth > 0) & (truth < 1)).any())
+        if varied and ((share == 0) | (share == 1)).all():
+            names = "|".join(np.array(task.classes)[share == 1].tolist())
+            found.append(
+                f"all predictions are the same ({names or 'no label'}), the labels are not"
+            )
+    else:
+        varied = any((truth[span] > 0).sum() > 1 for span in task.slices)
+        places = np.flatnonzero((share >= NEARLY_ALL) & (share - truth >= LEAST_EXCESS)).tolist()
+        for place in places[:1]:
+            others = f" (and {len(places) - 1} more heads are like that)" if places[1:] else ""
+            found.append(
+                f"{share[place]:.0%} of the predictions are {task.classes[place]!r}, "
+                f"{truth[place]:.0%} of the labels are{others}"
+            )
+    if varied and (problem := spread.problem()) is not None:
+        found.append(problem)
+    return found
 
 
 BINS = 1000

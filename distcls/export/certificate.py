@@ -3,6 +3,9 @@
 Both compare the file with its checkpoint on real images. A multi-head or multi-label prediction is
 right if it is right in every head or label; the accuracy certificate also counts each head by
 itself, and all labels jointly.
+
+A model that answers the same to every image agrees with anything: so both certificates hold how
+many different predictions there were, and what is wrong with the answers (`constant_answers`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from numpy.typing import NDArray
 
 from distcls.data.dataset import Split
 from distcls.errors import DistclsError
+from distcls.evaluation.metrics import LogitSpread, constant_answers, metric_state
 from distcls.imaging import Preprocess
 from distcls.runtime.model import Model
 from distcls.runtime.pipeline import stream
@@ -54,6 +58,10 @@ class Certificate:
     """Provider that ran the checkpoint."""
     provider: str
     """Provider that ran the exported file."""
+    distinct_predictions: int
+    """Different predictions of the checkpoint on these images."""
+    warnings: tuple[str, ...] = ()
+    """Why the agreement proves little: the answers hardly depend on the image."""
     machine: str = dataclasses.field(default_factory=platform.machine)
 
     @property
@@ -67,28 +75,36 @@ class Certificate:
     def to_json(self) -> dict[str, Any]:
         """Plain values for the file's metadata."""
         values = dataclasses.asdict(self)
-        return {**values, "results": list(values["results"])}
+        return {**values, **{name: list(values[name]) for name in ("results", "warnings")}}
 
     def lines(self) -> list[str]:
         """A printable summary."""
-        return [
+        agreements = [
             f"batch {result.batch_size:>2}: top-1 agreement {result.top1_agreement:.2%} of "
             f"{self.images:,} images, largest logit difference {result.max_logit_difference:.1e} "
             f"(tolerance {self.tolerance:.0e})"
             for result in self.results
         ]
+        return [*agreements, _distinct_line(self)]
+
+
+def spread_indices(total: int, limit: int) -> Integers:
+    """At most `limit` of `total` images, evenly spread: a split is in the order of its classes."""
+    return np.linspace(0, total - 1, min(limit, total)).round().astype(np.int64)
 
 
 def load_images(split: Split, preprocess: Preprocess, limit: int) -> NDArray[np.uint8]:
-    """The first `limit` images of a split, preprocessed, uint8 [N, H, W, 3]."""
-    count, split = min(limit, len(split)), split.on_background(preprocess.background)
-    return np.stack([preprocess(split.image(index)) for index in range(count)])
+    """At most `limit` images of a split, evenly spread, preprocessed, uint8 [N, H, W, 3]."""
+    split = split.on_background(preprocess.background)
+    indices = spread_indices(len(split), limit).tolist()
+    return np.stack([preprocess(split.image(index)) for index in indices])
 
 
 def certify(
     reference: Model,
     exported: Model,
     images: NDArray[np.uint8],
+    labels: Integers | None = None,
     *,
     split: str,
     tolerance: float,
@@ -96,12 +112,14 @@ def certify(
 ) -> Certificate:
     """Compare two models on images, uint8 [N, H, W, 3], the exported one at every batch size.
 
-    Raises DistclsError if the checkpoint's own logits are not finite.
+    With the images' `labels` answers that do not depend on the image are found out. Raises
+    DistclsError if the checkpoint's own logits are not finite.
     """
     expected = _in_batches(reference, images, max(batch_sizes))
     if not np.isfinite(expected).all():
         raise DistclsError("the checkpoint's own logits are not finite; there is nothing to export")
-    decide = reference.card.task.decide
+    task = reference.card.task
+    decide = task.decide
     predictions = decide(expected)
     results = []
     for size in batch_sizes:
@@ -123,7 +141,33 @@ def certify(
         results=tuple(results),
         reference=reference.provider,
         provider=exported.provider,
+        distinct_predictions=_distinct(predictions),
+        warnings=() if labels is None else _warnings(expected, labels, task),
     )
+
+
+def _distinct(predictions: Integers) -> int:
+    """Different rows of [N, 1 or heads or labels]."""
+    return len(np.unique(predictions, axis=0))
+
+
+def _distinct_line(certificate: Certificate | AccuracyCertificate) -> str:
+    number = certificate.distinct_predictions
+    if number == 1:
+        return (
+            f"the same prediction for all of {certificate.images:,} images: their agreement is no "
+            "certificate"
+        )
+    return f"{number:,} different predictions on {certificate.images:,} images"
+
+
+def _warnings(logits: NDArray[np.float32], labels: Integers, task: Task) -> tuple[str, ...]:
+    """What is wrong with the answers of a checkpoint on images with these labels."""
+    state, spread = metric_state(task), LogitSpread(task)
+    state.update(logits, labels)
+    spread.update(logits)
+    found = constant_answers(state.compute(), spread, task)
+    return tuple(f"{problem}; agreement of such answers is no certificate" for problem in found)
 
 
 def _in_batches(model: Model, images: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
@@ -211,6 +255,10 @@ class AccuracyCertificate:
     """Provider that ran the checkpoint."""
     provider: str
     """Provider that ran the exported file."""
+    distinct_predictions: int
+    """Different predictions of the checkpoint on these images."""
+    warnings: tuple[str, ...] = ()
+    """Why the agreement proves little: the answers hardly depend on the image."""
     machine: str = dataclasses.field(default_factory=platform.machine)
 
     @property
@@ -231,7 +279,7 @@ class AccuracyCertificate:
         `tolerance` is what another provider's logits may differ by: as much as the file's own.
         """
         values = dataclasses.asdict(self)
-        for name in ("float_layers", "heads"):
+        for name in ("float_layers", "heads", "warnings"):
             values[name] = list(values[name])
         return {**values, "tolerance": self.max_logit_difference}
 
@@ -245,6 +293,7 @@ class AccuracyCertificate:
             *self._worst_line(),
             f"{self.precision}: top-1 agreement {self.top1_agreement:.2%} (at least "
             f"{self.min_agreement:g}%), largest logit difference {self.max_logit_difference:.1e}",
+            f"{self.precision}: {_distinct_line(self)}",
             f"{self.precision}: {self.images_per_second:,.0f} images/s on this machine's CPU, "
             f"fp32 {self.images_per_second_fp32:,.0f}",
         ]
@@ -323,6 +372,8 @@ def certify_accuracy(
         float_layers=float_layers,
         reference=expected.provider,
         provider=exported.provider,
+        distinct_predictions=_distinct(wanted),
+        warnings=_warnings(expected.logits, expected.labels, expected.task),
     )
 
 

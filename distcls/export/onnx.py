@@ -88,8 +88,8 @@ def export_onnx(options: ExportOptions) -> Certificate | AccuracyCertificate:
     if options.target.exists() and not options.overwrite:
         raise UsageError(f"{options.target} exists already; --overwrite replaces it")
     from distcls.data.dataset import Dataset
-    from distcls.evaluation.evaluate import check_task
-    from distcls.export.certificate import load_images
+    from distcls.evaluation.evaluate import match_classes
+    from distcls.export.certificate import load_images, spread_indices
     from distcls.export.reduced_precision import Reduction, reduce_precision
     from distcls.files import atomic_path
     from distcls.models.checkpoint import open_checkpoint
@@ -101,13 +101,13 @@ def export_onnx(options: ExportOptions) -> Certificate | AccuracyCertificate:
     reference.card = dataclasses.replace(reference.card, training=training)
     folder = options.data or trained_on
     dataset = Dataset.open(folder)
-    check_task(reference.card.task, dataset.task, str(folder))
-    split = dataset.split(options.split)
+    split = match_classes(dataset.split(options.split), reference.card.task, str(folder)).split
     images = load_images(split, reference.card.preprocess, options.limit)
     graph = to_onnx(reference.model, reference.card, options.opset)
     with atomic_path(options.target) as temporary:
         if options.precision == "fp32":
-            return _write_fp32(options, reference, graph, images, temporary)
+            labels = split.labels[spread_indices(len(split), options.limit)]
+            return _write_fp32(options, reference, graph, (images, labels), temporary)
         reduction = Reduction(
             precision=options.precision,
             reference=reference,
@@ -123,9 +123,9 @@ def export_onnx(options: ExportOptions) -> Certificate | AccuracyCertificate:
 
 
 def _write_fp32(
-    options: ExportOptions, reference: TorchModel, graph: Any, images: Any, temporary: Path
+    options: ExportOptions, reference: TorchModel, graph: Any, data: Any, temporary: Path
 ) -> Certificate:
-    """Write the graph, compare it with the checkpoint, add the certificate."""
+    """Write the graph, compare it with the checkpoint on images and labels, add the certificate."""
     from distcls.export.certificate import certify
     from distcls.export.graph import write
     from distcls.runtime.model import OnnxModel
@@ -134,7 +134,7 @@ def _write_fp32(
     certificate = certify(
         reference,
         OnnxModel(temporary),
-        images,
+        *data,
         split=options.split,
         tolerance=options.tolerance,
     )
@@ -151,6 +151,8 @@ def _write_fp32(
 def _say(certificate: Certificate | AccuracyCertificate) -> None:
     for line in certificate.lines():
         log.say(line)
+    for warning in certificate.warnings:
+        log.warn(warning)
 
 
 def to_onnx(model: Classifier, card: ModelCard, opset: int) -> Any:

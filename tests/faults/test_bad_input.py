@@ -142,8 +142,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_classes_of_checkpoint_and_data_differ(checkpoint: Path, digits: Path) -> None:
     line = refused("evaluate", "--model", checkpoint, "--data", digits)
-    assert "3" in line
-    assert "10" in line
+    assert "it predicts a, b, c, the data has 0, 1, 2" in line
 
 
 class Payload:

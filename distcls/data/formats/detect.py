@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from distcls import log
-from distcls.data.dataset import INFO, MANIFEST, Dataset
+from distcls.data.dataset import INFO, MANIFEST, Dataset, prepare_command
 from distcls.data.formats.folder import (
     FileSource,
     FolderSource,
@@ -110,7 +110,10 @@ def open_source(
     if (Path(location) / INFO).is_file() and format == "auto":
         return Dataset.open(Path(location)).split(split or "test")
     if split is not None:
-        raise UsageError(f"split: {location} is not a dataset directory and has no splits")
+        raise UsageError(
+            f"split: {location} is not a dataset directory and has no splits; leave it out, or "
+            f"make a dataset directory: {prepare_command(location)}"
+        )
     if format != "auto":
         return _open_as(location, format, timeout)
     for candidate in (*registered_formats().values(), *FORMATS.values()):

@@ -219,6 +219,8 @@ def _split_folders(root: Path) -> dict[str, str]:
     named = {name: SPLIT_NAMES[name.lower()] for name in folders if name.lower() in SPLIT_NAMES}
     others = [name for name in folders if name not in named]
     splits = set(named.values())
+    if splits == {"test"} and not others:
+        return named  # a later test set; as a class it would be the only one
     if "train" not in splits or (others and len(splits) == 1):
         return {}
     if others:
