@@ -248,7 +248,7 @@ class _Measurer:
     def break_tie(self, measured: list[Measurement]) -> list[Measurement]:
         """Measure the fastest, and the batch sizes of its session that come near, again.
 
-        Each then has the median of its rates.
+        The one with the highest median takes the fastest one's rate and place.
         """
         best = fastest(measured)
         if best is None or best.model is None:
@@ -271,19 +271,14 @@ class _Measurer:
                 count = images_needed(execution, self._count, rates[place][0])
                 rate, _ = self._benchmark.run(model, execution, count, self._workers)
                 rates[place].append(rate)
-        settled = [
-            dataclasses.replace(found, rate=statistics.median(rates[place]), model=None)
-            if place in rates
-            else found
-            for place, found in enumerate(measured)
-        ]
-        chosen = fastest(settled)
-        return [
-            dataclasses.replace(found, model=best.model.with_execution(found.execution))
-            if found is chosen
-            else found
-            for found in settled
-        ]
+        chosen = max(near, key=lambda place: statistics.median(rates[place]))
+        if measured[chosen] is best:
+            return measured
+        first, others = measured[chosen], [found for found in measured if found is not best]
+        model = best.model.with_execution(first.execution)
+        winner = dataclasses.replace(first, rate=best.rate, model=model)
+        loser = dataclasses.replace(best, rate=first.rate, model=None)
+        return [loser, *(winner if found is first else found for found in others)]
 
     def _measure(self, model: OnnxModel, execution: ExecutionConfig) -> Measurement:
         run, workers = self._benchmark.run, self._workers
