@@ -147,15 +147,47 @@ def _free_space(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def claimed(temporary: Path) -> Iterator[None]:
-    """Hold a lock on an unfinished folder; the system drops it when the process dies."""
-    descriptor = os.open(temporary, os.O_RDONLY)
+def claimed(folder: Path, busy: str = "") -> Iterator[bool]:
+    """Hold a lock on a folder; the system drops it when the process dies.
+
+    Yields whether the folder is still the one at its path: its last holder may have removed it.
+    Raises UsageError with the text `busy`, if there is one, where another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
+        try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        except BlockingIOError as error:
+            if busy:
+                raise UsageError(busy) from error
+        except OSError:  # some network file systems have no locks
+            pass
+        yield folder.exists() and os.path.samestat(folder.stat(), os.fstat(descriptor))
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def claimed_output(folder: Path, busy: str) -> Iterator[None]:
+    """Make `folder` where it is missing and hold a lock on it, as `claimed`.
+
+    What was made is removed again, still under the lock, if it stays empty.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    with contextlib.ExitStack() as stack:
+        while True:
+            with writable(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if stack.enter_context(claimed(folder, busy)):
+                    break
+            stack.close()  # the one that held it has just removed it: once more
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # no longer empty
+                for each in missing:
+                    each.rmdir()
 
 
 def remove_stale_parts(out: Path) -> None:

@@ -75,7 +75,8 @@ def test_an_old_state_keeps_its_config(old: Path) -> None:
     with contextlib.closing(CheckpointManager(old_config("--resume", "auto"))) as manager:
         found = manager.resume()
     assert found is not None
-    state, tensors = found
+    state, tensors = found.state, found.tensors
+    assert state.data is None
     assert (state.epoch, state.step, state.epoch_step) == (3, 7, 1)
     assert state.top_models == [(pytest.approx(0.425), "simple_cnn_e1_0.42500.pth")]
     assert tensors["ema_updates"] == 7

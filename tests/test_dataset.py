@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distcls.data.dataset import CLASSES, INFO, MANIFEST, PACK, Dataset
+from distcls.data.dataset import (
+    CLASSES,
+    INFO,
+    MANIFEST,
+    PACK,
+    DataFingerprint,
+    Dataset,
+    fingerprint_of,
+)
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.data.source import to_rgb
 from distcls.data.writer import SCHEMA
@@ -168,3 +179,88 @@ def test_tasks_of_earlier_versions_are_read(
     assert split.labels[0].tolist() == first
     assert split.true_labels[:3] == texts
     assert split.image(0).shape == (8, 8, 3)
+
+
+def fingerprint(folder: Path) -> DataFingerprint:
+    data = Dataset.open(folder)
+    return fingerprint_of(data, data.split("train"), data.split("val"))
+
+
+def rewritten(folder: Path, column: str, values: list[object], kind: pa.DataType) -> None:
+    table = pq.read_table(folder / MANIFEST)
+    if column in table.column_names:
+        table = table.drop_columns([column])
+    pq.write_table(table.append_column(column, pa.array(values, kind)), folder / MANIFEST)
+
+
+def test_a_fingerprint_does_not_depend_on_the_place_or_the_time(
+    folder: Path, tmp_path: Path
+) -> None:
+    first = fingerprint(folder)
+    assert DataFingerprint.from_plain(dataclasses.asdict(first)) == first
+    assert (first.train.images, first.val.images) == (39, 10)
+    assert first.pack is not None
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / MANIFEST).touch()
+    source = str(tmp_path / "source")
+    prepare(PrepareOptions(source=source, out=tmp_path / "again", quiet=True))
+    assert fingerprint(copy) == fingerprint(tmp_path / "again") == first
+    prepare(PrepareOptions(source=source, out=tmp_path / "files", pack="off", quiet=True))
+    assert fingerprint(tmp_path / "files") != first
+    assert not first.differences(fingerprint(tmp_path / "files"))
+
+
+def test_a_fingerprint_says_what_differs(folder: Path, tmp_path: Path) -> None:
+    first, table = fingerprint(folder), pq.read_table(folder / MANIFEST)
+    labels, splits = (table.column(name).to_pylist() for name in ("label", "split"))
+
+    def after(column: str, values: list[object], kind: pa.DataType) -> list[str]:
+        copy = tmp_path / column
+        shutil.copytree(folder, copy)
+        rewritten(copy, column, values, kind)
+        return first.differences(fingerprint(copy))
+
+    place = splits.index("val")
+    changed = [*labels[:place], (labels[place] + 1) % 10, *labels[place + 1 :]]
+    assert after("label", changed, pa.int32()) == ["images of val have other labels"]
+    assert after("weight", [1.0] * 60, pa.float64()) == [
+        "train has other weights",
+        "val has other weights",
+    ]
+    fewer = [*splits[:place], "test", *splits[place + 1 :]]
+    assert after("split", fewer, pa.string()) == ["val has 9 images, then 10"]
+    ids = ["other", *table.column("image_id").to_pylist()[1:]]
+    [line] = after("image_id", ids, pa.string())
+    assert line == "train has 39 images as then, but other ones, or in another order"
+
+
+@pytest.mark.parametrize("digest", [None, 7, "abc", {"pack.bin": 7}, {"pack.bin": "abc"}])
+def test_a_recorded_digest_that_is_none_is_left_out(folder: Path, digest: object) -> None:
+    first = fingerprint(folder)
+    info = json.loads((folder / INFO).read_text())
+    (folder / INFO).write_text(json.dumps(info | {"sha256": digest}))
+    assert fingerprint(folder) == dataclasses.replace(first, pack=None)
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (["a", "b", "x"], "its classes have other names: 'x' was 'c'"),
+        (["b", "a", "c"], "its classes are in another order: 'b' stands where 'a' was"),
+        (["a", "b"], "its 2 classes are the 3 of then without 'c'"),
+        (["a", "b", "c", "d"], "its 4 classes are the 3 of then with 'd'"),
+        (["a", "b", "x" * 99], f"its classes have other names: '{'x' * 40}...' was 'c'"),
+        (["b", "c", "d"], "its 3 classes are the 3 of then without 'a' and with 'd'"),
+    ],
+)
+def test_which_class_names_differ(folder: Path, now: list[str], said: str) -> None:
+    before = dataclasses.replace(fingerprint(folder), classes=("a", "b", "c"))
+    assert before.differences(dataclasses.replace(before, classes=tuple(now))) == [said]
+
+
+def test_many_class_names_are_not_all_listed(folder: Path) -> None:
+    before = fingerprint(folder)
+    now = dataclasses.replace(before, classes=tuple(f"class {i}" for i in range(1000)))
+    [said] = before.differences(now)
+    assert said.endswith("'class 4' and 995 more")
+    assert len(said) < 250

@@ -17,6 +17,7 @@ from distcls.errors import DistclsError, UsageError
 from distcls.files import (
     atomic_folder,
     atomic_path,
+    claimed_output,
     digest,
     require_writable,
     second_name,
@@ -229,3 +230,52 @@ def test_digest_of_known_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert digest(tmp_path / "a", "md5") == "900150983cd24fb0d6963f7d28e17f72"
     assert digest(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+def test_an_output_is_claimed_by_one(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "one"
+    with claimed_output(out, "busy"):
+        assert out.is_dir()
+        with pytest.raises(UsageError, match="busy"), claimed_output(out, "busy"):
+            pass
+        assert out.is_dir()  # the one that was refused has not removed it
+    assert not (tmp_path / "runs").exists()  # nothing was written
+    with claimed_output(out, "busy"):
+        (out / "file").write_text("")
+    assert names(out) == ["file"]
+    with pytest.raises(FileNotFoundError), claimed_output(out, "busy"):
+        (out / "missing").unlink()
+    assert names(out) == ["file"]
+
+
+def test_an_output_that_vanishes_while_it_is_claimed_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last holder removes what stayed empty."""
+    out, opened = tmp_path / "run", os.open
+
+    def late(path: Path, flags: int) -> int:
+        if places:
+            places.pop().rmdir()
+            return opened(path, flags)
+        descriptor = opened(path, flags)
+        if not vanished:
+            vanished.append(True)
+            out.rmdir()
+        return descriptor
+
+    places, vanished = [out], []
+    monkeypatch.setattr(os, "open", late)
+    with claimed_output(out, "busy"):
+        assert vanished
+        assert out.is_dir()
+    assert not out.exists()
+
+
+def test_what_cannot_be_an_output(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UsageError, match="part of it is a file"),
+        claimed_output(tmp_path / "file" / "run", "busy"),
+    ):
+        pass

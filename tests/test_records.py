@@ -31,6 +31,21 @@ def test_half_of_a_last_line_is_dropped(tmp_path: Path) -> None:
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 0.5), (3, 0.25)]
 
 
+def test_lines_that_are_none_are_dropped_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainConfig(data=tmp_path, out=tmp_path / "run")
+    config.out.mkdir()
+    path = config.out / METRICS
+    good = [json.dumps({"kind": "step", "step": step}) for step in (1, 2)]
+    junk = ["not JSON", "[1]", "{}", '{"step": "x"}', '{"step": true}', "\udcff"]
+    text = "\n".join([good[0], *junk, good[1], ""])
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    Records(config, 2).close()
+    assert path.read_text().splitlines() == good
+    assert f"{path}: 6 of 8 lines are not those of a run and are dropped" in capsys.readouterr().err
+
+
 def test_a_signal_while_the_files_are_closed_does_not_kill(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from distcls.data.dataset import DataFingerprint, SplitFingerprint
 from distcls.errors import DistclsError, UsageError
 from distcls.models.checkpoint import save_tensors
 from distcls.models.config import ModelConfig
@@ -137,7 +138,6 @@ def test_no_state_is_no_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "changes"),
     [
-        ("epochs", {"epochs": 11}),
         ("batch_size", {"batch_size": 64}),
         ("seed", {"seed": 1}),
         ("data", {"data": Path("elsewhere")}),
@@ -154,6 +154,26 @@ def test_a_config_that_differs_is_refused_by_key(
         resume(config(tmp_path, **changes))
 
 
+def test_the_refusal_names_all_that_differs_and_the_way_out(tmp_path: Path) -> None:
+    save_state(config(tmp_path), TrainingState(), {})
+    now = config(tmp_path, lr=0.5, seed=3)
+    with pytest.raises(
+        UsageError, match=r"^lr: 0\.5 given, .* with 0\.001 \(changed, too: seed\)"
+    ) as found:
+        resume(now)
+    assert str(found.value).endswith("give it as it was, or start anew in another --out")
+    (now.out / BEST).write_bytes(b"weights")
+    with pytest.raises(UsageError) as found:
+        resume(now)
+    assert str(found.value).endswith(
+        f"or start from its weights: --model.pretrained {now.out / BEST} and another --out"
+    )
+    assert "\n" not in str(found.value)
+    with pytest.raises(UsageError) as found:  # whose weights would not fit
+        resume(config(tmp_path, model=ModelConfig(name="simple_cnn")))
+    assert str(found.value).endswith("give it as it was, or start anew in another --out")
+
+
 def test_what_does_not_shape_the_result_may_change(tmp_path: Path) -> None:
     save_state(config(tmp_path), TrainingState(step=5), {})
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -164,11 +184,68 @@ def test_what_does_not_shape_the_result_may_change(tmp_path: Path) -> None:
         "processes": 2,
         "threads": 1,
         "log_every": 3,
+        "epochs": 11,
+        "tracker": "tensorboard",
+        "max_nonfinite_steps": 3,
+        "monitor": MonitorConfig(patience=7, min_delta=0.1),
+        "checkpoint": CheckpointConfig(every_steps=3, keep_last=9, save_top_k=0),
         "loader": LoaderConfig(workers=1, prefetch=9),
     }
     loaded = resume(config(tmp_path, **changes))
     assert loaded is not None
     assert loaded[0].step == 5
+    assert loaded.epochs == 10
+
+
+def test_which_metric_is_monitored_may_not_change(tmp_path: Path) -> None:
+    save_state(config(tmp_path), TrainingState(), {})
+    with pytest.raises(UsageError, match=r"^monitor\.metric: 'loss' given"):
+        resume(config(tmp_path, monitor=MonitorConfig(metric="loss")))
+
+
+@pytest.mark.parametrize(("epoch_step", "fewest"), [(0, 3), (1, 4)])
+def test_fewer_epochs_than_have_begun_are_refused(
+    tmp_path: Path, epoch_step: int, fewest: int
+) -> None:
+    save_state(config(tmp_path), TrainingState(epoch=3, epoch_step=epoch_step, step=7), {})
+    assert resume(config(tmp_path, epochs=fewest)) is not None
+    line = rf"^epochs: {fewest - 1} given, but .*pth has begun epoch {fewest}; give {fewest} or"
+    with pytest.raises(UsageError, match=line):
+        resume(config(tmp_path, epochs=fewest - 1))
+
+
+def of_split(images: int, ids: str = "1", labels: str = "2") -> SplitFingerprint:
+    return SplitFingerprint(images=images, ids=ids * 64, labels=labels * 64, weights=None)
+
+
+def fingerprint(**changes: Any) -> DataFingerprint:
+    values: dict[str, Any] = {
+        **{"kind": "single_label", "classes": ("cat", "dog"), "pack_bytes": 9, "pack": "3" * 64},
+        **{"train": of_split(20), "val": of_split(4)},
+    }
+    return DataFingerprint(**{**values, **changes})
+
+
+def resume_with(now: TrainConfig, data: DataFingerprint | None) -> object:
+    return CheckpointManager(now, data=data).resume()
+
+
+def test_the_data_may_lie_elsewhere_but_is_the_same(tmp_path: Path) -> None:
+    now = config(tmp_path, data=Path("elsewhere/data"))
+    save_state(config(tmp_path), TrainingState(data=fingerprint()), {})
+    assert resume_with(now, fingerprint()) is not None
+    line = r"^data: elsewhere/data is not what .*pth was trained on \(then .*/data\): train has 21 "
+    with pytest.raises(UsageError, match=line + r"images, then 20; bring that back, or start anew"):
+        resume_with(now, fingerprint(train=of_split(21)))
+
+
+@pytest.mark.parametrize("known", ["in the state", "now"])
+def test_without_a_fingerprint_the_paths_are_compared(tmp_path: Path, known: str) -> None:
+    data = [fingerprint(), None] if known == "in the state" else [None, fingerprint()]
+    save_state(config(tmp_path), TrainingState(data=data[0]), {})
+    assert resume_with(config(tmp_path), data[1]) is not None
+    with pytest.raises(UsageError, match=r"^data: 'elsewhere' given.* has no fingerprint"):
+        resume_with(config(tmp_path, data=Path("elsewhere")), data[1])
 
 
 def test_a_mapping_that_lost_a_name_is_refused(tmp_path: Path) -> None:
@@ -210,6 +287,35 @@ def test_a_damaged_state_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFi
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DistclsError, match="no state is intact"):
         resume(config(tmp_path))
+
+
+def test_folders_in_the_places_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    now = config(tmp_path)
+    folder = now.out / "last" / f"step_00000009.{'0' * 32}.pth"
+    folder.mkdir(parents=True)
+    (now.out / ".best.pth.x.part").mkdir()
+    with pytest.raises(DistclsError, match="no state is intact"):
+        resume(now)
+    assert f"{folder} is damaged (Is a directory)" in capsys.readouterr().err
+    save_state(now, TrainingState(step=7), {})
+    save_state(now, TrainingState(step=10), {})
+    assert folder.is_dir()
+    loaded = resume(now)
+    assert loaded is not None
+    assert loaded[0].step == 10
+    assert [path.name[:13] for path in saved(tmp_path)] == [
+        "step_00000010",
+        "step_00000009",
+        "step_00000007",
+    ]
+
+
+def test_a_file_in_the_place_of_the_states_folder(tmp_path: Path) -> None:
+    now = config(tmp_path)
+    now.out.mkdir()
+    (now.out / "last").write_text("")
+    with pytest.raises(UsageError, match="last is a file, expected the folder of a run's states"):
+        resume(now)
 
 
 def write_state(now: TrainConfig, content: object, step: int = 1) -> Path:
@@ -271,6 +377,89 @@ def test_a_state_that_names_files_elsewhere_is_refused(
         resume(now)
     assert repr(name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+JUNK: list[tuple[str, object]] = [
+    *((name, value) for name in ("epoch", "step", "epoch_step") for value in ("3", -1, 1.5, True)),
+    *(("step", value) for value in (None, 2**60, torch.ones(3), [[1]])),
+    *(("loss_sum", value) for value in (None, "x", [1.0])),
+    *(("accumulate", value) for value in (0, "2", 2.0)),
+    *(("evaluation_batch", value) for value in (-5, "x" * 500)),
+    *(("seconds", value) for value in (math.inf, NAN, -1.0, "an hour")),
+    *(("best_score", value) for value in ("best", [0.5])),
+    *(("best_epoch", value) for value in (None, -1, 7)),
+    *(("epochs_since_best", value) for value in ("0", 10**6)),
+    *(("history", value) for value in (None, {}, [1], [{"epoch": "1"}], [{"lr": 1.0}])),
+    *(("history", [{"epoch": 1, **row}]) for row in ({3: 1.0}, {"lr": "x"})),
+    *(("kept", value) for value in (None, "ab", [1], [(0.5,)], [("x", "a.pth")])),
+    *(("data", value) for value in ("photos", {}, {"train": 3})),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), JUNK)
+def test_junk_in_a_field_is_one_line(name: str, value: object, tmp_path: Path) -> None:
+    now = config(tmp_path)
+    write_state(now, changed(now, **{name: value}))
+    with pytest.raises(UsageError, match=r"pth: its training state .*damaged or forged$") as caught:
+        resume(now)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("ema_updates", value) for value in ("x", -1, 1.5)),
+        *(("average", value) for value in ("x", {"taken": "x"}, {"taken": None})),
+        *(("schedule", value) for value in ("x", {"falls": "x"})),
+        *(("recent_losses", value) for value in ("x", torch.ones(2, 2))),
+    ],
+)
+def test_junk_beside_the_tensors_is_one_line(name: str, value: object, tmp_path: Path) -> None:
+    now = config(tmp_path)
+    content = changed(now)
+    content["tensors"][name] = value
+    write_state(now, content)
+    with pytest.raises(UsageError, match=rf"its training state has {name}: .*damaged or forged$"):
+        resume(now)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        *(("config", value) for value in (None, 3, "a: [", "- 1", "epochs: many", "{1: {2: 3}}")),
+        *(("progress", value) for value in (None, [1], {7: 1})),
+        *(("tensors", value) for value in (None, [])),
+    ],
+)
+def test_junk_in_the_place_of_a_part_is_one_line(part: str, value: object, tmp_path: Path) -> None:
+    now = config(tmp_path)
+    write_state(now, changed(now) | {part: value})
+    with pytest.raises(UsageError, match=r"^[^\n]*step_00000001[^\n]*$"):
+        resume(now)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": 3},
+        {"classes": [1, 2]},
+        {"classes": "cat"},
+        {"pack_bytes": -1},
+        {"pack": "abc"},
+        {"train": None},
+        {"val": {"images": 3}},
+        {"more": 1},
+    ],
+)
+def test_junk_in_the_fingerprint_is_one_line(change: dict[str, Any], tmp_path: Path) -> None:
+    now = config(tmp_path)
+    plain = dataclasses.asdict(fingerprint())
+    write_state(now, changed(now, data=plain))
+    assert resume_with(now, fingerprint()) is not None
+    write_state(now, changed(now, data=plain | change), step=2)
+    with pytest.raises(UsageError, match=r"its training state has a fingerprint of its data with"):
+        resume_with(now, fingerprint())
 
 
 def test_a_state_of_a_newer_version_is_refused(tmp_path: Path) -> None:

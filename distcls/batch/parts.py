@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import re
@@ -27,7 +26,15 @@ from typing import Any
 from distcls import log
 from distcls.batch.table import copy_rows, join
 from distcls.errors import UsageError
-from distcls.files import atomic_path, digest, remove_stale_parts, sync_folder, writable, write_json
+from distcls.files import (
+    atomic_path,
+    claimed,
+    digest,
+    remove_stale_parts,
+    sync_folder,
+    writable,
+    write_json,
+)
 
 ENDING = ".parts"
 FINGERPRINT = "fingerprint.json"
@@ -235,16 +242,7 @@ def _locked(folder: Path, out: Path) -> Iterator[None]:
     """Make `folder` and hold a lock on it; the system releases it when the process dies."""
     with writable(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"out: another run is writing {out} at this moment") from error
-        except OSError:  # some network file systems have no locks
-            pass
-        if not folder.exists() or folder.stat().st_ino != os.fstat(descriptor).st_ino:
+    with claimed(folder, f"out: another run is writing {out} at this moment") as there:
+        if not there:
             raise UsageError(f"out: another run has just written {out}")
         yield
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from distcls import log
 from distcls.cli import run
 from distcls.config import parse
-from distcls.training.config import TrainConfig
+from distcls.training.config import TrainConfig, require_free
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -21,15 +21,17 @@ def main(arguments: Sequence[str]) -> None:
         config=True,
     )
     log.set_quiet(config.quiet)
+    require_free(config.out, config.resume)
     from distcls.training.run import train  # torch loads once the config is known to be right
 
     result = train(config)
     if log.rank() != 0:
         return
-    minutes = result.seconds / 60
+    minutes, best = result.seconds / 60, result.out / "best.pth"
+    where = f"; best model: {best}" if best.exists() else ""  # none where a finished file went on
     log.say(
         f"best epoch {result.best_epoch} of {result.epochs}: {config.monitor.metric} "
-        f"{result.best_score:.4f}, {minutes:.1f} min; wrote {result.out}/best.pth"
+        f"{result.best_score:.4f}, {minutes:.1f} min{where}"
     )
     if config.json:
         print(json.dumps(result.to_json()))

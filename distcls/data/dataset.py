@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls import log
-from distcls.data.source import SPLITS, Images, ImageSource, state_of, to_rgb
+from distcls.data.source import SPLITS, Images, ImageSource, Names, state_of, to_rgb
 from distcls.errors import BadImage, BadValue, UsageError, did_you_mean
 from distcls.imaging import Color, decode_file
 from distcls.imaging.decode import Downscale, read_file
@@ -263,6 +265,137 @@ def is_dataset(folder: Path) -> bool:
     return (folder / INFO).is_file() or (folder / MANIFEST).is_file()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitFingerprint:
+    """The rows of a split in their order, wherever the dataset lies; digests as hexadecimals."""
+
+    images: int
+    ids: str
+    labels: str
+    weights: str | None
+    """None without weights."""
+
+    @classmethod
+    def of(cls, split: Split) -> SplitFingerprint:
+        """That of a split. Raises UsageError for labels or weights that are none."""
+        weights = split.weights
+        return cls(
+            images=len(split),
+            ids=Names.of(split.image_ids).digest(),
+            labels=_digest_of(split.labels.astype("<i8")),
+            weights=None if weights is None else _digest_of(weights.astype("<f8")),
+        )
+
+    def differences(self, now: SplitFingerprint, name: str) -> list[str]:
+        """How the split `name` has changed, in words."""
+        if now.images != self.images:
+            return [f"{name} has {now.images:,} images, then {self.images:,}"]
+        if now.ids != self.ids:
+            order = "other ones, or in another order"
+            return [f"{name} has {now.images:,} images as then, but {order}"]
+        found = [] if now.labels == self.labels else [f"images of {name} have other labels"]
+        return found if now.weights == self.weights else [*found, f"{name} has other weights"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataFingerprint:
+    """What training takes from a dataset directory, wherever it lies and whenever it was written.
+
+    The content of images outside a pack is not in it: reading them all would take too long.
+    """
+
+    kind: str
+    """That of the task."""
+    classes: tuple[str, ...]
+    train: SplitFingerprint
+    val: SplitFingerprint
+    pack_bytes: int | None
+    """None without a pack."""
+    pack: str | None
+    """SHA-256 of the pack, where dataset.json has it."""
+
+    @classmethod
+    def from_plain(cls, values: Any) -> DataFingerprint:
+        """The inverse of `dataclasses.asdict`. Raises ValueError for anything else."""
+        values = _fields_of(cls, values)
+        for name in ("train", "val"):
+            values[name] = SplitFingerprint(**_fields_of(SplitFingerprint, values[name]))
+        split_digests = [(s.ids, s.labels, s.weights) for s in (values["train"], values["val"])]
+        ids, labels, weights = zip(*split_digests, strict=True)
+        counts = [values["train"].images, values["val"].images, values["pack_bytes"] or 0]
+        names = values["classes"]
+        valid = (
+            all(map(_is_digest, (*ids, *labels)))
+            and all(each is None or _is_digest(each) for each in (*weights, values["pack"]))
+            and all(type(count) is int and 0 <= count < 2**63 for count in counts)
+            and isinstance(names, list | tuple)
+            and all(isinstance(name, str) for name in (*names, values["kind"]))
+        )
+        if not valid:
+            raise ValueError("a value of the wrong type")
+        return cls(**{**values, "classes": tuple(names)})
+
+    def differences(self, now: DataFingerprint) -> list[str]:
+        """How the data has changed since this fingerprint, in words; empty if it has not."""
+        found = [] if now.kind == self.kind else [f"its task is {now.kind}, was {self.kind}"]
+        if now.classes != self.classes:
+            found.append(_changed_classes(self.classes, now.classes))
+        found += self.train.differences(now.train, "train")
+        found += self.val.differences(now.val, "val")
+        if self.pack_bytes is not None and now.pack_bytes is not None:
+            if now.pack_bytes != self.pack_bytes:
+                found.append(f"its pack has {now.pack_bytes:,} bytes, then {self.pack_bytes:,}")
+            elif self.pack and now.pack and now.pack != self.pack:
+                found.append("its pack holds other pixels")
+        return found
+
+
+def _fields_of(cls: Any, values: Any) -> dict[str, Any]:
+    """The values, if they are those of the dataclass's fields and no others; else ValueError."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    if not isinstance(values, dict) or set(values) != names:
+        raise ValueError(f"not the fields {', '.join(sorted(names))}")
+    return dict(values)
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _digest_of(values: NDArray[np.int64] | NDArray[np.float64]) -> str:
+    return hashlib.sha256(values.tobytes()).hexdigest()
+
+
+def _changed_classes(before: Sequence[str], now: Sequence[str]) -> str:
+    """Which class names have changed, in words."""
+    gone = [name for name in before if name not in set(now)]
+    new = [name for name in now if name not in set(before)]
+    moved = [pair for pair in zip(before, now, strict=False) if pair[0] != pair[1]]
+    if not gone and not new:
+        first, second = moved[0]
+        return (
+            f"its classes are in another order: {_quoted(second)} stands where {_quoted(first)} was"
+        )
+    if len(before) == len(now) and len(moved) == len(gone):
+        pairs = [f"{_quoted(second)} was {_quoted(first)}" for first, second in moved]
+        return f"its classes have other names: {_some(pairs)}"
+    parts = [
+        f"{word} {_some([_quoted(name) for name in names])}"
+        for word, names in (("without", gone), ("with", new))
+        if names
+    ]
+    return f"its {len(now):,} classes are the {len(before):,} of then {' and '.join(parts)}"
+
+
+def _quoted(name: str) -> str:
+    return repr(name if len(name) <= 40 else f"{name[:40]}...")
+
+
+def _some(items: Sequence[str], most: int = 5) -> str:
+    rest = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest
+
+
 class Dataset:
     """An opened dataset directory."""
 
@@ -373,6 +506,20 @@ def prepare_command(source: str, flags: str = "") -> str:
     """The command that makes a dataset directory of a folder or a manifest, to be typed."""
     out = Path("datasets") / Path(source).resolve().stem
     return shlex.join(["distcls", "prepare", source, "--out", str(out), *flags.split()])
+
+
+def fingerprint_of(dataset: Dataset, train: Split, val: Split) -> DataFingerprint:
+    """The fingerprint of a run's data, from its splits."""
+    digests = dataset.info.get("sha256")
+    pack = digests.get(PACK) if isinstance(digests, dict) else None
+    return DataFingerprint(
+        kind=dataset.task.kind,
+        classes=dataset.classes,
+        train=SplitFingerprint.of(train),
+        val=SplitFingerprint.of(val),
+        pack_bytes=int(dataset.info["pack_bytes"]) if dataset.packed else None,
+        pack=pack if dataset.packed and _is_digest(pack) else None,
+    )
 
 
 def _check_pack(folder: Path, info: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from distcls import log
 from distcls.cli import run
 from distcls.config import parse
 from distcls.errors import DistclsError, UsageError
-from distcls.training.config import NEW_OUT, TrainConfig
+from distcls.training.config import NEW_OUT, TrainConfig, require_free
 
 MAX_FAILURES = 3
 """Restarts of the workers before the job counts as failed."""
@@ -52,7 +52,6 @@ def train_on_ray(config: TrainConfig) -> None:
             raise
         raise UsageError('Ray is not installed; pip install "distcls[ray,train]"') from error
     from distcls.training.inputs import place
-    from distcls.training.logging import require_free
 
     if config.out == NEW_OUT:
         raise UsageError("out is missing; give it as --out: a folder that all workers see")

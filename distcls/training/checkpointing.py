@@ -13,11 +13,12 @@ import hashlib
 import io
 import math
 import re
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -25,12 +26,13 @@ from torch import Tensor
 
 from distcls.config import dump_yaml
 from distcls.config.load import current_names, flatten, read_yaml
+from distcls.data.dataset import DataFingerprint
 from distcls.errors import DistclsError, UsageError
 from distcls.files import atomic_path, second_name, writable, write_text
 from distcls.log import say, warn
 from distcls.model_card import ModelCard
 from distcls.models.checkpoint import load_tensors, save_checkpoint
-from distcls.training.config import MonitorConfig, TrainConfig, chosen
+from distcls.training.config import RUN_FILES, MonitorConfig, TrainConfig, chosen
 
 BEST, LAST, HISTORY, CONFIG = "best.pth", "last", "history.csv", "config.yaml"
 MAY_CHANGE = (
@@ -43,13 +45,19 @@ MAY_CHANGE = (
     "threads",
     "collective_timeout",
     "auto_micro_batch",
+    "max_nonfinite_steps",
     "log_every",
     "tracker",
+    "epochs",
+    "monitor.patience",
+    "monitor.min_delta",
     "checkpoint.",
     "loader.",
     "model.pretrained_match",
+    "model.batch_norm_bias_correction",
 )
-"""Config keys that may differ in a resumed run; all other keys affect the result."""
+"""Config keys, and sections, that may differ in a resumed run: they do not affect what was learned
+so far. `epochs` has rules of its own, and so has `data`."""
 ON_DISK = {"top_models": "kept"}
 """Fields of `TrainingState` stored under another name, the one they had before 0.3."""
 STATE_NAME = re.compile(r"step_(\d+)\.([0-9a-f]{32})\.pth")
@@ -80,6 +88,8 @@ class TrainingState:
     """One row per epoch, as in history.csv."""
     top_models: list[tuple[float, str]] = dataclasses.field(default_factory=list)
     """Score and file name of the top-k models in the run directory, best first."""
+    data: DataFingerprint | None = None
+    """What it was trained on; None in states of before 0.3."""
 
     def judge(self, score: float, monitor: MonitorConfig) -> bool:
         """Take the score of the epoch just finished; True if it is the best so far.
@@ -117,19 +127,92 @@ class TrainingState:
         a better model displaces it.
         """
         names = {ON_DISK.get(name, name): name for name in cls.__dataclass_fields__}
-        if unknown := sorted(set(values) - set(names)):
+        if unknown := sorted(set(map(str, values)) - set(names)):
             raise UsageError(
                 f"{path}: its training state has a field {unknown[0]!r} that this version does "
                 "not know; resume it with the version that wrote it"
             )
+        for name, value in values.items():
+            valid, expected = EXPECTED.get(name, (_is_anything, ""))
+            if not valid(value):
+                raise _forged(path, f"has {name}: {_shown(value)}, expected {expected}")
         state = cls(**{names[name]: value for name, value in values.items()})
         for _, name in state.top_models:
             if not _is_model_name(name):
-                raise UsageError(
-                    f"{path}: its training state names {name!r} as a model of the run, expected a "
-                    "plain file name ending in .pth; the file is damaged or forged"
-                )
+                expected = "expected a plain file name ending in .pth"
+                raise _forged(path, f"names {_shown(name)} as a model of the run, {expected}")
+        if max(state.best_epoch, state.epochs_since_best, len(state.history)) > state.epoch:
+            raise _forged(path, f"has scores of more epochs than its {state.epoch}")
+        if state.data is not None:
+            try:
+                state.data = DataFingerprint.from_plain(state.data)
+            except ValueError as error:
+                raise _forged(path, f"has a fingerprint of its data with {error}") from error
         return state
+
+
+def _is_anything(value: object) -> bool:
+    return True
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**48
+
+
+def _is_count_above_zero(value: object) -> bool:
+    return value is None or (_is_count(value) and value != 0)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _is_duration(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < math.inf
+
+
+def _is_history(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, dict)
+        and _is_count(row.get("epoch"))
+        and all(isinstance(name, str) and _is_number(each) for name, each in row.items())
+        for row in value
+    )
+
+
+def _is_ranking(value: object) -> bool:
+    """Whether it is a list of scores and names, whatever the names."""
+    return isinstance(value, list) and all(
+        isinstance(row, tuple | list) and len(row) == 2 and _is_number(row[0]) for row in value
+    )
+
+
+COUNT = (_is_count, "a whole number of 0 or more")
+COUNT_ABOVE_ZERO = (_is_count_above_zero, "a whole number above 0, or nothing")
+EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "epoch": COUNT,
+    "step": COUNT,
+    "epoch_step": COUNT,
+    "loss_sum": (_is_number, "a number"),
+    "accumulate": COUNT_ABOVE_ZERO,
+    "evaluation_batch": COUNT_ABOVE_ZERO,
+    "seconds": (_is_duration, "a number of 0 or more"),
+    "best_score": (lambda value: value is None or _is_number(value), "a number, or nothing"),
+    "best_epoch": COUNT,
+    "epochs_since_best": COUNT,
+    "history": (_is_history, "a list of epochs with numbers"),
+    "kept": (_is_ranking, "a list of scores with file names"),
+}
+"""What the fields of a stored `TrainingState` have to be, each by a check and in words."""
+
+
+def _shown(value: object) -> str:
+    """A value out of a file in one short line."""
+    return textwrap.shorten(repr(value), 60, placeholder=" ...")
+
+
+def _forged(path: Path, what: str) -> UsageError:
+    return UsageError(f"{path}: its training state {what}; the file is damaged or forged")
 
 
 def _is_model_name(name: object) -> bool:
@@ -151,6 +234,17 @@ class EpochModel:
     """Whether it is the best so far."""
 
 
+class Resumption(NamedTuple):
+    """What a run continues from."""
+
+    state: TrainingState
+    tensors: dict[str, Any]
+    """`Engine.state_dict()`."""
+    epochs: int
+    """Of the config that the state was written with."""
+    path: Path
+
+
 class CheckpointManager:
     """Finds, reads and writes the checkpoints of a run directory.
 
@@ -158,13 +252,19 @@ class CheckpointManager:
     """
 
     def __init__(
-        self, config: TrainConfig, *, given: TrainConfig | None = None, main_process: bool = True
+        self,
+        config: TrainConfig,
+        *,
+        given: TrainConfig | None = None,
+        data: DataFingerprint | None = None,
+        main_process: bool = True,
     ) -> None:
         """Remove the unfinished files of a killed run.
 
-        `config` is resolved; `given` is it as the user wrote it, which states of 0.1.0 hold.
+        `config` is resolved; `given` is it as the user wrote it, which states of 0.1.0 hold. `data`
+        is what a state to resume from must have been trained on; None compares the paths.
         """
-        self._config, self._given = config, given or config
+        self._config, self._given, self._data = config, given or config, data
         self._main_process = main_process
         self._folder = config.out / LAST
         self._saved_step, self._saved_at = 0, time.monotonic()
@@ -174,23 +274,28 @@ class CheckpointManager:
             with writable(config.out):
                 for folder in (self._folder, config.out):
                     for unfinished in folder.glob(".*.pth.*.part"):
-                        unfinished.unlink(missing_ok=True)
+                        if not unfinished.is_dir():  # none of ours
+                            unfinished.unlink(missing_ok=True)
 
-    def resume(self) -> tuple[TrainingState, dict[str, Any]] | None:
-        """The state to resume from, with `Engine.state_dict()`; None to start anew.
+    def resume(self) -> Resumption | None:
+        """The state to resume from; None to start anew.
 
-        Raises UsageError if it is none, or if the config differs from the state's in a key that
-        affects the result; DistclsError if all states are damaged.
+        Raises UsageError if it is none, if it was trained on other data, or if the config differs
+        from the state's in a key that affects the result; DistclsError if all states are damaged.
         """
         resume = self._config.resume
         if resume == "none":
             return None
         if resume == "auto":
             source = self._folder
+            if source.exists() and not source.is_dir():
+                raise UsageError(f"{source} is a file, expected the folder of a run's states")
             newest = newest_intact(source)
             if newest is None:
+                if (self._config.out / RUN_FILES[0]).exists():
+                    say(f"{source} holds no state; the run starts anew")
                 return None
-            found = _read_state(*newest, self._config, self._given)
+            found = self._read(*newest)
         else:
             source = Path(resume)
             content = load_tensors(source)
@@ -199,11 +304,79 @@ class CheckpointManager:
                     f"{source}: holds no state to resume from "
                     "(checkpoint.save_training_state writes it)"
                 )
-            found = _read_state(source, content["state"], self._config, self._given)
-        state, _ = found
+            found = self._read(source, content["state"])
+        state = found.state
         self._saved_step, self._saved_at = state.step, time.monotonic()
         say(f"resumed from {source} after step {state.step}, epoch {state.epoch}")
         return found
+
+    def _read(self, path: Path, content: object) -> Resumption:
+        parts = {"config": str, "progress": dict, "tensors": dict}
+        if (
+            not isinstance(content, dict)
+            or set(content) != set(parts)
+            or not all(isinstance(content[name], kind) for name, kind in parts.items())
+        ):
+            raise UsageError(f"{path}: not the state of a run; remove it to start anew")
+        before = _saved_config(content["config"], path)
+        state = TrainingState.from_plain(content["progress"], path)
+        _require_plain(content["tensors"], path)
+        self._require_same_config(before, path, with_data=None in (state.data, self._data))
+        self._require_same_data(state, before, path)
+        epochs = int(before["epochs"])
+        begun = state.epoch + (state.epoch_step > 0)
+        if chosen(self._config.epochs) < begun:
+            raise UsageError(
+                f"epochs: {self._config.epochs} given, but {path} has begun epoch {begun}; give "
+                f"{begun} or more, or start anew in another --out"
+            )
+        return Resumption(state, content["tensors"], epochs, path)
+
+    def _require_same_config(self, before: dict[str, Any], path: Path, *, with_data: bool) -> None:
+        """Raise UsageError for a key that affects the result and is not what it was `before`."""
+        configs = (self._config, self._given)
+        after, unresolved = (flatten(yaml.safe_load(dump_yaml(each))) for each in configs)
+        differing = [
+            key
+            for key in {**after, **before}  # a mapping's keys may be in one of them alone
+            if not _may_change(key)
+            and (with_data or key != "data")
+            and before.get(key) not in (after.get(key), unresolved.get(key))
+        ]
+        if not differing:
+            return
+        key, *others = differing
+        how = "given" if after.get(key) == unresolved.get(key) else "is the default now"
+        more = f" (changed, too: {', '.join(others)})" if others else ""
+        if key == "data":
+            more += " (by its path, as this state has no fingerprint of its data)"
+        anew = "start anew in another --out"
+        if (weights := self._weights()) and key != "model.name":
+            anew = f"start from its weights: --model.pretrained {weights} and another --out"
+        raise UsageError(
+            f"{key}: {after.get(key)!r} {how}, but {path} was written with {before.get(key)!r}"
+            f"{more}; a resumed run keeps its config: give it as it was, or {anew}"
+        )
+
+    def _require_same_data(self, state: TrainingState, before: dict[str, Any], path: Path) -> None:
+        """Raise UsageError if the state was trained on other data, as far as that is known."""
+        if state.data is None or self._data is None:
+            return
+        if differences := state.data.differences(self._data):
+            weights = self._weights()
+            leak = "which may have seen images that are for validation now"
+            more = f" (--model.pretrained {weights} takes its weights, {leak})" if weights else ""
+            raise UsageError(
+                f"data: {self._config.data} is not what {path} was trained on (then "
+                f"{before.get('data')}): {'; '.join(differences)}; bring that back, or "
+                f"start anew in another --out{more}"
+            )
+
+    def _weights(self) -> Path | None:
+        """The model file that a new run could start from."""
+        auto = self._config.resume == "auto"
+        weights = self._config.out / BEST if auto else Path(self._config.resume)
+        return weights if weights.is_file() else None
 
     def save_epoch(self, state: TrainingState, tensors: dict[str, Any], model: EpochModel) -> None:
         """Write the files of an epoch: best.pth, the top-k models, history.csv, the training state.
@@ -260,7 +433,7 @@ class CheckpointManager:
         path = self._folder / f"step_{step:08d}.{_checksum(data)}.pth"
         with atomic_path(path) as temporary:
             temporary.write_bytes(data)
-        others = [other for other in states(self._folder) if other != path]
+        others = [other for other in states(self._folder) if other != path and other.is_file()]
         # a state of this step or a later one was damaged, or this run would have started from it
         older = [other for other in others if step_of(other) < step]
         for other in set(others) - set(older[: self._config.checkpoint.keep_last - 1]):
@@ -334,9 +507,13 @@ def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in found:
         name = STATE_NAME.fullmatch(path.name)
         assert name is not None
-        if _checksum(path.read_bytes()) == name[2]:
+        try:
+            problem = "" if _checksum(path.read_bytes()) == name[2] else "its checksum is wrong"
+        except OSError as error:  # a folder, say
+            problem = error.strerror or str(error)
+        if not problem:
             return path, load_tensors(path)
-        warn(f"{path} is damaged (its checksum is wrong); the state before it is tried")
+        warn(f"{path} is damaged ({problem}); the state before it is tried")
     if found:
         raise DistclsError(f"{folder}: no state is intact; start anew in another --out")
     return None
@@ -362,27 +539,40 @@ def _to_content(
     return {"config": dump_yaml(config), "progress": state.to_plain(), "tensors": tensors}
 
 
-def _read_state(
-    path: Path, content: object, config: TrainConfig, given: TrainConfig
-) -> tuple[TrainingState, dict[str, Any]]:
-    if not isinstance(content, dict) or set(content) != {"config", "progress", "tensors"}:
-        raise UsageError(f"{path}: not the state of a run; remove it to start anew")
-    _require_same_config(content["config"], config, given, path)
-    return TrainingState.from_plain(content["progress"], path), content["tensors"]
+def _may_change(key: str) -> bool:
+    """Whether a resumed run may have another value of a config key."""
+    sections = tuple(name for name in MAY_CHANGE if name.endswith("."))
+    return key in MAY_CHANGE or key.startswith(sections)
 
 
-def _require_same_config(saved: str, config: TrainConfig, given: TrainConfig, path: Path) -> None:
-    before = current_names(flatten(yaml.safe_load(saved)))
-    after, unresolved = (flatten(yaml.safe_load(dump_yaml(each))) for each in (config, given))
-    for key in {**after, **before}:  # a mapping's keys may be in one of them alone
-        known = before.get(key)
-        if key.startswith(MAY_CHANGE) or known in (after.get(key), unresolved.get(key)):
-            continue
-        how = "given" if after.get(key) == unresolved.get(key) else "is the default now"
-        raise UsageError(
-            f"{key}: {after.get(key)!r} {how}, but {path} was written with {known!r}; "
-            "a resumed run keeps its config"
-        )
+def _saved_config(text: str, path: Path) -> dict[str, Any]:
+    """The config in a state, by dotted keys under their present names."""
+    try:
+        values = yaml.safe_load(text)
+        before = current_names(flatten(values)) if isinstance(values, dict) else {}
+    except (yaml.YAMLError, ValueError, RecursionError):
+        before = {}
+    if not _is_count(before.get("epochs")):
+        raise UsageError(f"{path}: its config is not that of a run; remove it to start anew")
+    return before
+
+
+def _require_plain(tensors: dict[str, Any], path: Path) -> None:
+    """Raise UsageError for a part beside the weights and moments that is not what it has to be.
+
+    Those are compared with the network's when they are loaded.
+    """
+    average = tensors.get("average") or {}
+    schedule, recent = tensors.get("schedule") or {}, tensors.get("recent_losses")
+    valid = {
+        "ema_updates": _is_count(tensors.get("ema_updates") or 0),
+        "average": isinstance(average, dict) and _is_count(average.get("taken", 0)),
+        "schedule": isinstance(schedule, dict) and all(map(_is_number, schedule.values())),
+        "recent_losses": recent is None or (isinstance(recent, Tensor) and recent.ndim == 1),
+    }
+    for name, found in valid.items():
+        if not found:
+            raise _forged(path, f"has {name}: {_shown(tensors[name])}, which is none")
 
 
 def _write_history(path: Path, history: list[dict[str, float]]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from distcls.config.schema import require_duration
-from distcls.errors import require
+from distcls.errors import UsageError, require
 from distcls.evaluation.metrics import MONITORED, default_mode
 from distcls.imaging.preprocess import (
     Background,
@@ -501,7 +501,8 @@ class TrainConfig:
     """Compute threads per process on CPUs; null divides the cores between the processes."""
     resume: str = "none"
     """auto continues the run in `out` from its last state, if there is one; a file's name continues
-    from that file, which `checkpoint.save_training_state` wrote."""
+    from that file, which `checkpoint.save_training_state` wrote. What shapes the result stays as it
+    was, but for `epochs` and `monitor.patience`, by which a finished run goes on."""
     max_nonfinite_steps: int = 20
     """Steps in a row with a loss or gradient that is not finite, after which the run stops; each is
     skipped by all processes."""
@@ -555,3 +556,17 @@ class TrainConfig:
         known = self.out != NEW_OUT or self.resume != "auto"
         require(known, "resume", self.resume, "none without --out, the run to continue")
         require(self.source != "", "source", self.source, "a path, or null")
+
+
+RUN_FILES = ("config.yaml", "metrics.jsonl", "history.csv", "best.pth", "last")
+"""Any of them in a folder makes it the directory of a run (`logging`, `checkpointing`)."""
+
+
+def require_free(out: Path, resume: str) -> None:
+    """Raise UsageError if `out` holds a run that this one would overwrite."""
+    found = [name for name in RUN_FILES if (out / name).exists()]
+    if resume == "none" and found:
+        raise UsageError(
+            f"{out} holds a run already ({found[0]}); choose another --out, or continue it with "
+            "--resume auto"
+        )

@@ -22,7 +22,13 @@ import numpy as np
 from accelerate.utils import gather_object
 
 from distcls import log
-from distcls.data.dataset import Dataset, Split, is_dataset
+from distcls.data.dataset import (
+    DataFingerprint,
+    Dataset,
+    Split,
+    fingerprint_of,
+    is_dataset,
+)
 from distcls.data.formats.detect import open_source
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.data.source import ImageSource
@@ -72,6 +78,8 @@ class TrainingInput:
     val: Split
     train_samples: Indices
     val_samples: Indices
+    fingerprint: DataFingerprint | None = None
+    """By which a resumed run recognises its data."""
 
     @property
     def task(self) -> Task:
@@ -235,6 +243,7 @@ def open_input(config: TrainConfig) -> TrainingInput:
         val=val,
         train_samples=_subset(len(train), config),
         val_samples=_subset(len(val), config),
+        fingerprint=fingerprint_of(dataset, train, val),
     )
 
 

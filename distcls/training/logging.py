@@ -179,14 +179,6 @@ FIRST_DRAWING = 10.0
 """Seconds from the start to the first drawing; a shorter run is drawn once, at its end."""
 
 
-def require_free(out: Path, resume: str) -> None:
-    """Raise UsageError if `out` holds a run that this one would overwrite."""
-    if resume == "none" and (out / CONFIG).exists():
-        raise UsageError(
-            f"{out} holds a run already; choose another --out, or continue it with --resume auto"
-        )
-
-
 class Records:
     """config.yaml, metrics.jsonl and curves.png of a run directory, and the tracker.
 
@@ -217,10 +209,7 @@ class Records:
         require_writable(self.folder)
         write_text(self.folder / CONFIG, dump_yaml(config))
         path = self.folder / METRICS
-        lines = path.read_text(encoding="utf-8") if step and path.exists() else ""
-        # a kill or a full disk may have left half of the last line
-        complete = [line for line in lines.splitlines(keepends=True) if line.endswith("\n")]
-        write_text(path, "".join(line for line in complete if json.loads(line)["step"] <= step))
+        write_text(path, "".join(_lines_up_to(step, path)) if step else "")
         self._metrics = path.open("a", encoding="utf-8")
 
     def line(self, kind: str, **values: Any) -> None:
@@ -276,3 +265,28 @@ class Records:
         curves(self._undrawn, self.folder / CURVES, self._monitor, self._mode)
         ended = time.monotonic()
         self._undrawn, self._next_drawing = [], ended + (ended - began) / DRAWING_TIME
+
+
+def _lines_up_to(step: int, path: Path) -> list[str]:
+    """The lines of a metrics.jsonl that a run has written in its first `step` steps.
+
+    A kill or a full disk may have left half of the last one; others that are none are counted.
+    """
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    complete = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    steps = [_step_of(line) for line in complete]
+    if strange := steps.count(None):
+        warn(f"{path}: {strange} of {len(steps)} lines are not those of a run and are dropped")
+    return [line for line, at in zip(complete, steps, strict=True) if at is not None and at <= step]
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line; None if it has none."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = values.get("step") if isinstance(values, dict) else None
+    return step if type(step) is int else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from distcls.errors import Stopped
+from distcls.config.schema import duration_in_steps
+from distcls.errors import DistclsError, Stopped, UsageError
 from distcls.evaluation.metrics import Metrics
+from distcls.files import claimed_output
 from distcls.imaging import Preprocess
 from distcls.log import say, warn
 from distcls.model_card import ModelCard
@@ -30,10 +33,11 @@ from distcls.models.pretrained import is_published
 from distcls.training.checkpointing import (
     CheckpointManager,
     EpochModel,
+    Resumption,
     TrainingState,
     recorded_config,
 )
-from distcls.training.config import TrainConfig, chosen
+from distcls.training.config import TrainConfig, chosen, require_free
 from distcls.training.distributed import (
     any_process,
     explain_lost_processes,
@@ -58,11 +62,11 @@ from distcls.training.logging import (
     banner,
     epoch_line,
     open_tracker,
-    require_free,
     require_tracker,
 )
 from distcls.training.memory import compile_step, explain_out_of_memory, fit_into_memory
 from distcls.training.resolve import require_usable, resolved, with_recorded_recipe
+from distcls.training.schedule import make_schedule
 from distcls.training.signals import StopSignals
 from distcls.training.stability import EpochChecks
 from distcls.training.weight_averaging import select_weights
@@ -126,7 +130,8 @@ def train(config: TrainConfig) -> TrainResult:
     """Train according to the config and write the run directory.
 
     Raises UsageError for a config, dataset or output folder that cannot work, before the first
-    step; Stopped when a signal ended the run and its state is saved.
+    step, and where another run writes the run directory; Stopped when a signal ended the run and
+    its state is saved.
     """
     require_usable(config)
     require_tracker(config.tracker)
@@ -134,23 +139,35 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator = start(config)
     asked, config = config, from_main(lambda: place(config))
     try:
-        return _train(config, accelerator)
+        with claim_run_directory(config, accelerator):
+            state = _train(config, accelerator)
     except BaseException:
         if accelerator.is_main_process:
             discard_unused(asked, config.out)
         raise
+    accelerator.end_training()
+    return TrainResult(
+        out=config.out,
+        best_epoch=state.best_epoch,
+        best_score=state.best_score or 0.0,
+        epochs=state.epoch,
+        seconds=state.seconds,
+    )
 
 
-def _train(config: TrainConfig, accelerator: Accelerator) -> TrainResult:
-    """The run, once its places are known."""
+def _train(config: TrainConfig, accelerator: Accelerator) -> TrainingState:
+    """All epochs of the run, in a run directory that is its own; the state at its end."""
     set_project_folder(accelerator, config.out)
     data = open_input(config)
     given, config, model, preprocess, reasons = _set_up(config, data, accelerator.mixed_precision)
     epochs = chosen(config.epochs)
     engine = Engine(config, accelerator, data, model, preprocess)
     main = accelerator.is_main_process
-    checkpoints = CheckpointManager(config, given=given, main_process=main)
-    state = _resume(engine, checkpoints)
+    checkpoints = CheckpointManager(config, given=given, data=data.fingerprint, main_process=main)
+    state = _resume(engine, checkpoints, config, data)
+    if end := _why_at_its_end(config, state):
+        say(f"nothing to do: {end}")
+        return state
     if config.auto_micro_batch:
         fit_into_memory(engine)
     if config.compile:
@@ -182,14 +199,22 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> TrainResult:
                 _stop(run)
     if state.epoch < epochs:
         say(f"stopped early: no better {config.monitor.metric} in {config.monitor.patience} epochs")
-    accelerator.end_training()
-    return TrainResult(
-        out=config.out,
-        best_epoch=state.best_epoch,
-        best_score=state.best_score or 0.0,
-        epochs=state.epoch,
-        seconds=state.seconds,
-    )
+    return state
+
+
+def _why_at_its_end(config: TrainConfig, state: TrainingState) -> str:
+    """Why nothing is left to train, and how to go on; empty if something is."""
+    if state.epoch >= chosen(config.epochs):
+        return f"all {state.epoch} epochs are done; --epochs N with more continues"
+    if state.epoch and state.out_of_patience(config.monitor):
+        patience = config.monitor.patience
+        return (
+            f"stopped early after epoch {state.epoch} of {config.epochs}, no better "
+            f"{config.monitor.metric} in {state.epochs_since_best} epochs (monitor.patience "
+            f"{patience}); --monitor.patience N with more than "
+            f"{state.epochs_since_best}, or null, continues"
+        )
+    return ""
 
 
 def train_steps(run: Run) -> dict[str, float]:
@@ -339,18 +364,104 @@ def with_recorded_weights(model: ModelConfig, recorded: dict[str, Any]) -> Model
     return model
 
 
-def _resume(engine: Engine, checkpoints: CheckpointManager) -> TrainingState:
+def _resume(
+    engine: Engine, checkpoints: CheckpointManager, config: TrainConfig, data: TrainingInput
+) -> TrainingState:
     """The state to resume from, its tensors loaded into the engine, or a new one."""
     found = checkpoints.resume()
     if found is None:
-        return TrainingState()
-    state, tensors = found
-    engine.load_state_dict(tensors)
+        return TrainingState(data=data.fingerprint)
+    state = found.state
+    steps = engine.steps_per_epoch
+    if state.epoch_step >= steps or state.step != state.epoch * steps + state.epoch_step:
+        raise UsageError(
+            f"{found.path}: its step {state.step} is not step {state.epoch_step} after "
+            f"{state.epoch} epochs of {steps} steps; the training images are others now, or the "
+            "file is damaged"
+        )
+    if state.data is None or state.data.pack is None:  # else the data of now, but for a pack
+        state.data = data.fingerprint
+    if found.epochs != config.epochs and state.epoch < chosen(config.epochs):
+        for line in _change_length(config, found, steps):
+            say(line)
+    with _explain_unfitting(found.path):
+        engine.load_state_dict(found.tensors)
     batching = engine.micro_batching
     batching.accumulate = state.accumulate or batching.accumulate
     batching.evaluation_batch = state.evaluation_batch or batching.evaluation_batch
     batching.require_possible()  # the state may come from a run with fewer processes
     return state
+
+
+@contextlib.contextmanager
+def _explain_unfitting(path: Path) -> Iterator[None]:
+    """Turn what torch raises for tensors of another network into a UsageError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise UsageError(f"{path}: its tensors are not those of this run: {reason}") from error
+
+
+def _change_length(config: TrainConfig, found: Resumption, steps: int) -> list[str]:
+    """Have a run of `steps` steps an epoch go on with another number of epochs than it began with;
+    what that changes, a line each.
+
+    All that follows the length of the run (schedule, frozen layers, mean of the last epochs) is a
+    function of the step and the length: from here on it is that of a run with the new one.
+    """
+    state, before, now = found.state, found.epochs, chosen(config.epochs)
+    rates = []
+    for epochs, step in ((before, max(0, state.step - 1)), (now, state.step)):
+        schedule = make_schedule(config.schedule, chosen(config.lr), steps, epochs)
+        with _explain_unfitting(found.path):
+            schedule.load_state_dict(found.tensors["schedule"])
+        rates.append(schedule.rate(step))
+    lines = [
+        f"epochs: {now} instead of {before}; from step {state.step + 1} on the learning rate is "
+        f"that of the {config.schedule.name} schedule of {now} epochs ({now * steps} steps): "
+        f"{rates[1]:.3g} there, after {rates[0]:.3g}"
+    ]
+    frozen = config.freeze.backbone or "0 steps"
+    until = [duration_in_steps(frozen, steps, steps * epochs) for epochs in (before, now)]
+    if until[0] != until[1] and state.step < max(until):
+        lines.append(f"freeze.backbone: {frozen} of {now} epochs is until step {until[1]}")
+    average, last = found.tensors.get("average") or {}, config.average.last_epochs or 0
+    taken, first = average.get("taken", 0), max(now - last, state.epoch)
+    if average and (taken or first > now - last):
+        average["taken"] = 0  # the next epoch in the mean replaces what is there
+        lines.append(
+            f"average.last_epochs: the mean of {taken} epochs so far is dropped, a new one takes "
+            f"epochs {first + 1} to {now} ({now - first} of {last})"
+        )
+    return lines
+
+
+@contextlib.contextmanager
+def claim_run_directory(config: TrainConfig, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the run directory for this run alone, by a lock of the main process.
+
+    Raises UsageError on all processes if another run holds it, or has left one there meanwhile.
+    """
+    with contextlib.ExitStack() as stack:
+        problem: DistclsError | None = None
+        if accelerator.is_main_process:
+            busy = (
+                f"out: another run is writing {config.out} at this moment; wait for its end, or "
+                "choose another --out"
+            )
+            try:
+                stack.enter_context(claimed_output(config.out, busy))
+                require_free(config.out, config.resume)
+            except DistclsError as error:
+                problem = error
+        # nobody may wait for a main process that is gone
+        [said] = broadcast_object_list([None if problem is None else str(problem)])
+        if said is not None:
+            raise problem or UsageError(said)
+        yield
 
 
 @contextlib.contextmanager

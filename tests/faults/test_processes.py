@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from distcls.training.checkpointing import newest_intact
+from distcls.training.checkpointing import newest_intact, states
 from tests.faults.conftest import Unbroken
 from tests.faults.survival import (
     PLATEAU,
+    STEPS,
     assert_bit_equal,
     assert_every_sample_once_an_epoch,
     finish,
@@ -113,3 +116,26 @@ def test_the_rate_falls_on_the_same_step_everywhere(
     assert sorted(rates[0]) == list(range(12))
     assert rates[0][7] == pytest.approx(1e-3)
     assert [rates[0][step] / rates[0][7] for step in range(8, 12)] == pytest.approx([factor] * 4)
+
+
+@pytest.mark.row(5)
+def test_two_runs_in_one_run_directory(digits: Path, tmp_path: Path) -> None:
+    """The second one ends at once, on all its processes, and takes nothing from the first."""
+    out = tmp_path / "run"
+    first = start(digits, out, SLOW="0.2")
+    assert wait_for(lambda: steps_done(out) >= 4 and bool(states(out / "last")), first)
+    os.kill(first.pid, signal.SIGSTOP)  # so that it cannot end before the others have come
+    unfinished = out / "last" / ".step_00000099.0.pth.x.part"  # as the first one's may be
+    unfinished.write_bytes(b"half")
+    alone, pair = start(digits, out), start(digits, out, processes=2)
+    line = f"error: out: another run is writing {out} at this moment; wait for its end, or choose"
+    said = finish(alone, code=2)
+    assert (said.count(line), said.count("\n")) == (1, 1)
+    said = finish(pair, code=1)  # the launcher's
+    assert said.count(line) == 2
+    assert "resumed from" not in said
+    assert unfinished.exists()
+    kill_all(first)
+    finish(start(digits, out))  # the system has released what the killed run held
+    assert steps_done(out) == STEPS
+    assert not unfinished.exists()
