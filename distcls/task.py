@@ -239,3 +239,23 @@ def _names(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise TypeError(f"{values!r} is no list of names")
     return tuple(values)
+
+
+MOST_NAMED, NAMED = 20, 10
+"""Up to so many classes are all named, of more only the first ones."""
+NAME_LETTERS = 40
+"""Of the name of a class, in messages."""
+
+
+def class_list(names: Sequence[str]) -> str:
+    """The class names for a line of text; of more than 20 the first ones and their number."""
+    shown = [_in_a_list(name) for name in names[:MOST_NAMED]]
+    if len(names) <= MOST_NAMED:
+        return ", ".join(shown)
+    return f"{', '.join(shown[:NAMED])}, ... ({len(names):,} in all)"
+
+
+def _in_a_list(name: str) -> str:
+    name = name if name.isprintable() else ascii(name)[1:-1]
+    name = name if len(name) <= NAME_LETTERS else name[:NAME_LETTERS] + "..."
+    return f"'{name}'" if "," in name else name

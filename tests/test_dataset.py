@@ -6,12 +6,14 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from distcls.commands.prepare import main
 from distcls.data.dataset import (
     CLASSES,
     INFO,
@@ -22,7 +24,7 @@ from distcls.data.dataset import (
     fingerprint_of,
 )
 from distcls.data.prepare import PrepareOptions, prepare
-from distcls.data.source import to_rgb
+from distcls.data.source import Images, to_rgb
 from distcls.data.writer import SCHEMA
 from distcls.errors import BadImage, UsageError
 from distcls.imaging import decode_file
@@ -145,6 +147,83 @@ def test_what_is_not_whole_is_refused(folder: Path) -> None:
 def test_no_directory(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such dataset directory; distcls prepare makes one"):
         Dataset.open(tmp_path / "nowhere")
+
+
+def unpacked(root: Path, out: Path, **options: Any) -> Path:
+    """A dataset directory without a pack."""
+    prepare(PrepareOptions(source=str(root), out=out, pack="off", quiet=True, **options))
+    return out
+
+
+def first_image(folder: Path) -> Images:
+    return Dataset.open(folder).split("train").image(0)
+
+
+def test_images_near_a_dataset_move_with_it(tmp_path: Path) -> None:
+    out = unpacked(tree(tmp_path / "one" / "photos", 60), tmp_path / "one" / "data" / "set")
+    before = first_image(out)
+    assert json.loads((out / INFO).read_text())["relative_root"] == "../../photos"
+    (tmp_path / "one").rename(tmp_path / "two")
+    np.testing.assert_array_equal(first_image(tmp_path / "two" / "data" / "set"), before)
+    far = unpacked(tree(tmp_path / "photos", 60), tmp_path / "a" / "b" / "c" / "d")
+    assert json.loads((far / INFO).read_text())["relative_root"] is None
+
+
+def test_images_elsewhere_are_named_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = unpacked(tree(tmp_path / "photos", 60), tmp_path / "data")
+    before, manifest = first_image(out), (out / MANIFEST).read_bytes()
+    new = (tmp_path / "photos").rename(tmp_path / "moved")
+    message = (
+        rf"data: its images were in {tmp_path}/photos, which is not there; where they have moved, "
+        rf"distcls prepare {out} --root THEIR_FOLDER --out NEW_DATASET"
+    )
+    with pytest.raises(UsageError, match=message):
+        Dataset.open(out).split("train")
+    main([str(out), "--root", str(new), "--out", str(tmp_path / "again"), "--json"])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["counts"] == Dataset.open(out).counts()
+    assert f"wrote {tmp_path}/again: {out} with its images in {new}" in printed.err
+    np.testing.assert_array_equal(first_image(tmp_path / "again"), before)
+    assert (tmp_path / "again" / MANIFEST).read_bytes() == manifest
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"root: none of 60 images is there, first .*empty/"):
+        main([str(out), "--root", str(tmp_path / "empty"), "--out", str(tmp_path / "no")])
+    assert not (tmp_path / "no").exists()
+    with pytest.raises(UsageError, match="seed: 3 is not valid, expected nothing with root and"):
+        main([str(out), "--root", str(new), "--out", str(tmp_path / "no"), "--seed", "3"])
+    next(new.rglob("*.png")).unlink()
+    main([str(out), "--root", str(new), "--out", str(tmp_path / "third"), "--quiet"])
+    assert "warning: 1 of 60 images are not in" in capsys.readouterr().err
+
+
+def test_a_packed_dataset_needs_its_images_for_nothing(folder: Path, tmp_path: Path) -> None:
+    before = first_image(folder)
+    new = (tmp_path / "source").rename(tmp_path / "moved")
+    np.testing.assert_array_equal(first_image(folder), before)
+    with pytest.raises(UsageError, match="its images were in"):
+        Dataset.open(folder).split("train", use_pack=False)
+    main([str(folder), "--root", str(new), "--out", str(tmp_path / "again"), "--quiet"])
+    again = Dataset.open(tmp_path / "again").split("train", use_pack=False)
+    np.testing.assert_array_equal(again.image(0), before)
+    prepare(PrepareOptions(source="digits", out=tmp_path / "digits", limit=30, quiet=True))
+    with pytest.raises(UsageError, match=r"root: .*digits has its images in the pack alone"):
+        main([str(tmp_path / "digits"), "--root", str(new), "--out", str(tmp_path / "no")])
+
+
+def test_a_dataset_from_before_relative_roots(tmp_path: Path) -> None:
+    out = unpacked(tree(tmp_path / "photos", 60), tmp_path / "data")
+    info = json.loads((out / INFO).read_text())
+    for name in ("relative_root", "left_out"):
+        del info[name]
+    (out / INFO).write_text(json.dumps(info))
+    before = first_image(out)
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    with pytest.raises(UsageError, match="its images were in"):
+        first_image(out)
+    main([str(out), "--root", str(tmp_path / "moved"), "--out", str(tmp_path / "new"), "--quiet"])
+    np.testing.assert_array_equal(first_image(tmp_path / "new"), before)
 
 
 OLD = Path(__file__).parent / "fixtures" / "v076daf9"

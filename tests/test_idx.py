@@ -174,3 +174,22 @@ def test_class_names_from_a_file(tmp_path: Path) -> None:
     names.write_text("zero\none\n")
     with pytest.raises(UsageError, match="row 2: label 2 is outside the 2 classes"):
         open_labelled(str(folder), options=named(names))
+
+
+def test_labels_that_start_at_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = idx_folder(tmp_path / "idx", test=0)
+    labels = digits(100)[1].astype(np.uint8)
+    path = folder / "train-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(idx_bytes(labels + 1)))
+    assert open_labelled(str(folder)).classes == tuple(str(n) for n in range(1, 11))
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"digit {n}" for n in range(10)))
+    found = open_labelled(str(folder), options=named(names))
+    assert [record.label for record in found.records] == labels.tolist()
+    assert "labels start at 1: 1 is 'digit 0'" in capsys.readouterr().err
+    names.write_text("none\n" + names.read_text())  # a name for 0: the labels are indices
+    found = open_labelled(str(folder), options=named(names))
+    assert [record.label for record in found.records] == (labels + 1).tolist()
+    path.write_bytes(gzip.compress(idx_bytes(labels + 3)))
+    with pytest.raises(UsageError, match="label 11 is outside the 11 classes"):
+        open_labelled(str(folder), options=named(names))

@@ -96,6 +96,22 @@ def test_labels_and_images_without_any(tmp_path: Path, separator: str | None, gi
     assert pq.read_table(data.folder / MANIFEST).column("label").to_pylist() == [1, -1, 1, 0]
 
 
+def test_missing_values_are_no_labels_and_decimals_are_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = listed(tmp_path, "tags;size", "sea|sky;10.0", "nan;2.0", "sky;2.0", ";10")
+    data = opened(path, labels_column="tags")
+    assert data.classes == ("sea", "sky")
+    assert data.split("train").labels.sum() == 3
+    path = listed(tmp_path / "heads", "tags;size", "a;10.0", "b;2.0", "a;2.0", "b;10")
+    assert opened(path, label_columns=("tags", "size")).task.heads[1].classes == ("2", "10")
+    names = tmp_path / "names.txt"
+    names.write_text("nan\nsea\nsky\n")
+    path = listed(tmp_path / "named", "tags;n", "sea|sky;1", "nan;2", "sky;3")
+    data = opened(path, labels_column="tags", classes=names)
+    assert data.split("train").labels.sum(axis=0).tolist() == [1, 1, 2]
+
+
 def test_the_first_head_decides_the_splits(tmp_path: Path) -> None:
     rows = [f"{'ab'[n % 2]};{n % 5}" for n in range(60)]
     path = listed(tmp_path, "one;two", *rows)
@@ -135,6 +151,7 @@ def test_given_names_are_the_order(tmp_path: Path) -> None:
         ({"labels_column": "tag"}, "labels_column: * has no column 'tag'; did you mean 'tags'?"),
         ({"label_columns": ("text", "gap")}, "row 2: gap is empty; every image has a class"),
         ({"text_column": "gap"}, "row 2: gap is empty"),
+        ({"label_columns": ("text", "nan")}, "row 2: nan is 'NaN', a missing value; every image"),
         ({"label_columns": ("text", "same")}, "head 'same' has one class only ('x')"),
         ({"text_column": "same"}, "head '1' has one class only ('x')"),
         ({"labels_column": "none"}, "no label"),
@@ -150,8 +167,8 @@ def test_given_names_are_the_order(tmp_path: Path) -> None:
 )
 def test_bad_columns_are_told(tmp_path: Path, options: dict[str, Any], told: str) -> None:
     long = "ab" * 35
-    header = "text;two;tags;gap;same;none;long"
-    path = listed(tmp_path, header, f"ab;1;x|y;g;x;;{long}", f"c;2;z;;x;;{long}")
+    header = "text;two;tags;gap;same;none;long;nan"
+    path = listed(tmp_path, header, f"ab;1;x|y;g;x;;{long};k", f"c;2;z;;x;;{long};NaN")
     message = refused(path, **options)
     place, _, rest = told.partition("*")
     assert place in message

@@ -278,6 +278,18 @@ def test_classes_of_shards_may_be_numbers(tmp_path: Path) -> None:
         open_labelled(pattern, options=LabelOptions(classes=("red", "green")))
 
 
+def test_numbers_of_shards_may_start_at_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pattern = shards(tmp_path / "shards", ("1", "2", "3"))
+    found = open_labelled(pattern, options=LabelOptions(classes=("red", "green", "blue")))
+    assert [record.label for record in found.records[:4]] == [0, 1, 2, 0]
+    assert "classes are numbered from 1: 1 is 'red'" in capsys.readouterr().err
+    found = open_labelled(pattern, options=LabelOptions(classes=("2", "1", "3")))
+    assert [record.label for record in found.records[:4]] == [1, 0, 2, 1]
+    assert "numbered" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -278,6 +278,20 @@ def test_the_weight_column_belongs_to_manifests(tmp_path: Path) -> None:
     assert run("digits", tmp_path / "plain", limit=30).split("train").weights is None
 
 
+def test_class_names_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["digits", "--out", str(tmp_path / "out"), "--limit", "30"])
+    assert "\nclasses: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n" in capsys.readouterr().err
+    for number in range(25):
+        for copy in range(2):
+            put(tmp_path / "many" / f"{'long' * 12}-{number:02d}" / f"{copy}.png", digits(1)[0][0])
+    put(tmp_path / "many" / "a\nb" / "0.png", digits(1)[0][0])
+    main([str(tmp_path / "many"), "--out", str(tmp_path / "out2")])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line[:8] == "classes:"]
+    assert line.startswith("classes: 'a\\nb', " + "long" * 9 + "lon…, ")
+    assert line.endswith(", ... (26 in all)")
+    assert line.count(", ") == 10
+
+
 def test_prepare_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from distcls.commands.prepare import main; main(sys.argv[1:]);"

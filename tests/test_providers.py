@@ -27,6 +27,7 @@ from distcls.runtime.providers import (
     OpenVino,
     Provider,
     installed,
+    known_providers,
     register,
     require_installed,
     versions,
@@ -269,6 +270,27 @@ def test_a_name_is_registered_once() -> None:
     for name in ("cpu", "auto"):
         with pytest.raises(ValueError, match="is known already"):
             register(type("Again", (Toy,), {"name": name}))
+
+
+def test_a_module_that_fails_fails_with_its_reason_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with `is known already`, which would hide it."""
+    (tmp_path / "failing_provider.py").write_text(
+        "from distcls.runtime.providers import Cpu, register\n"
+        "@register\n"
+        "class Odd(Cpu):\n"
+        "    name = 'odd'\n"
+        "raise RuntimeError('no driver')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DISTCLS_IMPORT", "failing_provider")
+    try:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="no driver"):
+                known_providers()
+    finally:
+        PROVIDERS.pop("odd", None)
 
 
 def sizes(batch_size: int | None = None, cores: int = 2, **given: Any) -> list[list[int]]:

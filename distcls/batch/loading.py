@@ -40,12 +40,12 @@ def open_inputs(options: PredictOptions) -> ImageSource:
     Raises UsageError for an input that is not there.
     """
     if len(options.inputs) == 1:
-        return open_source(options.inputs[0], options.split, options.fetch_timeout)
+        return open_source(options.inputs[0], options.split, options=options.opening)
     parts: list[tuple[str, ImageSource]] = []
     for kind, group in itertools.groupby(options.inputs, key=_kind_of_file):
         if kind is None:
             for text in group:
-                source = open_source(text, options.split, options.fetch_timeout)
+                source = open_source(text, options.split, options=options.opening)
                 parts.append((_prefix(text, source), source))
         elif options.split is not None:
             raise UsageError(f"split: {next(group)} is not a dataset directory and has no splits")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distcls.config import positional
-from distcls.data.formats.detect import TIMEOUT
+from distcls.data.source import TIMEOUT, OpenOptions
 from distcls.errors import require
 from distcls.model_card import best_model, model_choice
 from distcls.runtime.providers import ExecutionRequest, require_provider
@@ -22,10 +22,10 @@ class PredictOptions:
 
     input: str | tuple[str, ...] = positional()
     """Folder (searched with all below it), glob, image, manifest (.csv or .parquet with a column
-    path, file, filename, image or image_id), dataset directory, tar shards (photos-{000..003}.tar
-    or a glob), http://, https://, s3:// or gs:// (an image, folder, glob or manifest), or - for
-    a list on standard input, one path or URL a line. Of several, the image ids begin with the
-    input as given."""
+    path, file, filename, file_name, image or image_id, or --path-column), dataset directory, tar
+    shards (photos-{000..003}.tar or a glob), http://, https://, s3:// or gs:// (an image, folder,
+    glob or manifest), or - for a list on standard input, one path or URL a line. Of several, the
+    image ids begin with the input as given."""
     model: str
     """Model file: best.onnx, or a checkpoint best.pth; a run directory means its best.onnx, or its
     best.pth where that is newer. An ensemble, as in a.onnx,b.onnx, predicts the mean of the
@@ -40,6 +40,10 @@ class PredictOptions:
     layer."""
     split: str | None = None
     """Split of a dataset directory; default: test."""
+    path_column: str | None = None
+    """Column of a manifest with the path or URL of each image."""
+    root: Path | None = None
+    """Folder that relative paths of a manifest start from; default: that of the manifest."""
     batch_size: int | None = None
     """Batch size; by default chosen with the provider (64 for a .pth)."""
     provider: str = "auto"
@@ -165,6 +169,11 @@ class PredictOptions:
         if "," not in self.model or whole.exists():
             return [whole]
         return [Path(name.strip()) for name in self.model.split(",") if name.strip()]
+
+    @property
+    def opening(self) -> OpenOptions:
+        """How the input is opened."""
+        return OpenOptions(timeout=self.fetch_timeout, path_column=self.path_column, root=self.root)
 
     def execution_request(self, images: int) -> ExecutionRequest:
         """The execution request, for a source of this many images."""

@@ -15,7 +15,7 @@ import numpy as np
 from distcls.batch.options import PredictOptions
 from distcls.batch.parts import PartRecord, part_name
 from distcls.batch.table import ABSTAINED, Columns, RowBuilder, open_features, open_writer
-from distcls.data.source import ImageSource
+from distcls.data.source import ImageSource, whole_numbers
 from distcls.files import atomic_path, digest
 from distcls.plotting import GREEN, GREY, RED, Tile, draw_grid, shorten
 from distcls.predictor import Predictor
@@ -217,8 +217,10 @@ def _tile(image: Any, item: Picked, truth: str | None, image_id: str) -> Tile:
 
 
 def _true_class(source: ImageSource, index: int, classes: Sequence[str]) -> str | None:
-    """The true class' name; a manifest may also give its number."""
+    """The true class' name; a manifest may also give its number, and write that as 2.0."""
     truth = source.true_labels[index] if source.true_labels is not None else None
+    if truth is not None and classes and truth not in classes:
+        truth = whole_numbers([truth]).get(truth, truth)
     if truth is not None and truth not in classes and truth.isdecimal():
         return classes[int(truth)] if int(truth) < len(classes) else truth
     return truth

@@ -2,7 +2,8 @@
 
 manifest.parquet   image_id, path, label, split; where packed: offset, height, width, channels
 classes.json       class names in label order; or the task, with its heads or labels
-dataset.json       source, root of the paths (absolute or from here), counts, hashes, version
+dataset.json       source, root of the paths (absolute or from here), relative_root (the same from
+                   here, where near), counts, hashes, version
 pack.bin           decoded uint8 images, one after the other (optional)
 
 The pack is a custom format because it is read through one memory map: a batch of images of one
@@ -483,8 +484,8 @@ class Dataset:
         if not packed and not self.has_files:
             raise UsageError(f"{self.folder} has its images in the pack alone; pack cannot be off")
         rows = np.asarray(self.table.column("split").to_numpy(zero_copy_only=False)) == name
-        root = self.folder / (self.info["root"] or ".")  # an absolute root replaces the folder
         table = self.table.filter(rows)
+        root = self.folder if packed else self._root(str(table.column("path")[0]))
         return Split(
             name,
             self.folder,
@@ -494,6 +495,22 @@ class Dataset:
             self.task,
             background=self.background,
             transparent=bool(self.info.get("transparent", True)),
+        )
+
+    def _root(self, first: str) -> Path:
+        """The folder of the images: where they were, or as far from here as they were then.
+
+        Raises UsageError, with the remedy, if it is gone and with it the image `first`.
+        """
+        before = self.folder / str(self.info["root"])  # an absolute root replaces the folder
+        if before.is_dir() or (before / first).exists():
+            return before
+        near = self.info.get("relative_root")
+        if isinstance(near, str) and (self.folder / near / first).exists():
+            return self.folder / near
+        raise UsageError(
+            f"{self.folder}: its images were in {before}, which is not there; where they have "
+            f"moved, distcls prepare {self.folder} --root THEIR_FOLDER --out NEW_DATASET"
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +18,15 @@ from tqdm import tqdm
 from distcls import log
 from distcls.config import bare, positional
 from distcls.data import writer
-from distcls.data.dataset import PACK
+from distcls.data.dataset import INFO, PACK, Dataset
 from distcls.data.formats.detect import format_names, open_labelled
+from distcls.data.formats.folder import by_ending, ending_of_name
 from distcls.data.source import (
-    ImageRecord,
     ImageSource,
     LabelledImages,
     LabelOptions,
+    OpenOptions,
+    Rejected,
     read_class_names,
     with_decoder,
 )
@@ -48,6 +52,7 @@ from distcls.imaging.preprocess import (
     background_text,
     require_color,
 )
+from distcls.task import class_list
 
 VAL_FRACTION = 0.1
 """Default of `val_fraction`."""
@@ -68,6 +73,19 @@ class PrepareOptions:
     published MD5s, idx on none."""
     classes: Path | None = None
     """File of class names in label order (JSON list, or one per line); other labels are errors."""
+    splits: tuple[str, ...] = ()
+    """Folder trees: the folder of each split, as in train=seg_train,test=seg_test/images (also two
+    for one split); none takes all folders for classes. By default the folders' names decide, and
+    where they are not clear it is refused."""
+    path_column: str | None = None
+    """Column of the manifest with the path of each image; default: the first of path, file,
+    filename, file_name, image, image_id."""
+    label_column: str | None = None
+    """Column of the manifest with the class of each image; default: the first of label, class,
+    category, target."""
+    root: Path | None = None
+    """Folder that relative paths of a manifest start from; default: that of the manifest. For a
+    dataset directory: where its images have moved to, OUT is then the same dataset with them."""
     weight_column: str | None = None
     """Column of the manifest with the weight of each image in training; default: `weight` where
     there is one."""
@@ -126,6 +144,9 @@ class PrepareOptions:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
         labels = self.label_options(None)
+        if labels.columns and self.label_column is not None:
+            expected = f"none with {labels.options[0]}: they exclude each other"
+            raise BadValue("label_column", self.label_column, expected)
         if labels.columns and self.write_images:
             expected = f"false with {labels.options[0]}: it makes one folder per class"
             raise BadValue("write_images", self.write_images, expected)
@@ -139,6 +160,14 @@ class PrepareOptions:
             text_column=self.text_column,
             labels_column=self.labels_column,
             separator=self.separator,
+            splits=self.splits,
+        )
+
+    @property
+    def opening(self) -> OpenOptions:
+        """How the source is opened."""
+        return OpenOptions(
+            path_column=self.path_column, label_column=self.label_column, root=self.root
         )
 
     @property
@@ -174,6 +203,8 @@ class Prepared:
     """Images per split."""
     rejected: int
     """Images that could not be read; listed in rejected.csv."""
+    left_out: dict[str, int]
+    """What was left out before, by reason; listed there too."""
     packed: bool
     pack_bytes: int
     no_pack: str | None
@@ -187,8 +218,12 @@ def prepare(options: PrepareOptions) -> Prepared:
     """Write a dataset directory. Raises UsageError for bad input, DistclsError for a full disk."""
     started = time.monotonic()
     require_absent(options.out)
+    if options.root is not None and (Path(options.source) / INFO).is_file():
+        return _move(options, options.root, started)
     classes = None if options.classes is None else read_class_names(options.classes)
-    source = open_labelled(options.source, options.format, options.label_options(classes))
+    source = open_labelled(
+        options.source, options.format, options.label_options(classes), options.opening
+    )
     _check_sense(source, options)
     assignment = split_images(
         source,
@@ -200,21 +235,58 @@ def prepare(options: PrepareOptions) -> Prepared:
     )
     remove_stale_parts(options.out)
     with atomic_folder(options.out) as folder, claimed(folder):
-        info = _fill(folder, source, assignment, options)
+        info, rejected = _fill(folder, source, assignment, options)
     prepared = Prepared(
         out=str(options.out),
         kind=source.format,
         classes=list(source.classes),
         counts=info["counts"],
         rejected=info["rejected"],
+        left_out=info["left_out"],
         packed=info["packed"],
         pack_bytes=info["pack_bytes"],
         no_pack=info["no_pack"],
         seconds=round(time.monotonic() - started, 2),
         transparent=info["transparent"],
     )
-    _summarise(prepared, source, options)
+    _summarise(prepared, source, rejected, options)
     return prepared
+
+
+def _move(options: PrepareOptions, root: Path, started: float) -> Prepared:
+    """Write a dataset directory once more, its images being below `root`."""
+    for field in dataclasses.fields(options):
+        if field.name not in ("source", "out", "root", "json", "quiet"):
+            value = getattr(options, field.name)
+            expected = f"nothing with root and the dataset directory {options.source}"
+            require(value == field.default, field.name, value, expected)
+    dataset = Dataset.open(Path(options.source))
+    if not dataset.has_files:
+        raise UsageError(f"root: {options.source} has its images in the pack alone")
+    root = root.resolve()
+    paths: list[str] = dataset.table.column("path").to_pylist()
+    missing = [path for path in paths if not (root / path).is_file()]
+    if len(missing) == len(paths):
+        raise UsageError(f"root: none of {len(paths)} images is there, first {root / paths[0]}")
+    with atomic_folder(options.out) as folder, claimed(folder):
+        near = writer.relative_root(options.out, root)
+        info = writer.write_moved(folder, dataset, root, near)
+    if missing:
+        log.warn(f"{len(missing):,} of {len(paths):,} images are not in {root}, first {missing[0]}")
+    log.say(f"wrote {options.out}: {options.source} with its images in {root}")
+    return Prepared(
+        out=str(options.out),
+        kind=info["kind"],
+        classes=list(dataset.classes),
+        counts=dataset.counts(),
+        rejected=info["rejected"],
+        left_out=info.get("left_out", {}),
+        packed=info["packed"],
+        pack_bytes=info["pack_bytes"],
+        no_pack=None if info["packed"] else f"as in {options.source}",
+        seconds=round(time.monotonic() - started, 2),
+        transparent=info.get("transparent", 0),
+    )
 
 
 def require_absent(out: Path) -> None:
@@ -243,8 +315,8 @@ def _check_sense(source: LabelledImages, options: PrepareOptions) -> None:
 
 def _fill(
     folder: Path, source: LabelledImages, assignment: SplitAssignment, options: PrepareOptions
-) -> dict[str, Any]:
-    """Decode every image into `folder`, and describe the result there."""
+) -> tuple[dict[str, Any], list[Rejected]]:
+    """Decode every image into `folder`, and describe the result there; those not readable."""
     copies = writer.copy_paths(source, assignment) if options.write_images else None
     for parent in {(folder / path).parent for path in copies or ()}:
         parent.mkdir(parents=True)
@@ -268,7 +340,8 @@ def _fill(
         if source.root is None:  # the copies are the only files there are
             paths, root = [*moved], "."
     writer.write_manifest(folder, after, pack, paths)
-    writer.write_rejected(folder, rejected, source.root)
+    before_reading = [*source.source.left_out, *source.rejected]
+    writer.write_rejected(folder, [*rejected, *before_reading], source.root)
     recorded = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(options).items()
@@ -280,12 +353,14 @@ def _fill(
         after,
         pack,
         root=root,
+        relative=None if root == "." else writer.relative_root(options.out, source.root),
         rejected=len(rejected),
+        left_out=dict(Counter(row.reason for row in before_reading)),
         background=background_color(options.background),
         transparent=len(transparent),
         options=recorded,
     )
-    return {**info, "no_pack": None if pack else _why_no_pack(opened)}
+    return {**info, "no_pack": None if pack else _why_no_pack(opened)}, rejected
 
 
 def _blended(source: ImageSource, color: Color | None) -> tuple[ImageSource, list[int]]:
@@ -309,7 +384,7 @@ def _decode(
     copies: list[str] | None,
     *,
     blended: ImageSource,
-) -> tuple[list[int], list[tuple[ImageRecord, str]]]:
+) -> tuple[list[int], list[Rejected]]:
     """Indices of the readable images, which are then in the pack, and the bad ones with reasons."""
     paths = None if copies is None else [folder / path for path in copies]
     images = load_all(blended, assignment.records, paths)
@@ -317,19 +392,21 @@ def _decode(
         images, total=len(assignment), unit="img", disable=not log.show_progress(), leave=False
     )
     readable: list[int] = []
-    rejected: list[tuple[ImageRecord, str]] = []
+    rejected: list[Rejected] = []
     for index, image in enumerate(bar):
         if isinstance(image, BadImage):
-            rejected.append((assignment.records[index], str(image)))
+            record = assignment.records[index]
+            rejected.append(Rejected(record.image_id, record.path, str(image)))
             continue
         readable.append(index)
         if pack is not None:
             pack.add(image)
     if not readable:
-        record, reason = rejected[0]
+        first = rejected[0]
+        hint = f"; paths start from {source.root}, --root names another folder"
         raise UsageError(
             f"{source.location}: none of {len(rejected)} images is readable; "
-            f"first {record.image_id!r}: {reason}"
+            f"first {first.image_id!r}: {first.reason}{hint * (source.format == 'manifest')}"
         )
     return readable, rejected
 
@@ -372,12 +449,18 @@ def _why_no_pack(opened: PackWriter | None) -> str:
     return f"{limit}; --pack on packs them all the same"
 
 
-def _summarise(prepared: Prepared, source: LabelledImages, options: PrepareOptions) -> None:
+def _summarise(
+    prepared: Prepared,
+    source: LabelledImages,
+    rejected: Sequence[Rejected],
+    options: PrepareOptions,
+) -> None:
     counts = ", ".join(f"{count:,} {split}" for split, count in prepared.counts.items())
     total = sum(prepared.counts.values())
     classes = source.task.summary()
     say = log.say if not options.quiet else lambda _: None
     say(f"{prepared.kind}: {total:,} images of {classes}: {counts}")
+    say(f"classes: {class_list(prepared.classes)}")
     if prepared.packed:
         say(f"pack: {prepared.pack_bytes / 2**20:.1f} MiB of decoded images")
     else:
@@ -386,11 +469,16 @@ def _summarise(prepared: Prepared, source: LabelledImages, options: PrepareOptio
         color = background_color(options.background)
         where = "without their alpha" if color is None else f"on {background_text(color)}"
         say(f"{prepared.transparent:,} images with transparency are shown {where}")
-    if prepared.rejected:
+    listed = Path(prepared.out) / writer.REJECTED
+    if rejected:
+        endings = Counter(ending_of_name(row.path or "") for row in rejected)
         log.warn(
-            f"{prepared.rejected} of {total + prepared.rejected} images cannot be read; "
-            f"see {options.out / writer.REJECTED}"
+            f"{len(rejected)} of {total + len(rejected)} images cannot be read "
+            f"({by_ending(endings)}); see {listed}"
         )
+    if prepared.left_out:
+        reasons = "; ".join(f"{n:,} {reason}" for reason, n in [*prepared.left_out.items()][:8])
+        say(f"left out: {reasons}; see {listed}")
     if set(prepared.counts) == {"test"}:
         say("all images are for testing: for distcls evaluate, not for training")
     for split in ("val", "test") if "train" in prepared.counts else ():

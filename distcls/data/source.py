@@ -19,8 +19,9 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +40,12 @@ SPLIT_NAMES = {
     "val": "val",
     "valid": "val",
     "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "evaluation": "val",
     "test": "test",
     "testing": "test",
+    "holdout": "test",
 }
 """Names of splits in sources, in lower case, and their names in distcls."""
 
@@ -54,6 +59,8 @@ class ImageSource(abc.ABC):
 
     location: str = ""
     """The location of the images, for messages."""
+    left_out: Sequence[Rejected] = ()
+    """Files that were found where images are searched, and are none, or not the user's."""
 
     @property
     @abc.abstractmethod
@@ -287,6 +294,16 @@ class ImageRecord:
     """Multi-head: its class in each head; multi-label: the labels that it has."""
 
 
+class Rejected(NamedTuple):
+    """An image, or a file, that does not get into a dataset: a row of rejected.csv."""
+
+    image_id: str
+    path: str | None
+    """As `ImageRecord.path`."""
+    reason: str
+    """Why, in a few words that are the same for all of a kind."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledImages:
     """A source's images with their labels, as `prepare` splits and writes them."""
@@ -302,6 +319,8 @@ class LabelledImages:
     """The task of the labels, with the class names in label order."""
     records: list[ImageRecord]
     """In the source's order."""
+    rejected: Sequence[Rejected] = ()
+    """What is left out before any image is read, such as images without a label."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -336,6 +355,8 @@ class LabelOptions:
     """Multi-label: the column of any number of labels."""
     separator: str | None = None
     """Separator of those labels; None is |."""
+    splits: tuple[str, ...] = ()
+    """Folder trees: the folder of each split, as in train=a,test=b; `none`: all are classes."""
 
     def __post_init__(self) -> None:
         given = self.options
@@ -371,6 +392,33 @@ class LabelOptions:
             if column is not None:
                 raise UsageError(
                     f"{option}: {column!r} is a column of a manifest, but {location} is none"
+                )
+
+
+TIMEOUT = 30.0
+"""Seconds that one attempt to fetch an object may take."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenOptions:
+    """How a location is opened: for URLs, and for manifests."""
+
+    timeout: float = TIMEOUT
+    """Seconds that one attempt to fetch an object may take."""
+    path_column: str | None = None
+    """Column of the images; None takes the first of the usual names."""
+    label_column: str | None = None
+    """Column of the classes; None takes the first of the usual names."""
+    root: Path | None = None
+    """Folder that relative paths start from; None is the manifest's."""
+
+    def require_none_named(self, location: str) -> None:
+        """Raise UsageError if anything is given that only manifests have."""
+        for name in ("path_column", "label_column", "root"):
+            value = getattr(self, name)
+            if value is not None:
+                raise UsageError(
+                    f"{name}: {str(value)!r} is for a manifest, but {location} is none"
                 )
 
 
@@ -426,12 +474,42 @@ def _json_list(text: str, path: Path) -> object:
         return None
 
 
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+
+
 def natural_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Distinct names sorted: as numbers if all are (2 before 10), else by code point."""
+    """Distinct names sorted: as numbers if all are (2 before 10, 2.0 too), else by code point."""
     distinct = set(names)
-    if all(name.isascii() and name.isdigit() for name in distinct):
-        return tuple(sorted(distinct, key=lambda name: (int(name), name)))
+    if all(map(_NUMBER.fullmatch, distinct)):
+        # not as floats, which cannot tell long numbers apart
+        return tuple(sorted(distinct, key=lambda name: (Fraction(name), name)))
     return tuple(sorted(distinct))
+
+
+def whole_numbers(names: Iterable[str]) -> dict[str, str]:
+    """What labels such as 2.0 are called as whole numbers: 2. Empty if any label is none.
+
+    Tables that were read with gaps in a column of integers have their labels so.
+    """
+    distinct = set(names)
+    parts = {name: name.partition(".") for name in distinct if _NUMBER.fullmatch(name)}
+    whole = len(parts) == len(distinct) and not any(
+        rest.strip("0") for _, _, rest in parts.values()
+    )
+    if not whole or not any(dot for _, dot, _ in parts.values()):
+        return {}
+    return {name: number for name, (number, _, _) in parts.items()}
+
+
+_MISSING = frozenset(
+    ("", "nan", "NaN", "-nan", "-NaN", "NA", "<NA>", "N/A", "n/a", "#N/A", "#NA", "null", "NULL")
+) | {"None"}
+"""The texts that pandas takes for a missing value; `none` in lower case is a class."""
+
+
+def is_missing(label: str, classes: Iterable[str] | None = None) -> bool:
+    """Whether a label's text stands for a missing one; a name of `classes` never does."""
+    return label in _MISSING and (classes is None or label not in classes)
 
 
 BLOCK = 1 << 13

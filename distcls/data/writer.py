@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import shutil
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +22,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from distcls import __version__
-from distcls.data.dataset import CLASSES, COLUMNS, FORMAT, INFO, LABELS, MANIFEST, PACK
-from distcls.data.source import SPLITS, ImageRecord, Images, ImageSource, LabelledImages
+from distcls.data.dataset import CLASSES, COLUMNS, FORMAT, INFO, LABELS, MANIFEST, PACK, Dataset
+from distcls.data.source import (
+    SPLITS,
+    ImageRecord,
+    Images,
+    ImageSource,
+    LabelledImages,
+    Rejected,
+)
 from distcls.data.split import SplitAssignment
 from distcls.errors import BadImage
 from distcls.files import digest, safe_names
@@ -189,6 +198,8 @@ def is_grey(pixels: NDArray[np.uint8]) -> bool:
 
 
 REJECTED = "rejected.csv"
+NEAR = 2
+"""Folders that a relative path to the images goes up at most."""
 
 
 def write_manifest(
@@ -233,7 +244,9 @@ def write_info(
     pack: PackWriter | None,
     *,
     root: str | None,
+    relative: str | None,
     rejected: int,
+    left_out: dict[str, int],
     background: Color | None,
     transparent: int,
     options: dict[str, Any],
@@ -246,6 +259,7 @@ def write_info(
         "source": source.location,
         "source_fingerprint": source.source.fingerprint(),
         "root": root,
+        "relative_root": relative,
         "packed": pack is not None,
         "pack_bytes": pack.size if pack else 0,
         "counts": {
@@ -253,6 +267,7 @@ def write_info(
         },
         "class_counts": _class_counts(source, assignment),
         "rejected": rejected,
+        "left_out": left_out,
         "background": background,
         "transparent": transparent,
         "seed": options["seed"],
@@ -266,17 +281,37 @@ def write_info(
     return info
 
 
-def write_rejected(
-    folder: Path, rejected: Sequence[tuple[ImageRecord, str]], root: Path | None
-) -> None:
+def write_rejected(folder: Path, rejected: Sequence[Rejected], root: Path | None) -> None:
     """Write rejected.csv, with its header alone if nothing was rejected."""
     path = folder / REJECTED
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as handle:
         # all quoted: a bare carriage return in a file name would otherwise end the row
         writer = csv.writer(handle, quoting=csv.QUOTE_ALL, lineterminator="\n")
         writer.writerow(("image_id", "path", "reason"))
-        for record, reason in rejected:
-            writer.writerow((record.image_id, (root or Path()) / (record.path or ""), reason))
+        for row in rejected:
+            where = (root or Path()) / row.path if row.path else ""
+            writer.writerow((row.image_id, where, row.reason))
+
+
+def relative_root(out: Path, root: Path | None) -> str | None:
+    """The path from a dataset directory to its images, if they lie below it, beside or near it.
+
+    So both may be moved together.
+    """
+    if root is None:
+        return None
+    path = os.path.relpath(root, out.resolve())
+    return path if Path(path).parts[: NEAR + 1].count(os.pardir) <= NEAR else None
+
+
+def write_moved(folder: Path, dataset: Dataset, root: Path, relative: str | None) -> dict[str, Any]:
+    """Write the files of a dataset directory once more, its images being below `root`."""
+    info = {**dataset.info, "root": str(root), "relative_root": relative}
+    for name in (MANIFEST, CLASSES, PACK, REJECTED):
+        if (dataset.folder / name).exists():
+            shutil.copyfile(dataset.folder / name, folder / name)
+    _write_json(folder / INFO, info)
+    return info
 
 
 def copy_paths(source: LabelledImages, assignment: SplitAssignment) -> list[str]:

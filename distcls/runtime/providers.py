@@ -258,7 +258,13 @@ P = TypeVar("P", bound=type[Provider])
 
 def register(provider: P) -> P:
     """Make a provider known, as a decorator of its class."""
-    if provider.name in (AUTO, *PROVIDERS):
+    known = PROVIDERS.get(provider.name)
+    # a module that fails while it is loaded is loaded again, and has to fail as before
+    again = known is not None and (type(known).__module__, type(known).__qualname__) == (
+        provider.__module__,
+        provider.__qualname__,
+    )
+    if provider.name in (AUTO, *PROVIDERS) and not again:
         raise ValueError(f"the provider {provider.name!r} is known already")
     PROVIDERS[provider.name] = provider()
     return provider

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,7 +39,7 @@ from distcls.imaging.preprocess import background_color
 from distcls.log import say, warn, world_size
 from distcls.models.config import AUTO, SMALLEST_PRETRAINED
 from distcls.models.pretrained import Weights, find_weights
-from distcls.task import Task
+from distcls.task import Task, class_list
 from distcls.training.config import (
     LARGE_INPUT,
     NEW_OUT,
@@ -61,10 +60,6 @@ C = TypeVar("C", bound=TrainConfig)
 
 DATASET = "dataset"
 """Folder in a run directory with the dataset that the run prepared."""
-MOST_NAMED, NAMED = 20, 10
-"""Up to so many classes are all named, of more only the first ones."""
-NAME_LETTERS = 40
-"""Of the name of a class, in messages."""
 SIZES_READ = 16
 """Images read to find the size of a dataset that is not packed."""
 
@@ -118,20 +113,6 @@ def prepared(config: C, folder: Path) -> C:
     """The config with data that is a dataset directory: `folder`, prepared if need be."""
     found = _unprepared(config)
     return config if found is None else _prepared(config, *found, folder=folder)
-
-
-def class_list(names: Sequence[str]) -> str:
-    """The class names for a line of text; of more than 20 the first ones and their number."""
-    shown = [_in_a_list(name) for name in names[:MOST_NAMED]]
-    if len(names) <= MOST_NAMED:
-        return ", ".join(shown)
-    return f"{', '.join(shown[:NAMED])}, ... ({len(names):,} in all)"
-
-
-def _in_a_list(name: str) -> str:
-    name = name if name.isprintable() else ascii(name)[1:-1]
-    name = name if len(name) <= NAME_LETTERS else name[:NAME_LETTERS] + "..."
-    return f"'{name}'" if "," in name else name
 
 
 def _unprepared(config: TrainConfig) -> tuple[str, ImageSource | UsageError] | None:

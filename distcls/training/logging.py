@@ -23,10 +23,11 @@ from distcls.files import require_writable, write_text
 from distcls.imaging import Preprocess
 from distcls.log import warn
 from distcls.plotting import curves
+from distcls.task import class_list
 from distcls.training.checkpointing import TrainingState
 from distcls.training.config import TrainConfig, chosen
 from distcls.training.engine import EngineSummary, StepReport
-from distcls.training.inputs import TrainingInput, class_list
+from distcls.training.inputs import TrainingInput
 from distcls.training.stability import Anomalies
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"

@@ -15,8 +15,9 @@ import yaml
 from distcls.cli import dispatch
 from distcls.data.dataset import Dataset
 from distcls.errors import UsageError
+from distcls.task import class_list
 from distcls.training.config import NEW_OUT, TrainConfig
-from distcls.training.inputs import class_list, place
+from distcls.training.inputs import place
 from tests.e2e.commands import ROOT, command, run
 from tests.sources import digits, put, tree
 from tests.tiny_dataset import coloured

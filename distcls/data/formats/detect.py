@@ -36,14 +36,18 @@ from distcls.data.formats.remote import (
     read,
 )
 from distcls.data.formats.tar import TarSource, expand_braces
-from distcls.data.source import ImageSource, LabelledImages, LabelOptions, Names
+from distcls.data.source import (
+    TIMEOUT,
+    ImageSource,
+    LabelledImages,
+    LabelOptions,
+    Names,
+    OpenOptions,
+)
 from distcls.errors import BadImage, DistclsError, UsageError
 from distcls.registry import IMPORTS, import_modules
 
 S = TypeVar("S", bound=Callable[[str], Any])
-
-TIMEOUT = 30.0
-"""Seconds that one attempt to fetch an object may take."""
 
 IDX_ENTRIES = 1000
 """A folder of more entries is not searched for IDX files unless the format is given: it may hold
@@ -56,8 +60,8 @@ class Format:
 
     matches: Callable[[str], bool]
     """Whether a location is of this format; tried in the order of the table."""
-    open: Callable[[str, float], ImageSource]
-    """Open a location, with the seconds that one attempt to fetch an image may take."""
+    open: Callable[[str, OpenOptions], ImageSource]
+    """Open a location."""
     needs: Literal["a file", "a folder", ""] = ""
     """The required type of location when the format is given by name."""
     named: bool = True
@@ -100,12 +104,22 @@ def open_source(
     split: str | None = None,
     timeout: float = TIMEOUT,
     format: str = "auto",
+    options: OpenOptions | None = None,
 ) -> ImageSource:
     """The images that `location` means; of a dataset directory those of `split`, default: test.
 
     `digits` is the bundled set, `./digits` a folder; `-` lists paths or URLs on standard input.
-    Nothing is decoded yet. Raises UsageError if there is no image, or not of the format given.
+    `options` replace `timeout`. Nothing is decoded yet. Raises UsageError if there is no image, or
+    not of the format given, or if `options` are for a manifest and it is none.
     """
+    options = options or OpenOptions(timeout=timeout)
+    source = _open(location, split, format, options)
+    if not isinstance(source, ManifestSource):
+        options.require_none_named(location)
+    return source
+
+
+def _open(location: str, split: str | None, format: str, options: OpenOptions) -> ImageSource:
     location = location if is_url(location) else os.path.expanduser(location)  # noqa: PTH111
     if (Path(location) / INFO).is_file() and format == "auto":
         return Dataset.open(Path(location)).split(split or "test")
@@ -115,15 +129,18 @@ def open_source(
             f"make a dataset directory: {prepare_command(location)}"
         )
     if format != "auto":
-        return _open_as(location, format, timeout)
+        return _open_as(location, format, options)
     for candidate in (*registered_formats().values(), *FORMATS.values()):
         if candidate.matches(location):
-            return candidate.open(location, timeout)
+            return candidate.open(location, options)
     raise UsageError(f"{location}: no such file or folder (digits is the bundled data set)")
 
 
 def open_labelled(
-    location: str, format: str = "auto", options: LabelOptions | None = None
+    location: str,
+    format: str = "auto",
+    options: LabelOptions | None = None,
+    opening: OpenOptions | None = None,
 ) -> LabelledImages:
     """The images of a source with their labels, as `prepare` reads them; none is decoded yet.
 
@@ -132,22 +149,27 @@ def open_labelled(
     path = Path(location).expanduser()
     if format == "auto" and (path / INFO).exists() and (path / MANIFEST).exists():
         raise UsageError(f"{location} is a dataset directory already; use it as --data")
-    return open_source(location, format=format).labelled(options or LabelOptions())
+    source = open_source(location, format=format, options=opening)
+    options = options or LabelOptions()
+    if options.splits and not isinstance(source, FolderSource):
+        given = ",".join(options.splits)
+        raise UsageError(f"splits: {given!r} names folders, but {location} is none")
+    return source.labelled(options)
 
 
-def _open_as(location: str, format: str, timeout: float) -> ImageSource:
+def _open_as(location: str, format: str, options: OpenOptions) -> ImageSource:
     chosen = (FORMATS | registered_formats())[format]
     if not chosen.needs:
-        return chosen.open(location, timeout)
+        return chosen.open(location, options)
     path = Path(location)
     if not path.exists():
         raise UsageError(f"{location}: no such file or folder")
     if path.is_dir() != (chosen.needs == "a folder"):
         raise UsageError(f"{location}: --format {format} needs {chosen.needs}")
-    return chosen.open(location, timeout)
+    return chosen.open(location, options)
 
 
-def _open_digits(location: str, _: float) -> ImageSource:
+def _open_digits(location: str, _: OpenOptions) -> ImageSource:
     if location != "digits":
         raise UsageError("the bundled digits are `digits`, with their own classes")
     if Path(location).exists():
@@ -155,26 +177,26 @@ def _open_digits(location: str, _: float) -> ImageSource:
     return DigitsSource()
 
 
-def _open_url(url: str, timeout: float) -> ImageSource:
+def _open_url(url: str, options: OpenOptions) -> ImageSource:
     filesystem_of(url)
     if not is_pattern(url) and ending_of(url) in ENDINGS:
         plain = url.partition("?")[0] if url.startswith("http") else url
         try:
-            content = read(url, timeout)
+            content = read(url, options.timeout)
         except BadImage as error:  # what `read` reports for any object
             raise DistclsError(f"{url}: {error}") from error
-        return ManifestSource(plain, folder_of(url), timeout, content)
+        return ManifestSource(plain, folder_of(url), options, content)
     if not is_pattern(url) and ending_of(url) == ".tar":
         raise UsageError(f"{url}: tar shards are read from disks; copy them here first")
-    return RemoteSource(url, timeout)
+    return RemoteSource(url, options.timeout)
 
 
-def _open_standard_input(_: str, timeout: float) -> ImageSource:
+def _open_standard_input(_: str, options: OpenOptions) -> ImageSource:
     """The paths or URLs on standard input, one per line; empty lines are skipped."""
     names = Names.of(_lines())
     if not len(names):
         raise UsageError("-: standard input lists no images, expected a path or URL a line")
-    source = ListedSource("", names, timeout)
+    source = ListedSource("", names, options.timeout)
     source.location = "-"
     return source
 
@@ -211,7 +233,7 @@ def _is_tar(location: str) -> bool:
     return "{" in location and location.endswith(".tar")
 
 
-def _open_tar(location: str, _: float) -> ImageSource:
+def _open_tar(location: str, _: OpenOptions) -> ImageSource:
     return TarSource(_shards(location), location)
 
 
@@ -231,7 +253,7 @@ def _shards(text: str) -> list[Path]:
     return found
 
 
-def _open_pattern(pattern: str, _: float) -> ImageSource:
+def _open_pattern(pattern: str, _: OpenOptions) -> ImageSource:
     base, files = matching_files(pattern)
     if all(name.endswith(".tar") for name in files):
         return TarSource([base / name for name in files], pattern)
@@ -255,7 +277,7 @@ FORMATS: dict[str, Format] = {
     ),
     "manifest": Format(
         matches=lambda text: text.lower().endswith(ENDINGS) and Path(text).is_file(),
-        open=lambda text, timeout: ManifestSource(text, str(Path(text).parent), timeout),
+        open=lambda text, options: ManifestSource(text, str(Path(text).parent), options),
         needs="a file",
     ),
     "tar": Format(matches=_is_tar, open=_open_tar),

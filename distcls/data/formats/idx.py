@@ -27,6 +27,7 @@ from typing import BinaryIO, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from distcls import log
 from distcls.data.source import (
     ImageRecord,
     Images,
@@ -154,7 +155,11 @@ class IdxSource(ImageSource):
         named = options.classes
         classes = named or CLASS_NAMES.get(self._format) or tuple(str(label) for label in found)
         # a label that no image has (EMNIST's letters start at 1) is no class
-        labels = {number: at for at, number in enumerate(range(len(classes)) if named else found)}
+        start = int(named is not None and found[0] > 0 and found[-1] == len(classes))
+        numbers = range(start, start + len(classes)) if named else found
+        labels = {number: at for at, number in enumerate(numbers)}
+        if start:
+            log.say(f"{self.location}: labels start at 1: 1 is {classes[0]!r}")
         records: list[ImageRecord] = []
         for file in self._numbers:
             for row, number in enumerate(file.values.tolist()):

@@ -3,10 +3,11 @@ multi-label."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from distcls.data.source import LabelOptions, natural_order
+from distcls import log
+from distcls.data.source import LabelOptions, is_missing, natural_order, whole_numbers
 from distcls.errors import UsageError, did_you_mean
 from distcls.task import BLANK, Head, Task
 
@@ -39,14 +40,35 @@ def encode_labels(
     return _character_heads(path, options.text_column, rows, options.classes)
 
 
+def plain_numbers(
+    labels: Iterable[str], where: str, classes: Sequence[str] | None = None
+) -> dict[str, str]:
+    """Labels such as 2.0 and their names as whole numbers, which is said, if all are such.
+
+    Empty if they are not, or if all are among `classes` as they are.
+    """
+    distinct = set(labels)
+    plain = {} if classes and distinct <= set(classes) else whole_numbers(distinct)
+    if plain:
+        written = next(name for name in natural_order(distinct) if name != plain[name])
+        log.say(f"{where} are whole numbers: {written} is the class {plain[written]}")
+    return plain
+
+
 def _column_heads(path: Path, columns: Cells, rows: Sequence[Cells]) -> tuple[Task, list[Labels]]:
     for number, row in enumerate(rows, 1):
         for column, cell in zip(columns, row, strict=True):
-            if not cell:
+            if is_missing(cell):
+                what = f"{cell!r}, a missing value" if cell else "empty"
                 raise UsageError(
-                    f"{path}, row {number}: {column} is empty; every image has a class in each "
+                    f"{path}, row {number}: {column} is {what}; every image has a class in each "
                     "head, if only `none`"
                 )
+    plain = [
+        plain_numbers(cells, f"{path}: {column}")
+        for column, cells in zip(columns, zip(*rows, strict=True), strict=True)
+    ]
+    rows = [tuple(of.get(cell, cell) for of, cell in zip(plain, row, strict=True)) for row in rows]
     values = zip(*rows, strict=True)
     heads = [Head(name, natural_order(cells)) for name, cells in zip(columns, values, strict=True)]
     index = [{name: place for place, name in enumerate(head.classes)} for head in heads]
@@ -85,7 +107,10 @@ def _multi_label(
     path: Path, options: LabelOptions, rows: Sequence[Cells]
 ) -> tuple[Task, list[Labels]]:
     separator = SEPARATOR if options.separator is None else options.separator
-    split = [[name.strip() for name in row[0].split(separator)] for row in rows]
+    cells = ["" if is_missing(row[0].strip(), options.classes) else row[0] for row in rows]
+    if gaps := sum(cell != row[0] for cell, row in zip(cells, rows, strict=True) if row[0].strip()):
+        log.say(f"{path}: {gaps:,} rows hold a missing value, which is read as no label")
+    split = [[name.strip() for name in cell.split(separator)] for cell in cells]
     given = [list(dict.fromkeys(name for name in row if name)) for row in split]
     classes = options.classes or natural_order(name for row in given for name in row)
     index = _index(path, classes, "label")

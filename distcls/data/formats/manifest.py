@@ -1,9 +1,10 @@
 """Manifests: a CSV or Parquet table with one image per row.
 
-Columns, the first that is there of each: the file (path, file, filename, image, image_id), the
-label (label, class, category, target; or the named column), and where given image_id,
-split, weight (another column where it is named), group; upper and lower case are one. Rows are
-counted from 1 and the header is not one of them.
+Columns, the named one or the first that is there of each: the file (path, file, filename,
+file_name, image, image_id), the label (label, class, category, target), and where given image_id,
+split, weight, group; upper and lower case are one. Rows are counted from 1 and the header is not
+one of them. A row without a label (empty, or a text that stands for a missing value) is left out
+of a dataset; paths without an ending or with backslashes are completed where one file fits.
 
 One reader for `prepare` and `predict`. CSV is read by Python's csv module: it takes line breaks in
 names, guesses no types and names the row of a mistake, where PyArrow's does neither.
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from distcls import log
-from distcls.data.formats.label_columns import Labels, encode_labels
+from distcls.data.formats.folder import complete_paths
+from distcls.data.formats.label_columns import Labels, encode_labels, plain_numbers
 from distcls.data.formats.remote import ListedSource, is_url
 from distcls.data.source import (
     BLOCK,
@@ -34,8 +36,11 @@ from distcls.data.source import (
     LabelOptions,
     Names,
     NamesBuilder,
+    OpenOptions,
+    Rejected,
     TextColumn,
     first_label,
+    is_missing,
     natural_order,
 )
 from distcls.errors import UsageError, did_you_mean
@@ -46,7 +51,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 ENDINGS = (".csv", ".parquet")
-FILE_COLUMNS = ("path", "file", "filename", "image", "image_id")
+FILE_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_id")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 
 Block = dict[str, list[str | None]]
@@ -68,20 +73,29 @@ class Table:
 class ManifestSource(ListedSource):
     """The images that a manifest lists, read from files or URLs."""
 
-    def __init__(self, name: str, base: str, timeout: float, content: bytes | None = None) -> None:
+    def __init__(
+        self, name: str, folder: str, options: OpenOptions, content: bytes | None = None
+    ) -> None:
         """The manifest is the file called `name`, or `content` if that is given.
 
-        Paths are relative to `base`, a folder or a URL. Raises UsageError, naming the row, for what
-        cannot be read. A million rows are held in some 100 MB.
+        Paths are relative to `folder`, a path or a URL, or to the root of `options`. Raises
+        UsageError, naming the row, for what cannot be read. A million rows take some 100 MB.
         """
         self.location = name
-        self._content = content
-        with open_table(name, content, (*FILE_COLUMNS, *LABEL_COLUMNS)) as table, _uncollected():
-            files, ids, labels = _gather(name, base, table)
+        self._content, self._options = content, options
+        if options.root is not None and not options.root.is_dir():
+            raise UsageError(f"root: {options.root} is no folder")
+        base = folder if options.root is None else str(options.root)
+        wanted = (*FILE_COLUMNS, *LABEL_COLUMNS, *_named_columns(options))
+        with open_table(name, content, wanted) as table, _uncollected():
+            files, ids, labels = _gather(name, base, table, options)
         if not len(files):
             raise UsageError(f"{name}: the manifest has a header but no rows")
         self._true_labels = labels
-        super().__init__(base, files, timeout, ids)
+        whole = files if is_url(base) else complete_paths(base, files, name)
+        if whole is not files and ids is None:
+            ids = files.printable()  # an image is called as the manifest calls it
+        super().__init__(base, whole, options.timeout, ids)
 
     @property
     def true_labels(self) -> Sequence[str | None] | None:
@@ -97,12 +111,13 @@ class ManifestSource(ListedSource):
         self._require_paths()
         weight = _plain(options.weight_column or "weight")
         columns = tuple(map(_plain, options.columns))
-        wanted = (*FILE_COLUMNS, *LABEL_COLUMNS, *columns, "split", weight, "group")
+        named = _named_columns(self._options)
+        wanted = (*FILE_COLUMNS, *LABEL_COLUMNS, *columns, *named, "split", weight, "group")
         records: list[ImageRecord] = []
         texts: list[tuple[str, ...]] = []
         with open_table(self.location, None, wanted, numbers=(weight,)) as table:
             _require_named(path, table, options)
-            labels = columns or (_label_column(path, table),)
+            labels = columns or (_label_column(path, table, self._options),)
             for column in sorted({*labels, weight, "split", "group"} & table.types.keys()):
                 _raise_type(path, table, column)
             for number, row in enumerate(_rows(table.blocks), start=1):
@@ -112,20 +127,22 @@ class ManifestSource(ListedSource):
         if len(records) != len(self):
             raise UsageError(f"{path}: changed while it was read")
         _require_unique(path, records)
+        root = path.parent if self._options.root is None else self._options.root
         task, found = _encode(path, options, texts)
-        records = [
-            dataclasses.replace(
-                record, label=first_label(own), labels=own if options.columns else None
-            )
-            for record, own in zip(records, found, strict=True)
-        ]
         return LabelledImages(
             source=self,
             format="manifest",
             location=str(path.resolve()),
-            root=path.resolve().parent,
+            root=root.resolve(),
             task=task,
-            records=records,
+            records=[
+                dataclasses.replace(
+                    record, label=first_label(own), labels=own if options.columns else None
+                )
+                for record, own in zip(records, found, strict=True)
+                if own is not None
+            ],
+            rejected=_without_label(path, records, texts, found),
         )
 
     def _require_paths(self) -> None:
@@ -168,37 +185,82 @@ class ManifestSource(ListedSource):
 
 def _encode(
     path: Path, options: LabelOptions, texts: list[tuple[str, ...]]
-) -> tuple[Task, list[Labels]]:
-    """The task, and each row's labels; of one class per image a single one."""
+) -> tuple[Task, Sequence[Labels | None]]:
+    """The task, and each row's labels; of one class per image a single one, None without any."""
     if options.columns:
         return encode_labels(path, options, texts)
     names = [row[0].strip() for row in texts]
-    if "" in names:
-        raise UsageError(f"{path}, row {names.index('') + 1}: label is empty")
-    classes = options.classes or natural_order(names)
+    known = [name for name in names if not is_missing(name, options.classes)]
+    if not known:
+        raise UsageError(f"{path}: no row has a label")
+    plain = plain_numbers(known, f"{path}: labels", options.classes)
+    classes = options.classes or natural_order(plain.get(name, name) for name in known)
     labels = {name: label for label, name in enumerate(classes)}
-    for number, name in enumerate(names, start=1):
-        if name not in labels:
+    found: list[Labels | None] = []
+    for number, text in enumerate(names, start=1):
+        name = plain.get(text, text)
+        if name not in labels and not is_missing(name):
             hint = did_you_mean(name, classes)
             raise UsageError(
                 f"{path}, row {number}: label {name!r} is not one of the classes{hint}"
             )
-    return Task(classes=classes), [(labels[name],) for name in names]
+        found.append((labels[name],) if name in labels else None)
+    return Task(classes=classes), found
 
 
-def _gather(name: str, base: str, table: Table) -> tuple[Names, Names | None, TextColumn | None]:
+def _without_label(
+    path: Path,
+    records: Sequence[ImageRecord],
+    texts: Sequence[tuple[str, ...]],
+    found: Sequence[Labels | None],
+) -> list[Rejected]:
+    """The rows without a label, which are said."""
+    rows = [number for number, labels in enumerate(found) if labels is None]
+    rejected = []
+    for row in rows:
+        text = texts[row][0].strip()
+        reason = f"no label ({text})" if text else "no label"
+        rejected.append(Rejected(records[row].image_id, records[row].path, reason))
+    if rejected:
+        log.warn(
+            f"{path}: {len(rows):,} of {len(found):,} rows have no label and are left out, first "
+            f"row {rows[0] + 1}: {rejected[0].reason}"
+        )
+    return rejected
+
+
+def _named_columns(options: OpenOptions) -> list[str]:
+    """The columns that are named, in lower case."""
+    return [_plain(name) for name in (options.path_column, options.label_column) if name]
+
+
+def _find_column(
+    name: str | Path, table: Table, option: str, named: str | None, usual: Sequence[str]
+) -> str | None:
+    """A column of the table: the named one, or the first of the usual ones that is there."""
+    if named is None:
+        return next((column for column in usual if column in table.columns), None)
+    if _plain(named) not in table.columns:
+        hint = did_you_mean(named, table.columns.values())
+        raise UsageError(f"{option}: {name} has no column {named!r}{hint}")
+    return _plain(named)
+
+
+def _gather(
+    name: str, base: str, table: Table, options: OpenOptions
+) -> tuple[Names, Names | None, TextColumn | None]:
     """Paths, names where they are given, and labels. The path names an image without a name."""
-    path = next((column for column in FILE_COLUMNS if column in table.columns), None)
+    path = _find_column(name, table, "path_column", options.path_column, FILE_COLUMNS)
     if path is None:
         raise UsageError(
             f"{name}: no column for the image; expected one of {', '.join(FILE_COLUMNS)}, "
-            f"found {', '.join(table.columns.values())}"
+            f"found {', '.join(table.columns.values())}; --path-column names it"
         )
     named = path != "image_id" and "image_id" in table.columns
     for column in (path, "image_id"):
         if column in table.types and (named or column == path):
             _raise_type(Path(name), table, column)
-    label = next((column for column in LABEL_COLUMNS if column in table.columns), None)
+    label = _find_column(name, table, "label_column", options.label_column, LABEL_COLUMNS)
     if label in table.types:
         log.warn(
             f"{name}: column {label!r} holds {table.types[label]}, so it is not read as labels"
@@ -213,7 +275,8 @@ def _gather(name: str, base: str, table: Table) -> tuple[Names, Names | None, Te
             pairs = zip(block["image_id"], paths, strict=True)
             ids.extend([own or text for own, text in pairs])
         if label is not None:
-            labels.extend((text and text.strip()) or None for text in block[label])
+            texts = ((text or "").strip() for text in block[label])
+            labels.extend(None if is_missing(text) else text for text in texts)
         done += len(paths)
     return files.names(), ids.names() if named else None, labels if label is not None else None
 
@@ -240,12 +303,12 @@ def _rows(blocks: Iterable[Block]) -> Iterator[dict[str, str | None]]:
             yield dict(zip(block, cells, strict=True))
 
 
-def _label_column(path: Path, table: Table) -> str:
-    found = next((column for column in LABEL_COLUMNS if column in table.columns), None)
+def _label_column(path: Path, table: Table, options: OpenOptions) -> str:
+    found = _find_column(path, table, "label_column", options.label_column, LABEL_COLUMNS)
     if found is None:
         raise UsageError(
             f"{path}: no column for the label; expected one of {', '.join(LABEL_COLUMNS)}, "
-            f"found {', '.join(table.columns.values())}"
+            f"found {', '.join(table.columns.values())}; --label-column names it"
         )
     return found
 

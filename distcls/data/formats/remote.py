@@ -291,6 +291,7 @@ def _images_below(url: str, root: str, web: bool) -> Iterator[Listed]:
     left_out = LeftOut()
     for name, tag in _walk(root, web):
         if not is_image_name(name):
+            left_out.add_other(name)  # by its ending: the first bytes cost a request each
             continue
         if is_hidden(name[len(root) + 1 :]):
             left_out.add("hidden_images", name)

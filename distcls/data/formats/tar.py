@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
-from distcls.data.formats.folder import LeftOut, is_hidden
+from distcls import log
+from distcls.data.formats.folder import OTHER_SUFFIXES, LeftOut, is_hidden
 from distcls.data.source import (
     ImageRecord,
     ImageSource,
@@ -67,6 +68,7 @@ class TarSource(ImageSource):
             shard = path.stem if distinct else str(path.with_suffix(""))
             names.extend(self._index(number, path, shard))
         self._left_out.say(self.location)
+        self.left_out = self._left_out.rows
         self._names = names.names()
         self._image_ids = self._names.printable()
         if not len(self._names):
@@ -104,7 +106,13 @@ class TarSource(ImageSource):
                 f"{self.location}: {name!r} has no class, expected a KEY.cls beside it"
             )
         classes = options.classes or natural_order(text for text in texts if text is not None)
-        labels = {str(label): label for label in range(len(classes))} if options.classes else {}
+        # the numbers count from 0, or from 1 where only that gives each its class
+        own = set(texts) <= set(classes)
+        start = int(not own and str(len(classes)) in texts and "0" not in texts)
+        numbers = range(len(classes)) if options.classes else ()
+        labels = {str(start + label): label for label in numbers}
+        if labels and start:
+            log.say(f"{self.location}: classes are numbered from 1: 1 is {classes[0]!r}")
         labels |= {name: label for label, name in enumerate(classes)}
         records = []
         for index, (image_id, text) in enumerate(zip(self._names, texts, strict=True)):
@@ -151,6 +159,8 @@ class TarSource(ImageSource):
         used: set[str] = set()
         for key, ending, member in members:
             if ending not in SUFFIXES:
+                if ending not in OTHER_SUFFIXES:
+                    self._left_out.add_other(member.name)
                 continue
             if is_hidden(key):
                 self._left_out.add("hidden_images", f"{shard}/{member.name}")
