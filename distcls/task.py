@@ -257,5 +257,6 @@ def class_list(names: Sequence[str]) -> str:
 
 def _in_a_list(name: str) -> str:
     name = name if name.isprintable() else ascii(name)[1:-1]
-    name = name if len(name) <= NAME_LETTERS else name[:NAME_LETTERS] + "..."
+    if len(name) > NAME_LETTERS:  # long names often differ at their end
+        name = f"{name[: NAME_LETTERS // 2]}...{name[-NAME_LETTERS // 2 + 3 :]}"
     return f"'{name}'" if "," in name else name

@@ -16,10 +16,13 @@ import pytest
 
 from distcls.commands.prepare import main
 from distcls.data import prepare as module
-from distcls.data.dataset import CLASSES, MANIFEST, PACK, Dataset
-from distcls.data.prepare import PrepareOptions, prepare
+from distcls.data.dataset import CLASSES, INFO, MANIFEST, PACK, Dataset
+from distcls.data.prepare import PrepareOptions, pixel_digest, prepare
 from distcls.errors import UsageError
 from distcls.imaging import decode_file
+from distcls.training.config import TrainConfig
+from distcls.training.inputs import open_input
+from tests.pictures import smooth
 from tests.sources import digits, idx_folder, put, tree
 
 
@@ -287,7 +290,8 @@ def test_class_names_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[s
     put(tmp_path / "many" / "a\nb" / "0.png", digits(1)[0][0])
     main([str(tmp_path / "many"), "--out", str(tmp_path / "out2")])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line[:8] == "classes:"]
-    assert line.startswith("classes: 'a\\nb', " + "long" * 9 + "lon…, ")
+    long = "long" * 5 + "..." + ("long" * 12 + "-00")[-17:]
+    assert line.startswith(f"classes: a\\nb, {long}, ")
     assert line.endswith(", ... (26 in all)")
     assert line.count(", ") == 10
 
@@ -300,3 +304,35 @@ def test_prepare_needs_no_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tree(tmp_path / "s", 40)), "--out", "out", "--quiet"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_images_that_training_and_validation_share_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same picture in two files, one of them encoded anew without loss."""
+    pictures = [smooth(seed=seed) for seed in range(12)]
+    for number, picture in enumerate(pictures):
+        for split, ending in (("train", "png"), ("val", "bmp"), ("test", "png")):
+            if split == "train" or number < 5:
+                shown = picture if split != "test" or number < 1 else 255 - picture
+                file = tmp_path / "p" / split / "ab"[number % 2] / f"{split}{number}.{ending}"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(file), shown)
+    out = tmp_path / "data"
+    prepare(PrepareOptions(source=str(tmp_path / "p"), out=out))
+    said = capsys.readouterr().err
+    assert "5 of 5 val images have the pixels of a training image, first 'val/a/val0.bmp'" in said
+    assert "1 of 5 test images have the pixels of a training image" in said
+    assert json.loads((out / INFO).read_text())["repeated"] == {"val": 5, "test": 1}
+    open_input(TrainConfig(data=out, out=tmp_path / "run"))
+    assert "5 of 5 validation images are training images too" in capsys.readouterr().err
+
+
+def test_pixels_are_told_apart() -> None:
+    large = smooth(300, 400, seed=3)
+    other = large.copy()
+    other[1, 1] += 1  # not one of those that are digested
+    assert pixel_digest(large) == pixel_digest(large.copy())
+    assert pixel_digest(large) != pixel_digest(other)
+    grey = np.zeros((4, 6, 1), np.uint8)
+    assert pixel_digest(grey) != pixel_digest(grey.reshape(6, 4, 1))

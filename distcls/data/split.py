@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -356,6 +356,25 @@ class SplitAssignment:
             records=[self.records[i] for i in positions],
             splits=[self.splits[i] for i in positions],
         )
+
+
+def repeated_in_training(
+    assignment: SplitAssignment, digests: Mapping[str, bytes]
+) -> dict[str, list[tuple[str, str]]]:
+    """Images of the other splits that are also in training: their ids, and those there.
+
+    `digests` are of the images' pixels, by id.
+    """
+    rows = [
+        (split, record.image_id, digests[record.image_id])
+        for split, record in zip(assignment.splits, assignment.records, strict=True)
+    ]
+    trained = {digest: name for split, name, digest in reversed(rows) if split == "train"}
+    found: dict[str, list[tuple[str, str]]] = {}
+    for split, name, digest in rows:
+        if split != "train" and digest in trained:
+            found.setdefault(split, []).append((name, trained[digest]))
+    return found
 
 
 def split_images(

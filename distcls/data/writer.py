@@ -249,6 +249,7 @@ def write_info(
     left_out: dict[str, int],
     background: Color | None,
     transparent: int,
+    repeated: dict[str, int],
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Write classes.json and dataset.json; return the latter. Manifest and pack must be there."""
@@ -270,6 +271,7 @@ def write_info(
         "left_out": left_out,
         "background": background,
         "transparent": transparent,
+        "repeated": repeated,
         "seed": options["seed"],
         "options": options,
         "sha256": {name: digest(folder / name) for name in hashed},

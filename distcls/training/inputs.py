@@ -60,6 +60,8 @@ C = TypeVar("C", bound=TrainConfig)
 
 DATASET = "dataset"
 """Folder in a run directory with the dataset that the run prepared."""
+REPEATED = 0.01
+"""Fraction of the validation images that may also be training images without a word."""
 SIZES_READ = 16
 """Images read to find the size of a dataset that is not packed."""
 
@@ -218,6 +220,7 @@ def open_input(config: TrainConfig) -> TrainingInput:
     train = dataset.split("train", use_pack=use_pack)
     _check_classes(dataset, train)
     val = dataset.split("val", use_pack=use_pack)
+    _warn_of_repeated(dataset, len(val))
     return TrainingInput(
         classes=dataset.classes,
         train=train,
@@ -226,6 +229,17 @@ def open_input(config: TrainConfig) -> TrainingInput:
         val_samples=_subset(len(val), config),
         fingerprint=fingerprint_of(dataset, train, val),
     )
+
+
+def _warn_of_repeated(dataset: Dataset, images: int) -> None:
+    """Say that validation is better than possible, as `prepare` found it."""
+    repeated = dataset.info.get("repeated")
+    count = repeated.get("val") if isinstance(repeated, dict) else None
+    if isinstance(count, int) and count >= REPEATED * images:
+        warn(
+            f"{dataset.folder}: {count:,} of {images:,} validation images are training images too "
+            "(the same pixels): the scores below are better than on new images"
+        )
 
 
 def choose_preprocess(config: InputConfig, split: Split, weights: Preprocess | None) -> Preprocess:
