@@ -243,11 +243,12 @@ def test_rows_on_standard_output_are_those_of_a_file(
     folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
 ) -> None:
     (folder / "000.png").write_bytes(b"")
-    run(folder, model, tmp_path / f"a.{ending}", "--part-rows", "4", "--batch-size", "4")
+    parts = ["--part-rows", "4", "--batch-size", "4"]
+    run(folder, model, tmp_path / f"a.{ending}", *parts)
     capsys.readouterr()
     before = sorted(tmp_path.iterdir())
     flags = [] if ending == "csv" else ["--out-format", "jsonl"]
-    main([str(folder), "--model", str(model), "--out", "-", "--part-rows", "4", *flags])
+    main([str(folder), "--model", str(model), "--out", "-", *parts, *flags])
     printed = capsys.readouterr()
     assert printed.out == (tmp_path / f"a.{ending}").read_text()
     assert "23 images, 1 errors" in printed.err
@@ -260,7 +261,19 @@ def test_nothing_is_printed_if_no_image_is_readable(
     for path in folder.iterdir():
         path.write_bytes(b"")
     with pytest.raises(UsageError, match="none of 23 images is readable"):
-        main([str(folder), "--model", str(model), "--out", "-", "--part-rows", "4"])
+        main(
+            [
+                str(folder),
+                "--model",
+                str(model),
+                "--out",
+                "-",
+                "--batch-size",
+                "4",
+                "--part-rows",
+                "4",
+            ]
+        )
     assert capsys.readouterr().out == ""
 
 
@@ -283,7 +296,9 @@ def test_what_standard_output_excludes(
 def test_a_reader_that_leaves_ends_it(folder: Path, model: Path) -> None:
     call = [sys.executable, "-m", "distcls.cli", "predict", str(folder), "--model", str(model)]
     with subprocess.Popen(
-        [*call, "--out", "-", "--part-rows", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*call, "--out", "-", "--batch-size", "1", "--part-rows", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None

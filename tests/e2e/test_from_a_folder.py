@@ -99,6 +99,22 @@ def test_config_yaml_prepares_it_again_where_it_is_gone(photos: Path) -> None:
     assert Path("runs/b/dataset/manifest.parquet").read_bytes() == before
 
 
+def test_a_run_directory_is_a_model_wherever_one_is_taken(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(photos, "--out", "runs/a")
+    dispatch(["export", "--ckpt", "runs/a", "--tolerance", "0.1"])
+    assert Path("runs/a/best.onnx").is_file()
+    dispatch(["evaluate", "--model", "runs/a", "--data", "runs/a/dataset"])
+    assert "model: runs/a/best.onnx\n" in capsys.readouterr().err
+    train(photos, "--out", "runs/b", "--model.pretrained", "runs/a", "--distill.teacher", "runs/a")
+    assert "runs/a/best.pth" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"ckpt: photos is a folder without best\.pth"):
+        dispatch(["export", "--ckpt", "photos"])
+    with pytest.raises(UsageError, match=r"distill\.teacher: photos is a folder without best"):
+        train(photos, "--out", "runs/c", "--distill.teacher", "photos")
+
+
 def test_without_out_each_run_has_a_new_directory(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,6 +35,7 @@ from distcls.export.onnx import ExportOptions
 from distcls.export.triton import TritonOptions
 from distcls.training.config import OPTIMIZERS, DistillConfig, OptimizerConfig, TrainConfig
 from distcls.training.distillation import Teacher
+from distcls.training.inputs import place
 from distcls.training.optim import make_optimizer
 from distcls.training.schedule import SCHEDULES, ScheduleConfig, make_schedule
 
@@ -115,6 +116,8 @@ def whole_path(folder: Path) -> None:
         distcls.commands.predict.main(
             ["--model", model, str(data), "--out", str(predictions), *more]
         )
+    distcls.commands.predict.main(["--model", str(out), str(data), "--out", "-", "--limit", "2"])
+    place(TrainConfig(data=folder / "gone", source="digits", out=folder / "again"))
 
 
 def every_choice() -> None:
