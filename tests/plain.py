@@ -13,7 +13,7 @@ def plain_config(**fields: Any) -> TrainConfig:
         "epochs": 10,
         "batch_size": 128,
         "lr": 1e-3,
-        "augment": AugmentConfig(),
+        "augment": AugmentConfig(flip=0.0, crop_padding=0, resized_crop=None),
         "monitor": MonitorConfig(patience=None),
     }
     return TrainConfig(**{**plain, **fields})

@@ -71,6 +71,7 @@ def test_a_run_with_all_of_them(changed: Path, tmp_path: Path) -> None:
     chosen += ["--schedule.name", "linear", "--schedule.warmup", "2 steps"]
     run: list[object] = ["--data", data, "--out", out, "--lr", "1e-4", "--log-every", "1"]
     run += ["--epochs", "2", "--limit", "320", "--batch-size", "32", "--schedule.final", "0.1"]
+    run += ["--augment.flip", "0", "--augment.crop-padding", "0"]
     call(changed, "distcls.train", *run, *chosen)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]

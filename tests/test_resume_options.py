@@ -231,7 +231,7 @@ def test_a_mean_that_had_begun_starts_anew_and_says_so(
 def test_with_more_epochs_the_rate_is_that_of_the_longer_schedule(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ("--limit", "48", "--freeze.backbone", "75%")
+    flags = ("--limit", "48", "--freeze.backbone", "75%", "--lr", "1e-3")
     trained(digits, tmp_path / "run", *flags)
     capsys.readouterr()
     went_on(digits, tmp_path / "run", *flags, "--epochs", "4")

@@ -26,6 +26,7 @@ from distcls.training.config import (
     MonitorConfig,
     TrainConfig,
 )
+from tests.plain import plain_config
 
 NAN = math.nan
 
@@ -102,7 +103,7 @@ def test_patience() -> None:
 
 def config(folder: Path, **changes: Any) -> TrainConfig:
     values = {"data": folder / "data", "out": folder / "run", "resume": "auto", **changes}
-    return TrainConfig(**values)
+    return plain_config(**values)
 
 
 def save_state(now: TrainConfig, state: TrainingState, tensors: dict[str, Any]) -> None:

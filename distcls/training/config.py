@@ -305,8 +305,9 @@ class OptimizerConfig:
     layer_decay: float | None = None
     """Layer-wise learning rate decay, for fine-tuning: each layer's learning rate is this times
     that of the layer above it, the head's being `lr`; null: one for all."""
-    head_lr_scale: float = 1.0
-    """Learning rate of the head (the last layer), as a multiple of `lr`."""
+    head_lr_scale: float | Auto = "auto"
+    """Learning rate of the head (the last layer), as a multiple of `lr`; auto: 4 with pretrained
+    weights, else 1."""
     clip_norm: float | None = 1.0
     """Gradient clipping: largest norm of all gradients, after unscaling; null is off."""
 
@@ -325,7 +326,7 @@ class OptimizerConfig:
             layer is None or 0 < layer <= 1, "layer_decay", layer, "above 0, at most 1, or null"
         )
         scale = self.head_lr_scale
-        require(scale > 0, "head_lr_scale", scale, "a number above 0")
+        require(scale == "auto" or scale > 0, "head_lr_scale", scale, "a number above 0, or auto")
         clip = self.clip_norm
         require(clip is None or clip > 0, "clip_norm", clip, "a number above 0, or null")
 

@@ -45,8 +45,9 @@ def learning_rate_scales(config: OptimizerConfig, model: nn.Module) -> dict[str,
     depth = depths(model)
     top, decay = max(depth.values()), config.layer_decay or 1.0
     scales = {name: float(decay ** (top - layer)) for name, layer in depth.items()}
+    head = 1.0 if config.head_lr_scale == "auto" else config.head_lr_scale
     for name in head_parameters(model):
-        scales[name] *= config.head_lr_scale
+        scales[name] *= head
     return scales
 
 

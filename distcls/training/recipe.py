@@ -13,7 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from distcls.task import Task
-from distcls.training.config import SMALL_IMAGE, AugmentConfig, TrainConfig, chosen
+from distcls.training.config import (
+    SMALL_IMAGE,
+    AugmentConfig,
+    OptimizerConfig,
+    TrainConfig,
+    chosen,
+)
 
 BATCHES = (8, 128)
 """Smallest and largest batch that is chosen, ..."""
@@ -23,8 +29,10 @@ FEWEST_EPOCHS, MOST_EPOCHS = 10, 100
 """Epochs that are chosen, and the least patience."""
 STEPS, STEPS_PRETRAINED = 600, 300
 """Optimiser steps of a run on a small set, from scratch and from pretrained weights."""
-LR, LR_PRETRAINED = 1e-3, 3e-4
+LR, LR_PRETRAINED = 1e-3, 5e-4
 """Peak learning rate for batches of 128; for smaller ones less, by the square root."""
+HEAD_SCALE = 4.0
+"""Learning rate of a new head, as a multiple of that of the pretrained layers below it."""
 SHIFT = 8
 """Small images are shifted by up to their side divided by this."""
 CROP = (0.35, 1.0)
@@ -50,6 +58,7 @@ def fill_recipe(
         epochs=epochs,
         batch_size=batch,
         lr=chosen_lr(batch, pretrained) if lr == "auto" else lr,
+        optimizer=_optimizer(config.optimizer, pretrained),
         monitor=dataclasses.replace(config.monitor, patience=patience),
     )
     before, after = (
@@ -57,15 +66,27 @@ def fill_recipe(
             "epochs": each.epochs,
             "batch size": each.batch_size,
             "learning rate": each.lr,
+            "that of the head": each.optimizer.head_lr_scale if pretrained else None,
             "patience": each.monitor.patience,
         }
         for each in (config, filled)
     )
-    parts = [f"{name} {after[name]}" for name, value in before.items() if value == "auto"]
+    times = {"that of the head": " times"}
+    parts = [
+        f"{name} {after[name]}{times.get(name, '')}"
+        for name, value in before.items()
+        if value == "auto"
+    ]
     start = "pretrained" if pretrained else "from scratch"
     lines = [f"recipe     {', '.join(parts)} (auto: {images:,} images, {start})"] if parts else []
     augment, reasons = fill_augment(config.augment, task=task, size=size)
     return dataclasses.replace(filled, augment=augment), [*lines, *reasons]
+
+
+def _optimizer(config: OptimizerConfig, pretrained: bool) -> OptimizerConfig:
+    if config.head_lr_scale != "auto":
+        return config
+    return dataclasses.replace(config, head_lr_scale=HEAD_SCALE if pretrained else 1.0)
 
 
 def chosen_batch(images: int) -> int:

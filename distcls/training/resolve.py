@@ -173,6 +173,7 @@ RECORDED = {
     "": ("epochs", "batch_size", "lr"),
     "augment": ("flip", "crop_padding", "resized_crop"),
     "monitor": ("patience",),
+    "optimizer": ("head_lr_scale",),
 }
 """The keys, by section, that the recipe fills in."""
 

@@ -94,7 +94,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "input.interpolation": ("cubic", {"input.size": "10,10"}, WEIGHTS),
     "input.crop_fraction": (0.8, {}, WEIGHTS),
     "loader.pack": ("off", {}, WORDS),
-    "augment.flip": (0.5, {}, WEIGHTS),
+    "augment.flip": (0.0, {}, WEIGHTS),
     "augment.crop_padding": (2, {}, WEIGHTS),
     "augment.resized_crop": ("0.5,1", {"augment.crop_padding": 0}, WEIGHTS),
     "augment.rotate": (20, {}, WEIGHTS),

@@ -84,8 +84,8 @@ def test_what_a_failed_start_prepared_is_taken_by_the_next_one(
         train(photos, "--out", "runs/a", "--model.pretrained", "nowhere.pth")
     train(photos, "--out", "runs/a")
     assert "as prepared before in runs/a/dataset" in capsys.readouterr().err
-    shutil.rmtree("runs/a/last")
-    Path("runs/a/config.yaml").unlink()
+    for path in Path("runs/a").glob("[!d]*"):  # all but the dataset
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(UsageError, match="and photos was split by seed 0"):
         train(photos, "--out", "runs/a", "--seed", 1)
 

@@ -39,11 +39,12 @@ def call(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
-    """The error, which has to be one line and all there is."""
+    """The error, which has to be one line; before it stands at most what was recognised."""
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+    *before, line = done.stderr.splitlines()
     assert line.startswith("error: ")
+    assert not any(other.startswith(("error: ", "Traceback")) for other in before)
     return line
 
 

@@ -65,7 +65,7 @@ def bad_training_images(source: Path) -> None:
     ("make", "flags", "message"),
     [
         (missing, "", "no such file or folder"),
-        (empty, "", "no images in this folder (searched for .bmp, .gif"),
+        (empty, "", "no images in this folder (searched for .avif, .bmp"),
         (one_class, "", "one class only ('0'); a classifier needs at least two"),
         (untrained_class, "", "class '3' has no training images; its 1 lie in val or test"),
         (truncated_gz, "", "truncated or damaged gzip file"),
@@ -92,7 +92,7 @@ def test_bad_sources(
     ("content", "message"),
     [
         ("", "the manifest is empty (0 bytes)"),
-        ("path,label\na.png,cat\nb.png,\n", "row 2: label is empty"),
+        ("path,label\na.png,cat\nb.png,\n", "one class only ('cat')"),
         ("path,label\na.png,cat\nb.png,dgo\n", "row 2: label 'dgo' is not one of the classes"),
         ("path,label\na.png,cat\na.png,dog\n", "row 2: 'a.png' stands in row 1 already"),
         ("path,kind\na.png,cat\n", "no column for the label"),
