@@ -63,14 +63,17 @@ def picture(name: str) -> Pixels:
 def crops(
     image: Pixels, count: int, sides: tuple[int, int], held_out: bool, rng: np.random.Generator
 ) -> Iterator[Pixels]:
-    """Crops of random places and shapes; those held out are of the right two fifths."""
-    cut = image.shape[1] * 3 // 5
-    image = image[:, cut:] if held_out else image[:, :cut]
-    for _ in range(count):
-        tall, wide = (min(int(rng.integers(*sides)), side) for side in image.shape[:2])
-        top = int(rng.integers(0, image.shape[0] - tall + 1))
-        left = int(rng.integers(0, image.shape[1] - wide + 1))
-        yield image[top : top + tall, left : left + wide]
+    """Crops of random places and shapes; those held out are of a band in the middle."""
+    width = image.shape[1]
+    left, right = width * 2 // 5, width * 3 // 5
+    for number in range(count):
+        part = image[:, left:right] if held_out else (image[:, :left], image[:, right:])[number % 2]
+        tall, wide = (min(int(rng.integers(*sides)), side) for side in part.shape[:2])
+        y, x = (
+            int(rng.integers(0, side - length + 1))
+            for side, length in zip(part.shape, (tall, wide), strict=False)
+        )
+        yield part[y : y + tall, x : x + wide]
 
 
 def photographs(
