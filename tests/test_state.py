@@ -143,7 +143,10 @@ def test_no_state_is_no_error(tmp_path: Path) -> None:
         ("seed", {"seed": 1}),
         ("data", {"data": Path("elsewhere")}),
         ("model.dropout", {"model": ModelConfig(dropout=0.5)}),
-        ("augment.resized_crop", {"augment": AugmentConfig(flip=0.0, crop_padding=0, resized_crop=(0.5, 1.0))}),
+        (
+            "augment.resized_crop",
+            {"augment": AugmentConfig(flip=0.0, crop_padding=0, resized_crop=(0.5, 1.0))},
+        ),
         ("loss.class_weights.cat", {"loss": LossConfig(class_weights={"cat": 2.0})}),
     ],
 )

@@ -92,7 +92,7 @@ def test_bad_sources(
     ("content", "message"),
     [
         ("", "the manifest is empty (0 bytes)"),
-        ("path,label\na.png,cat\nb.png,\n", "one class only ('cat')"),
+        ("path,label\na.png,cat\nb.png,\n", "class 'dog' has no training images"),
         ("path,label\na.png,cat\nb.png,dgo\n", "row 2: label 'dgo' is not one of the classes"),
         ("path,label\na.png,cat\na.png,dog\n", "row 2: 'a.png' stands in row 1 already"),
         ("path,kind\na.png,cat\n", "no column for the label"),
