@@ -51,6 +51,8 @@ def _open_standard_streams() -> None:
         except OSError:
             # the lowest free descriptor, which is this one; our children inherit it
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            if descriptor == 1:
+                log.set_output_closed()
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123 - open to the end

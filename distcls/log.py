@@ -5,12 +5,46 @@ Standard output carries results only (`--json`), so that it can be piped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+from distcls.errors import DistclsError
+
 _quiet = False
+_output_closed = False
+"""Whether standard output was closed at the start (`>&-`)."""
+
+
+def set_output_closed() -> None:
+    """Record that what is printed on standard output goes nowhere."""
+    global _output_closed
+    _output_closed = True
+
+
+def require_output() -> None:
+    """Raise DistclsError if standard output is closed: a result must not be lost silently."""
+    if _output_closed:
+        raise DistclsError("standard output is closed, the result cannot be printed there")
+
+
+@contextlib.contextmanager
+def writing_output() -> Iterator[None]:
+    """A block that writes results to standard output; DistclsError where that fails, such as on a
+    full disk. A reader that has left (`| head`) raises BrokenPipeError, as always."""
+    require_output()
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # what is left in the buffer would fail once more when the interpreter exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise DistclsError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def set_quiet(quiet: bool) -> None:
@@ -27,6 +61,17 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes of this run, from the launcher's WORLD_SIZE; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """A block in which `say` is silent: what it would print is printed elsewhere."""
+    before = _quiet
+    set_quiet(True)
+    try:
+        yield
+    finally:
+        set_quiet(before)
 
 
 def say(message: str) -> None:
@@ -62,7 +107,8 @@ def print_json(value: Any) -> None:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         text = json.dumps(value)
-    print(text)
+    with writing_output():
+        print(text)
 
 
 def _write(line: str) -> None:

@@ -277,3 +277,19 @@ def test_each_image_depends_on_its_own_draws_alone(options: dict[str, Any]) -> N
     assert torch.allclose(alone, whole, atol=1e-3)
     other = maker(images, drawn(12, seed=1))
     assert all(not torch.equal(one, two) for one, two in zip(other, whole, strict=True))
+
+
+def test_the_background_of_transparent_images_moves_in() -> None:
+    images = torch.full((4, 12, 12, 3), 90, dtype=torch.uint8)
+    images[..., 2] = 250
+    for options in ({"crop_padding": 4}, {"rotate": 40.0}):
+        made = Augment(AugmentConfig(**options), (12, 12), fill=(255, 128, 3))
+        draws = torch.rand(4, made.draws, generator=torch.Generator().manual_seed(3))
+        found = made(images, draws).float()
+        black = Augment(AugmentConfig(**options), (12, 12))(images, draws).float()
+        assert not torch.equal(found, black)
+        rim = (black == 0).all(-1)
+        assert rim.any()
+        assert torch.equal(found[rim], torch.tensor([255.0, 128.0, 3.0]).expand(int(rim.sum()), 3))
+        inside = (black == torch.tensor([90.0, 90.0, 250.0])).all(-1)
+        torch.testing.assert_close(found[inside], black[inside], atol=1e-3, rtol=0)

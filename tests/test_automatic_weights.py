@@ -135,7 +135,7 @@ def test_without_weights_it_says_what_that_costs(
         line for line in capsys.readouterr().err.splitlines() if "training from scratch" in line
     ]
     assert line.startswith(f"warning: model.pretrained: cannot download {SMALL.url} (DISTCLS_OFF")
-    assert "far more images and epochs" in line
+    assert "needs more images and epochs" in line
     assert "--model.pretrained FILE gives weights" in line
     main(["--config", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "again")])
     assert "training from scratch" not in capsys.readouterr().err

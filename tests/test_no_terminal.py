@@ -87,8 +87,26 @@ def test_every_stream_closed(
 ) -> None:
     arguments, left = commands(photos, data, model, tmp_path)[command]
     done = distcls(*arguments, shell="<&- >&- 2>&-")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")  # the JSON is nowhere
     assert left.stat().st_size > 0
+    left.unlink()
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_a_result_that_cannot_be_printed_is_one_line(
+    photos: Path, data: Path, model: Path, tmp_path: Path, command: str
+) -> None:
+    arguments, left = commands(photos, data, model, tmp_path)[command]
+    done = distcls(*arguments, "--quiet", shell=">/dev/full")
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output cannot be written: No space left on device\n"
+    assert left.stat().st_size > 0
+    rows = ("predict", photos, "--model", model, "--out", "-", "--quiet")
+    for shell, reason in ((">/dev/full", "No space left on device"), (">&-", "is closed")):
+        done = distcls(*rows, shell=shell)
+        assert done.returncode == 1
+        assert reason in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["prepare", "evaluate"])

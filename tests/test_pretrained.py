@@ -52,7 +52,7 @@ def test_our_checkpoint_with_another_class_count(tmp_path: Path) -> None:
     assert len(report.loaded) == len(fresh) - 2
     own = model.backbone.state_dict()
     for name in ("classifier.3.weight", "classifier.3.bias"):
-        assert torch.equal(own[name], fresh[name])
+        assert not own[name].any()  # from equal logits
     lines = report.lines()
     assert lines[0] == f"pretrained: {path}"
     values = sum(tensor.numel() for tensor in fresh.values()) - 5 * 1025

@@ -10,7 +10,6 @@ resumed; the finished parts become the output in one step.
 from __future__ import annotations
 
 import contextlib
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -36,8 +35,7 @@ from distcls.runtime.model import Model
 def check_output(options: PredictOptions) -> None:
     """Raise UsageError, before any work, if the results could not be written."""
     if options.to_standard_output:
-        if sys.stdout is None:
-            raise UsageError("out: standard output is closed; give --out the name of a file")
+        log.require_output()
     else:
         check_ending(options.out)
     if options.features is not None:

@@ -161,8 +161,8 @@ class Parts:
         """Write the finished parts that are not printed yet to standard output, and delete their
         files; for a folder that nothing will be resumed from."""
         files = self.files(ending)[self.printed :]
-        copy_rows(files, sys.stdout.buffer, ending, names, header=not self.printed)
-        sys.stdout.flush()
+        with log.writing_output():
+            copy_rows(files, sys.stdout.buffer, ending, names, header=not self.printed)
         self.printed = len(self.records)
         for path in files:
             path.unlink()

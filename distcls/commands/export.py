@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from distcls import log
@@ -22,7 +21,7 @@ def main(arguments: Sequence[str]) -> None:
     size = options.target.stat().st_size / 1e6
     log.say(f"wrote {options.target} ({size:.1f} MB)")
     if options.json:
-        print(json.dumps({"out": str(options.target), **certificate.to_json()}))
+        log.print_json({"out": str(options.target), **certificate.to_json()})
 
 
 def main_triton(arguments: Sequence[str]) -> None:
@@ -33,7 +32,7 @@ def main_triton(arguments: Sequence[str]) -> None:
     folder = write_repository(options)
     log.say(f"wrote {folder}; tritonserver --model-repository {options.out} serves it")
     if options.json:
-        print(json.dumps({"out": str(folder), "name": options.title, "version": options.version}))
+        log.print_json({"out": str(folder), "name": options.title, "version": options.version})
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from distcls import log
 from distcls.cli import run
 from distcls.config import parse, positional
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
 
     names = matching(options.pattern)
     if options.json:
-        print(json.dumps({"models": [describe(name).to_json() for name in names]}))
+        log.print_json({"models": [describe(name).to_json() for name in names]})
         return
     print(HEADER)
     for name in names:

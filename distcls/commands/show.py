@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     log.say(f"{title}; wrote {config.out}")
     if config.json:
         result = {"out": str(config.out), "images": len(found.labels), "steps": found.steps}
-        print(json.dumps(result))
+        log.print_json(result)
 
 
 def check_output(config: ShowConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from distcls import log
@@ -33,8 +32,14 @@ def main(arguments: Sequence[str]) -> None:
         f"best epoch {result.best_epoch} of {result.epochs}: {config.monitor.metric} "
         f"{result.best_score:.4f}, {minutes:.1f} min{where}"
     )
+    data = result.out / "dataset"
+    tested = f"; distcls evaluate --model {result.out} --data {data}" if data.exists() else ""
+    log.say(
+        f"next: distcls predict --model {result.out} IMAGES; distcls export --ckpt {result.out}"
+        f"{tested}"
+    )
     if config.json:
-        print(json.dumps(result.to_json()))
+        log.print_json(result.to_json())
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT = 1
+IN_RUN = "dataset"
+"""Folder in a run directory with the dataset that the run prepared."""
 MANIFEST, CLASSES, INFO, PACK = "manifest.parquet", "classes.json", "dataset.json", "pack.bin"
 
 
@@ -416,6 +418,8 @@ class Dataset:
         import pyarrow.parquet as pq
 
         folder = Path(folder)
+        if not is_dataset(folder) and is_dataset(folder / IN_RUN):  # a run directory
+            folder = folder / IN_RUN
         if not folder.exists():
             raise UsageError(f"{folder}: no such dataset directory; distcls prepare makes one")
         if not is_dataset(folder):

@@ -58,8 +58,8 @@ from distcls.task import class_list
 
 DIGESTED_WHOLE = 100_000
 """Values of an image up to which all of them are digested."""
-VAL_FRACTION = 0.1
-"""Default of `val_fraction`."""
+VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
+"""Defaults of `val_fraction` and `test_fraction`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,9 +105,10 @@ class PrepareOptions:
     val_fraction: float | None = None
     """Fraction of each class for validation, where the source has no validation split; default:
     0.1."""
-    test_fraction: float = 0.2
-    """Fraction of each class for testing, where the source has no test split; 1 for a later test
-    set, of which all images are for testing."""
+    test_fraction: float | None = None
+    """Fraction of each class for testing, where the source has no test split; default: 0.2, but
+    none where the source has a validation split; 1 for a later test set, of which all images are
+    for testing."""
     folds: int | None = None
     """Cross-validation: split the training images into this number of stratified folds; `fold` is
     for validation, all other folds are for training."""
@@ -137,7 +138,7 @@ class PrepareOptions:
         names = format_names()
         require(self.format in names, "format", self.format, f"one of {', '.join(names)}")
         require_one_way(self.folds, self.fold, self.bootstrap, self.val_fraction)
-        val, test = self.val_fraction, self.test_fraction
+        val, test = self.val_fraction, self.resolved_test_fraction
         require(val is None or 0 <= val < 1, "val_fraction", val, "at least 0 and below 1")
         require(0 <= test <= 1, "test_fraction", test, "at least 0 and at most 1")
         total = self.resolved_val_fraction + test
@@ -173,6 +174,11 @@ class PrepareOptions:
         return OpenOptions(
             path_column=self.path_column, label_column=self.label_column, root=self.root
         )
+
+    @property
+    def resolved_test_fraction(self) -> float:
+        """The fraction that is cut off for testing, as given or by default."""
+        return TEST_FRACTION if self.test_fraction is None else self.test_fraction
 
     @property
     def resolved_val_fraction(self) -> float:
@@ -232,7 +238,7 @@ def prepare(options: PrepareOptions) -> Prepared:
     assignment = split_images(
         source,
         val_fraction=options.resolved_val_fraction,
-        test_fraction=options.test_fraction,
+        test_fraction=_test_fraction(source, options),
         limit=options.limit,
         seed=options.seed,
         resampling=options.resampling,
@@ -255,6 +261,11 @@ def prepare(options: PrepareOptions) -> Prepared:
     )
     _summarise(prepared, source, rejected, options)
     return prepared
+
+
+def _test_fraction(source: LabelledImages, options: PrepareOptions) -> float:
+    divided = options.test_fraction is None and any(each.split == "val" for each in source.records)
+    return 0.0 if divided else options.resolved_test_fraction
 
 
 def _move(options: PrepareOptions, root: Path, started: float) -> Prepared:
@@ -306,7 +317,7 @@ def _check_sense(source: LabelledImages, options: PrepareOptions) -> None:
         raise UsageError(
             f"{source.location!r}: names of folders and classes must be UTF-8"
         ) from error
-    if options.test_fraction < 1 and (shortage := source.task.shortage()):
+    if options.test_fraction != 1 and (shortage := source.task.shortage()):
         raise UsageError(f"{source.location}: {shortage}; a classifier needs at least two")
     if source.root is None and options.pack == "off" and not options.write_images:
         raise UsageError(
@@ -494,6 +505,12 @@ def _summarise(
     say = log.say if not options.quiet else lambda _: None
     say(f"{prepared.kind}: {total:,} images of {classes}: {counts}")
     say(f"classes: {class_list(prepared.classes)}")
+    own = sum(record.split == "train" for record in source.records)
+    if own and (taken := own - prepared.counts.get("train", 0)) > 0 and options.limit is None:
+        say(
+            f"of the {own:,} images in the source's training split {taken:,} are set aside "
+            "(--val-fraction, --test-fraction)"
+        )
     if prepared.packed:
         say(f"pack: {prepared.pack_bytes / 2**20:.1f} MiB of decoded images")
     else:

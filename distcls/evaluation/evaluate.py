@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from distcls import log, plotting
-from distcls.data.dataset import Dataset, Split
+from distcls.data.dataset import IN_RUN, Dataset, Split, is_dataset, prepare_command
 from distcls.errors import DistclsError, UsageError, require
 from distcls.evaluation.metrics import (
     Integers,
@@ -207,10 +207,11 @@ def evaluate_model(options: EvaluateOptions) -> EvaluationResult:
     does not fit the data or an evaluation in `options.out`, and DistclsError, in all processes, if
     any image is bad.
     """
+    _check_data(options)
     options = _with_model_file(options)
     dataset = Dataset.open(options.data, prepare_flags="--test-fraction 1")
     split = dataset.split(options.split)
-    _check_out(options)
+    _require_new_output(options)
     with _processes(options.model) as (device, total):
         request = options.execution_request(len(split))
         model = load_model(options.model, device, request, split)
@@ -244,6 +245,19 @@ def evaluate_model(options: EvaluateOptions) -> EvaluationResult:
     return result
 
 
+def _check_data(options: EvaluateOptions) -> None:
+    """Name the dataset of the model's run where `data` is none: a new one of the same folder would
+    test on what was trained on."""
+    run = options.model if options.model.is_dir() else options.model.parent
+    known = is_dataset(options.data) or is_dataset(options.data / IN_RUN)
+    if options.data.is_dir() and not known and is_dataset(run / IN_RUN):
+        command = prepare_command(str(options.data), "--test-fraction 1")
+        raise UsageError(
+            f"{options.data} is no dataset directory; the model's own, with its test split, is "
+            f"--data {run / IN_RUN}; for other images make one of them: {command}"
+        )
+
+
 def _with_model_file(options: EvaluateOptions) -> EvaluateOptions:
     found = best_model(options.model, exported=log.world_size() == 1)
     if line := model_choice(options.model, found):
@@ -251,12 +265,12 @@ def _with_model_file(options: EvaluateOptions) -> EvaluateOptions:
     return dataclasses.replace(options, model=found)
 
 
-def _check_out(options: EvaluateOptions) -> None:
+def _require_new_output(options: EvaluateOptions) -> None:
     """Raise UsageError, in all processes and before any work, if `out` cannot be written."""
     if options.out is None:
         return
     there = [options.out / name for name in FILES if (options.out / name).exists()]
-    if there and not options.overwrite:
+    if not options.overwrite and there:
         raise UsageError(f"{there[0]} exists already; choose another --out or add --overwrite")
     if log.rank() == 0:
         require_writable(options.out)

@@ -158,7 +158,7 @@ def _distinct_line(certificate: Certificate | AccuracyCertificate) -> str:
             f"the same prediction for all of {certificate.images:,} images: their agreement is no "
             "certificate"
         )
-    return f"{number:,} different predictions on {certificate.images:,} images"
+    return f"{number:,} distinct predictions among {certificate.images:,} images"
 
 
 def _warnings(logits: NDArray[np.float32], labels: Integers, task: Task) -> tuple[str, ...]:

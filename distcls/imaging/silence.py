@@ -110,7 +110,9 @@ def silent_stderr() -> contextlib.AbstractContextManager[None]:
 
 def _pass_on(written: bytes) -> None:
     """Write the lines that are not of the image libraries to file descriptor 2."""
-    rest = b"".join(line for line in written.splitlines(True) if not NOISE.match(line))
+    rest = b"".join(
+        line for line in written.splitlines(True) if line.strip() and not NOISE.match(line)
+    )
     if rest:
         with contextlib.suppress(OSError):
             os.write(2, rest)

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> None:
         rows = search.run()
     ranked = ranking(config, rows)
     if config.json:
-        print(json.dumps({"best": ranked[0] if ranked else None, "trials": rows}))
+        log.print_json({"best": ranked[0] if ranked else None, "trials": rows})
     else:
         print("\n".join(table(config, rows)))
     log.say(f"wrote {config.out / TABLE}")

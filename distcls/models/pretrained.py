@@ -269,7 +269,9 @@ def _unknown_tag(library: str, name: str, tag: str, known: Any) -> UsageError:
 
 
 def _cannot_get(address: str, error: Exception) -> NoReturn:
-    reason = textwrap.shorten(str(error) or type(error).__name__, 200)
+    cause = getattr(error, "reason", error)  # urllib's: what the system says
+    text = getattr(cause, "strerror", None) or str(cause) or type(error).__name__
+    reason = textwrap.shorten(str(text), 200)
     raise DistclsError(
         f"model.pretrained: cannot download {address} ({reason}); fetch it elsewhere and give the "
         "file's path"

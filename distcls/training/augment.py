@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distcls.imaging import Preprocess
+from distcls.imaging import Color, Preprocess
 from distcls.training.config import POLICIES, AugmentConfig, chosen
 
 GREY = (0.2989, 0.587, 0.114)
@@ -410,6 +410,7 @@ def _theta(ops: Tensor, amounts: Tensor, height: int, width: int) -> Tensor:
     return torch.stack([torch.stack(row_x, 1), torch.stack(row_y, 1)], 1)
 
 
+BLACK: Color = (0, 0, 0)
 CANVAS = 1.15
 """Random resized crops of small images are cut from an image this much larger than the input, so
 that the largest of them shrink rather than enlarge."""
@@ -428,15 +429,22 @@ class Augment:
     """
 
     def __init__(
-        self, config: AugmentConfig, size: tuple[int, int], *, cropped: bool = False
+        self,
+        config: AugmentConfig,
+        size: tuple[int, int],
+        *,
+        cropped: bool = False,
+        fill: Color | None = None,
     ) -> None:
         """`cropped`: images come as random resized crops already, of the input's size. A rotation
-        then turns the crop, about its centre, and black moves into its corners."""
+        then turns the crop, about its centre, and `fill` moves into its corners (default: black);
+        into the rim of shifted images as well."""
         config = config.without_auto()
         self.config = config
         self.size = size
         self._flip, self._padding = chosen(config.flip), chosen(config.crop_padding)
         self._area = None if cropped else chosen(config.resized_crop)
+        self._fill = fill or BLACK
         self._policy = make_policy(config)
         self._jitter = None if config.color_jitter is None else ColorJitter(config.color_jitter)
 
@@ -484,7 +492,12 @@ class Augment:
     def _shift_and_flip(self, images: Tensor, draws: Tensor) -> Tensor:
         height, width = self.size
         padding = self._padding
-        padded = F.pad(images, (0, 0, padding, padding, padding, padding))
+        around = (0, 0, padding, padding, padding, padding)
+        fill = torch.tensor(self._fill, dtype=images.dtype, device=images.device)
+        # relative to the colour, modulo 256, so that the zeros of the rim are that colour
+        padded = (
+            F.pad(images, around) if self._fill == BLACK else F.pad(images - fill, around) + fill
+        )
         offsets = (draws[:, 1:3] * (2 * padding + 1)).long()
         rows = offsets[:, :1] + torch.arange(height, device=images.device)
         columns = torch.arange(width, device=images.device).expand(len(images), width)
@@ -505,13 +518,15 @@ class Augment:
         row_y = [sin * box_w * sign / height, cos * box_h / height, 2 * centre_y / height - 1]
         theta = torch.stack([torch.stack(row_x, 1), torch.stack(row_y, 1)], 1)
         grid = F.affine_grid(theta, [len(images), 3, *self.size], align_corners=False)
-        pixels = images.permute(0, 3, 1, 2).float()
+        fill = torch.tensor(self._fill, dtype=torch.float32, device=images.device)
+        pixels = (images - fill if self._fill != BLACK else images).permute(0, 3, 1, 2).float()
         # a plain crop never leaves the image, but interpolation at its rim would mix black in
         outside = "zeros" if self.config.rotate or self._padding else "border"
         warped = F.grid_sample(
             pixels, grid, mode="bilinear", padding_mode=outside, align_corners=False
         )
-        return warped.permute(0, 2, 3, 1)
+        warped = warped.permute(0, 2, 3, 1)
+        return warped if self._fill == BLACK else warped + fill
 
     def _boxes(self, draws: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
         """Height, width and centre (y, x) of each image's crop, in pixels, each [B]."""

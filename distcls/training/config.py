@@ -107,7 +107,7 @@ class AugmentConfig:
     """Probability of a horizontal mirror image; auto: 0.5, but 0 where the classes are characters
     or an image has several outputs."""
     crop_padding: int | Auto = "auto"
-    """Random crop: shift by up to this many pixels either way; black moves in; auto: an eighth of
+    """Random crop: shift by up to this many pixels either way; auto: an eighth of
     the side of inputs up to 64 pixels."""
     resized_crop: tuple[float, float] | Auto | None = "auto"
     """Random resized crop: smallest and largest fraction of the area, such as 0.35,1, of an aspect

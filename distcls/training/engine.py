@@ -116,7 +116,9 @@ class Engine:
             config.freeze, self._model, self.steps_per_epoch, chosen(config.epochs)
         )
         crops = make_crops(config.augment, data.train, preprocess.size, config.seed)
-        self._augment = Augment(config.augment, preprocess.size, cropped=crops is not None)
+        self._augment = Augment(
+            config.augment, preprocess.size, cropped=crops is not None, fill=data.fill
+        )
         self._objective = Objective(config, data, self._augment, accelerator.device)
         reading = self._augment.reading(preprocess)
         self._train_loader = make_loader(config.loader, data.train, reading, accelerator, crops)

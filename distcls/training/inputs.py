@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 
 from distcls import log
 from distcls.data.dataset import (
+    IN_RUN,
     DataFingerprint,
     Dataset,
     Split,
@@ -34,7 +35,7 @@ from distcls.data.source import ImageSource
 from distcls.errors import DistclsError, UsageError
 from distcls.evaluation.metrics import EXACT
 from distcls.files import safe_names, writable
-from distcls.imaging import Preprocess
+from distcls.imaging import Color, Preprocess
 from distcls.imaging.preprocess import background_color
 from distcls.log import say, warn, world_size
 from distcls.models.config import AUTO, SMALLEST_PRETRAINED
@@ -43,6 +44,7 @@ from distcls.task import Task, class_list
 from distcls.training.config import (
     LARGE_INPUT,
     NEW_OUT,
+    RUN_FILES,
     SMALL_IMAGE,
     SMALLEST_INPUT,
     InputConfig,
@@ -51,15 +53,12 @@ from distcls.training.config import (
 from distcls.training.sampler import Indices
 
 SCRATCH = (
-    "model.pretrained: {reason}: training from scratch, which takes far more images and epochs "
-    "(1,700 icons of 10 classes: test top-1 0.25, with ImageNet weights 0.63); "
-    "--model.pretrained FILE gives weights, --model.pretrained none chooses to do without"
+    "model.pretrained: {reason}: training from scratch, which needs more images and epochs; "
+    "--model.pretrained FILE gives weights, --model.pretrained none is meant so"
 )
 """Said where `auto` finds no weights."""
 C = TypeVar("C", bound=TrainConfig)
 
-DATASET = "dataset"
-"""Folder in a run directory with the dataset that the run prepared."""
 REPEATED = 0.01
 """Fraction of the validation images that may also be training images without a word."""
 SIZES_READ = 16
@@ -79,6 +78,11 @@ class TrainingInput:
     """By which a resumed run recognises its data."""
 
     @property
+    def fill(self) -> Color | None:
+        """The colour around the images, where some are transparent; None where it is not known."""
+        return self.train.background if self.train.transparent else None
+
+    @property
     def task(self) -> Task:
         """The task of the model."""
         return self.train.task
@@ -95,7 +99,7 @@ def place(config: C) -> C:
     out = _new_out(config.data) if config.out == NEW_OUT else config.out
     try:
         placed = dataclasses.replace(config, out=out)
-        return placed if found is None else _prepared(placed, *found, folder=out / DATASET)
+        return placed if found is None else _prepared(placed, *found, folder=out / IN_RUN)
     except BaseException:
         discard_unused(config, out)
         raise
@@ -103,7 +107,7 @@ def place(config: C) -> C:
 
 def discard_unused(config: TrainConfig, out: Path) -> None:
     """Remove the run directory `out`, chosen by `place` for `config`, if no run began in it."""
-    begun = (path.name for path in out.glob("[!.]*") if path.name != DATASET)
+    begun = (path.name for path in out.glob("[!.]*") if path.name != IN_RUN)
     if config.out != NEW_OUT or any(begun):
         return
     shutil.rmtree(out, ignore_errors=True)
@@ -122,7 +126,7 @@ def _unprepared(config: TrainConfig) -> tuple[str, ImageSource | UsageError] | N
 
     Of a run that is continued the source may be gone: then with the error that tells so.
     """
-    if is_dataset(config.data):
+    if is_dataset(config.data) or is_dataset(config.data / IN_RUN):
         return None
     text = str(config.data)
     if re.match(r"\w\w+:/", text) and not config.data.exists():  # pathlib leaves one slash of two
@@ -130,9 +134,10 @@ def _unprepared(config: TrainConfig) -> tuple[str, ImageSource | UsageError] | N
     if config.source is not None and not config.data.exists():
         text = config.source
     try:
-        return text, open_source(text)
+        with log.hushed():  # `prepare` says what was recognised and left out
+            return text, open_source(text)
     except UsageError as error:
-        if config.resume == "auto" and is_dataset(config.out / DATASET):
+        if config.resume == "auto" and is_dataset(config.out / IN_RUN):
             return text, error
         raise UsageError(f"data: {error}") from error
 
@@ -141,6 +146,9 @@ def _prepared(config: C, text: str, images: ImageSource | UsageError, *, folder:
     """Prepare the images into `folder`, or take what was prepared there before."""
     absolute = str(Path(text).absolute()) if Path(text).exists() else text
     config = dataclasses.replace(config, data=folder, source=absolute)
+    if is_dataset(folder) and _is_outdated(config, text, images):
+        log.say(f"data: {text} has changed since {folder} was prepared; prepared anew")
+        shutil.rmtree(folder)
     if is_dataset(folder):
         _check_unchanged(config, text, images)
         return config
@@ -151,6 +159,8 @@ def _prepared(config: C, text: str, images: ImageSource | UsageError, *, folder:
     options = PrepareOptions(
         source=text, out=folder, seed=config.seed, pack=config.loader.pack, quiet=True
     )
+    if config.input.background is not None:
+        options = dataclasses.replace(options, background=config.input.background)
     try:
         found = prepare(options)
     except UsageError as error:
@@ -158,11 +168,20 @@ def _prepared(config: C, text: str, images: ImageSource | UsageError, *, folder:
         raise UsageError(f"data: {error}{advice}") from error
     counts = ", ".join(f"{count:,} {split}" for split, count in found.counts.items())
     log.say(
-        f"data: {text} is no dataset directory, prepared in {folder}: "
+        f"data: {text}, prepared in {folder}: "
         f"{sum(found.counts.values()):,} images ({counts}) of {len(found.classes)} classes: "
         f"{class_list(found.classes)}"
     )
     return config
+
+
+def _is_outdated(config: TrainConfig, text: str, images: ImageSource | UsageError) -> bool:
+    """Whether a failed start prepared these images, no run began, and they have changed since."""
+    if any((config.out / name).exists() for name in RUN_FILES) or isinstance(images, UsageError):
+        return False
+    info = Dataset.open(config.data).info
+    same_place = info.get("source") in (str(Path(text).absolute()), str(Path(text).resolve()))
+    return same_place and info.get("source_fingerprint") != images.fingerprint()
 
 
 def _check_unchanged(config: TrainConfig, text: str, images: ImageSource | UsageError) -> None:
@@ -212,15 +231,14 @@ def open_input(config: TrainConfig) -> TrainingInput:
     counts = dataset.counts()
     for name in ("train", "val"):
         if name not in counts:
-            raise UsageError(
-                f"{config.data}: no {name} split; prepare it with --val-fraction, from at least "
-                "two images of a class"
-            )
+            how = "give more" if config.source else "prepare it with --val-fraction, from more"
+            raise UsageError(f"{config.data}: no {name} split; {how} than one image of a class")
     use_pack = {"auto": None, "on": True, "off": False}[config.loader.pack]
     train = dataset.split("train", use_pack=use_pack)
     _check_classes(dataset, train)
     val = dataset.split("val", use_pack=use_pack)
-    _warn_of_repeated(dataset, len(val))
+    if config.source is None:  # else `prepare` has just said it
+        _warn_of_repeated(dataset, len(val))
     return TrainingInput(
         classes=dataset.classes,
         train=train,

@@ -63,7 +63,7 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
         pretrained=weights is not None,
     )
     crops = make_crops(config.augment, data.train, preprocess.size, config.seed)
-    augment = Augment(config.augment, preprocess.size, cropped=crops is not None)
+    augment = Augment(config.augment, preprocess.size, cropped=crops is not None, fill=data.fill)
     # a teacher sees the same images and changes none
     config = dataclasses.replace(config, distill=DistillConfig())
     objective = Objective(config, data, augment, _training_device())

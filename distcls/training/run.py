@@ -73,6 +73,8 @@ from distcls.training.weight_averaging import select_weights
 
 WITHOUT_WEIGHTS = {"pretrained": None, "pretrained_sha256": None}
 """What a model file's architecture has of the weights that its run started from."""
+LONG = 3
+"""Minutes from which on the start of a run says how long it will take."""
 POLL_EVERY = 10
 """Steps between two all-reduces by which processes agree whether to save or stop."""
 
@@ -295,6 +297,12 @@ def decide(run: Run, figures: dict[str, float], evaluation: Evaluation, seconds:
         state.history, evaluation.metrics[evaluation.chosen], chosen(config.lr)
     ):
         warn(problem)
+    minutes = chosen(config.epochs) * seconds / 60
+    if state.epoch == 1 and minutes >= LONG:
+        say(
+            f"about {minutes:.0f} min for all {config.epochs} epochs at this speed; Ctrl-C saves "
+            "the state, --resume auto continues"
+        )
     rate = run.engine.end_epoch(state.step, improved=best)
     if rate is not None:
         say(f"no better {monitor.metric}: the learning rate falls to {rate:.3g}")

@@ -216,6 +216,8 @@ MEMORISED = 0.25
 """Training loss, as a fraction of the first epoch's, at which the training images are learnt."""
 ONE_CLASS = 0.95
 """Fraction of the predictions that one class takes where a model ignores its images."""
+STILL = 0.95
+"""Training loss, as a fraction of the first epoch's, above which nothing was learnt."""
 RISEN = 1.25
 """Training loss, as a multiple of the first epoch's, that tells of divergence."""
 
@@ -238,7 +240,7 @@ class EpochChecks:
 
         `history` has the epochs' rows so far, `metrics` are those of the last, `lr` is the peak.
         """
-        found = {"loss": _loss_rises(history, lr)}
+        found = {"loss": _loss_rises(history, lr), "still": _loss_stays(history, lr)}
         if self._classes:
             found["one class"] = self._one_class(history, metrics)
             found["chance"] = "" if found["one class"] else _at_chance(history, metrics)
@@ -266,6 +268,17 @@ def _loss_rises(history: Sequence[Mapping[str, float]], lr: float) -> str:
     return (
         f"the training loss rose from {first:.3g} in epoch 1 to {last:.3g} in epoch "
         f"{history[-1]['epoch']:.0f}: the learning rate ({lr:g}) is too high, lower --lr"
+    )
+
+
+def _loss_stays(history: Sequence[Mapping[str, float]], lr: float) -> str:
+    recent = [row["train_loss"] for row in history[-CHECKED_EPOCHS:]]
+    if len(history) < CHECKED_EPOCHS or min(recent) < STILL * history[0]["train_loss"]:
+        return ""
+    return (
+        f"the training loss stays at {recent[-1]:.3g} after {len(history)} epochs: nothing is "
+        f"learnt; the learning rate ({lr:g}) may be too low or much too high, the epochs too few, "
+        "or the labels say nothing about the images"
     )
 
 

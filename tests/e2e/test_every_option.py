@@ -84,6 +84,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "model.dropout": (0.1, {}, WEIGHTS),
     "model.pool": ("columns", {**NORMS, "input.size": "12,64"}, WEIGHTS),
     "model.batch_norm_momentum": (0.5, NORMS, WEIGHTS),
+    "model.batch_norm_bias_correction": (False, NORMS, WEIGHTS),
     "model.pretrained": ("@simple_cnn", {}, WEIGHTS),
     "model.pretrained_sha256": ("0" * 64, {"model.pretrained": "@simple_cnn"}, REFUSED),
     "model.pretrained_match": ("structure", {"model.pretrained": "@simple_cnn"}, WORDS),

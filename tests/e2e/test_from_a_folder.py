@@ -46,7 +46,7 @@ def test_it_is_prepared_into_the_run_directory(
     train(f"{photos}/", "--out", "runs/a", "--seed", 3)
     said = capsys.readouterr().err
     line = (
-        "data: photos is no dataset directory, prepared in runs/a/dataset: 48 images (34 train, 4 "
+        "data: photos, prepared in runs/a/dataset: 48 images (34 train, 4 "
         "val, 10 test) of 3 classes: blue, green, red"
     )
     assert line in said.splitlines()
