@@ -275,6 +275,7 @@ def _fresh_plug_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("_fresh_plug_ins")
 def test_heic_names_the_extra_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     assert refused(HEIC + bytes(99)) == (
         'HEIC, which needs pillow-heif: pip install "distcls[heic]"'
     )
