@@ -145,7 +145,7 @@ def test_the_certificates_count_distinct_predictions(tmp_path: Path) -> None:
     good, _ = tiny_dataset.coloured(30)
     certificate = certify(model, model, good, split="test", tolerance=1e-3)
     assert certificate.distinct_predictions == 3
-    assert certificate.lines()[-1] == "3 different predictions on 30 images"
+    assert certificate.lines()[-1] == "3 distinct predictions among 30 images"
     accuracy = certify_accuracy(
         model,
         split,

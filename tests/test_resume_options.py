@@ -257,9 +257,9 @@ def test_a_finished_run_says_that_nothing_is_left(
     went_on(digits, out, "--limit", "32", "--checkpoint.keep-last", "5")
     said = capsys.readouterr().err.splitlines()
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    assert said[1:-1] == ["nothing to do: all 2 epochs are done; --epochs N with more continues"]
-    assert said[-1].startswith("best epoch ")
-    assert "wrote" not in said[-1]
+    assert said[1:-2] == ["nothing to do: all 2 epochs are done; --epochs N with more continues"]
+    assert said[-2].startswith("best epoch ")
+    assert "wrote" not in said[-2]
     assert "has begun epoch 2; give 2 or more" in refused(
         digits, out, "--limit", "32", "--epochs", "1"
     )
