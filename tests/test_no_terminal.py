@@ -109,24 +109,18 @@ def test_a_result_that_cannot_be_printed_is_one_line(
         assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["prepare", "evaluate"])
-def test_standard_error_closed(
-    photos: Path, data: Path, model: Path, tmp_path: Path, command: str
+@pytest.mark.parametrize(
+    "case",
+    [("prepare", "2>&-"), ("evaluate", "2>&-"), ("predict", "2>/dev/full")],
+    ids=lambda case: case[0],
+)
+def test_standard_error_closed_or_full(
+    photos: Path, data: Path, model: Path, tmp_path: Path, case: tuple[str, str]
 ) -> None:
-    """Messages are lost, and do not go to standard output instead."""
+    """Messages are lost, and do not go to standard output instead; no work ends."""
+    command, shell = case
     arguments, left = commands(photos, data, model, tmp_path)[command]
-    done = distcls(*arguments, shell="2>&-")
-    assert done.returncode == 0
-    assert isinstance(json.loads(done.stdout), dict)
-    assert left.stat().st_size > 0
-
-
-@pytest.mark.parametrize("command", ["predict"])
-def test_a_full_standard_error_ends_no_work(
-    photos: Path, data: Path, model: Path, tmp_path: Path, command: str
-) -> None:
-    arguments, left = commands(photos, data, model, tmp_path)[command]
-    done = distcls(*arguments, shell="2>/dev/full")
+    done = distcls(*arguments, shell=shell)
     assert done.returncode == 0
     assert isinstance(json.loads(done.stdout), dict)
     assert left.stat().st_size > 0

@@ -54,7 +54,7 @@ from distcls.training.sampler import Indices
 
 SCRATCH = (
     "model.pretrained: {reason}: training from scratch, which needs more images and epochs; "
-    "--model.pretrained FILE gives weights, --model.pretrained none is meant so"
+    "--model.pretrained FILE gives weights, --model.pretrained none turns this off"
 )
 """Said where `auto` finds no weights."""
 C = TypeVar("C", bound=TrainConfig)

@@ -37,75 +37,12 @@ from distcls.task import Task
 JUNK_FOLDERS = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"))
 """Folders that archives, NAS systems and file systems make; their files are no data."""
 
-OTHER_SUFFIXES = frozenset(
-    (
-        *(
-            ".txt",
-            ".json",
-            ".jsonl",
-            ".csv",
-            ".tsv",
-            ".xml",
-            ".yaml",
-            ".yml",
-            ".toml",
-            ".ini",
-            ".cfg",
-            ".md",
-            ".rst",
-            ".html",
-        ),
-        *(
-            ".log",
-            ".py",
-            ".pyc",
-            ".ipynb",
-            ".sh",
-            ".m",
-            ".npy",
-            ".npz",
-            ".mat",
-            ".h5",
-            ".hdf5",
-            ".pkl",
-            ".pickle",
-            ".parquet",
-        ),
-        *(
-            ".arrow",
-            ".zip",
-            ".tar",
-            ".gz",
-            ".tgz",
-            ".bz2",
-            ".xz",
-            ".7z",
-            ".rar",
-            ".cls",
-            ".onnx",
-            ".pt",
-            ".pth",
-            ".pdf",
-            ".svg",
-        ),
-        *(
-            ".safetensors",
-            ".doc",
-            ".docx",
-            ".xls",
-            ".xlsx",
-            ".mp4",
-            ".avi",
-            ".mov",
-            ".mkv",
-            ".webm",
-            ".mp3",
-            ".wav",
-            ".db",
-        ),
-        *(".lock", ".part", ".url"),
-    )
-)
+_OTHERS = """
+    txt json jsonl csv tsv xml yaml yml toml ini cfg md rst html log py pyc ipynb sh m npy npz
+    mat h5 hdf5 pkl pickle parquet arrow zip tar gz tgz bz2 xz 7z rar cls onnx pt pth pdf svg
+    safetensors doc docx xls xlsx mp4 avi mov mkv webm mp3 wav db lock part url
+"""
+OTHER_SUFFIXES = frozenset(f".{ending}" for ending in _OTHERS.split())
 """Endings of files that are not looked into: they are no images whatever they hold."""
 
 HEAD = 256
