@@ -85,6 +85,48 @@ with silent_stderr():
 """
 
 
+HELD = """
+import ctypes, threading
+from distcls.imaging.silence import silent_stderr
+
+libc = ctypes.CDLL(None)
+stream = ctypes.c_void_p.in_dll(libc, "stderr")
+held, leave = threading.Event(), threading.Event()
+
+def hold(address):
+    libc.flockfile(ctypes.c_void_p(address))
+    held.set()
+    leave.wait()
+    libc.funlockfile(ctypes.c_void_p(address))
+
+def write(text):
+    libc.fputs(text, ctypes.c_void_p(stream.value))
+
+with silent_stderr():
+    write(b"libpng warning: of the middle")
+    thread = threading.Thread(target=hold, args=(stream.value,))
+    thread.start()
+    held.wait()
+    with silent_stderr():
+        pass
+    leave.set()
+    thread.join()
+    write(b"\\n")
+"""
+
+IN_TWO = """
+from ctypes import CDLL, c_void_p
+from distcls.imaging.silence import silent_stderr
+
+libc = CDLL(None)
+with silent_stderr():
+    for text in (b"tempfile.tif: ", b"Warning, of two calls\\n"):
+        libc.fputs(text, c_void_p.in_dll(libc, "stderr"))
+        with silent_stderr():
+            pass
+"""
+
+
 def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -114,6 +156,12 @@ def test_what_others_write_goes_on() -> None:
     expected = ["another library: told", "of Python", "to the descriptor"]
     assert sorted(lines[:3]) == expected
     assert lines[3:] == ["libpng warning: not while decoding", "the child"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's stderr")
+@pytest.mark.parametrize("program", [HELD, IN_TWO])
+def test_a_line_is_dropped_when_another_thread_ends_amid_it(program: str) -> None:
+    assert run(program).stderr == ""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's stderr")

@@ -40,8 +40,7 @@ class SilentStderr:
         for function in (self._pending, self._purge, libc.ftrylockfile, libc.funlockfile):
             function.argtypes = [ctypes.c_void_p]
         self._stderr = ctypes.c_void_p.in_dll(libc, "stderr")
-        # two, so that one can be emptied while nobody writes to it
-        self._streams = [self._open(), self._open()]
+        self._stream, self._buffer = self._open()
         self._reset()
         os.register_at_fork(after_in_child=self._reset_in_child)
 
@@ -49,19 +48,15 @@ class SilentStderr:
         with self._lock:
             if not self._inside:
                 self._usual = self._stderr.value
-                self._stderr.value = self._streams[0][0]
+                self._stderr.value = self._stream
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
-        written = b""
         with self._lock:
-            if self._pending(self._streams[0][0]):
-                self._streams.reverse()
-                self._stderr.value = self._streams[0][0]
-                written = self._empty(*self._streams[1])
             self._inside -= 1
             if not self._inside:
                 self._stderr.value = self._usual
+            written = self._take()
         if written:
             _pass_on(written)
 
@@ -76,14 +71,17 @@ class SilentStderr:
         self._libc.setvbuf(stream, buffer, _FULLY, ctypes.c_size_t(BUFFER))
         return int(stream.value or 0), int(buffer.value or 0)
 
-    def _empty(self, stream: int, buffer: int) -> bytes:
-        """What was written to a stream that is not `stderr` any more."""
-        if self._libc.ftrylockfile(stream):  # a thread is still writing; the next turn takes it
+    def _take(self) -> bytes:
+        """What was written, whole lines only while others still decode."""
+        # whoever holds the stream, or stopped in the middle of a line, comes by here when it leaves
+        if not self._pending(self._stream) or self._libc.ftrylockfile(self._stream):
             return b""
-        written = ctypes.string_at(buffer, self._pending(stream))
-        self._purge(stream)
-        self._libc.funlockfile(stream)
-        return written
+        written = ctypes.string_at(self._buffer, self._pending(self._stream))
+        whole = not self._inside or written.endswith(b"\n")
+        if whole:
+            self._purge(self._stream)
+        self._libc.funlockfile(self._stream)
+        return written if whole else b""
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
@@ -94,8 +92,7 @@ class SilentStderr:
         """After a fork no thread of the parent decodes any more."""
         if self._inside:
             self._stderr.value = self._usual
-        for stream, _ in self._streams:
-            self._purge(stream)
+        self._purge(self._stream)
         self._reset()
 
 
