@@ -2,7 +2,8 @@
 
 Both train the same MobileNetV3-Large with AdamW on the same images from real photographs. The
 tutorial's way: PNG files opened with Pillow in `Dataset.__getitem__`, torchvision's transforms, a
-DataLoader with a worker per core, contiguous (NCHW) fp32. Ours: the defaults of `distcls train`.
+DataLoader with a worker per core, contiguous (NCHW) fp32. Ours: the defaults of `distcls train`,
+with a GPU mixed precision among them, and beside it `--precision fp32`.
 Each runs in a separate process: settings of one (the allocator, threads) do not
 affect another.
 """
@@ -10,12 +11,13 @@ affect another.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,7 +38,9 @@ from distcls.training.inputs import choose_preprocess, open_input
 
 MODEL = "mobilenet_v3_large"
 CLASSES = 4
-SETTINGS = {32: (128, 10), 224: (32, 4)}
+Precision = Literal["auto", "fp32"]
+GPU = torch.cuda.is_available()
+SETTINGS = {32: (256, 10), 224: (64, 8)} if GPU else {32: (128, 10), 224: (32, 4)}
 """Side of the images: batch size, and steps of a round."""
 
 
@@ -73,7 +77,8 @@ def tutorial(folder: Path, side: int, batch: int, steps: int) -> Contestant:
         num_workers=available_cores(),
         persistent_workers=True,
     )
-    model = models.get_model(MODEL, weights=None, num_classes=CLASSES)
+    device = torch.device("cuda" if GPU else "cpu")
+    model = models.get_model(MODEL, weights=None, num_classes=CLASSES).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     criterion = nn.CrossEntropyLoss()
     batches: Iterator[list[Tensor]] = itertools.chain.from_iterable(itertools.repeat(loader))
@@ -83,14 +88,22 @@ def tutorial(folder: Path, side: int, batch: int, steps: int) -> Contestant:
         began = time.perf_counter()
         for images, labels in itertools.islice(batches, steps):
             optimizer.zero_grad()
-            criterion(model(images), labels).backward()
+            criterion(model(images.to(device)), labels.to(device)).backward()
             optimizer.step()
+        _wait()
         return steps * batch / (time.perf_counter() - began)
 
     return run
 
 
-def ours(folder: Path, side: int, batch: int, steps: int) -> Contestant:
+def _wait() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def ours(
+    folder: Path, side: int, batch: int, steps: int, precision: Precision = "auto"
+) -> Contestant:
     """`distcls train` with its defaults, on the dataset directory that `prepare` made."""
     config = TrainConfig(
         data=folder,
@@ -98,6 +111,7 @@ def ours(folder: Path, side: int, batch: int, steps: int) -> Contestant:
         epochs=10_000,
         batch_size=batch,
         lr=1e-3,
+        precision=precision,
         # torchvision's own stem, as in the tutorial's model
         model=ModelConfig(name=MODEL, stem_stride=2),
         augment=AugmentConfig(flip=0.5),
@@ -112,6 +126,7 @@ def ours(folder: Path, side: int, batch: int, steps: int) -> Contestant:
     def run() -> float:
         began = time.perf_counter()
         images = sum(report.images for report in itertools.islice(reports, steps))
+        _wait()
         return images / (time.perf_counter() - began)
 
     return run
@@ -124,11 +139,15 @@ def compare(side: int, rounds: int) -> dict[str, list[float]]:
         images, prepared = Path(scratch, "images"), Path(scratch, "prepared")
         write_photographs(images, side, 2 * batch * steps)
         prepare(PrepareOptions(source=str(images), out=prepared, quiet=True))
-        with (
-            Apart(tutorial, images, side, batch, steps) as theirs,
-            Apart(ours, prepared, side, batch, steps) as own,
-        ):
-            return alternate({"tutorial": theirs, "distcls": own}, rounds)
+        ways: dict[str, tuple[Any, ...]] = {
+            "tutorial": (tutorial, images, side, batch, steps),
+            "distcls": (ours, prepared, side, batch, steps),
+        }
+        if GPU:
+            ways["distcls, fp32"] = (ours, prepared, side, batch, steps, "fp32")
+        with contextlib.ExitStack() as stack:
+            started = {name: stack.enter_context(Apart(*way)) for name, way in ways.items()}
+            return alternate(started, rounds)
 
 
 def main() -> None:

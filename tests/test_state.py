@@ -78,7 +78,28 @@ def test_which_epochs_are_the_best_so_far(
 def test_which_of_several_models_is_the_best(
     metric: str, scores: dict[str, float], best: str
 ) -> None:
-    assert MonitorConfig(metric=metric).best_of(scores) == best
+    assert MonitorConfig(metric=metric).best_of(scores, {}) == best
+
+
+def test_of_equal_models_that_with_the_lower_loss_is_the_best() -> None:
+    scores = {"ema": 0.9, "weights": 0.9}
+    assert MonitorConfig().best_of(scores, {"ema": 0.4, "weights": 0.3}) == "weights"
+    assert MonitorConfig().best_of(scores, {"ema": 0.3, "weights": 0.4}) == "ema"
+    assert MonitorConfig().best_of(scores, {"ema": NAN, "weights": NAN}) == "ema"
+    scores = {"ema": 0.9, "weights": 0.8}
+    assert MonitorConfig().best_of(scores, {"ema": 0.4, "weights": 0.3}) == "ema"
+
+
+def test_of_equal_epochs_that_with_the_lower_loss_is_the_best() -> None:
+    state, verdicts = TrainingState(), []
+    epochs = [(0.9, 0.5), (1.0, 0.4), (1.0, 0.3), (1.0, 0.3), (0.9, 0.1), (1.0, NAN), (1.0, 0.2)]
+    for epoch, (score, loss) in enumerate(epochs, start=1):
+        state.epoch = epoch
+        state.history.append({"epoch": epoch, "val_loss": loss})
+        verdicts.append(state.judge(score, MonitorConfig()))
+        state = TrainingState.from_plain(state.to_plain(), Path("state"))  # a resumed run's
+    assert verdicts == [True, True, True, False, False, False, True]
+    assert (state.best_epoch, state.best_score, state.epochs_since_best) == (7, 1.0, 0)
 
 
 @pytest.mark.parametrize(("metric", "sign"), [("top1", 1), ("loss", -1)])

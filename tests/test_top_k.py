@@ -31,16 +31,20 @@ CARD = ModelCard(
 
 
 def files_after(
-    folder: Path, options: CheckpointConfig, metric: str = "top1", scores: list[float] = SCORES
+    folder: Path,
+    options: CheckpointConfig,
+    metric: str = "top1",
+    scores: list[float] = SCORES,
+    losses: list[float] | None = None,
 ) -> list[str]:
-    """Names of the top-k models that are left, with `scores` epoch by epoch."""
+    """Names of the top-k models that are left, with `scores` and `losses` epoch by epoch."""
     monitor = MonitorConfig(metric=metric)
     config = TrainConfig(data=folder, out=folder / "run", checkpoint=options, monitor=monitor)
     state = TrainingState()
     with contextlib.closing(CheckpointManager(config)) as manager:
         for number, score in enumerate(scores, start=1):
             state.epoch, state.step = number, 10 * number
-            state.history.append({"epoch": number})
+            state.history.append({"epoch": number, "val_loss": (losses or scores)[number - 1]})
             best = state.judge(score, monitor)
             weights = {"w": torch.tensor(score)}
             model = EpochModel(weights=weights, card=CARD, score=score, best=best)
@@ -96,6 +100,15 @@ def test_the_best_few_are_saved(
 def test_a_loss_is_better_when_smaller(tmp_path: Path) -> None:
     options = CheckpointConfig(save_best_only=False, save_top_k=2, filename="{metric}_{step}.pth")
     assert files_after(tmp_path, options, "loss") == ["loss_10.pth", "loss_30.pth"]
+
+
+@pytest.mark.parametrize(("number", "epochs"), [(1, [2]), (2, [1, 2])])
+def test_of_equal_scores_the_one_in_best_pth_is_saved(
+    number: int, epochs: list[int], tmp_path: Path
+) -> None:
+    options = CheckpointConfig(save_best_only=False, save_top_k=number, filename="e{epoch}.pth")
+    saved = files_after(tmp_path, options, scores=[0.5, 0.5, 0.5], losses=[0.3, 0.2, 0.4])
+    assert saved == [f"e{epoch}.pth" for epoch in epochs]
 
 
 def test_the_default_name_tells_model_epoch_and_score(tmp_path: Path) -> None:

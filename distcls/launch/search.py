@@ -243,7 +243,7 @@ class Process:
         if lines:
             return dict(json.loads(lines[-1]))
         scores = {str(epoch): score for epoch, score in self.scores().items()}
-        best = self.config.monitor.best_of(scores) if scores else ""
+        best = self.config.monitor.best_of(scores, {}) if scores else ""
         seconds = time.monotonic() - self._began
         return {"best_score": scores.get(best, math.nan), "best_epoch": best, "seconds": seconds}
 

@@ -94,7 +94,8 @@ class TrainingState:
     def judge(self, score: float, monitor: MonitorConfig) -> bool:
         """Take the score of the epoch just finished; True if it is the best so far.
 
-        A score that is not a number is never an improvement.
+        Of equal scores, which few validation images make frequent, the one with the lower
+        validation loss in `history` is better. One that is not a number is never an improvement.
         """
         better = not math.isnan(score) and (
             self.best_score is None
@@ -103,12 +104,17 @@ class TrainingState:
                 if monitor.resolved_mode == "max"
                 else score < self.best_score - monitor.min_delta
             )
+            or (score == self.best_score and self._loss(self.epoch) < self._loss(self.best_epoch))
         )
         if better:
             self.best_score, self.best_epoch, self.epochs_since_best = score, self.epoch, 0
         else:
             self.epochs_since_best += 1
         return better
+
+    def _loss(self, epoch: int) -> float:
+        rows = (row for row in reversed(self.history) if row["epoch"] == epoch)
+        return next(rows, {}).get("val_loss", math.nan)
 
     def out_of_patience(self, monitor: MonitorConfig) -> bool:
         """Whether early stopping is due."""
@@ -460,7 +466,9 @@ class CheckpointManager:
             return math.inf if math.isnan(row[0]) else sign * row[0]
 
         others = [(score, file) for score, file in state.top_models if file != name]
-        ranking = sorted([*others, (model.score, name)], key=place)[: options.save_top_k]
+        here = [(model.score, name)]
+        rows = [*here, *others] if model.best else [*others, *here]  # of equals, the first ranks
+        ranking = sorted(rows, key=place)[: options.save_top_k]
         state.top_models = ranking  # before writing: the file may carry the state itself
         if (model.score, name) in ranking:
             self._write_top_model(config.out / name, state, tensors, model)

@@ -378,8 +378,8 @@ class MonitorConfig:
     """Which epoch is best, and early stopping."""
 
     metric: str = "top1"
-    """Validation metric of the best epoch; exact is the rate of images of a multi-output task with
-    all labels right."""
+    """Validation metric of the best epoch; of equal epochs the one with the lower loss is best.
+    exact is the rate of images of a multi-output task with all labels right."""
     mode: Literal["auto", "min", "max"] = "auto"
     """Whether less or more of it is better; auto: by the metric."""
     patience: int | Auto | None = "auto"
@@ -401,10 +401,14 @@ class MonitorConfig:
         """Whether less or more of the metric is better."""
         return default_mode(self.metric) if self.mode == "auto" else self.mode
 
-    def best_of(self, scores: Mapping[str, float]) -> str:
-        """The name of the best score, the first of equals; NaN comes last."""
+    def best_of(self, scores: Mapping[str, float], losses: Mapping[str, float]) -> str:
+        """The name of the best score, of equals that with the lowest loss; NaN comes last."""
         sign = 1 if self.resolved_mode == "max" else -1
-        return max(scores, key=lambda name: (not math.isnan(scores[name]), sign * scores[name]))
+
+        def rank(name: str) -> tuple[bool, float, float]:
+            return not math.isnan(scores[name]), sign * scores[name], -losses.get(name, 0.0)
+
+        return max(scores, key=rank)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

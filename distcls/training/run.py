@@ -126,6 +126,8 @@ class Evaluation:
     """The weights with the best score."""
     score: float
     """The best score, on every process that of the main one."""
+    loss: float
+    """Of the chosen weights, likewise of the main process."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -267,10 +269,11 @@ def evaluate(run: Run) -> Evaluation:
     monitor = run.config.monitor
     metrics = run.engine.evaluate()
     scores = {name: found.scalars()[monitor.metric] for name, found in metrics.items()}
-    best = monitor.best_of(scores)
-    # the main process's score, so that all processes draw the same conclusions from it
-    [score] = broadcast_object_list([scores[best]])
-    return Evaluation(metrics=metrics, scores=scores, chosen=best, score=score)
+    losses = {name: found.scalars()["loss"] for name, found in metrics.items()}
+    best = monitor.best_of(scores, losses)
+    # the main process's figures, so that all processes draw the same conclusions from them
+    score, loss = broadcast_object_list([scores[best], losses[best]])
+    return Evaluation(metrics=metrics, scores=scores, chosen=best, score=score, loss=loss)
 
 
 def decide(run: Run, figures: dict[str, float], evaluation: Evaluation, seconds: float) -> bool:
@@ -283,7 +286,7 @@ def decide(run: Run, figures: dict[str, float], evaluation: Evaluation, seconds:
     state.epoch_step, state.loss_sum = 0, 0.0
     state.seconds += seconds
     several = len(evaluation.scores) > 1
-    scalars = evaluation.metrics[evaluation.chosen].scalars()
+    scalars = evaluation.metrics[evaluation.chosen].scalars() | {"loss": evaluation.loss}
     columns = {f"val_{name}": value for name, value in scalars.items()}
     if several:
         scores = evaluation.scores.items()
