@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distcls.config import build, dump_yaml, flatten, leaves, parse, positional, read_yaml
+from distcls.config.command_line import ELSEWHERE
 from distcls.config.load import Given
 from distcls.errors import UsageError, require
 from distcls.registry import Registry
@@ -164,6 +165,12 @@ def test_an_unknown_flag_names_the_nearest(flag: str, hint: str) -> None:
     text = message(flag, "3")
     assert f"'{flag}'{hint}" in text if hint[0] != "-" else hint in text
     assert text.count("--") <= 8
+
+
+def test_a_flag_of_other_training_scripts_names_ours() -> None:
+    for flag, others in ELSEWHERE.items():
+        for other in others:
+            assert f"'--{other}'; did you mean {flag!r}?" in message(f"--{other}", "3")
 
 
 def test_a_section_with_a_name_takes_it_directly() -> None:

@@ -17,9 +17,9 @@ from tests.faults.survival import finish, start
 FALLING = [2.3 * 0.99**step for step in range(200)]
 
 
-def judged(losses: list[float], every: int = 1) -> list[LossSpike]:
+def judged(losses: list[float], every: int = 1, batch_size: int = 128) -> list[LossSpike]:
     """What is found when the losses are read every so many steps."""
-    spikes, found = LossSpikeDetector(), []
+    spikes, found = LossSpikeDetector(batch_size), []
     for step, loss in enumerate(losses, start=1):
         spikes.record(step, torch.tensor(loss))
         found += spikes.poll(flush=step % every == 0)
@@ -58,6 +58,15 @@ def test_one_hard_image_after_a_long_training_is_no_spike() -> None:
     assert not judged(losses)
 
 
+def test_a_few_hard_images_of_a_small_batch_are_no_spike() -> None:
+    losses = [0.05] * 100
+    losses[50] = 2.22
+    assert not judged(losses, batch_size=16)
+    assert judged(losses, batch_size=128)
+    losses[50] = 8.0
+    assert judged(losses, batch_size=16)
+
+
 def test_numbers_that_are_none_are_left_to_the_guard() -> None:
     losses = with_spike(100, math.nan)
     losses[101] = math.inf
@@ -75,7 +84,7 @@ def test_too_few_losses_say_nothing_and_a_lasting_rise_becomes_usual() -> None:
 
 def test_a_resumed_run_judges_as_an_unbroken_one() -> None:
     losses = with_spike(100, 8.0)
-    first, second = LossSpikeDetector(), LossSpikeDetector()
+    first, second = LossSpikeDetector(128), LossSpikeDetector(128)
     for step in range(95):
         first.record(step + 1, torch.tensor(losses[step]))
     assert not first.poll(flush=True)

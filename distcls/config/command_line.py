@@ -79,9 +79,29 @@ def parse(
     return build(cls, *layers, flags)
 
 
+ELSEWHERE = {
+    "--input.size": {"image-size", "img-size", "imgsz", "size", "resolution", "crop-size"},
+    "--lr": {"learning-rate", "lr0", "base-lr"},
+    "--model.name": {"arch", "architecture", "backbone", "network"},
+    "--model.pretrained": {"weights", "initial-checkpoint", "finetune"},
+    "--loader.workers": {"num-workers", "nworkers", "j"},
+    "--out": {"output", "output-dir", "save-dir", "project", "o"},
+    "--data": {"data-dir", "dataset", "data-path", "root"},
+    "--epochs": {"num-epochs", "n-epochs", "max-epochs"},
+    "--batch-size": {"batch", "bs", "b", "per-device-train-batch-size"},
+    "--precision": {"amp", "fp16", "bf16", "half", "mixed-precision"},
+    "--monitor.patience": {"early-stopping", "early-stop"},
+    "--accumulate": {"grad-accum", "grad-accum-steps", "gradient-accumulation-steps"},
+}
+"""What other training scripts call a flag."""
+
+
 def _nearest_flag(name: str, names: list[str]) -> str:
     """The clause of `did_you_mean`; those that are right but for their section come first."""
     plain = name.lstrip("-").replace("_", "-")
+    for flag, others in ELSEWHERE.items():
+        if plain in others and flag in names:
+            return f"; did you mean {flag!r}?"
     ends = {flag: flag.rpartition(".")[2].lstrip("-") for flag in names}
     near = difflib.get_close_matches(plain, set(ends.values()), n=1, cutoff=0.85)
     found = [flag for flag, end in ends.items() if end in near]

@@ -152,7 +152,7 @@ class Engine:
             config.max_nonfinite_steps,
             self._data.train.image_ids,
         )
-        self._spikes = LossSpikeDetector()
+        self._spikes = LossSpikeDetector(chosen(config.batch_size))
         self._statistics = RunningStatistics(
             self._model, correct_bias=config.model.batch_norm_bias_correction
         )

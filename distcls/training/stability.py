@@ -33,7 +33,10 @@ FEWEST = 10
 DEVIATIONS = 10.0
 """A spike is this many standard deviations above the median, and twice the median, and ..."""
 LEAST_RISE = 0.5
-"""... by this much above it: for losses near zero, one hard image makes a multiple."""
+"""... by this much above it: for losses near zero, one hard image makes a multiple; ..."""
+HARD_IMAGES = 48.0
+"""... and by this much in the sum over the images: a few that are confidently wrong, of a small
+batch, say nothing of the run."""
 TO_DEVIATION = 1.4826
 """From the median absolute deviation to a standard deviation, if losses were normal."""
 
@@ -163,7 +166,9 @@ class LossSpikeDetector:
     Whether a step is a spike depends on the losses before it alone, not on when they are read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch_size: int) -> None:
+        """`batch_size` is of a step, over all processes."""
+        self._least_rise = max(LEAST_RISE, HARD_IMAGES / batch_size)
         self.recent = torch.empty(0, dtype=torch.float64)
         """Finite losses of the last steps that were read, on the host, [at most WINDOW]."""
         self._pending: list[tuple[int, Tensor]] = []
@@ -189,7 +194,7 @@ class LossSpikeDetector:
         for step, loss in zip(steps, losses.tolist(), strict=True):
             if not math.isfinite(loss):
                 continue  # handled by the guard
-            usual = _usual(recent, loss)
+            usual = _usual(recent, loss, self._least_rise)
             if usual is not None:
                 first = step - self._last >= WINDOW
                 spikes.append(LossSpike(step=step, loss=loss, usual=usual, first=first))
@@ -200,13 +205,13 @@ class LossSpikeDetector:
         return spikes
 
 
-def _usual(recent: list[float], loss: float) -> float | None:
+def _usual(recent: list[float], loss: float, least_rise: float) -> float | None:
     """The median of the recent losses if this one is a spike among them, else None."""
     if len(recent) < FEWEST:
         return None
     median = statistics.median(recent)
     spread = TO_DEVIATION * statistics.median(abs(other - median) for other in recent)
-    rise = max(DEVIATIONS * spread, median, LEAST_RISE)
+    rise = max(DEVIATIONS * spread, median, least_rise)
     return median if loss > median + rise else None
 
 
