@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 import tempfile
 import types
 import typing
@@ -13,13 +15,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distcls.config import build, dump_yaml, flatten, leaves, parse, positional, read_yaml
-from distcls.config.command_line import ELSEWHERE
+from distcls.batch.options import PredictOptions
+from distcls.commands import evaluate as evaluate_command
+from distcls.commands import export as export_command
+from distcls.commands import models as models_command
+from distcls.commands import predict as predict_command
+from distcls.commands import prepare as prepare_command
+from distcls.commands import show as show_command
+from distcls.commands import train as train_command
+from distcls.config import Command, build, dump_yaml, flatten, leaves, parse, positional, read_yaml
 from distcls.config.load import Given
+from distcls.config.schema import convert, sections
+from distcls.config.suggest import ELSEWHERE, NO_FLAG
+from distcls.data.prepare import PrepareOptions
 from distcls.errors import UsageError, require
+from distcls.evaluation.evaluate import EvaluateOptions
+from distcls.export.onnx import ExportOptions
+from distcls.launch import ray_train, search
 from distcls.registry import Registry
 from distcls.training.config import OPTIMIZERS, TrainConfig
 from distcls.training.schedule import SCHEDULES
+
+DESCRIBED = (
+    *(train_command, show_command, prepare_command, predict_command, evaluate_command),
+    *(export_command, models_command, search, ray_train),
+)
+"""The modules of the commands."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +57,8 @@ class Inner:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Command:
-    """A small command."""
+class Options:
+    """Of a small command."""
 
     source: str = positional()
     """What to read."""
@@ -57,8 +78,8 @@ class Command:
     inner: Inner = Inner()
 
 
-def command(*arguments: str) -> Command:
-    return parse(Command, arguments, prog="try", about="Try it.", config=True)
+def command(*arguments: str) -> Options:
+    return parse(Options, arguments, prog="try", about="Try it.", config=True)
 
 
 def train(*arguments: str) -> TrainConfig:
@@ -167,10 +188,50 @@ def test_an_unknown_flag_names_the_nearest(flag: str, hint: str) -> None:
     assert text.count("--") <= 8
 
 
+def hint(cls: type, *arguments: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        parse(cls, arguments, prog="x", about="", config=cls is TrainConfig)
+    return str(caught.value)
+
+
+COMMANDS = (TrainConfig, PrepareOptions, PredictOptions, EvaluateOptions, ExportOptions)
+
+
 def test_a_flag_of_other_training_scripts_names_ours() -> None:
-    for flag, others in ELSEWHERE.items():
-        for other in others:
-            assert f"'--{other}'; did you mean {flag!r}?" in message(f"--{other}", "3")
+    used = set()
+    for cls in COMMANDS:
+        keys = {leaf.key for leaf in leaves(cls)}
+        for word in {word for words in ELSEWHERE.values() for word in words}:
+            meant = [key for key, words in ELSEWHERE.items() if word in words and key in keys]
+            if meant and word.replace("-", "_") not in keys:
+                flag = "--" + meant[0].replace("_", "-")
+                assert f"'--{word}'; did you mean {flag!r}?" in hint(cls, f"--{word}", "3")
+                used.add((meant[0], word))
+    assert used == {(key, word) for key, words in ELSEWHERE.items() for word in words}
+
+
+@pytest.mark.parametrize("cls", COMMANDS)
+@pytest.mark.parametrize("word", NO_FLAG)
+def test_a_flag_that_distcls_does_without_says_what_to_do(cls: type, word: str) -> None:
+    text = hint(cls, f"--{word}", "3")
+    keys = {leaf.key for leaf in leaves(cls)}
+    assert NO_FLAG[word] in text or "provider" in keys or word.replace("-", "_") in keys
+
+
+def test_the_device_is_no_flag_of_training(tmp_path: Path) -> None:
+    text = message("--device", "cuda")
+    assert "accelerate launch" in text
+    assert "CUDA_VISIBLE_DEVICES" in text
+    assert "did you mean '--provider'?" in hint(PredictOptions, "photos", "--device", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [("learning_rate", "lr"), ("optimizer.lr", "lr"), ("model.weights", "model.pretrained")],
+)
+def test_a_key_of_other_training_scripts_names_ours(tmp_path: Path, key: str, ours: str) -> None:
+    recipe = yaml_file(tmp_path, f"{key}: 0.1\n")
+    assert message("--config", recipe) == (f"{recipe}: unknown key {key!r}; did you mean {ours!r}?")
 
 
 def test_a_section_with_a_name_takes_it_directly() -> None:
@@ -305,7 +366,7 @@ def test_flatten() -> None:
 
 
 def test_leaves_are_the_fields_in_order_with_type_default_and_doc() -> None:
-    found = {leaf.key: leaf for leaf in leaves(Command)}
+    found = {leaf.key: leaf for leaf in leaves(Options)}
     order = ["source", "out", "size", "names", "note", "fast", "slow_start"]
     assert list(found) == [*order, "inner.share", "inner.level"]
     assert found["source"].positional
@@ -314,15 +375,159 @@ def test_leaves_are_the_fields_in_order_with_type_default_and_doc() -> None:
     assert found["slow_start"].doc == "Do not hurry at first."
 
 
-def test_help_says_everything(capsys: pytest.CaptureFixture[str]) -> None:
+def shown(capsys: pytest.CaptureFixture[str], described: Command[Any]) -> str:
     with pytest.raises(SystemExit) as left:
-        train("--help")
+        described.parse(["--help"])
     assert left.value.code == 0
-    shown = "".join(capsys.readouterr().out.split())
-    for leaf in leaves(TrainConfig):
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", DESCRIBED)
+def test_help_lists_each_option_once_with_its_words(
+    capsys: pytest.CaptureFixture[str], module: Any
+) -> None:
+    text = shown(capsys, module.COMMAND)
+    letters = "".join(text.split())
+    listed = re.findall(r"^  (?:-h, )?(--[a-z][\w.-]*|[A-Z]+)\b", text, re.M)
+    assert len(listed) == len(set(listed))
+    flags = {flag: leaf for flag, leaf, _ in module.COMMAND.flags()}
+    fields = leaves(module.COMMAND.options)
+    assert set(listed) == {*flags, *(leaf.key.upper() for leaf in fields if leaf.positional)}
+    for leaf in fields:
         assert leaf.doc, f"{leaf.key} has no docstring"
-        assert "--" + leaf.key in shown
-        assert "".join(leaf.doc.split()) in shown
+        assert "".join(leaf.doc.split()) in letters
+    assert "_" not in "".join(listed)
+    assert " V\n" not in text
+
+
+def test_the_help_of_train_begins_with_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, train_command.COMMAND)
+    groups = re.findall(r"^(\S.*):\n((?:(?: .*)?\n)+)", text, re.M)
+    flags = {title: re.findall(r"^  (--[\w.-]+)", lines, re.M) for title, lines in groups}
+    assert flags["essential options"] == [
+        *("--data", "--out", "--epochs", "--batch-size", "--lr", "--model", "--model.pretrained"),
+        *("--input.size", "--precision", "--resume", "--seed", "--config"),
+    ]
+    for section, about in sections(TrainConfig).items():
+        assert "".join(about.split()) in "".join(text.split())
+        inside = [f"--{section}.", f"--{section}"]
+        assert all(flag.startswith(tuple(inside)) for flag in flags[section])
+    assert "--optimizer" in flags["optimizer"]
+    order = [title for title, _ in groups]
+    assert order.index("essential options") < order.index("other options") < order.index("model")
+
+
+def test_help_says_the_type_the_default_and_what_is_required(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = " ".join(shown(capsys, train_command.COMMAND).split())
+    assert "usage: distcls train --data PATH " in text
+    for part in (
+        "--data PATH Dataset directory",
+        "by its defaults. [required]",
+        "--epochs INT|auto Passes",
+        "--precision {auto,fp32,bf16,fp16} Mixed",
+        "--limit INT Train",
+        "--optimizer.clip-norm FLOAT|none Gradient",
+        "--monitor.patience INT|auto|none Early",
+        "--loss.class-weights FLOAT,...|NAME=FLOAT,...|balanced Weight",
+        "--compile [true|false] Compile",
+        "dropout. [default: 0]",
+        "blocking it. [default: 600]",
+        "best so far. [default: true]",
+        "--model TEXT Architecture",
+    ):
+        assert part in text
+    for module, usage in (
+        (predict_command, "distcls predict INPUT ... --model TEXT [options]"),
+        (models_command, "distcls models [PATTERN] [options]"),
+        (show_command, "distcls show DATA [--config FILE ...] [options]"),
+    ):
+        assert f"usage: {usage}\n" in shown(capsys, module.COMMAND)
+
+
+@pytest.mark.parametrize("module", DESCRIBED)
+def test_the_groups_and_examples_of_help_fit_the_options(module: Any) -> None:
+    described = module.COMMAND
+    keys = {leaf.key for leaf in leaves(described.options)}
+    title, named = next(iter(described.groups.items()))
+    assert set(named) <= keys, title
+    assert {key for keys_ in described.groups.values() for key in keys_} <= keys
+    assert described.examples
+    for example in described.examples:
+        assert example.startswith(described.prog + " ")
+        arguments = shlex.split(example.removeprefix(described.prog))
+        described.parse([word for word in arguments if word != "--print-config"])
+
+
+def test_none_stands_for_null_unless_it_is_a_choice() -> None:
+    none_or_own = Literal["none", "some"] | None
+    assert convert("none", none_or_own) == "none"
+    assert convert("null", none_or_own) is None
+    for word in ("none", "None", "null"):
+        assert train("--optimizer.clip-norm", word).optimizer.clip_norm is None
+        assert train("--monitor.patience", word).monitor.patience is None
+    assert train("--resume", "none").resume == "none"
+
+
+def test_configs_compose_and_the_later_wins_key_by_key(tmp_path: Path) -> None:
+    base, mine = tmp_path / "base.yaml", tmp_path / "mine.yaml"
+    base.write_text("epochs: 3\nlr: 0.1\noptimizer: {name: sgd, momentum: 0.8}\n")
+    mine.write_text("lr: 0.2\noptimizer: {momentum: 0.5}\n")
+    config = train("--config", str(base), "--lr", "0.3", "--config", str(mine))
+    assert (config.epochs, config.lr) == (3, 0.3)
+    assert (config.optimizer.name, config.optimizer.momentum) == ("sgd", 0.5)
+    assert train("--config", str(mine), "--config", str(base)).optimizer.momentum == 0.8
+
+
+@pytest.mark.parametrize("wrong", ["epochs: many", "epohcs: 3", "epochs: 0", "a: [1"])
+@pytest.mark.parametrize("last", [True, False])
+def test_an_error_in_one_of_several_configs_names_that_file(
+    tmp_path: Path, wrong: str, last: bool
+) -> None:
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("lr: 0.1\n")
+    bad.write_text(wrong + "\n")
+    files = [good, bad] if last else [bad, good]
+    text = message(*(f"--config={path}" for path in files))
+    assert "bad.yaml" in text
+    assert "good.yaml" not in text
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as left:
+        train_command.main(arguments)
+    assert left.value.code == 0
+    text, errors = capsys.readouterr()
+    assert not errors
+    return text
+
+
+def test_print_config_prints_what_is_known_without_images_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("epochs: 60\nmodel: {pretrained: null}\n")
+    flags = ["--data", "nowhere", "--config", "mine.yaml", "--optimizer", "sgd"]
+    text = printed(capsys, *flags, "--batch-size", "32", "--print-config")
+    Path("printed.yaml").write_text(text)
+    known = {key: value for key, (value, _) in read_yaml(Path("printed.yaml")).items()}
+    assert set(known) == {leaf.key for leaf in leaves(TrainConfig)}
+    assert (known["optimizer.momentum"], known["optimizer.weight_decay"]) == (0.9, 1e-4)
+    assert (known["schedule.warmup"], known["monitor.mode"]) == ("5%", "max")
+    assert (known["monitor.patience"], known["lr"]) == (20, 0.0005)
+    assert known["optimizer.head_lr_scale"] == 1.0
+    assert known["augment.flip"] == "auto"
+    assert known["input.size"] is None
+    assert printed(capsys, "--config", "printed.yaml", "--print-config") == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml", "printed.yaml"]
+
+
+def test_print_config_refuses_what_a_run_would(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="unknown model 'resnet_18'"):
+        train_command.main(["--data", "d", "--model", "resnet_18", "--print-config"])
+    with pytest.raises(UsageError, match=r"optimizer\.momentum: 0\.9 is not valid"):
+        train_command.main(["--data", "d", "--optimizer.momentum", "0.9", "--print-config"])
 
 
 def values(kind: Any) -> st.SearchStrategy[Any]:

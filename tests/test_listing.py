@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -15,7 +17,7 @@ from distcls.imaging import Preprocess
 from distcls.models.classifier import count_macs, count_parameters
 from distcls.models.config import ModelConfig
 from distcls.models.factory import build
-from distcls.models.registry import listed
+from distcls.models.registry import known, listed
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,42 @@ def test_the_command_lists_what_matches_and_computes_no_more(
     listed = json.loads(capsys.readouterr().out)["models"]
     assert [model["name"] for model in listed] == ["simple_cnn", "simple_nn"]
     assert listed[0]["size"] == [32, 32]
+
+
+def test_many_are_listed_by_name_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_figures", lambda *_: (1_000_000, 2_000_000))
+    distcls.commands.models.main(["*"])
+    text, note = capsys.readouterr()
+    header, *rows = text.splitlines()
+    assert header.split() == ["name", "library"]
+    assert [row.split()[0] for row in rows] == list(known())
+    assert all(len(row.split()) == 2 for row in rows)
+    assert note.startswith(f"{len(rows):,} networks; --figures adds ")
+    distcls.commands.models.main(["mobilenet*", "--json"])
+    listed = json.loads(capsys.readouterr().out)["models"]
+    assert len(listed) > models.FEW
+    assert {model["parameters"] for model in listed} == {None}
+    distcls.commands.models.main(["torchvision:*", "--figures"])
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) > models.FEW
+    assert {row.split()[2] for row in rows} == {"1.00"}
+    distcls.commands.models.main(["simple_*", "--figures=false"])
+    assert "1.00" not in capsys.readouterr().out
+
+
+def test_all_names_in_less_than_the_time_that_loading_torch_takes() -> None:
+    program = (
+        "import sys\n"
+        "from distcls.cli import dispatch\n"
+        "dispatch(['models', '*'])\n"
+        "assert not {'torch', 'torchvision', 'timm'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert len(done.stdout.splitlines()) > 1400
 
 
 def test_without_a_pattern_the_named_ones(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import timm
 import torchvision
 
 from distcls.errors import UsageError
-from distcls.models.registry import ALIASES, Origin, known, listed, matching, resolve
+from distcls.models.registry import ALIASES, Origin, catalogue, known, listed, matching, resolve
 
 
 @pytest.mark.parametrize(
@@ -77,11 +81,19 @@ def test_an_unknown_library_and_an_unknown_tag() -> None:
 
 
 def test_patterns() -> None:
-    assert matching(None) == list(listed())
-    assert matching("simple_?nn") == ["simple_cnn"]
+    assert list(matching(None)) == list(listed())
+    assert matching("simple_?nn") == {"simple_cnn": "distcls"}
     found = matching("resnext50_32x4d")
     assert {"resnext50_32x4d", "se_resnext50_32x4d", "timm:resnext50_32x4d"} <= set(found)
     assert all("resnext50_32x4d" in name for name in found)
+    assert matching("torchvision:resnet1*") == dict.fromkeys(
+        ("resnet101", "resnet152", "resnet18"), "torchvision"
+    )
+    vits = matching("timm:*vit*")
+    assert set(vits.values()) == {"timm"}
+    assert {"vit_base_patch16_224", "mobilevit_s"} <= set(vits)
+    assert set(matching("timm:vit")) == set(vits)
+    assert set(matching("timm:resnet50")) > {"timm:resnet50", "resnet50_gn"}
     with pytest.raises(UsageError, match=r"no model matches 'resnext51_32x4d'.*'resnext50_32x4d'"):
         matching("resnext51_32x4d")
 
@@ -90,3 +102,20 @@ def test_other_names_are_of_networks_that_exist() -> None:
     for name in ALIASES:
         assert resolve(name).library == "timm"
         assert name in listed()
+
+
+def test_the_names_are_those_of_the_libraries_though_none_is_loaded() -> None:
+    program = (
+        "import json, sys\n"
+        "from distcls.models.registry import catalogue, listed\n"
+        "found = list(catalogue().items()), listed()\n"
+        "assert not {'torch', 'torchvision', 'timm'} & set(sys.modules)\n"
+        "print(json.dumps(found))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    found, short = json.loads(done.stdout)
+    assert dict(found) == {name: resolve(name).library for name in known()} == catalogue()
+    assert [name for name, _ in found] == list(known())
+    assert tuple(short) == listed()

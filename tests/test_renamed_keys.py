@@ -83,8 +83,8 @@ def test_help_names_the_new_ones_alone(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         read("--help")
     words = set(capsys.readouterr().out.replace(",", " ").split())
-    assert {f"--{new}" for new in RENAMED.values()} <= words
-    assert not {f"--{old}" for old in RENAMED} & words
+    assert {f"--{new}".replace("_", "-") for new in RENAMED.values()} <= words
+    assert not {f"--{old}".replace("_", "-") for old in RENAMED} & words
 
 
 def test_the_config_of_an_old_run(capsys: pytest.CaptureFixture[str]) -> None:

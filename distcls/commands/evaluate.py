@@ -9,15 +9,24 @@ from collections.abc import Sequence
 
 from distcls import log
 from distcls.cli import run
-from distcls.config import parse
+from distcls.config import Command
 from distcls.evaluation.evaluate import EvaluateOptions, evaluate_model
 
-ABOUT = "Measure a model on a split: loss, top-1, top-5, per-class precision, recall and F1."
+COMMAND = Command(
+    options=EvaluateOptions,
+    prog="distcls evaluate",
+    about="Measure a model on a split: loss, top-1, top-5, per-class precision, recall and F1.",
+    examples=(
+        "distcls evaluate --model runs/photos --data runs/photos/dataset",
+        "distcls evaluate --model best.onnx --data datasets/photos --split val --out evaluation",
+    ),
+    groups={"essential options": ("model", "data", "split", "out", "overwrite")},
+)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, evaluate, print."""
-    options = parse(EvaluateOptions, arguments, prog="distcls evaluate", about=ABOUT)
+    options = COMMAND.parse(arguments)
     log.set_quiet(options.quiet)
     result = evaluate_model(options)
     if log.rank() != 0:

@@ -6,16 +6,30 @@ from collections.abc import Sequence
 
 from distcls import log
 from distcls.cli import run
-from distcls.config import parse
+from distcls.config import Command, parse
 from distcls.export.onnx import ExportOptions, export_onnx
 from distcls.export.triton import TritonOptions, write_repository
 
-ABOUT = "Export a checkpoint to ONNX and compare the two on real images."
+COMMAND = Command(
+    options=ExportOptions,
+    prog="distcls export",
+    about="Export a checkpoint to ONNX and compare the two on real images.",
+    examples=(
+        "distcls export --ckpt runs/photos",
+        "distcls export --ckpt runs/photos/best.pth --precision int8 --out small.onnx",
+    ),
+    groups={
+        "essential options": ("ckpt", "out", "precision", "overwrite"),
+        "the comparison": (
+            *("data", "split", "limit", "tolerance", "max_accuracy_drop", "min_agreement"),
+        ),
+    },
+)
 
 
 def main(arguments: Sequence[str]) -> None:
     """`distcls export`, and `python -m export.onnx`."""
-    options = parse(ExportOptions, arguments, prog="distcls export", about=ABOUT)
+    options = COMMAND.parse(arguments)
     log.set_quiet(options.quiet)
     certificate = export_onnx(options)
     size = options.target.stat().st_size / 1e6

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from distcls import log
 from distcls.cli import run
-from distcls.config import parse, positional
+from distcls.config import Command, bare, positional
 
 if TYPE_CHECKING:
     from distcls.models.registry import Origin
 
-ABOUT = "List networks by name with their parameters, multiply-accumulates and input size."
 CLASSES = 1000
 """ImageNet's, so that the figures are those of the papers."""
 ANY_SIZE = (32, 32)
 """Input of the figures for networks without published weights."""
-HEADER = f"{'name':<40} {'library':<12} {'parameters':>11} {'MACs':>11}  input"
+FEW = 10
+"""Networks that match a pattern whose figures are computed unasked."""
+HEADER = f"{'name':<40} {'library':<12}"
+FIGURES = f" {'parameters':>11} {'MACs':>11}  input"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,9 +29,22 @@ class ModelsOptions:
     """Options of `distcls models`."""
 
     pattern: str | None = positional(None)
-    """Names to list: a glob such as 'timm:*vit*', or a substring; default: a short list."""
+    """Names to list: a glob such as '*' (all) or 'timm:*vit*', or a substring; default: a short
+    list."""
+    figures: bool | None = bare("true")
+    """Build each network for its parameters, multiply-accumulates and input size, which takes about
+    half a second; default: where no pattern is given, or up to 10 names match."""
     json: bool = False
     """Print one JSON object on standard output."""
+
+
+COMMAND = Command(
+    options=ModelsOptions,
+    prog="distcls models",
+    about="List networks by name with their parameters, multiply-accumulates and input size.",
+    examples=("distcls models 'mobilenet*'", "distcls models 'timm:*vit_tiny*' --figures"),
+    groups={"essential options": ("pattern", "figures")},
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +53,10 @@ class ModelEntry:
 
     name: str
     library: str
-    size: tuple[int, int]
-    """Height and width that its published weights expect."""
-    parameters: int | None
-    macs: int | None
+    size: tuple[int, int] | None = None
+    """Height and width that its published weights expect; None where it was not built."""
+    parameters: int | None = None
+    macs: int | None = None
     """Multiply-accumulates of one image of that size; None if it could not be built."""
     note: str = ""
     """Why it could not be built."""
@@ -52,8 +67,8 @@ class ModelEntry:
 
     def line(self) -> str:
         """A row under `HEADER`."""
-        if self.parameters is None or self.macs is None:
-            return f"{self.name:<40} {self.library:<12} {self.note}"
+        if self.size is None or self.parameters is None or self.macs is None:
+            return f"{self.name:<40} {self.library:<12} {self.note}".rstrip()
         height, width = self.size
         return (
             f"{self.name:<40} {self.library:<12} {self.parameters / 1e6:>9.2f} M "
@@ -63,16 +78,25 @@ class ModelEntry:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, look up, print."""
-    options = parse(ModelsOptions, arguments, prog="distcls models", about=ABOUT)
+    options = COMMAND.parse(arguments)
     from distcls.models.registry import matching
 
-    names = matching(options.pattern)
+    found = matching(options.pattern)
+    figures = options.figures
+    if figures is None:
+        figures = options.pattern is None or len(found) <= FEW
+    entries = (
+        describe(name) if figures else ModelEntry(name=name, library=library)
+        for name, library in found.items()
+    )
     if options.json:
-        log.print_json({"models": [describe(name).to_json() for name in names]})
+        log.print_json({"models": [entry.to_json() for entry in entries]})
         return
-    print(HEADER)
-    for name in names:
-        print(describe(name).line(), flush=True)
+    print(HEADER + FIGURES * figures)
+    for entry in entries:
+        print(entry.line(), flush=figures)
+    if not figures:
+        log.say(f"{len(found):,} networks; --figures adds parameters, MACs and input size")
 
 
 def describe(name: str) -> ModelEntry:

@@ -15,14 +15,32 @@ from distcls.batch.loading import (
 )
 from distcls.batch.options import PredictOptions
 from distcls.cli import run
-from distcls.config import parse
+from distcls.config import Command
 
-ABOUT = "Predict the class of many images; one row each, in input order, bad images included."
+COMMAND = Command(
+    options=PredictOptions,
+    prog="distcls predict",
+    about="Predict the class of many images; one row each, in input order, bad images included.",
+    examples=(
+        "distcls predict --model runs/photos new_photos/ --out pre.csv --show 16",
+        "distcls predict --model best.onnx a.jpg b.jpg --probabilities --out -",
+    ),
+    groups={
+        "essential options": ("input", "model", "out", "overwrite", "resume", "provider", "show"),
+        "input": ("split", "path_column", "root", "limit", "fetch_timeout"),
+        "output": (
+            *("out_format", "top_k", "probabilities", "threshold", "tta", "features"),
+            *("show_out", "seed"),
+        ),
+        "speed": ("batch_size", "workers", "engine", "scaled_decode", "part_rows", "profile"),
+        "ONNX files that distcls has not exported": ("classes", "size", "mean", "std"),
+    },
+)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, predict, print."""
-    options = parse(PredictOptions, arguments, prog="distcls predict", about=ABOUT)
+    options = COMMAND.parse(arguments)
     log.set_quiet(options.quiet)
     source = open_inputs(options)
     check_output(options)

@@ -6,15 +6,31 @@ import dataclasses
 from collections.abc import Sequence
 
 from distcls import log
-from distcls.config import parse
+from distcls.config import Command
 from distcls.data.prepare import PrepareOptions, prepare
 
-ABOUT = "Turn images into a dataset directory: splits, checks, and a pack of decoded images."
+COMMAND = Command(
+    options=PrepareOptions,
+    prog="distcls prepare",
+    about="Turn images into a dataset directory: splits, checks, and a pack of decoded images.",
+    examples=(
+        "distcls prepare photos/ --out datasets/photos",
+        "distcls prepare digits --out datasets/digits --val-fraction 0.2",
+    ),
+    groups={
+        "essential options": ("source", "out", "format", "val_fraction", "test_fraction"),
+        "splits": ("splits", "folds", "fold", "bootstrap", "seed", "limit"),
+        "manifests": ("path_column", "label_column", "weight_column", "root"),
+        "several outputs per image": (
+            *("label_columns", "text_column", "labels_column", "separator"),
+        ),
+    },
+)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run `distcls prepare` with these arguments. Raises DistclsError."""
-    options = parse(PrepareOptions, arguments, prog="distcls prepare", about=ABOUT)
+    options = COMMAND.parse(arguments)
     log.set_quiet(options.quiet)
     prepared = prepare(options)
     if options.json:

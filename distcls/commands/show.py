@@ -9,11 +9,10 @@ from pathlib import Path
 
 from distcls import log
 from distcls.cli import run
-from distcls.config import parse, positional
+from distcls.config import Command, positional
 from distcls.errors import UsageError, require
-from distcls.training.config import TrainConfig
+from distcls.training.config import GROUPS, TrainConfig
 
-ABOUT = "Draw the first training images of an epoch as the network is given them."
 MOST = 400
 """Most images in the grid: more would take minutes to draw and be too small to see."""
 
@@ -45,11 +44,24 @@ class ShowConfig(TrainConfig):
         require(1 <= self.count <= MOST, "count", self.count, f"1 to {MOST}")
 
 
+COMMAND = Command(
+    options=ShowConfig,
+    prog="distcls show",
+    about="Draw the first training images of an epoch as the network is given them.",
+    examples=(
+        "distcls show photos/ --out show.png",
+        "distcls show photos/ --augment.policy trivialaugment --count 16 --overwrite",
+    ),
+    groups={"the picture": ("data", "out", "overwrite", "epoch", "count"), **GROUPS},
+    config=True,
+    aside=("out",),
+    resolver="distcls.training.resolve:resolved_without_data",
+)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Parse, compute the images, draw."""
-    config = parse(
-        ShowConfig, arguments, prog="distcls show", about=ABOUT, config=True, aside=("out",)
-    )
+    config = COMMAND.parse(arguments)
     log.set_quiet(config.quiet)
     check_output(config)
     from distcls.plotting import Tile, draw_grid

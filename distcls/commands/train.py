@@ -6,19 +6,26 @@ from collections.abc import Sequence
 
 from distcls import log
 from distcls.cli import run
-from distcls.config import parse
-from distcls.training.config import TrainConfig, require_free
+from distcls.config import Command
+from distcls.training.config import GROUPS, TrainConfig, require_free
+
+COMMAND = Command(
+    options=TrainConfig,
+    prog="distcls train",
+    about="Train a model; on more than one process: accelerate launch -m distcls.train.",
+    examples=(
+        "distcls train --data photos/ --out runs/photos",
+        "distcls train --data photos/ --model mobilenet_v3_large --optimizer sgd --print-config",
+    ),
+    groups=GROUPS,
+    config=True,
+    resolver="distcls.training.resolve:resolved_without_data",
+)
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command."""
-    config = parse(
-        TrainConfig,
-        arguments,
-        prog="distcls train",
-        about="Train a model; on more than one process: accelerate launch -m distcls.train.",
-        config=True,
-    )
+    config = COMMAND.parse(arguments)
     log.set_quiet(config.quiet)
     require_free(config.out, config.resume)
     from distcls.training.run import train  # torch loads once the config is known to be right

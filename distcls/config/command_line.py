@@ -9,17 +9,42 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
+import importlib
+import shutil
+import textwrap
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
-from distcls.config.load import RENAMED, Given, build, old_names, read_yaml
-from distcls.config.schema import MISSING, Leaf, Mismatch, convert, describe, leaves, members
-from distcls.errors import UsageError, did_you_mean
+from distcls import log
+from distcls.config.load import RENAMED, Given, build, dump_yaml, old_names, read_yaml
+from distcls.config.schema import (
+    MISSING,
+    Leaf,
+    Mismatch,
+    convert,
+    leaves,
+    members,
+    metavar,
+    sections,
+)
+from distcls.config.suggest import suggestion
+from distcls.errors import UsageError
 
 C = TypeVar("C")
+
+WIDEST = 100
+"""Columns of the help, on terminals that have as many."""
+OTHERS = "other options"
+"""Title of the group of flags that no other group names."""
+SECTIONS = """\
+The flags are the keys of the YAML file: --optimizer.weight-decay 0.1 is optimizer: {weight_decay:
+0.1}, and --optimizer NAME is optimizer: {name: NAME}. `none`, in YAML null, stands for no value."""
+CONFIG_HELP = """YAML file of the keys below; given more than once, the later file wins key by key,
+and flags win over all files"""
+PRINT_HELP = """print the config of files, flags and defaults as YAML on standard output and stop;
+no images are read and nothing is written, and what depends on the images stays auto or null"""
 
 
 def positional(default: Any = MISSING) -> Any:
@@ -37,9 +62,118 @@ def bare(value: str) -> Any:
     return dataclasses.field(default=None, metadata={"bare": value})
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(Generic[C]):
+    """A command: the dataclass of its options, and what its help says."""
+
+    options: type[C]
+    prog: str
+    about: str
+    examples: tuple[str, ...] = ()
+    """Command lines that the help shows."""
+    groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """The keys that the help lists first, by the titles of their groups; of those in two groups
+    the first counts. A section is a group anyway."""
+    config: bool = False
+    """Whether the options may come from `--config FILE`, and `--print-config` prints them."""
+    aside: Collection[str] = ()
+    """Keys of such a file that this command ignores."""
+    resolver: str | None = None
+    """The `module:function` that fills in, for `--print-config`, the defaults that depend on other
+    options; only then is it imported."""
+
+    def parse(self, arguments: Sequence[str]) -> C:
+        """Build the options from command-line arguments and config files.
+
+        Raises UsageError for anything wrong; prints and leaves with 0 for `--help` and
+        `--print-config`.
+        """
+        fields = leaves(self.options)
+        renamed = _under_old_names(fields)
+        parser = self._parser(fields)
+        for leaf in renamed:
+            _add_flag(parser, leaf, argparse.SUPPRESS)
+        # intermixed: several positional arguments may stand before and after the flags
+        words = _spelt_out(arguments, fields + renamed)
+        options, unknown = parser.parse_known_intermixed_args(words)
+        if unknown:
+            raise UsageError(self._unexpected(unknown, fields))
+        layers = [read_yaml(Path(name)) for name in options.config or ()] if self.config else []
+        layers = [
+            {key: raw for key, raw in layer.items() if key not in self.aside} for layer in layers
+        ]
+        flags = {
+            leaf.key: Given(value, "command line")
+            for leaf in fields + renamed
+            if (value := getattr(options, leaf.key)) is not None
+        }
+        config = build(self.options, *layers, flags)
+        if self.config and options.print_config:
+            self._print(config)
+            raise SystemExit(0)
+        return config
+
+    def flags(self) -> Iterator[tuple[str, Leaf | None, str]]:
+        """Each flag that the help lists, its field if it has one, and what it does in a line."""
+        for leaf in leaves(self.options):
+            if not leaf.positional:
+                yield _shown(leaf), leaf, textwrap.shorten(leaf.doc, 60, placeholder=" ...")
+        if self.config:
+            yield "--config", None, "YAML file of the keys"
+            yield "--print-config", None, "print the config as YAML and stop"
+        yield "--help", None, "show the help and stop"
+
+    def _print(self, config: C) -> None:
+        if self.resolver:
+            module, _, function = self.resolver.partition(":")
+            config = getattr(importlib.import_module(module), function)(config)
+        if log.rank() == 0:
+            with log.writing_output():
+                print(dump_yaml(config), end="")
+
+    def _unexpected(self, unknown: list[str], fields: list[Leaf]) -> str:
+        word = next((word for word in unknown if word.startswith("-")), unknown[0])
+        names = [_flag(leaf) for leaf in fields] + ["--config", "--print-config"] * self.config
+        name = word.partition("=")[0]
+        hint = suggestion(name, names) if name.startswith("-") else ""
+        return f"unexpected argument {word!r}{hint}; see {self.prog} --help"
+
+    def _parser(self, fields: list[Leaf]) -> argparse.ArgumentParser:
+        flags = [leaf for leaf in fields if leaf.default is MISSING and not leaf.positional]
+        needed = [f"{_shown(leaf)} {_placeholder(leaf)}" for leaf in flags]
+        places = [_place(leaf) for leaf in fields if leaf.positional]
+        usage = " ".join([self.prog, *places, *needed, *["[--config FILE ...]"] * self.config])
+        examples = "".join(f"\n  {line}" for line in self.examples)
+        parser = _Parser(
+            prog=self.prog,
+            usage=usage + " [options]",
+            description=self.about + ("\n\nexamples:" + examples if examples else ""),
+            epilog=SECTIONS if self.config else None,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+            add_help=False,
+        )
+        for title, about, inside in self._grouped(fields):
+            group = parser.add_argument_group(title if self.groups else "options", about)
+            for leaf in inside:
+                _add(group, leaf)
+            if self.config and title == next(iter(self.groups), OTHERS):
+                group.add_argument("--config", action="append", metavar="FILE", help=CONFIG_HELP)
+            if self.config and title == OTHERS:
+                group.add_argument("--print-config", action="store_true", help=PRINT_HELP)
+            if title == OTHERS:
+                group.add_argument("-h", "--help", action="help", help="show this help and stop")
+        return parser
+
+    def _grouped(self, fields: list[Leaf]) -> Iterator[tuple[str, str | None, list[Leaf]]]:
+        """The groups of the help in their order: title, description, fields."""
+        left = {leaf.key: leaf for leaf in fields}
+        for title, keys in self.groups.items():
+            yield title, None, [left.pop(key) for key in keys if key in left]
+        yield OTHERS, None, [leaf for leaf in left.values() if "." not in leaf.key]
+        for section, about in sections(self.options).items():
+            inside = [leaf for leaf in left.values() if leaf.key.rpartition(".")[0] == section]
+            yield section, about, inside
 
 
 def parse(
@@ -51,113 +185,82 @@ def parse(
     config: bool = False,
     aside: Collection[str] = (),
 ) -> C:
-    """Build a `cls` from command-line arguments; with `config`, also from `--config FILE`.
-
-    `aside` are keys of the file that this command ignores. Raises UsageError for
-    anything wrong; prints and leaves with 0 for `--help`.
-    """
-    fields = leaves(cls)
-    renamed = _under_old_names(fields)
-    parser = _parser(fields, prog, about, config)
-    for leaf in renamed:
-        _add_flag(parser, leaf, argparse.SUPPRESS)
-    # intermixed: several positional arguments may stand before and after the flags
-    words = _spelt_out(arguments, fields + renamed)
-    options, unknown = parser.parse_known_intermixed_args(words)
-    if unknown:
-        names = [_flag(leaf) for leaf in fields if not leaf.positional] + ["--config"] * config
-        name = unknown[0].partition("=")[0]
-        hint = _nearest_flag(name, names) if name.startswith("-") else ""
-        raise UsageError(f"unexpected argument {unknown[0]!r}{hint}; see {prog} --help")
-    layers = [read_yaml(Path(options.config))] if config and options.config else []
-    layers = [{key: raw for key, raw in layer.items() if key not in aside} for layer in layers]
-    flags = {
-        leaf.key: Given(value, "command line")
-        for leaf in fields + renamed
-        if (value := getattr(options, leaf.key)) is not None
-    }
-    return build(cls, *layers, flags)
+    """`Command.parse` of a command whose help has no groups and examples."""
+    command = Command(options=cls, prog=prog, about=about, config=config, aside=aside)
+    return command.parse(arguments)
 
 
-ELSEWHERE = {
-    "--input.size": {"image-size", "img-size", "imgsz", "size", "resolution", "crop-size"},
-    "--lr": {"learning-rate", "lr0", "base-lr"},
-    "--model.name": {"arch", "architecture", "backbone", "network"},
-    "--model.pretrained": {"weights", "initial-checkpoint", "finetune"},
-    "--loader.workers": {"num-workers", "nworkers", "j"},
-    "--out": {"output", "output-dir", "save-dir", "project", "o"},
-    "--data": {"data-dir", "dataset", "data-path", "root"},
-    "--epochs": {"num-epochs", "n-epochs", "max-epochs"},
-    "--batch-size": {"batch", "bs", "b", "per-device-train-batch-size"},
-    "--precision": {"amp", "fp16", "bf16", "half", "mixed-precision"},
-    "--monitor.patience": {"early-stopping", "early-stop"},
-    "--accumulate": {"grad-accum", "grad-accum-steps", "gradient-accumulation-steps"},
-}
-"""What other training scripts call a flag."""
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def _nearest_flag(name: str, names: list[str]) -> str:
-    """The clause of `did_you_mean`; those that are right but for their section come first."""
-    plain = name.lstrip("-").replace("_", "-")
-    for flag, others in ELSEWHERE.items():
-        if plain in others and flag in names:
-            return f"; did you mean {flag!r}?"
-    ends = {flag: flag.rpartition(".")[2].lstrip("-") for flag in names}
-    near = difflib.get_close_matches(plain, set(ends.values()), n=1, cutoff=0.85)
-    found = [flag for flag, end in ends.items() if end in near]
-    if len(found) == 1:
-        return f"; did you mean {found[0]!r}?"
-    return f" (choices: {', '.join(found)})" if found else did_you_mean(name, names, sort=True)
+class _Formatter(argparse.HelpFormatter):
+    """Help as wide as the terminal, which keeps the lines of the examples."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        width = min(WIDEST, shutil.get_terminal_size().columns)
+        super().__init__(prog, **{"width": width - 2, "max_help_position": 28, **options})
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        about, gap, rest = text.partition("\n\n")
+        return textwrap.fill(
+            about, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        ) + (gap + rest)
 
 
 def _spelt_out(arguments: Sequence[str], fields: list[Leaf]) -> list[str]:
-    """`--quiet INPUT` to `--quiet=true INPUT`: argparse would take INPUT for the flag's value.
+    """The arguments with each flag in the one spelling that argparse is given.
 
-    And `--data DATA` to `DATA` where it is positional: other commands have it as a flag.
+    `--quiet INPUT` becomes `--quiet=true INPUT`: argparse would take INPUT for the flag's value.
+    And `--data DATA` becomes `DATA` where it is positional: other commands have it as a flag.
     """
-    alone = {name: leaf for leaf in fields if leaf.bare for name in _names(leaf)}
-    places = [f"--{leaf.key}" for leaf in fields if leaf.positional]
-    words = [word for word in arguments if word not in places]
-    for name in places:
-        words = [word.removeprefix(name + "=") for word in words]
-    for place, word in enumerate(words):
-        if word in alone and not _fits("".join(words[place + 1 : place + 2]), alone[word].type):
-            words[place] = f"{word}={alone[word].bare}"
-    return words
+    by_name = {name: leaf for leaf in fields for name in _names(leaf)}
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    words: list[str] = []
+    for place, word in enumerate(arguments[:end]):
+        name, given, value = word.partition("=")
+        leaf = by_name.get(name)
+        if leaf is None:
+            words.append(word)
+        elif leaf.positional:
+            words += [value] * bool(given)
+        elif leaf.bare and not given and not _fits("".join(arguments[place + 1 : end][:1]), leaf):
+            words.append(f"{_shown(leaf)}={leaf.bare}")
+        else:
+            words.append(_shown(leaf) + given + value)
+    return words + list(arguments[end:])
 
 
-def _fits(word: str, kind: Any) -> bool:
+def _fits(word: str, leaf: Leaf) -> bool:
     try:
-        convert(word, kind)
+        convert(word, leaf.type)
     except Mismatch:
         return False
     return True
 
 
-def _parser(fields: list[Leaf], prog: str, about: str, config: bool) -> argparse.ArgumentParser:
-    places = [leaf.key.upper() + " ..." * _several(leaf) for leaf in fields if leaf.positional]
-    usage = " ".join([prog, *places, *["[--config FILE]"] * config, "[--key value ...]"])
-    parser = _Parser(prog=prog, usage=usage, description=about, allow_abbrev=False)
-    if config:
-        text = "YAML file of the keys below; flags win over it"
-        parser.add_argument("--config", metavar="FILE", help=text)
-    for leaf in fields:
-        text = f"{leaf.doc} ({describe(leaf.type)}{_default(leaf)})".replace("%", "%%")
-        if leaf.positional:
-            count = None if leaf.default is MISSING else "?"
-            count = "+" if _several(leaf) else count
-            name = leaf.key.upper()
-            parser.add_argument(leaf.key, metavar=name, help=text, nargs=count)
-            continue
-        _add_flag(parser, leaf, text)
-    return parser
+def _place(leaf: Leaf) -> str:
+    """A positional argument in the line of usage."""
+    name = leaf.key.upper() + " ..." * _several(leaf)
+    return name if leaf.default is MISSING else f"[{name}]"
 
 
-def _add_flag(parser: argparse.ArgumentParser, leaf: Leaf, text: str) -> None:
+def _add(group: Any, leaf: Leaf) -> None:
+    text = f"{leaf.doc} {_default(leaf)}".strip().replace("%", "%%")
+    if leaf.positional:
+        count = None if leaf.default is MISSING else "?"
+        count = "+" if _several(leaf) else count
+        group.add_argument(leaf.key, metavar=leaf.key.upper(), help=text, nargs=count)
+    else:
+        _add_flag(group, leaf, text)
+
+
+def _add_flag(group: Any, leaf: Leaf, text: str) -> None:
     extra: dict[str, Any] = {"nargs": "?", "const": leaf.bare} if leaf.bare else {}
     if leaf.repeated:
         extra = {"action": "append"}
-    parser.add_argument(*_names(leaf), dest=leaf.key, metavar="V", help=text, **extra)
+    group.add_argument(_shown(leaf), dest=leaf.key, metavar=_placeholder(leaf), help=text, **extra)
 
 
 def _under_old_names(fields: list[Leaf]) -> list[Leaf]:
@@ -173,20 +276,33 @@ def _several(leaf: Leaf) -> bool:
 
 
 def _names(leaf: Leaf) -> list[str]:
-    """The flags of a leaf; `--model NAME` is short for `--model.name NAME`."""
+    """The flags that a leaf may be given by; `--model NAME` is short for `--model.name NAME`."""
+    return list(dict.fromkeys([_shown(leaf), _flag(leaf), "--" + leaf.key]))
+
+
+def _shown(leaf: Leaf) -> str:
+    """The flag of a leaf that the help lists."""
     section, _, last = leaf.key.rpartition(".")
-    named = last == "name" and section and leaf.key not in RENAMED
-    short = ["--" + section] if named else []
-    return list(dict.fromkeys([_flag(leaf), "--" + leaf.key, *short]))
+    return "--" + section if last == "name" and section and leaf.key not in RENAMED else _flag(leaf)
 
 
 def _flag(leaf: Leaf) -> str:
     return "--" + leaf.key.replace("_", "-")
 
 
+def _placeholder(leaf: Leaf) -> str:
+    if leaf.repeated:
+        return "TEXT"
+    can_unset = type(None) in members(leaf.type) and leaf.default is not None
+    return metavar(leaf.type) + "|none" * can_unset
+
+
 def _default(leaf: Leaf) -> str:
-    if leaf.default is MISSING or leaf.default is None:
+    if leaf.default is MISSING:
+        return "[required]"
+    if leaf.default is None or leaf.default is False or leaf.default == ():
         return ""
     if isinstance(leaf.default, tuple):
-        return f", default {','.join(map(str, leaf.default))}"
-    return f", default {str(leaf.default).lower() if leaf.type is bool else leaf.default}"
+        return f"[default: {','.join(map(str, leaf.default))}]"
+    plain = str(leaf.default).lower() if leaf.default is True else str(leaf.default)
+    return f"[default: {plain.removesuffix('.0')}]"

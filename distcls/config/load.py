@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from distcls.config.schema import Mismatch, convert, describe, leaves, members
-from distcls.errors import BadValue, UsageError, did_you_mean
+from distcls.config.suggest import suggestion
+from distcls.errors import BadValue, UsageError
 from distcls.log import warn
 
 C = TypeVar("C")
@@ -122,7 +123,7 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
     for key, (raw, source) in given.items():
         if key not in known:
             _refuse_section(key, source, known)
-            raise UsageError(f"{source}: unknown key {key!r}{did_you_mean(key, known, sort=True)}")
+            raise UsageError(f"{source}: unknown key {key!r}{suggestion(key, known)}")
         try:
             values[key] = convert(raw, known[key].type)
         except Mismatch:

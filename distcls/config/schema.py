@@ -86,6 +86,43 @@ def members(kind: Any) -> tuple[Any, ...]:
     return (kind,)
 
 
+def sections(cls: type, prefix: str = "") -> dict[str, str]:
+    """The nested dataclasses of a dataclass by key, with the first paragraph of their docstring."""
+    found: dict[str, str] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            paragraph = (inspect.getdoc(kind) or "").partition("\n\n")[0]
+            found[prefix + name] = " ".join(paragraph.split())
+            found |= sections(typing.cast(type, kind), f"{prefix}{name}.")
+    return found
+
+
+def choices(kind: Any) -> tuple[str, ...]:
+    """The words that a type allows; of a type that allows others too, those that it names."""
+    if kind is bool:
+        return ("true", "false")
+    literals = [member for member in members(kind) if typing.get_origin(member) is Literal]
+    return tuple(str(word) for literal in literals for word in typing.get_args(literal))
+
+
+def metavar(kind: Any) -> str:
+    """A type as a placeholder in help: `PATH`, `INT`, `{auto,on,off}`, `FLOAT|auto`."""
+    plain = {int: "INT", float: "FLOAT", bool: "true|false", str: "TEXT", Path: "PATH"}
+    words = choices(kind)
+    parts = []
+    for member in members(kind):
+        if typing.get_origin(member) is tuple:
+            items = [plain[item] for item in typing.get_args(member) if item is not ...]
+            parts.append(",".join(items) if len(items) > 1 else f"{items[0]},...")
+        elif typing.get_origin(member) is dict:
+            parts.append(f"NAME={plain[typing.get_args(member)[1]]},...")
+        elif member in plain:
+            parts.append(plain[member])
+    if words and not parts:
+        return "{" + ",".join(words) + "}"
+    return "|".join([*parts, *(words if kind is not bool else ())])
+
+
 def describe(kind: Any) -> str:
     """A type in words a user reads: 'an integer', 'one of auto, on, off'."""
     plain = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
@@ -117,6 +154,9 @@ def convert(raw: Any, kind: Any) -> Any:
     Text is read generously, since flags know nothing else and YAML reads `1e-3` as text. Raises
     Mismatch if no alternative of `kind` takes it.
     """
+    if isinstance(raw, str) and raw in choices(kind) and kind is not bool:
+        # before null, which `none` stands for where it is no choice of its own
+        kind = next(m for m in members(kind) if raw in choices(m))
     # null first: text would take the word `null` of a flag for a value
     for member in sorted(members(kind), key=lambda member: member is not type(None)):
         try:

@@ -13,23 +13,28 @@ from typing import Any
 
 from distcls import log
 from distcls.cli import run
-from distcls.config import parse
+from distcls.config import Command
 from distcls.errors import DistclsError, UsageError
-from distcls.training.config import NEW_OUT, TrainConfig, require_free
+from distcls.training.config import GROUPS, NEW_OUT, TrainConfig, require_free
 
 MAX_FAILURES = 3
 """Restarts of the workers before the job counts as failed."""
 
 
+COMMAND = Command(
+    options=TrainConfig,
+    prog="python -m launch.ray_train",
+    about="Train on a Ray cluster; --processes says on how many workers.",
+    examples=("python -m launch.ray_train --processes 4 --data photos/ --out runs/photos",),
+    groups=GROUPS,
+    config=True,
+    resolver="distcls.training.resolve:resolved_without_data",
+)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Parse, train, print."""
-    config = parse(
-        TrainConfig,
-        arguments,
-        prog="python -m launch.ray_train",
-        about="Train on a Ray cluster; --processes says on how many workers.",
-        config=True,
-    )
+    config = COMMAND.parse(arguments)
     log.set_quiet(config.quiet)
     train_on_ray(config)
     log.say(f"wrote {config.out}/best.pth")

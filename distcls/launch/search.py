@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from distcls import log
 from distcls.cli import run
-from distcls.config import dump_yaml, parse
+from distcls.config import Command, dump_yaml
 from distcls.data.dataset import Dataset
 from distcls.errors import DistclsError, Stopped, UsageError
 from distcls.files import require_writable, write_text
@@ -48,14 +48,31 @@ from distcls.launch.search_space import (
     require_continuable,
 )
 from distcls.models.config import AUTO, OFFLINE, SMALLEST_PRETRAINED
-from distcls.training.config import TrainConfig
+from distcls.training.config import GROUPS, TrainConfig
 from distcls.training.recipe import MOST_EPOCHS
 from distcls.training.signals import StopSignals
 
 if TYPE_CHECKING:
     import optuna
 
-ABOUT = "Train with every combination of values, or with drawn ones; all else as distcls train."
+COMMAND = Command(
+    options=SearchConfig,
+    prog="python -m launch.search",
+    about="Train with every combination of values, or with drawn ones; all else as distcls train.",
+    examples=(
+        "python -m launch.search --data datasets/photos --out searches/lr --grid lr=1e-3,3e-3",
+        "python -m launch.search --data datasets/photos --out searches/20 --range lr=1e-4..1e-2 "
+        "--random 20",
+    ),
+    groups={
+        "the search": (
+            *("data", "out", "grid", "range", "random", "sampler", "trials", "pruner"),
+            *("folds", "jobs", "processes", "resume"),
+        ),
+        **GROUPS,
+    },
+    config=True,
+)
 TABLE, STUDY = "search.csv", "study.journal"
 FIGURES = ("state", "best_score", "std", "best_epoch", "seconds", "exit_code", "error")
 SAVING = "120"
@@ -69,8 +86,7 @@ Row = dict[str, str]
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, search, print the ranking."""
-    prog = "python -m launch.search"
-    config = parse(SearchConfig, arguments, prog=prog, about=ABOUT, config=True)
+    config = COMMAND.parse(arguments)
     log.set_quiet(config.quiet)
     if log.world_size() > 1:
         raise UsageError("processes: start the search in one; --processes is how many trials get")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import importlib.util
 import os
+import re
 import sys
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from distcls.errors import UsageError, did_you_mean
@@ -63,7 +66,7 @@ class Origin(NamedTuple):
 
 def listed() -> tuple[str, ...]:
     """What `distcls models` lists without a pattern: the registered networks and `POPULAR`."""
-    return (*NETWORKS.names(), *POPULAR)
+    return (*_registered_names(), *POPULAR)
 
 
 @functools.cache
@@ -93,30 +96,81 @@ def resolve(name: str) -> Origin:
     raise UsageError(f"model.name: unknown model {name!r}{hint}; `distcls models '*'` lists all")
 
 
-@functools.cache
 def known() -> tuple[str, ...]:
     """All names: the listed ones, then torchvision's, then what timm adds.
 
     A name of timm's that torchvision has too carries its prefix, `timm:resnet50`.
     """
-    ours, theirs = list(listed()), _torchvision_names()
-    ours += [name for name in theirs if name not in ours]
+    return tuple(catalogue())
+
+
+def catalogue() -> dict[str, Library]:
+    """The library of each of the `known` names; no library is loaded for it."""
+    torchvision, timm = _names_in("torchvision"), _names_in("timm")
+    ours: dict[str, Library] = dict.fromkeys(_registered_names(), "distcls")
+    for name in POPULAR:
+        ours[name] = "timm" if name in ALIASES else "torchvision"
+    for name in torchvision:
+        ours.setdefault(name, "torchvision")
     taken = {*ours, *ALIASES}
-    return (*ours, *(f"timm:{name}" if name in taken else name for name in _timm_names()))
+    theirs = [f"timm:{name}" if name in taken else name for name in timm]
+    return ours | dict.fromkeys(theirs, "timm")
 
 
-def matching(pattern: str | None) -> list[str]:
-    """The known names that match a glob, or that contain a text without wildcards.
+def matching(pattern: str | None) -> dict[str, Library]:
+    """The known names that match a glob, or that contain a text without wildcards, with their
+    libraries. `timm:` and `torchvision:` before it choose the library.
 
     None stands for `listed()`. Raises UsageError if there are none.
     """
+    every = catalogue()
     if pattern is None:
-        return list(listed())
+        return {name: every[name] for name in listed()}
     glob = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
-    found = [name for name in known() if fnmatch.fnmatchcase(name, glob)]
+    prefix, colon, rest = pattern.partition(":")
+    if colon and glob != pattern:
+        glob = f"{prefix}:*{rest}*"
+    found = {
+        name: library
+        for name, library in every.items()
+        if fnmatch.fnmatchcase(name, glob)
+        or fnmatch.fnmatchcase(f"{library}:{name.removeprefix('timm:')}", glob)
+    }
     if not found:
-        raise UsageError(f"pattern: no model matches {pattern!r}{did_you_mean(pattern, known())}")
+        raise UsageError(f"pattern: no model matches {pattern!r}{did_you_mean(pattern, every)}")
     return found
+
+
+_DEFINITION = re.compile(r"^@register_model(?:\(\))?\n(?:@.*\n)*def (\w+)", re.M)
+"""How the files of torchvision and timm register a network."""
+_OURS = re.compile(r"^@NETWORKS\.register\(\"([\w-]+)\"", re.M)
+
+
+def _registered_names() -> tuple[str, ...]:
+    """Those of `NETWORKS`, which loads torch only where modules of the user's register more."""
+    home = Path(__file__).with_name("simple.py")
+    if "distcls.models.simple" in sys.modules or os.environ.get(IMPORTS):
+        return NETWORKS.names()
+    return tuple(_OURS.findall(home.read_text(encoding="utf-8"))) or NETWORKS.names()
+
+
+def _names_in(library: Literal["torchvision", "timm"]) -> tuple[str, ...]:
+    """All names of a library: as it lists them, but read from its files while it is not loaded.
+
+    Loading both takes seconds, reading their files a tenth of one.
+    """
+    lists = {"torchvision": _torchvision_names, "timm": _timm_names}[library]
+    spec = None if library in sys.modules else importlib.util.find_spec(library)
+    if spec is None or not spec.submodule_search_locations:
+        return lists()
+    files = sorted(Path(spec.submodule_search_locations[0], "models").glob("*.py"))
+    found = [name for file in files for name in _DEFINITION.findall(file.read_text("utf-8"))]
+    return tuple(sorted(found, key=_natural if library == "timm" else None)) or lists()
+
+
+def _natural(name: str) -> list[int | str]:
+    """A sort key: numbers by their value, as timm sorts its names."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 @functools.cache

@@ -53,8 +53,8 @@ class InputConfig:
     """Preprocessing, from an image to the network's input; saved with the model."""
 
     size: tuple[int, int] | None = None
-    """Height and width in pixels; default: those of the pretrained weights, else of the images up
-    to 64, else 224."""
+    """Height and width in pixels, such as 224 or 192x256; default: those of the pretrained weights,
+    else of the images up to 64, else 224."""
     resize: Resize | None = None
     """squash ignores the aspect ratio; crop fills the frame and cuts the centre; pad shows all of
     the image on black; default: that of the pretrained weights, else crop."""
@@ -563,6 +563,15 @@ class TrainConfig:
         require(self.source != "", "source", self.source, "a path, or null")
 
 
+GROUPS = {
+    "essential options": (
+        *("data", "out", "epochs", "batch_size", "lr", "model.name", "model.pretrained"),
+        *("input.size", "precision", "resume", "seed"),
+    ),
+    "speed and memory": ("compile", "memory_format", "accumulate", "auto_micro_batch", "threads"),
+    "processes": ("processes", "sync_batch_norm", "collective_timeout"),
+}
+"""The groups of `--help`, before the sections."""
 RUN_FILES = ("config.yaml", "metrics.jsonl", "history.csv", "best.pth", "last")
 """Any of them in a folder makes it the directory of a run (`logging`, `checkpointing`)."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from distcls.task import Task
 from distcls.training.config import (
@@ -20,6 +20,8 @@ from distcls.training.config import (
     TrainConfig,
     chosen,
 )
+
+C = TypeVar("C", bound=TrainConfig)
 
 BATCHES = (8, 128)
 """Smallest and largest batch that is chosen, ..."""
@@ -48,19 +50,11 @@ def fill_recipe(
     """
     batch = config.batch_size
     batch = chosen_batch(images) if batch == "auto" else batch
-    epochs, lr, patience = config.epochs, config.lr, config.monitor.patience
+    epochs = config.epochs
     if epochs == "auto":
         epochs = chosen_epochs(math.ceil(images / batch), pretrained)
-    if patience == "auto":
-        patience = max(FEWEST_EPOCHS, math.ceil(epochs / 3))
-    filled = dataclasses.replace(
-        config,
-        epochs=epochs,
-        batch_size=batch,
-        lr=chosen_lr(batch, pretrained) if lr == "auto" else lr,
-        optimizer=_optimizer(config.optimizer, pretrained),
-        monitor=dataclasses.replace(config.monitor, patience=patience),
-    )
+    filled = dataclasses.replace(config, epochs=epochs, batch_size=batch)
+    filled = fill_known(filled, pretrained)
     before, after = (
         {
             "epochs": each.epochs,
@@ -81,6 +75,21 @@ def fill_recipe(
     lines = [f"recipe     {', '.join(parts)} (auto: {images:,} images, {start})"] if parts else []
     augment, reasons = fill_augment(config.augment, task=task, size=size)
     return dataclasses.replace(filled, augment=augment), [*lines, *reasons]
+
+
+def fill_known(config: C, pretrained: bool | None) -> C:
+    """The config with a value for each `auto` that follows from other values and from `pretrained`,
+    which is None where it is not known."""
+    lr, monitor = config.lr, config.monitor
+    if lr == "auto" and config.batch_size != "auto" and pretrained is not None:
+        lr = chosen_lr(config.batch_size, pretrained)
+    if monitor.patience == "auto" and config.epochs != "auto":
+        patience = max(FEWEST_EPOCHS, math.ceil(config.epochs / 3))
+        monitor = dataclasses.replace(monitor, patience=patience)
+    optimizer = config.optimizer
+    if pretrained is not None:
+        optimizer = _optimizer(optimizer, pretrained)
+    return dataclasses.replace(config, lr=lr, monitor=monitor, optimizer=optimizer)
 
 
 def _optimizer(config: OptimizerConfig, pretrained: bool) -> OptimizerConfig:

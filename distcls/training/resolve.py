@@ -18,7 +18,7 @@ import inspect
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -28,7 +28,7 @@ from distcls.imaging import Preprocess
 from distcls.imaging.preprocess import background_option
 from distcls.models import factory
 from distcls.models.classifier import Classifier
-from distcls.models.config import ModelConfig
+from distcls.models.config import AUTO, SMALLEST_PRETRAINED, ModelConfig
 from distcls.models.pretrained import Weights
 from distcls.models.registry import NETWORKS, resolve
 from distcls.training import optim
@@ -41,8 +41,10 @@ from distcls.training.config import (
     TrainConfig,
 )
 from distcls.training.inputs import TrainingInput
-from distcls.training.recipe import fill_recipe
+from distcls.training.recipe import fill_known, fill_recipe
 from distcls.training.schedule import SCHEDULES
+
+C = TypeVar("C", bound=TrainConfig)
 
 PRECISIONS: dict[str, Literal["fp32", "bf16", "fp16"]] = {
     "no": "fp32",
@@ -99,6 +101,7 @@ def resolved(
         size=preprocess.size,
         pretrained=weights is not None,
     )
+    config = _by_name(config)
     filled = dataclasses.replace(
         config,
         precision=PRECISIONS[precision],
@@ -111,14 +114,37 @@ def resolved(
             crop_fraction=preprocess.crop_fraction,
             background=background_option(preprocess.background),
         ),
+        loss=_loss(config.loss, data),
+    )
+    return filled, reasons
+
+
+def resolved_without_data(config: C) -> C:
+    """The config with what `resolved` fills in whatever the images, the weights and the machine
+    are; all else stays as it is.
+
+    Raises UsageError as `require_usable` does.
+    """
+    require_usable(config)
+    model, size = config.model, config.input.size
+    small = size is not None and min(size) < SMALLEST_PRETRAINED
+    pretrained: bool | None = model.pretrained is not None
+    if model.pretrained == AUTO:
+        pretrained = False if small or model.init != "library" else None
+    return _by_name(fill_known(config, pretrained))
+
+
+def _by_name(config: C) -> C:
+    """The config with the defaults of what is chosen by name."""
+    return dataclasses.replace(
+        config,
         augment=_augment(config.augment),
         optimizer=optim.filled_optimizer(config.optimizer),
         schedule=SCHEDULES.filled(config.schedule),
-        loss=_loss(config.loss, data),
+        loss=LOSSES.filled(config.loss),
         distill=_distill(config.distill),
         monitor=dataclasses.replace(config.monitor, mode=config.monitor.resolved_mode),
     )
-    return filled, reasons
 
 
 def _model(config: ModelConfig, model: Classifier, weights: Weights | None) -> ModelConfig:
@@ -162,7 +188,6 @@ def _distill(config: DistillConfig) -> DistillConfig:
 
 
 def _loss(config: LossConfig, data: TrainingInput) -> LossConfig:
-    config = LOSSES.filled(config)
     if config.sample_weights == "auto":
         there = data.train.weights is not None
         config = dataclasses.replace(config, sample_weights="on" if there else "off")
