@@ -127,29 +127,37 @@ COMMANDS = {
     "evaluate": ("distcls.commands.evaluate", "metrics of a .pth or .onnx model on a split"),
     "export": ("distcls.commands.export", "best.pth to best.onnx, compared on real images"),
     "predict": ("distcls.commands.predict", "predictions for many images as CSV, JSONL or Parquet"),
+    "completion": ("distcls.commands.completion", "a script that completes commands and flags"),
 }
 
 HELP = f"""usage: distcls COMMAND [options]
+       distcls [help [COMMAND] | --help | --version]
 
 From a folder of images to a served, verified classifier.
 
 commands:
 {chr(10).join(f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items())}
 
-`distcls COMMAND --help` lists a command's options.
+`distcls COMMAND --help`, or `distcls help COMMAND`, lists a command's options.
 Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by a signal and ready to resume.
 """
 
 
+HELPS = ("help", "--help", "-h")
+
+
 def dispatch(arguments: Sequence[str]) -> None:
     """Run the command named by the first argument. Raises UsageError for an unknown one."""
-    name = arguments[0] if arguments else "--help"
-    if name in ("-h", "--help", "help"):
+    name, *rest = arguments or ["--help"]
+    if name in HELPS and not set(rest) - set(HELPS):
         print(HELP, end="")
-    elif name == "--version":
+        return
+    if name in HELPS:
+        name, rest = rest[0], ["--help"]
+    if name in ("-V", "--version"):
         print(f"distcls {__version__}")
     elif name in COMMANDS:
-        importlib.import_module(COMMANDS[name][0]).main(arguments[1:])
+        importlib.import_module(COMMANDS[name][0]).main(rest)
     else:
         raise UsageError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}")
 

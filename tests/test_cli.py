@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
-from distcls.cli import EXTRAS
+from distcls.cli import COMMANDS, EXTRAS
 
 HEAD = """
 import sys, time
@@ -40,7 +43,7 @@ def call_main(body: str, *arguments: str, **environment: str) -> subprocess.Comp
 
 def distcls(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "distcls.cli", *arguments],
+        [sys.executable, "-m", "distcls", *arguments],
         capture_output=True,
         text=True,
         timeout=60,
@@ -133,8 +136,25 @@ def test_the_command_without_arguments_helps() -> None:
     assert result.returncode == 0
     assert result.stdout.startswith("usage: distcls COMMAND")
     assert distcls("--help").stdout == result.stdout
-    for name in ("prepare", "train", "evaluate", "export", "predict"):
+    for name in ("prepare", "train", "evaluate", "export", "predict", "completion"):
         assert f"  {name} " in result.stdout
+    assert distcls("help").stdout == distcls("help", "--help").stdout == result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(name: str) -> None:
+    result = distcls("help", name)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"usage: distcls {name} ")
+    assert f"\nexamples:\n  distcls {name} " in result.stdout
+    assert distcls(name, "--help").stdout == result.stdout
+    assert distcls("--help", name).stdout == result.stdout
+
+
+def test_help_of_an_unknown_command() -> None:
+    result = distcls("help", "trian")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: unknown command 'trian'; did you mean 'train'?")
 
 
 def test_an_unknown_command_is_suggested_the_right_one() -> None:
@@ -157,8 +177,90 @@ def test_a_mistake_in_a_config_is_one_line_and_writes_nothing(tmp_path: Path) ->
 def test_version() -> None:
     from distcls import __version__
 
-    result = distcls("--version")
-    assert (result.returncode, result.stdout) == (0, f"distcls {__version__}\n")
+    for flag in ("--version", "-V"):
+        result = distcls(flag)
+        assert (result.returncode, result.stdout) == (0, f"distcls {__version__}\n")
+
+
+def test_print_config_in_a_pipe(tmp_path: Path) -> None:
+    result = distcls("train", "--data", "d", "--epochs", "3", "--print-config", folder=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert yaml.safe_load(result.stdout)["epochs"] == 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the completion of each shell, made where torch is not installed."""
+    folder = tmp_path_factory.mktemp("completion")
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from distcls.cli import dispatch\n"
+        "dispatch(['completion', sys.argv[1]])"
+    )
+    for shell in ("bash", "zsh", "fish"):
+        call = [sys.executable, "-c", program, shell]
+        done = subprocess.run(call, check=True, capture_output=True, text=True)
+        (folder / f"distcls.{shell}").write_text(done.stdout)
+    return folder
+
+
+LINES = {
+    "pre": {"prepare", "predict"},
+    "train --model.pretrained-": {"--model.pretrained-match", "--model.pretrained-sha256"},
+    "train --precision ": {"auto", "fp32", "bf16", "fp16"},
+    "predict --out-format j": {"jsonl"},
+    "evaluate --mod": {"--model"},
+    "train --print": {"--print-config"},
+    "completion z": {"zsh"},
+    "help ev": {"evaluate"},
+    "predict --quiet x": set(),
+}
+"""What completes the beginnings of command lines."""
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_completion_in_bash(scripts: Path, line: str) -> None:
+    program = (
+        "source distcls.bash; complete -p distcls\n"
+        'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _distcls\n'
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    call = ["bash", "--norc", "-c", program, "bash", "distcls", *line.split(" ")]
+    done = subprocess.run(call, cwd=scripts, capture_output=True, text=True, check=False)
+    first, *found = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert first.endswith("-F _distcls distcls")
+    assert set(filter(None, found)) == LINES[line]
+
+
+def test_completion_in_bash_of_a_value_after_an_equals_sign(scripts: Path) -> None:
+    program = "source distcls.bash; COMP_CWORD=4; COMP_WORDS=(distcls train --precision = b)"
+    call = ["bash", "--norc", "-c", f'{program}; _distcls; echo "${{COMPREPLY[*]}}"']
+    done = subprocess.run(call, cwd=scripts, capture_output=True, text=True, check=True)
+    assert done.stdout == "bf16\n"
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+@pytest.mark.parametrize("line", LINES)
+def test_completion_in_fish(scripts: Path, line: str) -> None:
+    program = 'source distcls.fish; complete -C "distcls $argv[1]"'
+    call = ["fish", "--no-config", "-c", program, line]
+    done = subprocess.run(call, cwd=scripts, capture_output=True, text=True, check=True)
+    assert {found.partition("\t")[0] for found in done.stdout.splitlines()} == LINES[line]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_completion_for_zsh_parses(scripts: Path) -> None:
+    subprocess.run(["zsh", "-f", "-n", "distcls.zsh"], cwd=scripts, check=True)
+
+
+def test_completion_knows_every_flag_of_help(scripts: Path) -> None:
+    texts = [(scripts / f"distcls.{shell}").read_text() for shell in ("bash", "zsh", "fish")]
+    for name, (module, _) in COMMANDS.items():
+        assert all(name in text for text in texts)
+        for flag, _, _ in importlib.import_module(module).COMMAND.flags():
+            assert all(flag[2:] in text for text in texts)
 
 
 def test_a_users_own_export_and_launch_folders_are_not_ours(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ LAYERS = [
     "training",
     "export launch",
     "commands",
-    "train evaluate",
+    "train evaluate __main__",
 ]
 """Folders and modules right below `distcls`, the lowest first; the aliases come last."""
 HEIGHT = {f"distcls.{name}": at for at, row in enumerate(LAYERS) for name in row.split()} | {
@@ -44,6 +44,7 @@ WITHOUT_TORCH = [
     "distcls.commands.prepare",
     "distcls.commands.predict",
     "distcls.commands.evaluate",
+    "distcls.commands.completion",
     "distcls.commands.models",
     "distcls.commands.train",
     "distcls.commands.show",
@@ -94,7 +95,7 @@ def test_imports_make_no_circle() -> None:
 
 
 def test_nothing_imports_the_aliases() -> None:
-    aliases = {"distcls.train", "distcls.evaluate"}
+    aliases = {"distcls.train", "distcls.evaluate", "distcls.__main__"}
     aliases |= {module for module in GRAPH if not module.startswith("distcls.")}
     named = {name for module, names in GRAPH.items() for name in names if module not in aliases}
     assert not named & aliases
@@ -122,7 +123,7 @@ def test_needs_no_torch(module: str) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("command", [["--help"], ["--version"]])
+@pytest.mark.parametrize("command", [["--help"], ["help"], ["--version"], ["-V"]])
 def test_help_loads_nothing_heavy(command: list[str]) -> None:
     program = (
         "import sys\n"
