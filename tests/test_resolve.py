@@ -144,6 +144,29 @@ def test_a_run_of_the_version_before_goes_on(
         main(["--config", path, "--resume", "auto"])
 
 
+def test_a_printed_config_gives_the_run_that_its_flags_give(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*SMALL, *CASES["mixed"], "--model.pretrained", "none"]
+    with pytest.raises(SystemExit):
+        main(["--data", str(digits), *flags, "--print-config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    weights = run(digits, tmp_path / "flags", *flags)
+    main(["--config", str(tmp_path / "printed.yaml"), "--out", str(tmp_path / "printed")])
+    assert equal(weights, load_tensors(tmp_path / "printed" / "best.pth"))
+    printed, by_flags, by_file = (
+        {key: value for key, (value, _) in read_yaml(tmp_path / name).items() if key != "out"}
+        for name in ("printed.yaml", "flags/config.yaml", "printed/config.yaml")
+    )
+    assert by_file == by_flags
+    left = {key for key, value in printed.items() if value != by_flags[key]}
+    assert left <= {
+        *("precision", "model.stem_stride", "model.dropout", "loss.sample_weights"),
+        *(f"input.{name}" for name in ("size", "resize", "interpolation", "crop_fraction")),
+        *("input.background", "augment.flip", "augment.crop_padding", "augment.resized_crop"),
+    }
+
+
 @pytest.mark.parametrize("name", ["lamb", "timm:sgd", "lookahead_adamw", "muon", "timm:rmsproptf"])
 def test_defaults_of_timms_optimisers(name: str) -> None:
     config = OptimizerConfig(name=name)
