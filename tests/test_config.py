@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distcls.batch.options import PredictOptions
+from distcls.commands import completion as completion_command
 from distcls.commands import evaluate as evaluate_command
 from distcls.commands import export as export_command
 from distcls.commands import models as models_command
@@ -31,16 +32,17 @@ from distcls.data.prepare import PrepareOptions
 from distcls.errors import UsageError, require
 from distcls.evaluation.evaluate import EvaluateOptions
 from distcls.export.onnx import ExportOptions
-from distcls.launch import ray_train, search
+from distcls.launch import preflight, ray_train, search
 from distcls.registry import Registry
 from distcls.training.config import OPTIMIZERS, TrainConfig
 from distcls.training.schedule import SCHEDULES
 
-DESCRIBED = (
+MODULES = (
     *(train_command, show_command, prepare_command, predict_command, evaluate_command),
-    *(export_command, models_command, search, ray_train),
+    *(export_command, models_command, completion_command, search, ray_train, preflight),
 )
-"""The modules of the commands."""
+DESCRIBED = (*(module.COMMAND for module in MODULES), export_command.TRITON)
+"""All commands."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -382,16 +384,16 @@ def shown(capsys: pytest.CaptureFixture[str], described: Command[Any]) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", DESCRIBED)
+@pytest.mark.parametrize("described", DESCRIBED, ids=lambda each: each.prog)
 def test_help_lists_each_option_once_with_its_words(
-    capsys: pytest.CaptureFixture[str], module: Any
+    capsys: pytest.CaptureFixture[str], described: Command[Any]
 ) -> None:
-    text = shown(capsys, module.COMMAND)
+    text = shown(capsys, described)
     letters = "".join(text.split())
     listed = re.findall(r"^  (?:-h, )?(--[a-z][\w.-]*|[A-Z]+)\b", text, re.M)
     assert len(listed) == len(set(listed))
-    flags = {flag: leaf for flag, leaf, _ in module.COMMAND.flags()}
-    fields = leaves(module.COMMAND.options)
+    fields = leaves(described.options)
+    flags = [flag for flag, _, _ in described.flags()]
     assert set(listed) == {*flags, *(leaf.key.upper() for leaf in fields if leaf.positional)}
     for leaf in fields:
         assert leaf.doc, f"{leaf.key} has no docstring"
@@ -446,18 +448,18 @@ def test_help_says_the_type_the_default_and_what_is_required(
         assert f"usage: {usage}\n" in shown(capsys, module.COMMAND)
 
 
-@pytest.mark.parametrize("module", DESCRIBED)
-def test_the_groups_and_examples_of_help_fit_the_options(module: Any) -> None:
-    described = module.COMMAND
+@pytest.mark.parametrize("described", DESCRIBED, ids=lambda each: each.prog)
+def test_the_groups_and_examples_of_help_fit_the_options(described: Command[Any]) -> None:
     keys = {leaf.key for leaf in leaves(described.options)}
-    title, named = next(iter(described.groups.items()))
-    assert set(named) <= keys, title
-    assert {key for keys_ in described.groups.values() for key in keys_} <= keys
+    assert {key for named in described.groups.values() for key in named} <= keys
     assert described.examples
     for example in described.examples:
-        assert example.startswith(described.prog + " ")
-        arguments = shlex.split(example.removeprefix(described.prog))
-        described.parse([word for word in arguments if word != "--print-config"])
+        _, found, arguments = example.partition(described.prog.removeprefix("python ") + " ")
+        words = shlex.split(arguments, comments=True)
+        if ">" in words:
+            words = words[: words.index(">")]
+        assert found
+        described.parse([word for word in words if word != "--print-config"])
 
 
 def test_none_stands_for_null_unless_it_is_a_choice() -> None:

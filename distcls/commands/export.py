@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from distcls import log
 from distcls.cli import run
-from distcls.config import Command, parse
+from distcls.config import Command
 from distcls.export.onnx import ExportOptions, export_onnx
 from distcls.export.triton import TritonOptions, write_repository
 
@@ -25,6 +25,12 @@ COMMAND = Command(
         ),
     },
 )
+TRITON = Command(
+    options=TritonOptions,
+    prog="python -m export.triton",
+    about="Write an exported model into a model repository for Triton or KServe.",
+    examples=("python -m export.triton --model runs/photos/best.onnx --out repository",),
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,8 +46,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def main_triton(arguments: Sequence[str]) -> None:
     """`python -m export.triton`."""
-    about = "Write an exported model into a model repository for Triton or KServe."
-    options = parse(TritonOptions, arguments, prog="python -m export.triton", about=about)
+    options = TRITON.parse(arguments)
     log.set_quiet(options.quiet)
     folder = write_repository(options)
     log.say(f"wrote {folder}; tritonserver --model-repository {options.out} serves it")

@@ -29,7 +29,7 @@ from pathlib import Path
 import distcls
 from distcls import log
 from distcls.cli import run
-from distcls.config import parse
+from distcls.config import Command
 from distcls.errors import DistclsError, UsageError, require
 from distcls.files import write_text
 
@@ -84,14 +84,20 @@ class RankReport:
     versions: dict[str, str]
 
 
+COMMAND = Command(
+    options=PreflightOptions,
+    prog="python -m launch.preflight",
+    about="Check processes, network, clocks, shared folder and versions before a job.",
+    examples=(
+        "accelerate launch --config_file launch/two_cpu_processes.yaml -m launch.preflight "
+        "--processes 2 --shared runs",
+    ),
+)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Parse, check, print."""
-    options = parse(
-        PreflightOptions,
-        arguments,
-        prog="python -m launch.preflight",
-        about="Check processes, network, clocks, shared folder and versions before a job.",
-    )
+    options = COMMAND.parse(arguments)
     reports = run_checks(options)
     found = failures(reports, options.shared, options.free_gib)
     if log.rank() == 0:
