@@ -247,6 +247,13 @@ def test_a_positional_argument_may_have_the_flag_that_other_commands_have() -> N
     assert command("--source=photos", "--out", "x").source == "photos"
 
 
+def test_what_follows_two_hyphens_is_no_flag() -> None:
+    config = command("--out", "o", "--fast", "--", "--slow_start")
+    assert (config.source, config.fast, config.slow_start) == ("--slow_start", True, True)
+    inputs = ["--model", "m", "--quiet", "--", "-a.jpg", "--quiet"]
+    assert predict_command.COMMAND.parse(inputs).input == ("-a.jpg", "--quiet")
+
+
 def test_flags_may_not_be_abbreviated() -> None:
     assert "'--epoch'; did you mean '--epochs'" in message("--epoch", "3")
 

@@ -93,9 +93,11 @@ class Command(Generic[C]):
         parser = self._parser(fields)
         for leaf in renamed:
             _add_flag(parser, leaf, argparse.SUPPRESS)
-        # intermixed: several positional arguments may stand before and after the flags
         words = _spelt_out(arguments, fields + renamed)
-        options, unknown = parser.parse_known_intermixed_args(words)
+        # intermixed: several positional arguments may stand before and after the flags; argparse
+        # takes what follows `--` for flags then
+        mixed = parser.parse_known_intermixed_args
+        options, unknown = (parser.parse_known_args if "--" in words else mixed)(words)
         if unknown:
             raise UsageError(self._unexpected(unknown, fields))
         layers = [read_yaml(Path(name)) for name in options.config or ()] if self.config else []
