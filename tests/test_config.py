@@ -532,6 +532,19 @@ def test_print_config_prints_what_is_known_without_images_and_writes_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml", "printed.yaml"]
 
 
+def test_print_config_needs_no_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = printed(capsys, "--epochs", "3", "--print-config")
+    Path("mine.yaml").write_text(text)
+    assert "data" not in read_yaml(Path("mine.yaml"))
+    with pytest.raises(UsageError, match=r"data is missing; give it as --data or in mine\.yaml"):
+        train_command.main(["--config", "mine.yaml"])
+    again = printed(capsys, "--config", "mine.yaml", "--data", "d", "--print-config")
+    assert again == "data: d\n" + text
+
+
 def test_print_config_refuses_what_a_run_would(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="unknown model 'resnet_18'"):
         train_command.main(["--data", "d", "--model", "resnet_18", "--print-config"])

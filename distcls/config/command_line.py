@@ -109,11 +109,10 @@ class Command(Generic[C]):
             for leaf in fields + renamed
             if (value := getattr(options, leaf.key)) is not None
         }
-        config = build(self.options, *layers, flags)
         if self.config and options.print_config:
-            self._print(config)
+            self._print(fields, *layers, flags)
             raise SystemExit(0)
-        return config
+        return build(self.options, *layers, flags)
 
     def flags(self) -> Iterator[tuple[str, Leaf | None, str]]:
         """Each flag that the help lists, its field if it has one, and what it does in a line."""
@@ -125,13 +124,18 @@ class Command(Generic[C]):
             yield "--print-config", None, "print the config as YAML and stop"
         yield "--help", None, "show the help and stop"
 
-    def _print(self, config: C) -> None:
+    def _print(self, fields: list[Leaf], *layers: dict[str, Given]) -> None:
+        """Print the config; a required path that is not given yet is left out."""
+        given = {key for layer in layers for key in layer}
+        paths = [leaf.key for leaf in fields if leaf.default is MISSING and leaf.type is Path]
+        missing = {key: Given("not given", "") for key in paths if key not in given}
+        config = build(self.options, missing, *layers)
         if self.resolver:
             module, _, function = self.resolver.partition(":")
             config = getattr(importlib.import_module(module), function)(config)
         if log.rank() == 0:
             with log.writing_output():
-                print(dump_yaml(config), end="")
+                print(dump_yaml(config, without=missing), end="")
 
     def _unexpected(self, unknown: list[str], fields: list[Leaf]) -> str:
         word = next((word for word in unknown if word.startswith("-")), unknown[0])

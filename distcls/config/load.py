@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -182,9 +182,11 @@ def _or_config(given: dict[str, Given]) -> str:
     return f" or in {', '.join(sorted(files))}" if files else ""
 
 
-def dump_yaml(config: Any) -> str:
-    """The config as YAML that `read_yaml` and `build` turn into an equal config."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+def dump_yaml(config: Any, without: Collection[str] = ()) -> str:
+    """The config as YAML that `read_yaml` and `build` turn into an equal config; `without` keys at
+    the top are left out."""
+    tree = {key: value for key, value in _plain(config).items() if key not in without}
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:
