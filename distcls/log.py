@@ -64,10 +64,10 @@ def world_size() -> int:
 
 
 @contextlib.contextmanager
-def hushed() -> Iterator[None]:
-    """A block in which `say` is silent: what it would print is printed elsewhere."""
+def hushed(quiet: bool = True) -> Iterator[None]:
+    """A block in which `say` is silent, or with False not; then it is as before."""
     before = _quiet
-    set_quiet(True)
+    set_quiet(quiet)
     try:
         yield
     finally:

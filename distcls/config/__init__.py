@@ -1,7 +1,14 @@
 """Typed configuration: frozen dataclasses filled from YAML files and dotted flags."""
 
 from distcls.config.command_line import Command, bare, parse, positional, repeated
-from distcls.config.load import build, dump_yaml, flatten, read_yaml
+from distcls.config.load import (
+    build,
+    dump_yaml,
+    flatten,
+    options_layer,
+    read_yaml,
+    take_plain_values,
+)
 from distcls.config.schema import Leaf, leaves
 
 __all__ = [
@@ -12,8 +19,10 @@ __all__ = [
     "dump_yaml",
     "flatten",
     "leaves",
+    "options_layer",
     "parse",
     "positional",
     "read_yaml",
     "repeated",
+    "take_plain_values",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -134,6 +135,51 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
     return typing.cast(C, _construct(cls, "", values, given))
 
 
+def options_layer(cls: type, options: Mapping[str, object]) -> dict[str, Given]:
+    """Options as Python has them, for `build`: a section is a dict, one of its dataclass, or the
+    value of its `name` alone; keys may be dotted too."""
+    hints = _hints(cls)
+    tree = {key: _section(value, hints.get(key)) for key, value in options.items()}
+    return {key: Given(value, "options") for key, value in flatten(tree).items()}
+
+
+def _section(value: object, kind: Any) -> object:
+    if not dataclasses.is_dataclass(kind):
+        return value
+    named = isinstance(value, str) and "name" in _hints(typing.cast(type, kind))
+    return {"name": value} if named else _plain(value)
+
+
+def take_plain_values(config: object) -> None:
+    """Convert the values of a config under construction as those of files are converted: the text
+    of a path, a list of sizes, a dict of a section. For its `__post_init__`.
+
+    Raises BadValue for a value that does not fit, UsageError for one in a section.
+    """
+    hints = _hints(type(config))
+    for field in dataclasses.fields(typing.cast(Any, config)):
+        value, kind = getattr(config, field.name), hints[field.name]
+        if value is field.default:
+            continue
+        if not dataclasses.is_dataclass(kind):
+            try:
+                value = convert(value, kind)
+            except Mismatch:
+                raise BadValue(field.name, value, describe(kind)) from None
+        elif not isinstance(value, typing.cast(type, kind)):
+            inside = _section(value, kind)
+            if not isinstance(inside, Mapping):
+                raise BadValue(field.name, value, "a dict of its keys")
+            given = {key: Given(each, field.name) for key, each in flatten(dict(inside)).items()}
+            value = build(typing.cast(type, kind), given)
+        object.__setattr__(config, field.name, value)  # frozen for everybody else
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _gather(layer: dict[str, Given], mappings: list[str]) -> dict[str, Given]:
     """A layer with the keys below one that takes a mapping merged back into one value."""
     gathered: dict[str, Given] = {}
@@ -155,7 +201,7 @@ def _refuse_section(key: str, source: str, known: Iterable[str]) -> None:
 
 
 def _construct(cls: type, prefix: str, values: dict[str, Any], given: dict[str, Given]) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         key = prefix + field.name

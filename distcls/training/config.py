@@ -6,8 +6,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
+from distcls.config import build, options_layer, read_yaml, take_plain_values
 from distcls.config.schema import require_duration
 from distcls.errors import UsageError, require
 from distcls.evaluation.metrics import MONITORED, default_mode
@@ -458,7 +459,11 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run."""
+    """A training run.
+
+    From Python, paths may be texts, a section a dict or its `name` alone:
+    `TrainConfig(data="photos", model="efficientnet_b0", ema={"decay": 0.99})`.
+    """
 
     data: Path
     """Dataset directory, as `distcls prepare` writes it, or anything that it takes, such as a
@@ -536,7 +541,17 @@ class TrainConfig:
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: object) -> Self:
+        """The config in a YAML file with other values for some keys, of a section's keys too.
+
+        `TrainConfig.from_yaml("config.yaml", epochs=3, optimizer={"weight_decay": 0.1})`. Raises
+        UsageError for a file that cannot be read, an unknown key or a value that does not fit.
+        """
+        return build(cls, read_yaml(Path(path)), options_layer(cls, overrides))
+
     def __post_init__(self) -> None:
+        take_plain_values(self)
         self._check_places()
         for name in ("accumulate", "max_nonfinite_steps", "log_every"):
             value = getattr(self, name)

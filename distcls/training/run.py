@@ -12,14 +12,16 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from distcls import log
+from distcls.config import build, options_layer
 from distcls.config.schema import duration_in_steps
-from distcls.errors import DistclsError, Stopped, UsageError
+from distcls.errors import DistclsError, Stopped, UsageError, require
 from distcls.evaluation.metrics import Metrics
 from distcls.files import claimed_output
 from distcls.imaging import Preprocess
@@ -71,6 +73,11 @@ from distcls.training.signals import StopSignals
 from distcls.training.stability import EpochChecks
 from distcls.training.weight_averaging import select_weights
 
+if TYPE_CHECKING:
+    import pandas
+
+    from distcls.predictor import Predictor
+
 WITHOUT_WEIGHTS = {"pretrained": None, "pretrained_sha256": None}
 """What a model file's architecture has of the weights that its run started from."""
 LONG = 3
@@ -93,9 +100,27 @@ class TrainResult:
     seconds: float
     """Time spent training and evaluating."""
 
+    history: list[dict[str, float]] = dataclasses.field(repr=False)
+    """A row for each epoch, as in history.csv."""
+
+    def load(self, **options: Any) -> Predictor:
+        """The best model, ready to predict; `options` are those of `distcls.load`."""
+        from distcls.predictor import load
+
+        return load(self.out, **options)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """The history as a DataFrame, indexed by epoch. Raises DistclsError without pandas."""
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            raise DistclsError("pandas is not installed; `pip install pandas`") from error
+        return pandas.DataFrame(self.history).set_index("epoch")
+
     def to_json(self) -> dict[str, Any]:
         """For --json."""
-        return {**dataclasses.asdict(self), "out": str(self.out)}
+        fields = [field.name for field in dataclasses.fields(self) if field.name != "history"]
+        return {**{name: getattr(self, name) for name in fields}, "out": str(self.out)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +155,29 @@ class Evaluation:
     """Of the chosen weights, likewise of the main process."""
 
 
+def fit(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
+    """Train as `distcls train` does, from a script or a notebook.
+
+        result = distcls.fit(data="photos/", out="runs/photos", epochs=20)
+        print(result.best_score, result.load()("photo.jpg"))
+
+    `options` are the keys of `TrainConfig`, a section as a dict (`optimizer={"weight_decay": 0.1}`)
+    or its `name` alone (`model="efficientnet_b0"`); beside a config they replace its values. It may
+    be called again in the same process. In a script that `accelerate launch` starts, every process
+    calls it.
+
+    Raises UsageError for options, data or an output folder that cannot work, before the first step;
+    Stopped when Ctrl-C or a signal ended the run, whose state is saved: `resume="auto"` continues.
+    """
+    if config is None and "data" not in options:
+        raise UsageError("data is missing: a folder of images, or a dataset directory")
+    layers = [] if config is None else [options_layer(TrainConfig, vars(config))]
+    config = build(TrainConfig, *layers, options_layer(TrainConfig, options))
+    require(not config.json, "json", config.json, "false: the result is returned")
+    with log.hushed(config.quiet):
+        return train(config)
+
+
 def train(config: TrainConfig) -> TrainResult:
     """Train according to the config and write the run directory.
 
@@ -156,6 +204,7 @@ def train(config: TrainConfig) -> TrainResult:
         best_score=state.best_score or 0.0,
         epochs=state.epoch,
         seconds=state.seconds,
+        history=[dict(row) for row in state.history],
     )
 
 

@@ -1,0 +1,122 @@
+"""Training from Python: `fit`, and configs out of what Python has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distcls import log
+from distcls.errors import BadValue, UsageError
+from distcls.models.checkpoint import load_tensors
+from distcls.training.config import EmaConfig, TrainConfig
+from distcls.training.run import TrainResult, fit, train
+from tests.e2e.commands import run
+
+FEW: dict[str, Any] = {
+    "model": "simple_cnn",
+    "epochs": 2,
+    "limit": 60,
+    "batch_size": 20,
+    "ema": {"decay": 0.9},
+}
+
+
+@pytest.fixture(scope="module")
+def fitted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    return fit(data=digits, out=tmp_path_factory.mktemp("fit") / "run", quiet=True, **FEW)
+
+
+def test_it_is_the_run_of_the_command(fitted: TrainResult, digits: Path, tmp_path: Path) -> None:
+    flags = ("--model", "simple_cnn", "--epochs", 2, "--limit", 60, "--batch-size", 20)
+    run("train", "--data", digits, "--out", tmp_path / "run", *flags, "--ema.decay", 0.9)
+    ours, theirs = (load_tensors(out / "best.pth") for out in (fitted.out, tmp_path / "run"))
+    assert ours["model"].keys() == theirs["model"].keys()
+    for name, value in ours["model"].items():
+        assert torch.equal(value, theirs["model"][name])
+
+
+def test_the_result_has_the_history(fitted: TrainResult) -> None:
+    assert [row["epoch"] for row in fitted.history] == [1, 2]
+    best = fitted.history[fitted.best_epoch - 1]
+    assert best["val_top1"] == fitted.best_score
+    frame = fitted.to_dataframe()
+    assert list(frame.index) == [1, 2]
+    assert frame["val_top1"].max() == fitted.best_score
+    assert "history" not in fitted.to_json()
+
+
+def test_it_runs_again_in_the_same_process(fitted: TrainResult, tmp_path: Path) -> None:
+    """With another precision too, which accelerate holds for the whole process."""
+    config = TrainConfig.from_yaml(fitted.out / "config.yaml", out=tmp_path / "again")
+    assert config.ema.decay == 0.9
+    assert fit(config, epochs=1, precision="bf16").epochs == 1
+    assert "precision: bf16" in (tmp_path / "again" / "config.yaml").read_text()
+    assert fit(config, out=tmp_path / "third", precision="fp32").best_score == fitted.best_score
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_is_obeyed_and_ends_with_the_run(
+    quiet: bool, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(data=digits, out=tmp_path / "run", quiet=quiet, **{**FEW, "epochs": 1})
+    assert ("epoch   1/1" in capsys.readouterr().err) is not quiet
+    log.say("said afterwards")
+    assert "said afterwards" in capsys.readouterr().err
+
+
+def test_options_replace_those_of_a_config_key_by_key(digits: Path) -> None:
+    config = TrainConfig(data=digits, ema=EmaConfig(decay=0.9), optimizer={"weight_decay": 0.3})  # type: ignore[arg-type]
+    assert config.optimizer.weight_decay == 0.3
+    with pytest.raises(UsageError, match=r"optimizer\.momentum: 'much' is not valid"):
+        fit(config, optimizer={"momentum": "much"})
+
+
+def test_a_config_takes_what_python_has() -> None:
+    plain: dict[str, Any] = {
+        "data": "photos",
+        "out": "runs/photos",
+        "model": "efficientnet_b0",
+        "input": {"size": [192, 256]},
+        "loss": {"name": "focal", "class_weights": {"a.b": 2, "c": 1}},
+        "lr": "1e-3",
+    }
+    config = TrainConfig(**plain)
+    assert (config.data, config.out) == (Path("photos"), Path("runs/photos"))
+    assert (config.model.name, config.input.size, config.lr) == (
+        "efficientnet_b0",
+        (192, 256),
+        1e-3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"epochs": "many"}, "epochs: 'many' is not valid, expected an integer or one of auto"),
+        ({"data": None}, "data: None is not valid, expected a path"),
+        ({"optimizer": 3}, "optimizer: 3 is not valid, expected a dict of its keys"),
+        ({"optimizer": {"weight_decai": 1}}, "optimizer: unknown key 'weight_decai'; did you mean"),
+        ({"ema": {"decay": 2}}, "ema: decay: 2.0 is not valid"),
+        ({"input": {"size": (1, 2, 3)}}, "input: size: .* is not valid, expected 2 integers"),
+    ],
+)
+def test_wrong_values_are_refused_by_key_and_value(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainConfig(**{"data": "photos", **wrong})
+
+
+def test_what_fit_needs(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="data is missing"):
+        fit(out=tmp_path)
+    with pytest.raises(UsageError, match="unknown key 'epoch'; did you mean 'epochs'"):
+        fit(data=tmp_path, epoch=3)
+    with pytest.raises(BadValue, match="json"):
+        fit(data=tmp_path, json=True)
+
+
+def test_train_and_fit_are_one(fitted: TrainResult, digits: Path, tmp_path: Path) -> None:
+    config = TrainConfig.from_yaml(fitted.out / "config.yaml", out=str(tmp_path / "run"))
+    assert train(config).history[-1]["val_loss"] == fitted.history[-1]["val_loss"]
