@@ -1,44 +1,23 @@
 """`load_model` and `Predictor`: a model file, and images through it.
 
-Decode, preprocess, logits, finite?, task: pulled over a source of images (`Predictor.stream`), as
+Decode, preprocess, logits, finite?, task: pulled over a source of images (`Predictor.chunks`), as
 batch prediction and evaluation do, or pushed image by image (`Predictor.submit`), as a server does.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Generator
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-
 from distcls.data.source import ImageSource
 from distcls.errors import UsageError, require
+from distcls.prediction import Prediction, predictions_of
 from distcls.runtime.model import Model
 from distcls.runtime.pipeline import Chunk, ImageQueue, Profiler, stream
 from distcls.runtime.providers import ExecutionRequest
-from distcls.task import Floats, Task
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Prediction:
-    """The prediction for one image."""
-
-    error: str | None
-    """Why there is no prediction: the image cannot be decoded, or the output is not finite."""
-    logits: Floats
-    """[K]; NaN with an error."""
-    probabilities: Floats
-    """Of each class, float32 [K]: softmax, separately for each head, or sigmoid of labels; NaN with
-    an error."""
-    label: str | None
-    """The predicted class, or classes (see `Task.text`); None with an error."""
-    probability: float | None
-    """Of the label; of several classes the joint one, as if independent. None with an error."""
-    features: Floats | None
-    """[D], the input of the network's last layer, if the model returns it."""
+from distcls.task import Task
 
 
 class Predictor:
@@ -66,7 +45,7 @@ class Predictor:
         """The task: the classes, and the meaning of the logits."""
         return self.model.card.task
 
-    def stream(
+    def chunks(
         self,
         source: ImageSource,
         *,
@@ -119,27 +98,7 @@ class Predictor:
         self.close()
 
     def _predictions(self, chunk: Chunk) -> list[Prediction]:
-        task = self.task
-        good = np.array([error is None for error in chunk.errors])
-        probabilities = np.full_like(chunk.logits, np.nan)
-        probabilities[good] = task.probabilities(chunk.logits[good])
-        decided = task.decide(chunk.logits[good])
-        confidence = task.confidence(probabilities[good], decided).tolist()
-        named = iter(zip(task.texts(decided), confidence, strict=True))
-        results = []
-        for position, error in enumerate(chunk.errors):
-            label, probability = next(named) if error is None else (None, None)
-            results.append(
-                Prediction(
-                    error=error,
-                    logits=chunk.logits[position],
-                    probabilities=probabilities[position],
-                    label=label,
-                    probability=probability,
-                    features=None if chunk.features is None else chunk.features[position],
-                )
-            )
-        return results
+        return predictions_of(chunk, [None] * len(chunk.indices), self.task)
 
 
 def load_model(

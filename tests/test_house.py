@@ -18,6 +18,7 @@ LAYERS = [
     "model_card",
     "data",
     "runtime models",
+    "prediction",
     "predictor",
     "evaluation batch",
     "training",

@@ -1,4 +1,4 @@
-"""`Predictor.submit`: the same bits as `stream`, neighbours undisturbed, nothing ever hangs."""
+"""`Predictor.submit`: the same bits as `chunks`, neighbours undisturbed, nothing ever hangs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def images() -> list[bytes]:
 
 def streamed(predictor: Predictor, files: list[bytes]) -> tuple[NDArray[np.float32], list[object]]:
     source = FunctionSource([str(index) for index in range(len(files))], read=files.__getitem__)
-    chunks = list(predictor.stream(source))
+    chunks = list(predictor.chunks(source))
     logits = np.concatenate([chunk.logits for chunk in chunks])
     return logits, [error for chunk in chunks for error in chunk.errors]
 
@@ -296,8 +296,8 @@ def test_sizes_and_indices_that_cannot_be() -> None:
     with Predictor(model, batch_size=3) as predictor:
         for indices in (range(3, 5), range(-1, 2)):
             with pytest.raises(IndexError, match="of a source of 4 images"):
-                predictor.stream(source, indices=indices)
-        forwards = np.concatenate([chunk.logits for chunk in predictor.stream(source)])
-        down = predictor.stream(source, indices=range(3, -1, -1))
+                predictor.chunks(source, indices=indices)
+        forwards = np.concatenate([chunk.logits for chunk in predictor.chunks(source)])
+        down = predictor.chunks(source, indices=range(3, -1, -1))
         backwards = np.concatenate([chunk.logits for chunk in down])
     np.testing.assert_array_equal(backwards, forwards[::-1])

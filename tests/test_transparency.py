@@ -324,7 +324,7 @@ def test_every_way_to_a_prediction_blends_alike(
     folder = open_source(str(icons))
     sources = [folder, scale_decoding(folder, model), Dataset.open(files).split("test")]
     for source in sources:
-        for chunk in Predictor(model).stream(source):
+        for chunk in Predictor(model).chunks(source):
             assert chunk.logits.tolist() == [expected] * len(chunk.indices)
     with Predictor(model) as predictor:
         found = predictor.submit((icons / "disc" / "0.png").read_bytes()).result(timeout=30)
@@ -336,10 +336,10 @@ def test_every_way_to_a_prediction_blends_alike(
 def test_a_pack_on_another_background_is_said(packed: Path, capfd: Any) -> None:
     split = Dataset.open(packed).split("test")
     for _ in range(2):
-        list(Predictor(Corner(GREEN)).stream(split))
+        list(Predictor(Corner(GREEN)).chunks(split))
     said = capfd.readouterr().err
     assert said.count("--background 0,160,0") == 1
-    list(Predictor(Corner(WHITE)).stream(split))
+    list(Predictor(Corner(WHITE)).chunks(split))
     assert not capfd.readouterr().err
 
 

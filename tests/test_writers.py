@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distcls.batch.table import Columns, check_ending, open_writer, shortest
+from distcls.batch.table import check_ending, open_writer
 from distcls.errors import UsageError
 from distcls.files import csv_line
+from distcls.prediction import Columns, shortest
 
 NAMES = [
     "plain.jpg",

@@ -225,7 +225,7 @@ def check_scaled_decoding(source: ImageSource, scaled: ImageSource, model: Model
 
 def _decisions(source: ImageSource, model: Model, indices: range) -> NDArray[np.int64]:
     """`Task.decide` of each image, [n, heads or labels]; -1 for a bad image."""
-    with contextlib.closing(Predictor(model).stream(source, indices=indices)) as chunks:
+    with contextlib.closing(Predictor(model).chunks(source, indices=indices)) as chunks:
         logits = np.concatenate([chunk.logits for chunk in chunks])
     good = np.isfinite(logits).all(axis=1)
     decided = model.card.task.decide(logits[good]).astype(np.int64)

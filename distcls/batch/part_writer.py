@@ -14,10 +14,11 @@ import numpy as np
 
 from distcls.batch.options import PredictOptions
 from distcls.batch.parts import PartRecord, part_name
-from distcls.batch.table import ABSTAINED, Columns, RowBuilder, open_features, open_writer
+from distcls.batch.table import open_features, open_writer
 from distcls.data.source import ImageSource, whole_numbers
 from distcls.files import atomic_path, digest
 from distcls.plotting import GREEN, GREY, RED, Tile, draw_grid, shorten
+from distcls.prediction import ABSTAINED, Columns, RowBuilder
 from distcls.predictor import Predictor
 from distcls.runtime.model import Model, WithFeatures
 from distcls.runtime.pipeline import Chunk, Profiler
@@ -64,7 +65,7 @@ class PartWriter:
 
         `advance` is called with the number of images of each chunk.
         """
-        chunks = self._predictor.stream(
+        chunks = self._predictor.chunks(
             self.source,
             indices=range(numbers.start * self._rows, min(numbers.stop * self._rows, self.count)),
             profiler=self.profiler,

@@ -1,4 +1,4 @@
-"""The output table: rows out of logits, written as CSV, JSON lines or Parquet."""
+"""The output table: rows written as CSV, JSON lines or Parquet."""
 
 from __future__ import annotations
 
@@ -10,156 +10,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from distcls.errors import UsageError
 from distcls.files import csv_line
-from distcls.runtime.pipeline import Chunk
-from distcls.task import Task
-
-ABSTAINED = "abstained"
-"""Column with --threshold: whether a label, or that of any head, was not likely enough."""
-
-Floats = NDArray[np.float32]
-LabelColumns = tuple[list[str | None], Floats]
-"""Labels and probabilities of some images, for one pair of columns."""
-
-
-class RowBuilder:
-    """Turns chunks into columns of a table.
-
-    image_id, label, probability, then for single-label tasks the next likely classes (label_2,
-    probability_2, ...), for heads each one's own (label:HEAD, probability:HEAD), then on request
-    p:CLASS, with a threshold abstained, and error. The probability of a multi-head or multi-label
-    prediction is the joint one of all its classes, as if they were independent.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        *,
-        top_k: int = 1,
-        probabilities: bool = False,
-        threshold: float | None = None,
-    ) -> None:
-        """Raises UsageError for options that the task does not support.
-
-        That is a `top_k` of more classes than there are, or of heads or labels at all, and a
-        threshold of labels.
-        """
-        if not task.single and top_k > 1:
-            raise UsageError(
-                f"top_k: {top_k} is for a single label per image, the model has {task.summary()}; "
-                "--probabilities gives them all"
-            )
-        if top_k > len(task.classes):
-            number = len(task.classes)
-            raise UsageError(f"top_k: {top_k} is more than the model's {number} classes")
-        if task.kind == "multi_label" and threshold is not None:
-            raise UsageError(
-                f"threshold: {threshold:g} is for a single label per image or head, the model "
-                f"has {task.summary()}, each with its own threshold; --probabilities gives "
-                "them all"
-            )
-        self._task = task
-        self._top_k = top_k
-        self._threshold = threshold
-        self._all = [f"p:{name}" for name in task.classes] if probabilities else []
-        endings = [f"_{rank + 1}" if rank else "" for rank in range(top_k)]
-        endings += [f":{head.name}" for head in task.heads]
-        self._pairs = [(f"label{ending}", f"probability{ending}") for ending in endings]
-
-    @property
-    def names(self) -> list[str]:
-        """All columns in order."""
-        pairs = [name for pair in self._pairs for name in pair]
-        return ["image_id", *pairs, *self._all, *sorted(self.booleans), "error"]
-
-    @property
-    def numbers(self) -> set[str]:
-        """The columns that hold numbers."""
-        return {probability for _, probability in self._pairs} | set(self._all)
-
-    @property
-    def booleans(self) -> set[str]:
-        """The columns that hold true or false."""
-        return set() if self._threshold is None else {ABSTAINED}
-
-    def __call__(self, chunk: Chunk, image_ids: Sequence[str]) -> Columns:
-        """The rows of a chunk; a bad image's is empty but for its name and the error.
-
-        With a threshold, a class that is less likely is not named; its probability stays. The label
-        of all heads is named if each head's class is.
-        """
-        good = np.array([error is None for error in chunk.errors])
-        logits = chunk.logits[good]
-        probabilities = self._task.probabilities(logits)
-        labels = self._top_classes if self._task.single else self._multi_output
-        found, abstained = labels(logits, probabilities)
-        columns: Columns = {"image_id": [image_ids[index] for index in chunk.indices]}
-        for (label, probability), (texts, values) in zip(self._pairs, found, strict=True):
-            columns[label] = _spread(good, texts)
-            columns[probability] = _spread(good, shortest(values))
-        for index, name in enumerate(self._all):
-            columns[name] = _spread(good, shortest(probabilities[:, index]))
-        if self._threshold is not None:
-            columns[ABSTAINED] = _spread(good, abstained.tolist())
-        columns["error"] = chunk.errors
-        return columns
-
-    def _top_classes(
-        self, logits: Floats, probabilities: Floats
-    ) -> tuple[list[LabelColumns], NDArray[np.bool_]]:
-        """The likeliest class, the next, and so on; and which images are abstained from, [N]."""
-        if self._top_k == 1:
-            ranked = self._task.decide(logits)
-        else:  # of equal logits the lower class comes first
-            ranked = np.argsort(-logits, axis=1, kind="stable")[:, : self._top_k]
-        of_rank = np.take_along_axis(probabilities, ranked, axis=1)
-        abstained = self._below_threshold(of_rank[:, 0])
-        named = np.array(self._task.classes, object)[ranked]
-        named[abstained, 0] = None
-        columns = [(named[:, rank].tolist(), of_rank[:, rank]) for rank in range(self._top_k)]
-        return columns, abstained
-
-    def _multi_output(
-        self, logits: Floats, probabilities: Floats
-    ) -> tuple[list[LabelColumns], NDArray[np.bool_]]:
-        """All heads or labels as one text, then each head's; and which are abstained from, [N]."""
-        decided = self._task.decide(logits)
-        joint = self._task.confidence(probabilities, decided)
-        abstained = np.zeros(len(logits), np.bool_)
-        heads: list[LabelColumns] = []
-        if self._task.heads:
-            own = self._task.of_answers(probabilities, decided)
-            for position, head in enumerate(self._task.heads):
-                below = self._below_threshold(own[:, position])
-                names = [head.classes[index] for index in decided[:, position].tolist()]
-                heads.append((_blank_where(names, below), own[:, position]))
-                abstained |= below
-        return [(_blank_where(self._task.texts(decided), abstained), joint), *heads], abstained
-
-    def _below_threshold(self, probabilities: Floats) -> NDArray[np.bool_]:
-        """Whether each of [N] is less than the threshold; all False without one."""
-        if self._threshold is None:
-            return np.zeros(len(probabilities), np.bool_)
-        return np.asarray(probabilities < self._threshold, np.bool_)
-
-
-def _blank_where(texts: list[str], abstained: NDArray[np.bool_]) -> list[str | None]:
-    return [None if blank else text for text, blank in zip(texts, abstained.tolist(), strict=True)]
-
-
-def _spread(good: NDArray[np.bool_], values: list[Any]) -> list[Any]:
-    """`values` for the readable images, None for bad ones."""
-    if good.all():
-        return values
-    left = iter(values)
-    return [next(left) if is_good else None for is_good in good.tolist()]
-
-
-Columns = dict[str, Sequence[Any]]
-"""Some rows, by column: text, numbers or None."""
+from distcls.prediction import Columns
+from distcls.task import Floats
 
 Write = Callable[[Columns], None]
 
@@ -221,11 +76,6 @@ def copy_rows(
         with part.open("rb") as handle:
             handle.seek(len(first))
             shutil.copyfileobj(handle, target, 1 << 20)
-
-
-def shortest(values: NDArray[np.float32]) -> list[float]:
-    """Numbers whose decimal form is the shortest that gives the same float32 back."""
-    return [float(text) for text in values.astype(np.str_).tolist()]
 
 
 @contextlib.contextmanager

@@ -311,7 +311,7 @@ def _evaluate_shard(predictor: Predictor, split: Split, indices: range) -> tuple
     task = predictor.task
     state, spread, bad = metric_state(task), LogitSpread(task), []
     with (
-        contextlib.closing(predictor.stream(split, indices=indices)) as chunks,
+        contextlib.closing(predictor.chunks(split, indices=indices)) as chunks,
         tqdm(total=len(indices), unit="img", disable=not log.show_progress()) as bar,
     ):
         for chunk in chunks:

@@ -1,0 +1,333 @@
+"""What a model says of images: each one's `Prediction`, a list of them, and the rows of a table.
+
+`predictions_of` and `RowBuilder` both read the chunks of a pipeline, so an object in Python and a
+row of `distcls predict` hold the same label and the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distcls.errors import BadImage, UsageError, require
+from distcls.runtime.pipeline import Chunk
+from distcls.task import Floats, Integers, Task
+
+if TYPE_CHECKING:
+    import pandas
+
+MOST_SHOWN = 60
+"""Letters of a label in a `repr`: a multi-label model may have thousands."""
+ROWS_SHOWN = 20
+"""Predictions in the `repr` of a list."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Prediction:
+    """The prediction for one image."""
+
+    image_id: str | None
+    """The image's name: its path or URL as given, of a folder's image the path below the folder;
+    None for bytes and arrays, which have none."""
+    error: str | None
+    """Why there is no prediction: the image cannot be decoded, or the output is not finite."""
+    logits: Floats
+    """float32 [K]; NaN with an error."""
+    probabilities: Floats
+    """Of each class, float32 [K]: softmax, separately for each head, or sigmoid of labels; NaN with
+    an error."""
+    label: str | None
+    """The predicted class, or classes (see `Task.text`); None with an error."""
+    probability: float | None
+    """Of the label; of several classes the joint one, as if independent. None with an error."""
+    features: Floats | None
+    """float32 [D], the input of the network's last layer, if the model returns it."""
+    task: Task
+    """The model's task: its classes, and which of the logits compete."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of `probabilities`, [K]; of heads as HEAD:CLASS."""
+        return self.task.classes
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The predicted class, the class of each head, or all labels found; empty with an error."""
+        if self.error is not None:
+            return ()
+        decided = self._decided()[0].tolist()
+        if self.task.heads:
+            named = zip(self.task.heads, decided, strict=True)
+            return tuple(head.classes[index] for head, index in named)
+        chosen = decided if self.task.single else np.flatnonzero(decided).tolist()
+        return tuple(self.classes[index] for index in chosen)
+
+    @property
+    def heads(self) -> dict[str, tuple[str, float]]:
+        """Multi-head models: class and probability of each head, by its name; else empty."""
+        if self.error is not None or not self.task.heads:
+            return {}
+        own = shortest(self.task.of_answers(self.probabilities[None], self._decided())[0])
+        names = [head.name for head in self.task.heads]
+        return dict(zip(names, zip(self.labels, own, strict=True), strict=True))
+
+    def top_k(self, k: int = 5) -> list[tuple[str, float]]:
+        """The `k` likeliest classes with their probabilities, the likeliest first.
+
+        Of equal ones the lower class comes first. Raises BadValue for a `k` below 1 or above the
+        number of classes, UsageError for multi-head and multi-label models (see `heads` and
+        `probabilities`), BadImage with an error.
+        """
+        if not self.task.single:
+            raise UsageError(
+                f"top_k: {k} is for a single label per image, the model has {self.task.summary()}; "
+                f"see {'heads' if self.task.heads else 'labels'} and probabilities"
+            )
+        require(1 <= k <= len(self.classes), "top_k", k, f"1 to {len(self.classes)}, the classes")
+        if self.error is not None:
+            raise BadImage(_named(self.image_id, self.error))
+        ranked = ranking(self.logits[None], k)[0]
+        values = shortest(self.probabilities[ranked])
+        return [(self.classes[i], value) for i, value in zip(ranked.tolist(), values, strict=True)]
+
+    def _decided(self) -> Integers:
+        return self.task.decide(self.logits[None])
+
+    def __repr__(self) -> str:
+        name = "" if self.image_id is None else f"{self.image_id!r}, "
+        if self.error is not None:
+            return f"Prediction({name}error={self.error!r})"
+        label = repr(self.label)
+        if len(label) > MOST_SHOWN:
+            label = f"{label[: MOST_SHOWN - 4]}...{label[0]}"
+        return f"Prediction({name}label={label}, probability={self.probability:.4f})"
+
+
+class Predictions(list[Prediction]):
+    """Predictions in the order of their images: a list, and a table."""
+
+    def to_dataframe(self, *, top_k: int = 1, probabilities: bool = False) -> pandas.DataFrame:
+        """A pandas DataFrame with the columns and values of `distcls predict`'s CSV.
+
+        These are image_id, label, probability, with `top_k` label_2, probability_2, ..., of heads
+        label:HEAD and probability:HEAD, with `probabilities` p:CLASS, and error. What the CSV
+        leaves empty is missing (None or NaN). Raises UsageError if pandas is not installed, if
+        there is no prediction, or for a `top_k` that the task does not support.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                "to_dataframe needs pandas, which is not installed; pip install pandas"
+            ) from error
+        if not self:
+            raise UsageError("to_dataframe: there is no prediction, so its columns are not known")
+        rows = RowBuilder(self[0].task, top_k=top_k, probabilities=probabilities)
+        chunk = Chunk(
+            indices=range(len(self)),
+            logits=np.stack([prediction.logits for prediction in self]),
+            errors=[prediction.error for prediction in self],
+        )
+        return pandas.DataFrame(rows(chunk, [prediction.image_id for prediction in self]))
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Prediction: ...
+    @overload
+    def __getitem__(self, index: slice) -> Predictions: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> Prediction | Predictions:
+        found = super().__getitem__(index)
+        return found if isinstance(found, Prediction) else Predictions(found)
+
+    def __repr__(self) -> str:
+        """A line for each of the first ones."""
+        lines = [f"  {prediction!r}," for prediction in self[:ROWS_SHOWN]]
+        if len(self) > ROWS_SHOWN:
+            lines.append(f"  ... ({len(self):,} in all)")
+        return "\n".join(["Predictions([", *lines, "])"]) if self else "Predictions([])"
+
+
+def predictions_of(chunk: Chunk, image_ids: Iterable[str | None], task: Task) -> list[Prediction]:
+    """The predictions of a chunk; `image_ids` are those of its images, in order."""
+    good = np.array([error is None for error in chunk.errors])
+    probabilities = np.full_like(chunk.logits, np.nan)
+    probabilities[good] = task.probabilities(chunk.logits[good])
+    decided = task.decide(chunk.logits[good])
+    confidence = shortest(task.confidence(probabilities[good], decided))
+    named = iter(zip(task.texts(decided), confidence, strict=True))
+    results = []
+    for position, (error, image_id) in enumerate(zip(chunk.errors, image_ids, strict=True)):
+        label, probability = next(named) if error is None else (None, None)
+        results.append(
+            Prediction(
+                image_id=image_id,
+                error=error,
+                logits=chunk.logits[position],
+                probabilities=probabilities[position],
+                label=label,
+                probability=probability,
+                features=None if chunk.features is None else chunk.features[position],
+                task=task,
+            )
+        )
+    return results
+
+
+def ranking(logits: Floats, k: int) -> Integers:
+    """The `k` likeliest classes of each row of logits [N, K], int64 [N, k].
+
+    Of equal logits the lower class comes first.
+    """
+    return np.argsort(-logits, axis=1, kind="stable")[:, :k]
+
+
+def _named(image_id: str | None, reason: str) -> str:
+    return reason if image_id is None else f"{image_id}: {reason}"
+
+
+ABSTAINED = "abstained"
+"""Column with --threshold: whether a label, or that of any head, was not likely enough."""
+
+Columns = dict[str, Sequence[Any]]
+"""Some rows, by column: text, numbers or None."""
+LabelColumns = tuple[list[str | None], Floats]
+"""Labels and probabilities of some images, for one pair of columns."""
+
+
+class RowBuilder:
+    """Turns chunks into columns of a table.
+
+    image_id, label, probability, then for single-label tasks the next likely classes (label_2,
+    probability_2, ...), for heads each one's own (label:HEAD, probability:HEAD), then on request
+    p:CLASS, with a threshold abstained, and error. The probability of a multi-head or multi-label
+    prediction is the joint one of all its classes, as if they were independent.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        top_k: int = 1,
+        probabilities: bool = False,
+        threshold: float | None = None,
+    ) -> None:
+        """Raises BadValue for a `top_k` below 1, UsageError for what the task does not support.
+
+        That is a `top_k` of more classes than there are, or of heads or labels at all, and a
+        threshold of labels.
+        """
+        require(top_k >= 1, "top_k", top_k, "at least 1")
+        if not task.single and top_k > 1:
+            raise UsageError(
+                f"top_k: {top_k} is for a single label per image, the model has {task.summary()}; "
+                "--probabilities gives them all"
+            )
+        if top_k > len(task.classes):
+            number = len(task.classes)
+            raise UsageError(f"top_k: {top_k} is more than the model's {number} classes")
+        if task.kind == "multi_label" and threshold is not None:
+            raise UsageError(
+                f"threshold: {threshold:g} is for a single label per image or head, the model "
+                f"has {task.summary()}, each with its own threshold; --probabilities gives "
+                "them all"
+            )
+        self._task = task
+        self._top_k = top_k
+        self._threshold = threshold
+        self._all = [f"p:{name}" for name in task.classes] if probabilities else []
+        endings = [f"_{rank + 1}" if rank else "" for rank in range(top_k)]
+        endings += [f":{head.name}" for head in task.heads]
+        self._pairs = [(f"label{ending}", f"probability{ending}") for ending in endings]
+
+    @property
+    def names(self) -> list[str]:
+        """All columns in order."""
+        pairs = [name for pair in self._pairs for name in pair]
+        return ["image_id", *pairs, *self._all, *sorted(self.booleans), "error"]
+
+    @property
+    def numbers(self) -> set[str]:
+        """The columns that hold numbers."""
+        return {probability for _, probability in self._pairs} | set(self._all)
+
+    @property
+    def booleans(self) -> set[str]:
+        """The columns that hold true or false."""
+        return set() if self._threshold is None else {ABSTAINED}
+
+    def __call__(self, chunk: Chunk, image_ids: Sequence[str | None]) -> Columns:
+        """The rows of a chunk; a bad image's is empty but for its name and the error.
+
+        With a threshold, a class that is less likely is not named; its probability stays. The label
+        of all heads is named if each head's class is.
+        """
+        good = np.array([error is None for error in chunk.errors])
+        logits = chunk.logits[good]
+        probabilities = self._task.probabilities(logits)
+        labels = self._top_classes if self._task.single else self._multi_output
+        found, abstained = labels(logits, probabilities)
+        columns: Columns = {"image_id": [image_ids[index] for index in chunk.indices]}
+        for (label, probability), (texts, values) in zip(self._pairs, found, strict=True):
+            columns[label] = _spread(good, texts)
+            columns[probability] = _spread(good, shortest(values))
+        for index, name in enumerate(self._all):
+            columns[name] = _spread(good, shortest(probabilities[:, index]))
+        if self._threshold is not None:
+            columns[ABSTAINED] = _spread(good, abstained.tolist())
+        columns["error"] = chunk.errors
+        return columns
+
+    def _top_classes(
+        self, logits: Floats, probabilities: Floats
+    ) -> tuple[list[LabelColumns], NDArray[np.bool_]]:
+        """The likeliest class, the next, and so on; and which images are abstained from, [N]."""
+        ranked = self._task.decide(logits) if self._top_k == 1 else ranking(logits, self._top_k)
+        of_rank = np.take_along_axis(probabilities, ranked, axis=1)
+        abstained = self._below_threshold(of_rank[:, 0])
+        named = np.array(self._task.classes, object)[ranked]
+        named[abstained, 0] = None
+        columns = [(named[:, rank].tolist(), of_rank[:, rank]) for rank in range(self._top_k)]
+        return columns, abstained
+
+    def _multi_output(
+        self, logits: Floats, probabilities: Floats
+    ) -> tuple[list[LabelColumns], NDArray[np.bool_]]:
+        """All heads or labels as one text, then each head's; and which are abstained from, [N]."""
+        decided = self._task.decide(logits)
+        joint = self._task.confidence(probabilities, decided)
+        abstained = np.zeros(len(logits), np.bool_)
+        heads: list[LabelColumns] = []
+        if self._task.heads:
+            own = self._task.of_answers(probabilities, decided)
+            for position, head in enumerate(self._task.heads):
+                below = self._below_threshold(own[:, position])
+                names = [head.classes[index] for index in decided[:, position].tolist()]
+                heads.append((_blank_where(names, below), own[:, position]))
+                abstained |= below
+        return [(_blank_where(self._task.texts(decided), abstained), joint), *heads], abstained
+
+    def _below_threshold(self, probabilities: Floats) -> NDArray[np.bool_]:
+        """Whether each of [N] is less than the threshold; all False without one."""
+        if self._threshold is None:
+            return np.zeros(len(probabilities), np.bool_)
+        return np.asarray(probabilities < self._threshold, np.bool_)
+
+
+def _blank_where(texts: list[str], abstained: NDArray[np.bool_]) -> list[str | None]:
+    return [None if blank else text for text, blank in zip(texts, abstained.tolist(), strict=True)]
+
+
+def _spread(good: NDArray[np.bool_], values: list[Any]) -> list[Any]:
+    """`values` for the readable images, None for bad ones."""
+    if good.all():
+        return values
+    left = iter(values)
+    return [next(left) if is_good else None for is_good in good.tolist()]
+
+
+def shortest(values: NDArray[np.float32]) -> list[float]:
+    """Numbers whose decimal form is the shortest that gives the same float32 back."""
+    return [float(text) for text in values.astype(np.str_).tolist()]
