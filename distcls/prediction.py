@@ -88,11 +88,16 @@ class Prediction:
                 f"see {'heads' if self.task.heads else 'labels'} and probabilities"
             )
         require(1 <= k <= len(self.classes), "top_k", k, f"1 to {len(self.classes)}, the classes")
-        if self.error is not None:
-            raise BadImage(_named(self.image_id, self.error))
+        self.raise_error()
         ranked = ranking(self.logits[None], k)[0]
         values = shortest(self.probabilities[ranked])
         return [(self.classes[i], value) for i, value in zip(ranked.tolist(), values, strict=True)]
+
+    def raise_error(self) -> None:
+        """Raise BadImage, with the image's name if it has one, if there is an error."""
+        if self.error is not None:
+            name = "" if self.image_id is None else f"{self.image_id}: "
+            raise BadImage(name + self.error)
 
     def _decided(self) -> Integers:
         return self.task.decide(self.logits[None])
@@ -182,10 +187,6 @@ def ranking(logits: Floats, k: int) -> Integers:
     Of equal logits the lower class comes first.
     """
     return np.argsort(-logits, axis=1, kind="stable")[:, :k]
-
-
-def _named(image_id: str | None, reason: str) -> str:
-    return reason if image_id is None else f"{image_id}: {reason}"
 
 
 ABSTAINED = "abstained"

@@ -1,41 +1,92 @@
-"""`load_model` and `Predictor`: a model file, and images through it.
+"""`load` and `Predictor`: a model file, and images through it, from Python and for the commands.
 
-Decode, preprocess, logits, finite?, task: pulled over a source of images (`Predictor.chunks`), as
-batch prediction and evaluation do, or pushed image by image (`Predictor.submit`), as a server does.
+Decode, preprocess, logits, finite?, task. A program calls a predictor with images in any form
+(`Predictor.__call__`), streams any number of them (`Predictor.stream`), or pushes them one by one
+(`Predictor.submit`), as a server does; batch prediction and evaluation pull the chunks of a source
+(`Predictor.chunks`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import collections
+import contextlib
+import functools
+import os
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
+from typing import Any, overload
 
+import numpy as np
+from PIL import Image
+
+from distcls import log
+from distcls.data.formats.detect import open_source
+from distcls.data.formats.objects import (
+    ImageInput,
+    ObjectSource,
+    bytes_in_memory,
+    check,
+    load_image,
+    name_of,
+    snapshot,
+)
 from distcls.data.source import ImageSource
-from distcls.errors import UsageError, require
-from distcls.prediction import Prediction, predictions_of
-from distcls.runtime.model import Model
-from distcls.runtime.pipeline import Chunk, ImageQueue, Profiler, stream
+from distcls.errors import BadImage, DistclsError, UsageError, require
+from distcls.model_card import ModelCard, best_model
+from distcls.prediction import Prediction, Predictions, predictions_of
+from distcls.runtime.model import Model, WithFeatures
+from distcls.runtime.pipeline import (
+    CLOSED,
+    Chunk,
+    ImageQueue,
+    Profiler,
+    stream,
+    stream_batches,
+)
 from distcls.runtime.providers import ExecutionRequest
-from distcls.task import Task
+from distcls.task import Floats, Task
+
+BATCH_BYTES = 1 << 26
+"""Memory of images in one batch of a stream that arrive in memory, after which it is full."""
+
+_Named = tuple[str | None, ImageInput]
 
 
 class Predictor:
-    """A model with the threads that feed it images. A context manager; close it after `submit`."""
+    """A model with the threads that feed it images; safe to use from any number of threads.
+
+    Each image is a path or a URL (http://, https://, s3://, gs://), the bytes of an image file, a
+    PIL image, or a uint8 array [height, width, 3] in RGB, [height, width] in grey or
+    [height, width, 4] with alpha. `distcls.data.formats.objects` says which of these give equal
+    pixels. UsageError is raised for anything else (a float array, channels first, ...), in a list
+    as well, as only the caller can say what is meant.
+
+    A context manager. Close it after the last image; a program also ends without that.
+    """
 
     def __init__(
-        self, model: Model, *, batch_size: int | None = None, workers: int | None = None
+        self,
+        model: Model,
+        *,
+        batch_size: int | None = None,
+        workers: int | None = None,
+        path: Path | None = None,
     ) -> None:
         """`batch_size` and the number of decoding threads are the model's defaults unless given.
 
-        Raises BadValue unless they are at least 1.
+        `path` is the model's file, for display. Raises BadValue for numbers below 1.
         """
         for name, value in (("batch_size", batch_size), ("workers", workers)):
             require(value is None or value >= 1, name, value, "at least 1")
         self.model = model
+        self.path = path
+        """The model's file."""
         self.batch_size = batch_size or model.execution.batch_size
         """Maximum batch size of the model."""
         self._workers = workers
+        self._closed = False
         self._queue = ImageQueue(
             model, self._predictions, batch_size=self.batch_size, workers=workers
         )
@@ -44,6 +95,96 @@ class Predictor:
     def task(self) -> Task:
         """The task: the classes, and the meaning of the logits."""
         return self.model.card.task
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the probabilities; of heads as HEAD:CLASS."""
+        return self.task.classes
+
+    @property
+    def card(self) -> ModelCard:
+        """What the model file says of itself: task, preprocessing, training, certificate."""
+        return self.model.card
+
+    @overload  # a str is a sequence of str as well; the first of the two that fits is taken
+    def __call__(self, images: ImageInput) -> Prediction: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, images: Sequence[ImageInput]) -> Predictions: ...
+    def __call__(self, images: ImageInput | Sequence[ImageInput]) -> Prediction | Predictions:
+        """Predict one image, or a list or tuple of images, in order.
+
+        One image that cannot be read or decoded raises BadImage; in a list it is a prediction with
+        an `error`, like a row of `distcls predict`. Raises UsageError for an empty list and for
+        what is no image (see the class), DistclsError if the model cannot compute, or is closed.
+        """
+        if not isinstance(images, list | tuple):
+            prediction = self.submit(images).result()  # type: ignore[arg-type]  # checked there
+            prediction.raise_error()
+            return prediction
+        found = Predictions()
+        for names, chunk in self._chunks_of(_checked_list(images), self.model):
+            found += predictions_of(chunk, names, self.task)
+        return found
+
+    def stream(
+        self, source: str | os.PathLike[str] | Iterable[ImageInput]
+    ) -> Generator[Prediction, None, None]:
+        """The predictions for any number of images, in order, a few batches in memory at a time.
+
+        `source` is what `distcls predict` takes as INPUT (a folder, glob, image, manifest, dataset
+        directory, tar shards, URL), or any iterable of images, which is consumed a few batches
+        ahead. The predictions have the `image_id` of that input's rows, or the names of the images
+        if they have some. A bad image is a prediction with an `error`.
+
+        Raises UsageError for an input that is not there, what is no image, and an iterable without
+        any; DistclsError if the model cannot compute, or is closed.
+        """
+        self._require_open()
+        if isinstance(source, str | os.PathLike):
+            return self._stream_source(open_source(os.fspath(source)))
+        single = (np.ndarray, Image.Image, bytes, bytearray, memoryview, Mapping)
+        if isinstance(source, single) or not isinstance(source, Iterable):
+            raise UsageError(
+                f"source: {type(source).__name__} is no folder and no iterable of images; one image"
+                " is predicted by predictor(image)"
+            )
+        return self._stream_images(source)
+
+    def submit(self, image: ImageInput) -> Future[Prediction]:
+        """Predict an image; returns at once. It may be changed afterwards, but for a PIL image
+        that is not decoded yet.
+
+        A bad image is a prediction with an error, like a row of a table. The future raises
+        DistclsError if the model cannot compute or the predictor is closed before the image's turn.
+        There is no limit to what may wait (see `waiting`). Raises UsageError for what is no image
+        (see the class), DistclsError after `close`.
+        """
+        self._require_open()
+        check(image)
+        background = self.card.preprocess.background
+        kept = snapshot(image, background)
+        return self._queue.submit(lambda: load_image(kept, background), name_of(image))
+
+    def features(self, images: ImageInput | Sequence[ImageInput]) -> Floats:
+        """The input of the network's last layer for each image, float32 [N, D]; for one, [1, D].
+
+        The same numbers as `distcls predict --features`. Raises BadImage, saying which, if one of
+        the images cannot be decoded, UsageError if the model is a checkpoint or was exported
+        without features, and as a call does.
+        """
+        self._require_open()
+        several: Any = images if isinstance(images, list | tuple) else [images]
+        found: list[Floats] = []
+        count = 0
+        for names, chunk in self._chunks_of(_checked_list(several), self._with_features):
+            for place, error in enumerate(chunk.errors):
+                if error is not None:
+                    name = "" if names[place] is None else f" ({names[place]})"
+                    raise BadImage(f"images[{count + place}]{name}: {error}")
+            assert chunk.features is not None
+            found.append(chunk.features)
+            count += len(names)
+        return np.concatenate(found)
 
     def chunks(
         self,
@@ -68,22 +209,17 @@ class Predictor:
             profiler=profiler,
         )
 
-    def submit(self, data: bytes) -> Future[Prediction]:
-        """Predict an encoded image (JPEG, PNG, ...); returns at once, safe to call from any thread.
-
-        A bad image is a prediction with an error, like a row of a table. The future raises
-        DistclsError if the model cannot compute or the predictor is closed before the image's turn.
-        There is no limit to what may wait (see `waiting`). Raises DistclsError after `close`.
-        """
-        return self._queue.submit(data)
-
     @property
     def waiting(self) -> int:
         """Submitted images that no thread has taken yet."""
         return self._queue.waiting
 
     def close(self) -> None:
-        """Finish what is being computed; futures that still wait raise DistclsError."""
+        """Finish what is being computed; futures that still wait raise DistclsError.
+
+        So does whatever uses the predictor afterwards. Closing it again does nothing.
+        """
+        self._closed = True
         self._queue.close()
 
     def __enter__(self) -> Predictor:
@@ -97,8 +233,122 @@ class Predictor:
     ) -> None:
         self.close()
 
-    def _predictions(self, chunk: Chunk) -> list[Prediction]:
-        return predictions_of(chunk, [None] * len(chunk.indices), self.task)
+    def __repr__(self) -> str:
+        name = "" if self.path is None else f"{str(self.path)!r}, "
+        closed = ", closed" if self._closed else ""
+        return f"Predictor({name}{self.task.summary()}, {self.model.provider}{closed})"
+
+    @functools.cached_property
+    def _with_features(self) -> WithFeatures:
+        return WithFeatures(self.model)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise DistclsError(CLOSED)
+
+    def _predictions(self, chunk: Chunk, names: Sequence[str | None]) -> list[Prediction]:
+        return predictions_of(chunk, names, self.task)
+
+    def _stream_source(self, source: ImageSource) -> Generator[Prediction, None, None]:
+        with contextlib.closing(self.chunks(source)) as chunks:
+            for chunk in chunks:
+                image_ids = [source.image_ids[index] for index in chunk.indices]
+                for prediction in predictions_of(chunk, image_ids, self.task):
+                    self._require_open()
+                    yield prediction
+
+    def _stream_images(self, images: Iterable[ImageInput]) -> Generator[Prediction, None, None]:
+        empty = True
+        with contextlib.closing(self._chunks_of(self._checked(images), self.model)) as chunks:
+            for names, chunk in chunks:
+                empty = False
+                for prediction in predictions_of(chunk, names, self.task):
+                    self._require_open()
+                    yield prediction
+        if empty:
+            raise UsageError(f"source: no image came out of this {type(images).__name__}")
+
+    def _checked(self, images: Iterable[ImageInput]) -> Generator[_Named, None, None]:
+        for index, image in enumerate(images):
+            check(image, f"image {index} of the stream")
+            # as it is now: whoever yields it may fill it anew for the next
+            yield name_of(image), snapshot(image, self.card.preprocess.background)
+
+    def _chunks_of(
+        self, images: Iterable[_Named], model: Model
+    ) -> Generator[tuple[list[str | None], Chunk], None, None]:
+        """The output of `model` for images, a chunk for each batch, with the images' names."""
+        self._require_open()
+        waiting: collections.deque[list[str | None]] = collections.deque()
+
+        def sources() -> Generator[ImageSource, None, None]:
+            for batch in _batches(images, self.batch_size):
+                names = [name for name, _ in batch]
+                waiting.append(names)
+                background = model.card.preprocess.background
+                yield ObjectSource([image for _, image in batch], background, names)
+
+        chunks = stream_batches(sources(), model, batch_size=self.batch_size, workers=self._workers)
+        with contextlib.closing(chunks):
+            for chunk in chunks:
+                yield waiting.popleft(), chunk
+
+
+def _checked_list(images: Sequence[ImageInput]) -> list[_Named]:
+    if not images:
+        raise UsageError(f"images: {images!r} is empty, expected at least one image")
+    for index, image in enumerate(images):
+        check(image, f"images[{index}]")
+    return [(name_of(image), image) for image in images]
+
+
+def _batches(images: Iterable[_Named], size: int) -> Generator[list[_Named], None, None]:
+    """At most `size` images at a time, fewer where they are large in memory."""
+    batch: list[_Named] = []
+    held = 0
+    for name, image in images:
+        batch.append((name, image))
+        held += bytes_in_memory(image)
+        if len(batch) == size or held >= BATCH_BYTES:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    provider: str = "auto",
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+) -> Predictor:
+    """Open a model for prediction: a `best.onnx`, a `best.pth` or a run directory.
+
+    A run directory means its best.onnx, or its best.pth where that is newer. `provider` is the
+    execution provider of an exported model (auto, cpu, openvino, cuda, tensorrt); auto is what
+    `distcls predict` has measured for this file on this machine, and the CPU where it has not.
+    `device` is PyTorch's, for a best.pth (auto: the GPU if there is one). `batch_size` and
+    `workers` (decoding threads) are chosen unless given.
+
+    Raises UsageError for a file that is missing, damaged or no model of distcls, for a provider
+    or device that is not there, and for a best.pth without PyTorch.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise UsageError(f"model: {path!r} is no path, expected best.onnx, best.pth or a run")
+    found = best_model(Path(os.path.expanduser(path)))  # noqa: PTH111 - Path's may raise
+    for name, value in (("batch_size", batch_size), ("workers", workers)):
+        require(value is None or value >= 1, name, value, "at least 1")
+    if device != "auto" and found.suffix.lower() == ".onnx":
+        raise UsageError(
+            f"device: {device!r} is for a .pth; {found} runs on a provider, as in cuda"
+        )
+    # as for one image: measuring takes seconds, and how many images will come is not known
+    request = ExecutionRequest(provider=provider, batch_size=batch_size, workers=workers, images=1)
+    with log.hushed():
+        model = load_model(found, device, request)
+    return Predictor(model, batch_size=batch_size, workers=workers, path=found)
 
 
 def load_model(

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from distcls.commands.predict import main
+from distcls.data.formats import objects
 from distcls.data.source import FunctionSource
 from distcls.errors import BadValue, DistclsError
 from distcls.predictor import Prediction, Predictor
-from distcls.runtime import pipeline
 from distcls.runtime.model import Model, OnnxModel, WithFeatures
 from distcls.runtime.providers import ExecutionConfig
 from tests import tiny_dataset, tiny_onnx
@@ -224,7 +224,7 @@ def test_a_bug_is_raised_for_its_image_alone(gated: Gated, monkeypatch: pytest.M
         return pictures[int(data)]
 
     pictures = tiny_dataset.coloured(3)[0]
-    monkeypatch.setattr(pipeline, "decode", decode)
+    monkeypatch.setattr(objects, "decode", decode)
     with Predictor(gated) as predictor:
         futures = [predictor.submit(data) for data in (b"0", b"1", b"bug", b"2")]
         gated.gate.set()

@@ -203,24 +203,33 @@ def _by_opencv(data: bytes, flags: int) -> Any:
 def _by_pillow(data: bytes, background: Color | None) -> NDArray[np.uint8]:
     """RGB [height, width, 3], upright, blended with the background if one is given."""
     try:
-        with _open_header(data) as image:
+        with open_header(data) as image:
             if background is not None and _has_16_bit_key(data, image):
                 return _without_key(data, image.info["transparency"], background)
             image.load()
-            turned = _upright(image)
-            if turned.mode.startswith("I"):  # 16 bits; `convert` would cut them off at 255
-                grey = (np.asarray(turned).astype(np.uint16) >> 8).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=2)
-            if background is not None:
-                canvas = Image.new("RGB", turned.size, background)
-                turned = turned.convert("RGBA")
-                canvas.paste(turned, mask=turned)
-                turned = canvas
-            return np.array(turned.convert("RGB"), np.uint8)
+            return from_pillow(image, background)
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
         raise BadImage("corrupt or truncated") from error
+
+
+def from_pillow(image: Image.Image, background: Color | None) -> NDArray[np.uint8]:
+    """A decoded Pillow image as uint8 RGB [height, width, 3], upright by its EXIF orientation.
+
+    Transparent pixels are blended with the background if one is given; of 16 bits the upper 8 are
+    taken. Other modes than those of image files have no agreed conversion; see `ObjectSource`.
+    """
+    turned = _upright(image)
+    if turned.mode.startswith("I"):  # 16 bits; `convert` would cut them off at 255
+        grey = (np.asarray(turned).astype(np.uint16) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if background is not None:
+        canvas = Image.new("RGB", turned.size, background)
+        turned = turned.convert("RGBA")
+        canvas.paste(turned, mask=turned)
+        turned = canvas
+    return np.array(turned.convert("RGB"), np.uint8)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -281,11 +290,11 @@ def _read_header(data: bytes, max_pixels: int) -> _Header:
     if not data:
         raise BadImage("empty file")
     try:
-        with _open_header(data) as image:
+        with open_header(data) as image:
             if image.format == "PPM" and image.mode == "F":
                 raise BadImage("PFM is not read: convert its floats to 8 or 16 bits")
             transparent = image.mode in ALPHA_MODES or "transparency" in image.info
-            header = _Header(image.height, image.width, image.format, transparent)
+            header = _Header(image.height, image.width, str(image.format), transparent)
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
@@ -304,7 +313,8 @@ def _read_header(data: bytes, max_pixels: int) -> _Header:
     return header
 
 
-def _open_header(data: bytes) -> Any:
+def open_header(data: bytes) -> Image.Image:
+    """Pillow's image of a file of a known format, nothing decoded; raises what Pillow raises."""
     formats = _heif_formats() if data[4:8] == b"ftyp" else PILLOW_FORMATS
     return Image.open(io.BytesIO(data), formats=formats)
 

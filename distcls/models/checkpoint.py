@@ -75,7 +75,10 @@ def read_checkpoint(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
 
 
 def open_checkpoint(path: Path, device: str = "auto") -> TorchModel:
-    """Rebuild the network of a checkpoint and fill it. Raises UsageError if they do not fit."""
+    """Rebuild the network of a checkpoint and fill it.
+
+    Raises UsageError if they do not fit, and for a device that this machine does not have.
+    """
     card, tensors = read_checkpoint(path)
     keys = current_names(flatten(card.architecture), "model.")
     given = {key: Given(value, str(path)) for key, value in keys.items()}
@@ -89,7 +92,11 @@ def open_checkpoint(path: Path, device: str = "auto") -> TorchModel:
         raise UsageError(f"{path}: its weights do not fit its card: {reason}") from error
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return TorchModel(model, card, torch.device(device))
+    try:
+        return TorchModel(model, card, torch.device(device))
+    except (RuntimeError, TypeError, AssertionError) as error:  # by the device and the build
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device: {device!r} cannot be used: {reason}") from error
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Images through a model: threads that decode, preprocess and compute.
 
-`stream` pulls a source through the model; `ImageQueue` takes encoded images one by one, from any
-number of threads. Both decode, compute and check alike, so an image has the same logits either way.
+`stream` pulls a source through the model, `stream_batches` any number of small ones; `ImageQueue`
+takes images one by one, from any number of threads. All decode, compute and check alike, so an
+image has the same logits either way.
 
 OpenCV and ONNX Runtime release the GIL, so threads decode and compute side by side. The layout of
 the model's execution config (see `distcls.runtime.providers`) defines how they divide the work:
@@ -24,7 +25,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -33,7 +34,7 @@ from numpy.typing import NDArray
 
 from distcls.data.source import ImageSource
 from distcls.errors import BadImage, DistclsError
-from distcls.imaging import Preprocess, decode
+from distcls.imaging import Preprocess
 from distcls.runtime.model import Floats, Model
 from distcls.system import available_cores
 
@@ -124,13 +125,37 @@ def stream(
     """
     indices = range(len(source)) if indices is None else indices
     size = batch_size or model.execution.batch_size
-    profiler = profiler or Profiler()
     source = source.on_background(model.card.preprocess.background)
+    batches = _batches(source, model.card.preprocess, indices, size)
+    yield from _run(batches, model, size, workers, profiler or Profiler())
+
+
+def stream_batches(
+    sources: Iterable[ImageSource],
+    model: Model,
+    *,
+    batch_size: int | None = None,
+    workers: int | None = None,
+) -> Generator[Chunk, None, None]:
+    """Run sources through the model, each of them as one batch; yields a chunk for each, in order.
+
+    `sources` is consumed a few batches ahead of the chunks. Each has at least one image and at most
+    the batch size, `image` blends transparent pixels with the model's background. Otherwise like
+    `stream`.
+    """
+    size = batch_size or model.execution.batch_size
+    batches = (_Batch(source, range(len(source)), None) for source in sources)
+    yield from _run(batches, model, size, workers, Profiler())
+
+
+def _run(
+    batches: Iterable[_Batch], model: Model, size: int, workers: int | None, profiler: Profiler
+) -> Generator[Chunk, None, None]:
     pool = _open_pool(model, size, workers, profiler)
     pending: collections.deque[Future[Chunk]] = collections.deque()
     began = time.perf_counter()
     try:
-        for batch in _batches(source, model.card.preprocess, indices, size):
+        for batch in batches:
             pending.append(pool.submit(batch))
             if len(pending) > pool.prefetch:
                 yield from _next_chunk(pending, profiler)
@@ -291,7 +316,7 @@ def _infer(
 
 
 class ImageQueue(Generic[T]):
-    """Threads that predict encoded images on arrival, batched with all others that are waiting.
+    """Threads that predict images on arrival, batched with all others that are waiting.
 
     No timer delays an image: a free thread takes the waiting images, up to the batch size. Where
     multiple threads compute they divide a burst between them. Thread-safe.
@@ -300,12 +325,15 @@ class ImageQueue(Generic[T]):
     def __init__(
         self,
         model: Model,
-        convert: Callable[[Chunk], Sequence[T]],
+        convert: Callable[[Chunk, Sequence[str | None]], Sequence[T]],
         *,
         batch_size: int | None = None,
         workers: int | None = None,
     ) -> None:
-        """`convert` turns a chunk into a result for each of its images, in the worker threads."""
+        """`convert` turns a chunk and the names of its images into a result for each of them.
+
+        It runs in the worker threads.
+        """
         execution = model.execution
         size = batch_size or execution.batch_size
         self._model = model
@@ -321,13 +349,14 @@ class ImageQueue(Generic[T]):
             decoding = _Batcher(self._decode_for(computing), threads, 1, "decode")
             self._batchers = [decoding, computing]
 
-    def submit(self, data: bytes) -> Future[T]:
-        """Predict an encoded image; returns at once.
+    def submit(self, load: Callable[[], Images], image_id: str | None = None) -> Future[T]:
+        """Predict the image that `load` returns, uint8 RGB [h, w, 3]; returns at once.
 
+        `load` is called in a thread of the queue and raises BadImage for an image that is none.
         The future ends with the result, or raises what the model raised, or DistclsError if the
         queue was closed before the image's turn. Raises DistclsError if it is closed already.
         """
-        request: _Request[T] = _Request(data)
+        request: _Request[T] = _Request(load, image_id)
         self._batchers[0].put(request)
         return request.future
 
@@ -361,16 +390,15 @@ class ImageQueue(Generic[T]):
         """Whether the request is to be computed; not if it was cancelled or has failed."""
         if not request.future.set_running_or_notify_cancel():
             return False
-        preprocess = self._model.card.preprocess
         try:
             with self._profiler.measure("decode"):
-                request.image = preprocess(decode(request.data, background=preprocess.background))
+                request.image = self._model.card.preprocess(request.load())
         except BadImage as error:
             request.error = str(error)
         except Exception as error:  # a bug, and only in this image: its neighbours continue
             request.fail(error)
             return False
-        request.data = b""
+        request.load = _loaded
         return True
 
     def _compute(self, requests: list[_Request[T]]) -> None:
@@ -382,7 +410,7 @@ class ImageQueue(Generic[T]):
             errors = [request.error for request in requests]
             indices = range(len(requests))
             chunk = _infer(self._model, indices, images, errors, self._profiler)
-            results = self._convert(chunk)
+            results = self._convert(chunk, [request.image_id for request in requests])
         except Exception as error:  # the threads live on, whatever a batch does
             for request in requests:
                 request.fail(error)
@@ -391,14 +419,20 @@ class ImageQueue(Generic[T]):
             request.future.set_result(result)
 
 
-CLOSED = "the predictor is closed"
+CLOSED = "the predictor is closed; distcls.load opens the model again"
+
+
+def _loaded() -> Images:
+    """Stands in for a request's `load`, which holds the undecoded image, once it was called."""
+    raise AssertionError("an image is loaded once")
 
 
 class _Request(Generic[T]):
-    """An encoded image on its way, with the future of its result."""
+    """An image on its way, with the future of its result."""
 
-    def __init__(self, data: bytes) -> None:
-        self.data = data
+    def __init__(self, load: Callable[[], Images], image_id: str | None) -> None:
+        self.load = load
+        self.image_id = image_id
         self.image: Images | None = None
         """Preprocessed, [H, W, 3]."""
         self.error: str | None = None
