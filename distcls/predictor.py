@@ -240,7 +240,7 @@ class Predictor:
 
     @functools.cached_property
     def _with_features(self) -> WithFeatures:
-        return WithFeatures(self.model)
+        return self.model if isinstance(self.model, WithFeatures) else WithFeatures(self.model)
 
     def _require_open(self) -> None:
         if self._closed:

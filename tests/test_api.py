@@ -3,6 +3,7 @@ error of ours; nothing is guessed, nothing waits for ever."""
 
 from __future__ import annotations
 
+import array as array_module
 import csv
 import dataclasses
 import functools
@@ -10,6 +11,7 @@ import http.server
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from onnx import helper, numpy_helper
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
@@ -482,6 +485,8 @@ WRONG: list[tuple[Any, str]] = [
     ("", "'' is no path"),
     (io.BytesIO(b"x"), "image.read()"),
     ({"a": 1}, "list(images)"),
+    (array_module.array("B", [1, 2]), "list(images)"),
+    (torch.zeros(3, 4, 5), "a tensor's axes have to be in that order"),
     ((n for n in "ab"), "predictor.stream(images)"),
     (np.zeros((0, 10, 3), np.uint8), "an array of uint8 [0, 10, 3] has no pixel"),
     (np.zeros((10, 0), np.uint8), "an array of uint8 [10, 0] has no pixel"),
@@ -902,3 +907,35 @@ def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str
     with distcls.load(model_file(tmp_path)) as predictor:
         predictor(FILES["rgb.png"])
     assert capfd.readouterr() == ("", "")
+
+
+# --- the page
+
+
+BLOCK = re.compile(r"```python\n(.*?)```", re.S)
+PAGE = BLOCK.findall((ROOT / "docs" / "python.md").read_text(encoding="utf-8"))
+README = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+def test_the_examples_of_the_page(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "runs" / "photos").mkdir(parents=True)
+    with_features(tmp_path / "runs" / "photos" / "best.onnx")
+    (tmp_path / "photos").mkdir()
+    for name in ("photo.jpg", "photos/1.jpg", "photos/2.jpg"):
+        (tmp_path / name).write_bytes(FILES["photograph.jpg"])
+    (tmp_path / "notes.txt").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    variables: dict[str, Any] = {}
+    of_readme = [example for example in README if "distcls.load" in example]
+    for example in [*of_readme, *PAGE]:
+        exec(example.replace("https://example.org/photo.jpg", f"{server}/small.jpg"), variables)
+    said = capsys.readouterr().out
+    assert "Prediction('photo.jpg', label='" in said
+    assert "notes.txt: not an image of a known format (JPEG, PNG, " in said
+    assert "image: an array of float32 [3, 224, 224], values 0 to 0: expected uint8" in said
+    assert variables["frame"].columns.tolist() == ["image_id", "label", "probability", "error"]
+    assert "similarity 1.0" in said
+    variables["predictor"].close()
+    assert (len(of_readme), len(PAGE)) == (1, 7)

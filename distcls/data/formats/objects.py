@@ -174,10 +174,10 @@ def _text(value: object) -> str:
 def _advice(value: object) -> str:
     if isinstance(value, list | tuple):
         return "a list holds images, not lists of them"
-    if isinstance(value, Iterable) and not hasattr(value, "read") and not hasattr(value, "dtype"):
-        return "pass a list of images, list(images), or predictor.stream(images), which is lazy"
     if callable(getattr(value, "read", None)):
         return "pass the bytes of the file, as in image.read()"
+    if isinstance(value, Iterable) and getattr(value, "ndim", 1) < 2:  # a column of paths, too
+        return "pass a list of images, list(images), or predictor.stream(images), which is lazy"
     if hasattr(value, "__array__"):
         return f"{EXPECTED}; numpy.asarray makes an array, a tensor's axes have to be in that order"
     return EXPECTED
