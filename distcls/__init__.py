@@ -2,6 +2,7 @@
 
     import distcls
 
+    result = distcls.fit(data="photos/", out="runs/photos")
     predictor = distcls.load("runs/photos")
     print(predictor("photo.jpg"))
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from distcls.errors import BadImage, BadValue, DistclsError, UsageError
     from distcls.prediction import Prediction, Predictions
     from distcls.predictor import Predictor, load
+    from distcls.training.config import TrainConfig
+    from distcls.training.run import TrainResult, fit
 
 __version__ = "0.1.0"
 
@@ -26,6 +29,9 @@ _MODULES = {
     "Predictor": "distcls.predictor",
     "Prediction": "distcls.prediction",
     "Predictions": "distcls.prediction",
+    "TrainConfig": "distcls.training.config",
+    "TrainResult": "distcls.training.run",
+    "fit": "distcls.training.run",
     **dict.fromkeys(("BadImage", "BadValue", "DistclsError", "UsageError"), "distcls.errors"),
 }
 
@@ -36,7 +42,10 @@ __all__ = [
     "Prediction",
     "Predictions",
     "Predictor",
+    "TrainConfig",
+    "TrainResult",
     "UsageError",
+    "fit",
     "load",
 ]
 

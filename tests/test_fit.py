@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from distcls.models.checkpoint import load_tensors
 from distcls.training.config import EmaConfig, TrainConfig
 from distcls.training.run import TrainResult, fit, train
 from tests.e2e.commands import run
+from tests.pictures import encode, smooth
 
 FEW: dict[str, Any] = {
     "model": "simple_cnn",
@@ -115,6 +117,30 @@ def test_what_fit_needs(tmp_path: Path) -> None:
         fit(data=tmp_path, epoch=3)
     with pytest.raises(BadValue, match="json"):
         fit(data=tmp_path, json=True)
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "python.md"
+
+
+def test_the_examples_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(10):
+            image = encode(smooth() + number, "JPEG")
+            (tmp_path / "photos" / name / f"{number}.jpg").write_bytes(image)
+    monkeypatch.chdir(tmp_path)
+    small = 'epochs=1, model="simple_cnn", input={"size": 32}'
+    variables: dict[str, Any] = {}
+    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    examples = [example for example in examples if "fit(" in example]
+    for example in examples:
+        exec(example.replace('epochs=20, model="mobilenet_v3_large"', small), variables)
+    assert "Prediction('photos/cat/1.jpg', label='" in capsys.readouterr().out
+    assert variables["history"].index.tolist() == [1]
+    assert variables["result"].out == Path("runs/again")
+    assert len(examples) == 2
 
 
 def test_train_and_fit_are_one(fitted: TrainResult, digits: Path, tmp_path: Path) -> None:

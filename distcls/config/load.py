@@ -156,7 +156,8 @@ def take_plain_values(config: object) -> None:
 
     Raises BadValue for a value that does not fit, UsageError for one in a section.
     """
-    hints = _hints(type(config))
+    cls: type = type(config)
+    hints = _hints(cls)
     for field in dataclasses.fields(typing.cast(Any, config)):
         value, kind = getattr(config, field.name), hints[field.name]
         if value is field.default:
