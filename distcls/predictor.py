@@ -59,9 +59,13 @@ class Predictor:
 
     Each image is a path or a URL (http://, https://, s3://, gs://), the bytes of an image file, a
     PIL image, or a uint8 array [height, width, 3] in RGB, [height, width] in grey or
-    [height, width, 4] with alpha. `distcls.data.formats.objects` says which of these give equal
-    pixels. UsageError is raised for anything else (a float array, channels first, ...), in a list
-    as well, as only the caller can say what is meant.
+    [height, width, 4] with alpha. UsageError is raised for anything else (a float array, channels
+    first, ...), in a list as well, as only the caller can say what is meant.
+
+    Paths, URLs, bytes, arrays of the same pixels and PIL images that were opened and not decoded
+    yet give equal predictions, those of `distcls predict`. A PIL image that Pillow has decoded is
+    equal for lossless files and near for JPEG and lossy WebP, as decoders differ in single pixel
+    values. It is turned by the EXIF orientation that it still carries.
 
     A context manager. Close it after the last image; a program also ends without that.
     """

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from onnx import helper, numpy_helper
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from sklearn.datasets import load_sample_images
 
 import distcls
@@ -37,6 +38,9 @@ from distcls.errors import BadImage, BadValue, DistclsError, UsageError
 from distcls.imaging import Preprocess, decode
 from distcls.prediction import Prediction, Predictions
 from distcls.predictor import Predictor
+from distcls.runtime.autotune import cache_key, write_cache
+from distcls.runtime.onnx_file import OnnxFile
+from distcls.runtime.providers import ExecutionConfig, ExecutionRequest
 from tests import tiny_dataset, tiny_onnx
 from tests.e2e.commands import ROOT
 from tests.pictures import Pixels, encode, smooth
@@ -200,6 +204,7 @@ FILES: dict[str, bytes] = {
     "grey.png": encode(GREY, "PNG"),
     "one_bit.png": encode(GREY.convert("1"), "PNG"),
     "sixteen_bits.png": encode(sixteen_bits(), "PNG"),
+    "rotated_sixteen_bits.png": encode(sixteen_bits(), "PNG", **rotated(6)),
     "lossless.webp": encode(transparent(), "WEBP", lossless=True, exact=True),
     "raw.bmp": encode(smooth(21, 22), "BMP"),
     "raw.tiff": encode(transparent(), "TIFF"),
@@ -407,12 +412,36 @@ def test_a_changed_image_is_not_its_file(
     assert model(image).logits.tolist() != model(FILES[name]).logits.tolist()
 
 
-def test_another_frame_is_not_the_file(model: Predictor) -> None:
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "AVIF"])
+def test_another_frame_is_not_the_file(kind: str, model: Predictor) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
     frames = [Image.fromarray(smooth(20, 20, seed)) for seed in range(2)]
-    data = encode(frames[0], "TIFF", save_all=True, append_images=frames[1:])
-    image = Image.open(io.BytesIO(data))
-    image.seek(1)
-    assert model(image).logits.tolist() == model(np.asarray(frames[1])).logits.tolist()
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+    first, second, other = (Image.open(io.BytesIO(data)) for _ in range(3))
+    second.seek(1)
+    other.seek(1)
+    expected = model(np.asarray(other.convert("RGB"))).logits.tolist()
+    assert model(second).logits.tolist() == expected
+    assert model(first).logits.tolist() == model(data).logits.tolist() != expected
+
+
+class SlowFile(io.BytesIO):
+    """Whoever reads it is interrupted by other threads."""
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        found = super().seek(place, whence)
+        time.sleep(0.002)
+        return found
+
+
+def test_one_undecoded_image_in_several_threads(model: Predictor) -> None:
+    # its pixels as Pillow decodes them are others, so a reading that goes wrong shows
+    expected = model(FILES["cmyk.jpg"]).logits.tolist()
+    with Image.open(SlowFile(FILES["cmyk.jpg"])) as image, ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: model(image).logits.tolist(), range(12)))
+        several = [prediction.logits.tolist() for prediction in model([image] * 12)]
+    assert found == several == [expected] * 12
 
 
 @pytest.mark.parametrize("name", ["rotated.jpg", "rotated.png"])
@@ -640,6 +669,16 @@ def test_what_predict_takes_is_streamed_with_the_ids_of_its_rows(
         (row["image_id"], row["label"], row["probability"], row["error"]) for row in rows
     ]
     assert Predictions(found).to_dataframe()["image_id"].tolist() == [r["image_id"] for r in rows]
+
+
+def test_names_that_are_not_utf8_are_those_of_predict(model: Predictor, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / os.fsdecode(b"a\xff.png")
+    path.write_bytes(FILES["rgb.png"])
+    row = rows_of(tmp_path / "in", tmp_path / "best.onnx", tmp_path / "pre.jsonl")[0]
+    assert row["image_id"] == "a\\xff.png"
+    assert model(path).image_id == f"{tmp_path}/in/{row['image_id']}"
+    assert next(iter(model.stream(tmp_path / "in"))).image_id == row["image_id"]
 
 
 def test_streams_that_cannot_be(model: Predictor, tmp_path: Path) -> None:
@@ -901,6 +940,25 @@ def test_models_that_cannot_be_loaded(tmp_path: Path) -> None:
     for path, options, told in wrong:
         with pytest.raises(UsageError, match=told):
             distcls.load(path, **options)
+
+
+def test_what_predict_has_measured_is_taken(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("distcls.runtime.autotune.measure")
+    path = model_file(tmp_path)
+    request = ExecutionRequest(images=1)
+    with distcls.load(path) as predictor:
+        assert predictor.batch_size == 64  # nothing is measured for it
+    cores = request.cores
+    execution = ExecutionConfig(layout="workers", threads=1, streams=cores, batch_size=4)
+    assert write_cache(cache_key(OnnxFile(path).sha256, request), execution, "made up")
+    with distcls.load(path) as predictor:
+        assert predictor.model.execution == execution
+        assert predictor.batch_size == 4
+    with distcls.load(path, batch_size=5, provider="cpu") as predictor:
+        assert predictor.batch_size == 5
+    assert capfd.readouterr() == ("", "")
 
 
 def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
