@@ -40,6 +40,7 @@ WITHOUT_TORCH = [
     "distcls.data.prepare",
     "distcls.runtime.autotune",
     "distcls.runtime.generic_onnx",
+    "distcls.predictor",
     "distcls.batch.job",
     "distcls.evaluation.evaluate",
     "distcls.commands.prepare",
