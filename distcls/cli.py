@@ -80,10 +80,9 @@ def _exit_code(main: Main, arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in EXTRAS:
-            advice = f'pip install "distcls[{EXTRAS[package]}]"'
-            log.fail(f"this needs {package}, which is not installed; {advice}")
+        advice = missing_package(error)
+        if advice is not None:
+            log.fail(advice)
             return UsageError.exit_code
         traceback.print_exc()
         return 1
@@ -91,6 +90,15 @@ def _exit_code(main: Main, arguments: Sequence[str]) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """What to install where an optional package is missing; None for any other module."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        return None
+    advice = f'pip install "distcls[{EXTRAS[package]}]"'
+    return f"this needs {package}, which is not installed; {advice}"
 
 
 def _exit(code: int) -> NoReturn:

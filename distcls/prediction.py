@@ -224,7 +224,7 @@ class RowBuilder:
         if not task.single and top_k > 1:
             raise UsageError(
                 f"top_k: {top_k} is for a single label per image, the model has {task.summary()}; "
-                "--probabilities gives them all"
+                "probabilities gives them all"
             )
         if top_k > len(task.classes):
             number = len(task.classes)
@@ -232,7 +232,7 @@ class RowBuilder:
         if task.kind == "multi_label" and threshold is not None:
             raise UsageError(
                 f"threshold: {threshold:g} is for a single label per image or head, the model "
-                f"has {task.summary()}, each with its own threshold; --probabilities gives "
+                f"has {task.summary()}, each with its own threshold; probabilities gives "
                 "them all"
             )
         self._task = task

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from distcls import log
+from distcls.cli import missing_package
 from distcls.data.formats.detect import open_source
 from distcls.data.formats.objects import (
     ImageInput,
@@ -145,7 +146,7 @@ class Predictor:
         """
         self._require_open()
         if isinstance(source, str | os.PathLike):
-            return self._stream_source(open_source(os.fspath(source)))
+            return self._stream_source(_open(os.fspath(source)))
         single = (np.ndarray, Image.Image, bytes, bytearray, memoryview, Mapping)
         if isinstance(source, single) or not isinstance(source, Iterable):
             raise UsageError(
@@ -296,6 +297,16 @@ class Predictor:
         with contextlib.closing(chunks):
             for chunk in chunks:
                 yield waiting.popleft(), chunk
+
+
+def _open(location: str) -> ImageSource:
+    try:
+        return open_source(location)
+    except ModuleNotFoundError as error:  # dataset directories and Parquet need pyarrow
+        advice = missing_package(error)
+        if advice is None:
+            raise
+        raise UsageError(f"{location}: {advice}") from error
 
 
 def _checked_list(images: Sequence[ImageInput]) -> list[_Named]:

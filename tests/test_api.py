@@ -116,6 +116,31 @@ def test_the_names_of_the_package() -> None:
         distcls.lod  # type: ignore[attr-defined]  # noqa: B018
 
 
+def test_the_base_install_predicts(tmp_path: Path, pictures: Path, digits: Path) -> None:
+    model = with_features(tmp_path / "best.onnx")
+    done = python(
+        "import sys\n"
+        "for name in ('torch', 'torchvision', 'pyarrow', 'pandas', 'onnx', 'fsspec'):\n"
+        "    sys.modules[name] = None\n"
+        "import distcls\n"
+        f"predictor = distcls.load({str(model)!r})\n"
+        f"print(predictor({str(pictures / 'rgb.png')!r}).label in predictor.classes)\n"
+        f"print(len(list(predictor.stream({str(pictures)!r}))))\n"
+        f"print(predictor.features({str(pictures / 'rgb.png')!r}).shape)\n"
+        f"for ask in (lambda: distcls.load({str(EXPORTED / 'whole' / 'best.pth')!r}),\n"
+        f"            lambda: predictor.stream({str(digits)!r})):\n"
+        "    try:\n"
+        "        ask()\n"
+        "    except distcls.UsageError as error:\n"
+        "        print(error)\n"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    said = done.stdout.splitlines()
+    assert said[:3] == ["True", str(len(FILES)), "(1, 3)"]
+    assert 'needs PyTorch, which is not installed; pip install "distcls[train]"' in said[3]
+    assert 'needs pyarrow, which is not installed; pip install "distcls[parquet]"' in said[4]
+
+
 SCRIPT = """
 import distcls
 

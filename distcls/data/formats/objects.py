@@ -137,7 +137,7 @@ def load_image(image: ImageInput, background: Color | None) -> Images:
     if isinstance(image, str) and is_url(image):
         return decode(read(image, TIMEOUT), background=background)
     if isinstance(image, str | os.PathLike):
-        return decode(_read_path(os.fspath(image)), background=background)
+        return decode(_read_path(os.fsdecode(image)), background=background)
     return decode(bytes(image), background=background)
 
 
