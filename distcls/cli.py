@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from distcls import __version__, log
 from distcls.errors import DistclsError, Reported, Stopped, UsageError, did_you_mean
@@ -135,6 +135,14 @@ COMMANDS = {
     "evaluate": ("distcls.commands.evaluate", "metrics of a .pth or .onnx model on a split"),
     "export": ("distcls.commands.export", "best.pth to best.onnx, compared on real images"),
     "predict": ("distcls.commands.predict", "predictions for many images as CSV, JSONL or Parquet"),
+    "recipes": (
+        "distcls.commands.shipped:RECIPES_COMMAND",
+        "configs of training runs, for --config NAME",
+    ),
+    "templates": (
+        "distcls.commands.shipped:TEMPLATES_COMMAND",
+        "files for accelerate, torchrun, SLURM and Kubernetes",
+    ),
     "completion": ("distcls.commands.completion", "a script that completes commands and flags"),
 }
 
@@ -151,6 +159,13 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by a signal and
 """
 
 
+def load_command(name: str) -> Any:
+    """The module or object of a command: `main`, and `COMMAND`, which describes its options."""
+    module, _, inside = COMMANDS[name][0].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, inside) if inside else found
+
+
 HELPS = ("help", "--help", "-h")
 
 
@@ -165,7 +180,7 @@ def dispatch(arguments: Sequence[str]) -> None:
     if name in ("-V", "--version"):
         print(f"distcls {__version__}")
     elif name in COMMANDS:
-        importlib.import_module(COMMANDS[name][0]).main(rest)
+        load_command(name).main(rest)
     else:
         raise UsageError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}")
 

@@ -1,8 +1,9 @@
-"""Atomic writes, locks on unfinished outputs, and file names made from arbitrary text."""
+"""Atomic writes, locks on unfinished outputs, file names made from text, and the shipped files."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,37 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from distcls.errors import DistclsError, UsageError
+from distcls.errors import DistclsError, UsageError, did_you_mean
+
+HERE = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Shipped:
+    """The files of one folder that is installed with distcls; their names are without endings."""
+
+    kind: str
+    """What a file is, for error messages."""
+    folder: Path
+
+    def paths(self) -> dict[str, Path]:
+        """The files by their names, sorted."""
+        found = sorted(path for path in self.folder.iterdir() if path.suffix in (".yaml", ".sh"))
+        return {path.stem: path for path in found}
+
+    def find(self, name: str) -> Path:
+        """The file of that name, with or without its ending. Raises UsageError if there is none."""
+        known = self.paths()
+        for stem, path in known.items():
+            if name in (stem, path.name):
+                return path
+        raise UsageError(f"no {self.kind} is called {name!r}{did_you_mean(name, known)}")
+
+
+RECIPES = Shipped("recipe", HERE / "recipes")
+"""Configs of training runs; `configs/` of a checkout is this folder."""
+TEMPLATES = Shipped("template", HERE / "launch" / "templates")
+"""For accelerate launch, sbatch, torchrun and Kubeflow; `launch/` of a checkout links to them."""
 
 
 def sync_folder(folder: Path) -> None:

@@ -389,8 +389,8 @@ def load_model(
         return OnnxModel(path) if execution is None else open_fastest(path, execution, source)
     if execution is not None and execution.provider != "auto":
         raise UsageError(
-            f"provider: {execution.provider} runs exported models; {path} runs in PyTorch, export "
-            "it with python -m export.onnx"
+            f"provider: {execution.provider} runs exported models; {path} runs in PyTorch; export "
+            "it with distcls export"
         )
     try:
         from distcls.models.checkpoint import open_checkpoint

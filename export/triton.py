@@ -1,7 +1,7 @@
 """`python -m export.triton --model best.onnx --out DIR`: a Triton or KServe repository."""
 
 from distcls.cli import run
-from distcls.commands.export import main_triton
+from distcls.commands.triton import main
 
 if __name__ == "__main__":
-    run(main_triton)
+    run(main)

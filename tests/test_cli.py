@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import re
@@ -16,7 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distcls.cli import COMMANDS, EXTRAS
+from distcls.cli import COMMANDS, EXTRAS, load_command
+from distcls.files import RECIPES, TEMPLATES, Shipped
 
 HEAD = """
 import sys, time
@@ -136,7 +136,7 @@ def test_the_command_without_arguments_helps() -> None:
     assert result.returncode == 0
     assert result.stdout.startswith("usage: distcls COMMAND")
     assert distcls("--help").stdout == result.stdout
-    for name in ("prepare", "train", "evaluate", "export", "predict", "completion"):
+    for name in ("train", "evaluate", "export", "predict", "recipes", "templates", "completion"):
         assert f"  {name} " in result.stdout
     assert distcls("help").stdout == distcls("help", "--help").stdout == result.stdout
 
@@ -213,6 +213,9 @@ LINES = {
     "evaluate --mod": {"--model"},
     "train --print": {"--print-config"},
     "completion z": {"zsh"},
+    "recipes f": {"fashion_mnist"},
+    "templates two_c": {"two_cpu_processes"},
+    "train --config di": {"digits", "distcls.bash", "distcls.fish", "distcls.zsh"},
     "help ev": {"evaluate"},
     "predict --quiet x": set(),
 }
@@ -257,25 +260,68 @@ def test_completion_for_zsh_parses(scripts: Path) -> None:
 
 def test_completion_knows_every_flag_of_help(scripts: Path) -> None:
     texts = [(scripts / f"distcls.{shell}").read_text() for shell in ("bash", "zsh", "fish")]
-    for name, (module, _) in COMMANDS.items():
+    for name in COMMANDS:
         assert all(name in text for text in texts)
-        for flag, _, _ in importlib.import_module(module).COMMAND.flags():
+        for flag, _, _ in load_command(name).COMMAND.flags():
             assert all(flag[2:] in text for text in texts)
 
 
-def test_a_users_own_export_and_launch_folders_are_not_ours(tmp_path: Path) -> None:
+USERS = """
+import importlib
+from distcls.cli import COMMANDS, load_command
+
+mains = [load_command(name).main for name in COMMANDS]
+for name in ("commands.triton", "launch.search", "launch.preflight", "launch.ray_train"):
+    mains.append(importlib.import_module("distcls." + name).main)
+for main in mains:
+    try:
+        main(["--help"])
+    except SystemExit as left:
+        assert left.code == 0, left
+print(len(mains), "helped")
+"""
+
+
+@pytest.mark.parametrize("own", ["{}.py", "{}/__init__.py"])
+@pytest.mark.parametrize("place", ["here", "packages"])
+def test_a_users_own_export_and_launch_are_not_ours(
+    own: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the current folder, and installed (`pip install launch`), each a file or a folder."""
+    here = tmp_path / "here"
+    here.mkdir()
     for name in ("export", "launch"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong one')\n")
-    missing = ["--ckpt", "missing.pth", "--quiet"]
-    result = distcls("export", *missing, folder=tmp_path)
+        path = tmp_path / place / own.format(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("raise SystemExit('the wrong one')\n")
+    root = Path(__file__).parent.parent
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / place}{os.pathsep}{root}")
+    call = [sys.executable, "-c", USERS]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=here, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(f"\n{len(COMMANDS) + 4} helped\n")
+    result = distcls("export", "--ckpt", "missing.pth", "--quiet", folder=here)
     assert (result.returncode, result.stderr) == (2, "error: missing.pth: no such file\n")
-    modules = ("commands.export", "launch.search", "launch.preflight", "launch.ray_train")
-    for module in modules:
-        call = [sys.executable, "-m", f"distcls.{module}", "--help"]
-        done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, check=False)
-        assert (done.returncode, done.stderr) == (0, ""), module
-        assert done.stdout.startswith("usage: ")
+
+
+@pytest.mark.parametrize(("command", "files"), [("recipes", RECIPES), ("templates", TEMPLATES)])
+def test_files_that_come_with_distcls(command: str, files: Shipped, tmp_path: Path) -> None:
+    listed = distcls(command, folder=tmp_path).stdout.splitlines()
+    assert [line.split()[0] for line in listed] == list(files.paths())
+    for line, path in zip(listed, files.paths().values(), strict=True):
+        about = line.split(maxsplit=1)[1]
+        assert f"# {about}\n" in path.read_text()
+        assert len(line) <= 100
+    for name in (path.stem, path.name):
+        assert distcls(command, name, folder=tmp_path).stdout == path.read_text()
+
+
+def test_an_unknown_recipe_or_template() -> None:
+    result = distcls("templates", "one-gpu")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: no template is called 'one-gpu'; did you mean 'one_gpu'? " + (
+        f"(choices: {', '.join(TEMPLATES.paths())})\n"
+    )
 
 
 def test_a_missing_package_is_named_with_its_extra() -> None:

@@ -22,8 +22,10 @@ from distcls.commands import export as export_command
 from distcls.commands import models as models_command
 from distcls.commands import predict as predict_command
 from distcls.commands import prepare as prepare_command
+from distcls.commands import shipped
 from distcls.commands import show as show_command
 from distcls.commands import train as train_command
+from distcls.commands import triton as triton_command
 from distcls.config import Command, build, dump_yaml, flatten, leaves, parse, positional, read_yaml
 from distcls.config.load import Given
 from distcls.config.schema import convert, sections
@@ -32,6 +34,7 @@ from distcls.data.prepare import PrepareOptions
 from distcls.errors import UsageError, require
 from distcls.evaluation.evaluate import EvaluateOptions
 from distcls.export.onnx import ExportOptions
+from distcls.files import RECIPES
 from distcls.launch import preflight, ray_train, search
 from distcls.registry import Registry
 from distcls.training.config import OPTIMIZERS, TrainConfig
@@ -41,7 +44,10 @@ MODULES = (
     *(train_command, show_command, prepare_command, predict_command, evaluate_command),
     *(export_command, models_command, completion_command, search, ray_train, preflight),
 )
-DESCRIBED = (*(module.COMMAND for module in MODULES), export_command.TRITON)
+DESCRIBED = tuple(
+    command.COMMAND
+    for command in (*MODULES, triton_command, shipped.RECIPES_COMMAND, shipped.TEMPLATES_COMMAND)
+)
 """All commands."""
 
 
@@ -95,6 +101,13 @@ def message(*arguments: str) -> str:
     text = str(caught.value)
     assert "\n" not in text
     return text
+
+
+@pytest.fixture
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def yaml_file(folder: Path, text: str) -> str:
@@ -342,6 +355,50 @@ def test_missing_key_says_how_to_give_it(tmp_path: Path) -> None:
         command("source")
     with pytest.raises(UsageError, match="SOURCE"):
         command("--out", "o")
+
+
+@pytest.mark.parametrize("name", RECIPES.paths())
+def test_a_recipe_is_found_by_its_name(name: str, in_a_folder: Path) -> None:
+    found = train_command.COMMAND.parse(["--config", name, "--data", "d"])
+    path = str(RECIPES.folder / f"{name}.yaml")
+    assert found == train_command.COMMAND.parse(["--config", path, "--data", "d"])
+    assert found != train_command.COMMAND.parse(["--data", "d"])
+
+
+def test_a_recipe_is_named_beside_a_file(in_a_folder: Path) -> None:
+    Path("mine.yaml").write_text("epochs: 2\n")
+    files = ["--config", "digits", "--config", "mine.yaml"]
+    found = train_command.COMMAND.parse([*files, "--data", "d"])
+    assert (found.epochs, found.monitor.metric) == (2, "loss")
+
+
+def test_a_file_comes_before_the_recipe_of_its_name(in_a_folder: Path) -> None:
+    Path("digits").mkdir()
+    recipe = train_command.COMMAND.parse(["--config", "digits", "--data", "d"])
+    assert recipe.epochs == 30
+    Path("digits").rmdir()
+    Path("digits").write_text("epochs: 2\n")
+    assert train_command.COMMAND.parse(["--config", "digits", "--data", "d"]).epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "digts",
+            "no file or recipe is called 'digts'; did you mean 'digits'? "
+            "(choices: captcha, digits, fashion_mnist)",
+        ),
+        ("mine.yaml", "cannot read config mine.yaml: No such file or directory"),
+        (
+            "configs/digits.yaml",
+            "cannot read config configs/digits.yaml: no such file; --config digits is the recipe "
+            "that comes with distcls",
+        ),
+    ],
+)
+def test_a_config_that_is_not_there(in_a_folder: Path, name: str, expected: str) -> None:
+    assert message("--config", name) == expected
 
 
 @pytest.mark.parametrize(

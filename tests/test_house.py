@@ -49,6 +49,7 @@ WITHOUT_TORCH = [
     "distcls.commands.completion",
     "distcls.commands.models",
     "distcls.commands.train",
+    "distcls.commands.shipped",
     "distcls.commands.show",
     "distcls.training.config",
     "distcls.training.schedule",

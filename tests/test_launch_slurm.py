@@ -44,7 +44,7 @@ else:
 
 TRAINING = """
 import json, os, pathlib, signal, sys, time
-if sys.argv[2] == "launch.preflight" and os.environ["PREFLIGHT"] == "real":
+if sys.argv[2] == "distcls.launch.preflight" and os.environ["PREFLIGHT"] == "real":
     os.execv(sys.executable, [sys.executable, *sys.argv[1:], "--free-gib", "0", "--timeout", "20"])
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -52,7 +52,7 @@ said = {"arguments": sys.argv[1:], **{name: os.environ[name] for name in names}}
 part = pathlib.Path(f"{os.getpid()}.part")
 part.write_text(json.dumps(said))
 part.rename(f"{sys.argv[2]}-{os.getpid()}.json")
-if sys.argv[2] == "launch.preflight":
+if sys.argv[2] == "distcls.launch.preflight":
     sys.exit(os.environ["PREFLIGHT"] == "fail")
 else:
     time.sleep(float(os.environ["SECONDS_TO_TRAIN"]))
@@ -167,5 +167,5 @@ def test_a_job_that_fails_does_not_queue_again(failure: int, tmp_path: Path) -> 
 def test_nothing_trains_where_the_preflight_fails(tmp_path: Path) -> None:
     job = Job(tmp_path, preflight="fail")
     assert job.end()[0] == 1
-    assert len(job.tasks("launch.preflight")) == 2
+    assert len(job.tasks("distcls.launch.preflight")) == 2
     assert job.tasks("distcls.train") == []

@@ -18,6 +18,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+from distcls.files import TEMPLATES
+
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 MANIFEST = LAUNCH / "kubernetes.yaml"
@@ -30,6 +32,19 @@ COUNTS = {
     "fsdp": (8, 1),
 }
 """Processes and machines that each config is to start."""
+
+
+def test_the_files_of_launch_are_those_that_are_installed() -> None:
+    linked = {path.resolve() for path in LAUNCH.iterdir() if path.suffix in (".yaml", ".sh")}
+    assert linked == set(TEMPLATES.paths().values())
+    assert len(linked) == len(list(TEMPLATES.folder.iterdir()))
+
+
+@pytest.mark.parametrize("name", TEMPLATES.paths())
+def test_a_template_calls_nothing_that_others_may_be_called(name: str) -> None:
+    """`launch` and `export` may be a folder of the user's project, or another package."""
+    text = TEMPLATES.find(name).read_text()
+    assert not re.search(r"-m (launch|export)\b", text)
 
 
 def test_every_config_is_counted() -> None:
@@ -125,7 +140,7 @@ def test_the_numbers_of_the_manifest_agree() -> None:
 
 
 TORCHRUN = """#!/bin/bash
-if [[ $2 = launch.preflight ]]; then
+if [[ $2 = distcls.launch.preflight ]]; then
   exec "$PYTHON" -m torch.distributed.run "$@" --free-gib 0 --timeout 20
 fi
 printf '%s\\n' "$@" > "pod-$PET_NODE_RANK"

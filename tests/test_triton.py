@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-from distcls.commands.export import main_triton
+from distcls.commands.triton import main as main_triton
 from distcls.errors import UsageError
 from distcls.runtime.model import OnnxModel
 from distcls.task import Head, Task

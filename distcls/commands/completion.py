@@ -6,13 +6,13 @@ The script holds all words: it starts no Python while the user types.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from distcls.cli import COMMANDS, run
+from distcls.cli import COMMANDS, load_command, run
 from distcls.config import Command, positional
 from distcls.config.schema import choices
+from distcls.files import RECIPES, TEMPLATES
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -47,6 +47,8 @@ class Flag(NamedTuple):
     """The values that its type names, unless it may stand without a value."""
     alone: bool = False
     """Whether it may stand without a value."""
+    files: bool = False
+    """Whether the value may be a file instead of one of `words`."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -58,10 +60,12 @@ def main(arguments: Sequence[str]) -> None:
 
 def flags_of(command: str) -> Iterator[Flag]:
     """The flags of a command of `COMMANDS`."""
-    described: Command[object] = importlib.import_module(COMMANDS[command][0]).COMMAND
+    described: Command[object] = load_command(command).COMMAND
     for name, leaf, about in described.flags():
-        if leaf is None:
-            yield Flag(name, about, alone=name != "--config")
+        if name == "--config":
+            yield Flag(name, about, tuple(RECIPES.paths()), files=True)
+        elif leaf is None:
+            yield Flag(name, about, alone=True)
         elif leaf.bare is None:
             yield Flag(name, about, choices(leaf.type))
         else:  # what stands after it may be an argument of the command
@@ -70,9 +74,16 @@ def flags_of(command: str) -> Iterator[Flag]:
 
 def values() -> Iterator[tuple[str, tuple[str, ...]]]:
     """`COMMAND:FLAG` and the values to complete after it."""
-    yield "completion:completion", SHELLS
+    yield from ((f"{command}:{command}", words) for command, words in argument_words())
     for command in COMMANDS:
         yield from ((f"{command}:{flag.name}", flag.words) for flag in flags_of(command))
+
+
+def argument_words() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The commands whose argument is one of a few words, and those."""
+    yield "completion", SHELLS
+    yield "recipes", tuple(RECIPES.paths())
+    yield "templates", tuple(TEMPLATES.paths())
 
 
 def abouts() -> Iterator[tuple[str, str]]:
@@ -119,6 +130,11 @@ _distcls() {{
     else
         COMPREPLY=($(compgen -W "$values" -- "$word"))
     fi
+    if [[ $before == --config ]]; then
+        local IFS=$'\\n'
+        compopt -o filenames 2>/dev/null
+        COMPREPLY+=($(compgen -f -- "$word"))
+    fi
 }}
 complete -o default -o bashdefault -F _distcls distcls
 """
@@ -157,9 +173,10 @@ _distcls() {{
     esac
     if [[ $PREFIX == -* ]]; then
         _describe option flags
-    elif (($#values)); then
-        compadd -a values
-    else
+        return
+    fi
+    (($#values)) && compadd -a values
+    if (($#values == 0)) || [[ $before == --config ]]; then
         _files
     fi
 }}
@@ -185,14 +202,17 @@ def fish_script() -> str:
     base = "complete -c distcls -n"
     lines = [f"{base} __distcls_is -f -a {name} -d {_quoted(about)}" for name, about in abouts()]
     lines.append(f"{base} '__distcls_is help' -f -a '{' '.join(COMMANDS)}'")
-    lines.append(f"{base} '__distcls_is completion' -f -a '{' '.join(SHELLS)}'")
+    for command, words in argument_words():
+        lines.append(f"{base} '__distcls_is {command}' -f -a '{' '.join(words)}'")
     for command in COMMANDS:
         for flag in flags_of(command):
             value = "" if flag.alone else " -r"
-            words = f" -f -a '{' '.join(flag.words)}'" if flag.words else ""
+            offered = (
+                " -f" * (not flag.files) + f" -a '{' '.join(flag.words)}'" if flag.words else ""
+            )
             about = _quoted(flag.about)
             lines.append(
-                f"{base} '__distcls_is {command}' -l {flag.name[2:]}{value}{words} -d {about}"
+                f"{base} '__distcls_is {command}' -l {flag.name[2:]}{value}{offered} -d {about}"
             )
     return FISH + "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""`distcls export` and `python -m export.triton`: parse, export, print."""
+"""`distcls export`: parse, export, print."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from distcls import log
 from distcls.cli import run
 from distcls.config import Command
 from distcls.export.onnx import ExportOptions, export_onnx
-from distcls.export.triton import TritonOptions, write_repository
 
 COMMAND = Command(
     options=ExportOptions,
@@ -25,12 +24,6 @@ COMMAND = Command(
         ),
     },
 )
-TRITON = Command(
-    options=TritonOptions,
-    prog="python -m export.triton",
-    about="Write an exported model into a model repository for Triton or KServe.",
-    examples=("python -m export.triton --model runs/photos/best.onnx --out repository",),
-)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -42,16 +35,6 @@ def main(arguments: Sequence[str]) -> None:
     log.say(f"wrote {options.target} ({size:.1f} MB)")
     if options.json:
         log.print_json({"out": str(options.target), **certificate.to_json()})
-
-
-def main_triton(arguments: Sequence[str]) -> None:
-    """`python -m export.triton`."""
-    options = TRITON.parse(arguments)
-    log.set_quiet(options.quiet)
-    folder = write_repository(options)
-    log.say(f"wrote {folder}; tritonserver --model-repository {options.out} serves it")
-    if options.json:
-        log.print_json({"out": str(folder), "name": options.title, "version": options.version})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from distcls.config.schema import (
     sections,
 )
 from distcls.config.suggest import suggestion
-from distcls.errors import UsageError
+from distcls.errors import UsageError, did_you_mean
+from distcls.files import RECIPES
 
 C = TypeVar("C")
 
@@ -41,8 +42,8 @@ OTHERS = "other options"
 SECTIONS = """\
 The flags are the keys of the YAML file: --optimizer.weight-decay 0.1 is optimizer: {weight_decay:
 0.1}, and --optimizer NAME is optimizer: {name: NAME}. `none`, in YAML null, stands for no value."""
-CONFIG_HELP = """YAML file of the keys below; given more than once, the later file wins key by key,
-and flags win over all files"""
+CONFIG_HELP = """YAML file of the keys below, or the name of a recipe (`distcls recipes` lists
+them); given more than once, the later file wins key by key, and flags win over all files"""
 PRINT_HELP = """print the config of files, flags and defaults as YAML on standard output and stop;
 no images are read and nothing is written, and what depends on the images stays auto or null"""
 
@@ -100,7 +101,7 @@ class Command(Generic[C]):
         options, unknown = (parser.parse_known_args if "--" in words else mixed)(words)
         if unknown:
             raise UsageError(self._unexpected(unknown, fields))
-        layers = [read_yaml(Path(name)) for name in options.config or ()] if self.config else []
+        layers = [read_yaml(_config(name)) for name in options.config or ()] if self.config else []
         layers = [
             {key: raw for key, raw in layer.items() if key not in self.aside} for layer in layers
         ]
@@ -120,7 +121,7 @@ class Command(Generic[C]):
             if not leaf.positional:
                 yield _shown(leaf), leaf, textwrap.shorten(leaf.doc, 60, placeholder=" ...")
         if self.config:
-            yield "--config", None, "YAML file of the keys"
+            yield "--config", None, "YAML file of the keys, or a recipe"
             yield "--print-config", None, "print the config as YAML and stop"
         yield "--help", None, "show the help and stop"
 
@@ -194,6 +195,21 @@ def parse(
     """`Command.parse` of a command whose help has no groups and examples."""
     command = Command(options=cls, prog=prog, about=about, config=config, aside=aside)
     return command.parse(arguments)
+
+
+def _config(name: str) -> Path:
+    """The file that `--config` means: one of that name, else the recipe."""
+    path, recipes = Path(name), RECIPES.paths()
+    if path.exists() and not path.is_dir():
+        return path
+    if name in recipes:
+        return recipes[name]
+    if path.name == name and not path.suffix:
+        raise UsageError(f"no file or recipe is called {name!r}{did_you_mean(name, recipes)}")
+    if path.stem in recipes:
+        advice = f"--config {path.stem} is the recipe that comes with distcls"
+        raise UsageError(f"cannot read config {name}: no such file; {advice}")
+    return path
 
 
 class _Parser(argparse.ArgumentParser):

@@ -37,7 +37,7 @@ _INSTANCES = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TritonOptions:
-    """Options of `python -m export.triton`."""
+    """Options of `python -m distcls.commands.triton`."""
 
     model: Path
     """Exported model, such as best.onnx, in any precision."""

@@ -1,8 +1,8 @@
-"""`python -m launch.preflight`: checks of processes, network and storage before an expensive job.
+"""`python -m distcls.launch.preflight`: checks of processes, network and storage before a job.
 
 Started as the job will be, it runs on every rank:
 
-    accelerate launch --config_file C -m launch.preflight --processes 16 --shared runs
+    accelerate launch --config_file C -m distcls.launch.preflight --processes 16 --shared runs
 
 Every rank checks its own machine and sends a `RankReport` to all ranks; rank 0 prints them. Exit
 codes: 0 no failure, 1 a check failed or timed out, 2 wrong usage.
@@ -39,7 +39,7 @@ CLOCK_LIMIT = 1.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreflightOptions:
-    """Options of `python -m launch.preflight`."""
+    """Options of `python -m distcls.launch.preflight`."""
 
     processes: int
     """Processes that the job will have."""
@@ -86,11 +86,11 @@ class RankReport:
 
 COMMAND = Command(
     options=PreflightOptions,
-    prog="python -m launch.preflight",
+    prog="python -m distcls.launch.preflight",
     about="Check processes, network, clocks, shared folder and versions before a job.",
     examples=(
-        "accelerate launch --config_file launch/two_cpu_processes.yaml -m launch.preflight "
-        "--processes 2 --shared runs",
+        "accelerate launch --config_file launch/two_cpu_processes.yaml "
+        "-m distcls.launch.preflight --processes 2 --shared runs",
     ),
 )
 

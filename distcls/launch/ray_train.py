@@ -1,4 +1,4 @@
-"""`python -m launch.ray_train --processes N ...`: the same `train(config)` on a Ray cluster.
+"""`python -m distcls.launch.ray_train --processes N ...`: `train(config)` on a Ray cluster.
 
 All other options are those of `distcls train`. If a worker dies, all are restarted and the run
 resumes from its last state.
@@ -23,9 +23,9 @@ MAX_FAILURES = 3
 
 COMMAND = Command(
     options=TrainConfig,
-    prog="python -m launch.ray_train",
+    prog="python -m distcls.launch.ray_train",
     about="Train on a Ray cluster; --processes says on how many workers.",
-    examples=("python -m launch.ray_train --processes 4 --data photos/ --out runs/photos",),
+    examples=("python -m distcls.launch.ray_train --processes 4 --data photos/ --out runs/photos",),
     groups=GROUPS,
     config=True,
     resolver="distcls.training.resolve:resolved_without_data",

@@ -1,4 +1,4 @@
-"""`python -m launch.search --config C --data D --out DIR --grid lr=1e-3,3e-3`: the best values.
+"""`python -m distcls.launch.search --data D --out DIR --grid lr=1e-3,3e-3`: the best values.
 
 Every trial is an ordinary training run in DIR/NNN-VALUES, started as `distcls train` is, and
 DIR/search.csv has a row for each. optuna draws the values, decides what to prune, and stores the
@@ -57,12 +57,13 @@ if TYPE_CHECKING:
 
 COMMAND = Command(
     options=SearchConfig,
-    prog="python -m launch.search",
+    prog="python -m distcls.launch.search",
     about="Train with every combination of values, or with drawn ones; all else as distcls train.",
     examples=(
-        "python -m launch.search --data datasets/photos --out searches/lr --grid lr=1e-3,3e-3",
-        "python -m launch.search --data datasets/photos --out searches/20 --range lr=1e-4..1e-2 "
-        "--random 20",
+        "python -m distcls.launch.search --data datasets/photos --out searches/lr "
+        "--grid lr=1e-3,3e-3",
+        "python -m distcls.launch.search --data datasets/photos --out searches/20 "
+        "--range lr=1e-4..1e-2 --random 20",
     ),
     groups={
         "the search": (

@@ -26,6 +26,7 @@ from distcls.config.load import RENAMED, Given
 from distcls.config.schema import members
 from distcls.data.dataset import Dataset, is_dataset
 from distcls.errors import UsageError, did_you_mean, require
+from distcls.files import TEMPLATES
 from distcls.system import available_cores
 from distcls.training.config import TrainConfig
 
@@ -54,7 +55,7 @@ TRIES = 200
 """Draws for each random trial before there are too few different ones."""
 MOST_CHECKED = 1000
 """Combinations of a space searched by TPE that are checked before the first trial."""
-LAUNCHER = Path(__file__).parents[2] / "launch" / "two_cpu_processes.yaml"
+LAUNCHER = TEMPLATES.find("two_cpu_processes")
 """Starts any number of processes on one machine, on GPUs where there are some."""
 
 Values = dict[str, str]

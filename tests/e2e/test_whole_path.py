@@ -26,6 +26,7 @@ import distcls.commands.models
 import distcls.commands.predict
 import distcls.commands.prepare
 import distcls.commands.train
+import distcls.commands.triton
 from distcls.batch.options import PredictOptions
 from distcls.commands.models import ModelsOptions
 from distcls.config import leaves
@@ -103,7 +104,7 @@ def whole_path(folder: Path) -> None:
     distcls.commands.export.main(["--ckpt", str(out / "best.pth"), "--quiet", "--overwrite"])
     half = ["--precision", "fp16", "--max-accuracy-drop", "10", "--min-agreement", "90"]
     distcls.commands.export.main(["--ckpt", str(out / "best.pth"), *half])
-    distcls.commands.export.main_triton(
+    distcls.commands.triton.main(
         ["--model", str(out / "best.onnx"), "--out", str(folder / "models")]
     )
     for ending in ("pth", "onnx"):
