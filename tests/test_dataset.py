@@ -25,7 +25,7 @@ from distcls.data.dataset import (
 )
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.data.source import Images, to_rgb
-from distcls.data.writer import SCHEMA
+from distcls.data.writer import manifest_schema
 from distcls.errors import BadImage, UsageError
 from distcls.imaging import decode_file
 from tests.sources import digits, put, tree
@@ -54,7 +54,7 @@ def test_counts_and_splits_agree(folder: Path) -> None:
 
 
 def test_the_manifest_is_as_promised(folder: Path) -> None:
-    assert pq.read_schema(folder / MANIFEST).equals(SCHEMA, check_metadata=False)
+    assert pq.read_schema(folder / MANIFEST).equals(manifest_schema(), check_metadata=False)
 
 
 def test_pack_and_files_hold_the_same_images(folder: Path, tmp_path: Path) -> None:

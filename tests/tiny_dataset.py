@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from distcls.data.dataset import CLASSES, FORMAT, INFO, MANIFEST, PACK
-from distcls.data.writer import SCHEMA
+from distcls.data.writer import manifest_schema
 
 
 def write(
@@ -48,7 +48,7 @@ def write(
         "width": shapes[1] if packed else nothing,
         "channels": shapes[2] if packed else nothing,
     }
-    pq.write_table(pa.table(columns, schema=SCHEMA), folder / MANIFEST)
+    pq.write_table(pa.table(columns, schema=manifest_schema()), folder / MANIFEST)
     if packed:
         (folder / PACK).write_bytes(b"".join(image.tobytes() for image in images))
     info = {

@@ -226,6 +226,8 @@ class Prepared:
 
 def prepare(options: PrepareOptions) -> Prepared:
     """Write a dataset directory. Raises UsageError for bad input, DistclsError for a full disk."""
+    import pyarrow  # noqa: F401 - an extra; without it the work below would be for nothing
+
     started = time.monotonic()
     require_absent(options.out)
     if options.root is not None and (Path(options.source) / INFO).is_file():

@@ -13,12 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from distcls import __version__
@@ -37,19 +35,12 @@ from distcls.files import digest, safe_names
 from distcls.imaging import Color
 from distcls.system import available_cores
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 Loaded = NDArray[np.uint8] | BadImage
 
-_TYPES = {"label": pa.int32(), "offset": pa.int64()}
-_TYPES |= dict.fromkeys(("height", "width", "channels"), pa.int32())
 _REQUIRED = ("image_id", "label", "split")
-SCHEMA = pa.schema(
-    [
-        pa.field(name, _TYPES.get(name, pa.string()), nullable=name not in _REQUIRED)
-        for name in COLUMNS
-    ]
-)
-"""The columns that every manifest.parquet has; see `distcls.data.dataset.COLUMNS`."""
-LABELS_FIELD = pa.field(LABELS, pa.list_(pa.int32()), nullable=False)
 
 
 def load_all(
@@ -202,6 +193,20 @@ NEAR = 2
 """Folders that a relative path to the images goes up at most."""
 
 
+def manifest_schema() -> pa.Schema:
+    """The columns that every manifest.parquet has; see `distcls.data.dataset.COLUMNS`."""
+    import pyarrow as pa  # an extra of the inference install
+
+    types = {"label": pa.int32(), "offset": pa.int64()}
+    types |= dict.fromkeys(("height", "width", "channels"), pa.int32())
+    return pa.schema(
+        [
+            pa.field(name, types.get(name, pa.string()), nullable=name not in _REQUIRED)
+            for name in COLUMNS
+        ]
+    )
+
+
 def write_manifest(
     folder: Path, assignment: SplitAssignment, pack: PackWriter | None, paths: list[str | None]
 ) -> None:
@@ -210,6 +215,9 @@ def write_manifest(
     Rows are ordered by split. Where an image had to change its split they are then in another order
     than the pack, and `Split.uniform` is None; everything else works.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     order = sorted(range(len(assignment)), key=lambda index: SPLITS.index(assignment.splits[index]))
     records = assignment.records
     nothing: list[Any] = [None] * len(assignment)
@@ -223,7 +231,7 @@ def write_manifest(
         "width": [width for _, width in pack.shapes] if pack else nothing,
         "channels": [pack.channels] * len(assignment) if pack else nothing,
     }
-    schema = SCHEMA
+    schema = manifest_schema()
     if any(record.weight is not None for record in records):
         schema = schema.append(pa.field("weight", pa.float64()))
         columns["weight"] = [record.weight for record in records]
@@ -231,7 +239,7 @@ def write_manifest(
         schema = schema.append(pa.field("group", pa.string()))
         columns["group"] = [record.group for record in records]
     if any(record.labels is not None for record in records):
-        schema = schema.append(LABELS_FIELD)
+        schema = schema.append(pa.field(LABELS, pa.list_(pa.int32()), nullable=False))
         columns[LABELS] = [list(record.labels or ()) for record in records]
     ordered = {name: [values[index] for index in order] for name, values in columns.items()}
     pq.write_table(pa.table(ordered, schema=schema), folder / MANIFEST)
