@@ -126,11 +126,13 @@ def metrics(predicted: list[int], labels: list[int]) -> Metrics:
     return state.compute()
 
 
-def problems(losses: list[float], predicted: list[int], labels: list[int]) -> list[list[str]]:
+def problems(
+    losses: list[float], predicted: list[int], labels: list[int], val_loss: float = 0.8
+) -> list[list[str]]:
     """What is said after each epoch of a run whose predictions are always these."""
     checks, found = EpochChecks(("cat", "dog")), metrics(predicted, labels)
     rows = [
-        {"epoch": number, "train_loss": loss, "val_top1": found.top1}
+        {"epoch": number, "train_loss": loss, "val_loss": val_loss, "val_top1": found.top1}
         for number, loss in enumerate(losses, 1)
     ]
     return [checks.problems(rows[: count + 1], found, lr=0.01) for count, _ in enumerate(rows)]
@@ -150,6 +152,12 @@ def test_validation_at_chance_while_training_learns() -> None:
     assert not any(problems(FALLING, [0] * 17 + [1] * 3 + [1] * 17 + [0] * 3, HALF))
     (still,) = problems([0.7] * 7, [0, 1] * 20, HALF)[4]  # it has not learnt yet
     assert still.startswith("the training loss stays at 0.7 after 5 epochs: nothing is learnt")
+
+
+def test_a_few_images_that_are_all_right_are_not_at_chance() -> None:
+    """Guessing would get four of four right often enough, but not with this loss."""
+    assert not any(problems(FALLING, [0, 0, 1, 1], [0, 0, 1, 1], val_loss=0.05))
+    assert any(problems(FALLING, [0, 0, 1, 1], [0, 0, 1, 1], val_loss=0.7))
 
 
 def test_one_class_takes_all_predictions() -> None:

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import reduce
@@ -223,6 +224,9 @@ ONE_CLASS = 0.95
 """Fraction of the predictions that one class takes where a model ignores its images."""
 STILL = 0.95
 """Training loss, as a fraction of the first epoch's, above which nothing was learnt."""
+INFORMED = 0.9
+"""Validation loss, as a fraction of that of guessing by the classes' frequencies, below which a
+model is better than guessing."""
 RISEN = 1.25
 """Training loss, as a multiple of the first epoch's, that tells of divergence."""
 
@@ -295,7 +299,11 @@ def _at_chance(history: Sequence[Mapping[str, float]], metrics: Metrics) -> str:
     luck = chance + 2 * math.sqrt(chance * (1 - chance) / metrics.count)
     best = max(row["val_top1"] for row in recent)
     learnt = history[-1]["train_loss"] < MEMORISED * history[0]["train_loss"]
-    if len(recent) < CHECKED_EPOCHS or best > luck or not learnt:
+    shares = metrics.support[metrics.support > 0] / metrics.count
+    guessing = -float(np.sum(shares * np.log(shares)))
+    # of a few images luck reaches all of them; the loss tells knowing from guessing then
+    informed = min(row["val_loss"] for row in recent) < INFORMED * guessing
+    if len(recent) < CHECKED_EPOCHS or best > luck or not learnt or informed:
         return ""
     return (
         f"validation top-1 stands at {best:.2f}, which guessing reaches ({chance:.2f} for the most "
