@@ -155,6 +155,7 @@ with distcls.load("best.onnx") as predictor:
 """
 
 
+@pytest.mark.slow
 def test_a_script_of_the_user_passes_mypy_strict(tmp_path: Path) -> None:
     (tmp_path / "good.py").write_text(SCRIPT)
     (tmp_path / "bad.py").write_text(

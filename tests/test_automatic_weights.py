@@ -309,7 +309,7 @@ def work(rank: int, world: int, data: Path, caches: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("case", ["both", "one", "different"])
+@pytest.mark.parametrize("case", [pytest.param("both", marks=pytest.mark.slow), "one", "different"])
 def test_machines_with_caches_of_their_own_decide_alike(
     case: str, photos: Path, tmp_path: Path
 ) -> None:

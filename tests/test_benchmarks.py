@@ -110,6 +110,7 @@ def dies() -> common.Contestant:
     return lambda: os._exit(3)
 
 
+@pytest.mark.slow
 def test_who_does_not_start_is_left_out_and_progress_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

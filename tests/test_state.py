@@ -99,7 +99,10 @@ def test_of_equal_epochs_that_with_the_lower_loss_is_the_best() -> None:
         verdicts.append(state.judge(score, MonitorConfig()))
         state = TrainingState.from_plain(state.to_plain(), Path("state"))  # a resumed run's
     assert verdicts == [True, True, True, False, False, False, True]
-    assert (state.best_epoch, state.best_score, state.epochs_since_best) == (7, 1.0, 0)
+    state.epoch = 8
+    state.history.append({"epoch": 8, "val_loss": 0.0})
+    assert not state.judge(1.0, MonitorConfig(min_delta=0.01))
+    assert (state.best_epoch, state.best_score, state.epochs_since_best) == (7, 1.0, 1)
 
 
 @pytest.mark.parametrize(("metric", "sign"), [("top1", 1), ("loss", -1)])

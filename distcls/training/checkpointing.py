@@ -95,7 +95,8 @@ class TrainingState:
         """Take the score of the epoch just finished; True if it is the best so far.
 
         Of equal scores, which few validation images make frequent, the one with the lower
-        validation loss in `history` is better. One that is not a number is never an improvement.
+        validation loss in `history` is better, unless `min_delta` asks for more. One that is not a
+        number is never an improvement.
         """
         better = not math.isnan(score) and (
             self.best_score is None
@@ -104,7 +105,11 @@ class TrainingState:
                 if monitor.resolved_mode == "max"
                 else score < self.best_score - monitor.min_delta
             )
-            or (score == self.best_score and self._loss(self.epoch) < self._loss(self.best_epoch))
+            or (
+                score == self.best_score
+                and monitor.min_delta == 0
+                and self._loss(self.epoch) < self._loss(self.best_epoch)
+            )
         )
         if better:
             self.best_score, self.best_epoch, self.epochs_since_best = score, self.epoch, 0

@@ -387,7 +387,7 @@ class MonitorConfig:
     """Early stopping: epochs without improvement after which training stops; null is off; auto: a
     third of `epochs`, at least 10."""
     min_delta: float = 0.0
-    """Smallest change that counts as an improvement."""
+    """Smallest change that counts as an improvement; above 0, a lower loss alone does not count."""
 
     def __post_init__(self) -> None:
         names = ", ".join(MONITORED)

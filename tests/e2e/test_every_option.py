@@ -138,7 +138,8 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "distill.weight": (0.9, TAUGHT, WEIGHTS),
     "freeze.backbone": ("1 epoch", {}, WEIGHTS),
     "freeze.names": ("features.0", {}, WEIGHTS),
-    "ema.decay": (0.5, {}, WEIGHTS),
+    # of the average and the weights it takes those with the higher loss: the average
+    "ema.decay": (0.5, {"monitor.metric": "loss", "monitor.mode": "max"}, WEIGHTS),
     "average.last_epochs": (2, {}, WEIGHTS),
     "monitor.metric": ("loss", {}, WORDS),
     "monitor.mode": ("min", {"epochs": 3}, WORDS),

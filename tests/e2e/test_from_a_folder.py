@@ -186,6 +186,7 @@ def test_two_processes_agree_on_the_new_directory(photos: Path, tmp_path: Path) 
     assert Path("runs/photos-1/best.pth").is_file()
 
 
+@pytest.mark.slow
 def test_one_error_ends_two_processes(photos: Path, tmp_path: Path) -> None:
     wrong = run(
         *("--data", tmp_path / "photos" / "red", "--out", tmp_path / "other", *QUICK),

@@ -156,6 +156,7 @@ def test_two_processes_evaluate_as_one(trained: Path, digits: Path, tmp_path: Pa
     assert answers[0]["top1"] == answers[1]["top1"]
 
 
+@pytest.mark.slow
 def test_fewer_processes_than_asked_for_is_an_error(digits: Path, tmp_path: Path) -> None:
     said = train(digits, tmp_path / "run", "--processes", "2", code=2)
     assert "2 asked for, 1 running" in said

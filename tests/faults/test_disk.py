@@ -51,7 +51,13 @@ def as_anybody() -> None:
 
 
 @pytest.mark.row(8)
-@pytest.mark.parametrize("new", [True, False], ids=["to be made", "there already"])
+@pytest.mark.parametrize(
+    "new",
+    [
+        pytest.param(True, id="to be made"),
+        pytest.param(False, id="there already", marks=pytest.mark.slow),
+    ],
+)
 def test_a_read_only_folder_is_refused_before_the_first_step(
     new: bool, digits: Path, tmp_path: Path
 ) -> None:

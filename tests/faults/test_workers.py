@@ -58,7 +58,7 @@ def test_a_folder_that_goes_away_is_named(processes: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.row(14)
-@pytest.mark.parametrize("processes", ONE_AND_TWO)
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_pack_that_is_cut_while_it_is_read_is_named(
     processes: int, digits: Path, tmp_path: Path
 ) -> None:
@@ -76,7 +76,7 @@ def test_a_pack_that_is_cut_while_it_is_read_is_named(
 
 
 @pytest.mark.row(14)
-@pytest.mark.parametrize("processes", ONE_AND_TWO)
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", ["distcls-loader", pytest.param("distcls-decode", marks=pytest.mark.slow)]
 )
