@@ -98,6 +98,7 @@ def test_a_search_that_is_ended_goes_on(
 ) -> None:
     out = tmp_path / "found"
     flags = ["--grid", "epochs=1,30", "--checkpoint.every-steps", "1"]
+    flags += ["--monitor.patience", "none"]
     process = start(digits, out, *flags)
     try:
         wait_until_training(process, out / "002-epochs=30")

@@ -32,7 +32,7 @@ OPTIONS = [
 epochs. A teacher joins them, whose file lies beside the data."""
 STEPS = 14
 PLATEAU = [
-    *("--epochs", "3", "--schedule.name", "plateau", "--schedule.patience", "1"),
+    *("--epochs", "3", "--lr", "0.001", "--schedule.name", "plateau", "--schedule.patience", "1"),
     *("--schedule.factor", "0.5", "--monitor.min-delta", "1"),
     *("--ema.decay", "null", "--average.last_epochs", "2"),
 ]
