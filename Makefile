@@ -27,8 +27,9 @@ demo: install
 	@echo "predicted    $(DEMO)/pre.csv           pictures $(DEMO)/pre.png"
 	@echo "evaluated    $(DEMO)/evaluation        confusion matrix $(DEMO)/evaluation/confusion.png"
 
-# three at a time on two cores: much of a test is waiting for processes it has started
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Three at a time on two cores: much of a test is waiting for processes it has started. A worker
+# that dies ends the run: its replacement would wait for ever where it died in the last test of a file.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test: install lint
 	$(PYTEST) -m "not slow"

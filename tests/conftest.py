@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from distcls import log
+from distcls import cli, log
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.system import CACHE_VARIABLE
 
@@ -32,6 +33,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def _outlives_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cli.run` here never ends this process at once, whatever threads another test has left."""
+    monkeypatch.setattr(cli, "_exit", sys.exit)
 
 
 @pytest.fixture(autouse=True)
