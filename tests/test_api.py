@@ -331,6 +331,10 @@ def test_urls_give_the_same_too(background_model: Path, pictures: Path, server: 
         missing = predictor([f"{server}/none.png", urls[1]])
         assert missing[0].error == "cannot be fetched: not found"
         assert missing[1].error is None
+    fetching = [thread for thread in threading.enumerate() if "distcls-fetch" in thread.name]
+    for thread in fetching:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_urls_without_the_extra_say_what_to_install(

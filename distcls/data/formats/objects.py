@@ -70,8 +70,10 @@ class ObjectSource(ImageSource):
         self._images = images
         self._background = background
         self._names = names
-        urls = any(isinstance(image, str) and is_url(image) for image in images)
-        self._prefetcher = Prefetcher(self._url, len(images), TIMEOUT) if urls else None
+        self._urls = [
+            image if isinstance(image, str) and is_url(image) else None for image in images
+        ]
+        self._prefetcher = Prefetcher(self._urls.__getitem__, len(images), TIMEOUT)
 
     @property
     def image_ids(self) -> Sequence[str]:
@@ -85,13 +87,9 @@ class ObjectSource(ImageSource):
 
     def image(self, index: int) -> Images:
         """See `ImageSource`; alpha is blended with the background already."""
-        if self._prefetcher is not None and self._url(index) is not None:
+        if self._urls[index] is not None:
             return decode(self._prefetcher.get(index), background=self._background)
         return load_image(self._images[index], self._background)
-
-    def _url(self, index: int) -> str | None:
-        image = self._images[index]
-        return image if isinstance(image, str) and is_url(image) else None
 
 
 def check(image: object, where: str = "image") -> None:

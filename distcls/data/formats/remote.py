@@ -118,7 +118,11 @@ class Prefetcher:
     """Objects by index, prefetched for the threads that request them, in bounded memory."""
 
     def __init__(self, url_of: Callable[[int], str | None], count: int, timeout: float) -> None:
-        """`url_of` gives the URL at an index below `count`, or None if there is none to fetch."""
+        """`url_of` gives the URL at an index below `count`, or None if there is none to fetch.
+
+        It must not be a method of what holds the prefetcher: a cycle of references would keep the
+        threads until the garbage collector passes.
+        """
         self._url_of = url_of
         self._count = count
         self._timeout = timeout
@@ -134,7 +138,10 @@ class Prefetcher:
             self._submit(index)
             future = self._waiting.pop(index, None)
         if future is not None:
-            return future.result()
+            try:
+                return future.result()
+            finally:
+                del future  # a cycle too: its exception, the traceback, this frame
         url = self._url_of(index)
         assert url is not None
         return read(url, self._timeout)
@@ -164,7 +171,8 @@ class ListedSource(ImageSource):
         self.base = base
         self.files = files
         self._image_ids = files.printable() if image_ids is None else image_ids
-        self._prefetcher = Prefetcher(self._url, len(files), timeout)
+        self._url_of = functools.partial(_url_of, base, files)
+        self._prefetcher = Prefetcher(self._url_of, len(files), timeout)
         schemes = {urlsplit(base).scheme}
         if files.mentions("://"):
             schemes |= {_scheme(name) for name in files if is_url(name)}
@@ -178,7 +186,7 @@ class ListedSource(ImageSource):
 
     def read(self, index: int) -> bytes:
         """See `ImageSource`."""
-        url = self._url(index)
+        url = self._url_of(index)
         if url is None:
             return read_file(Path(self.base, self.files[index]))
         if _scheme(url) not in SCHEMES:
@@ -192,14 +200,15 @@ class ListedSource(ImageSource):
         local = (name for name in self.files if not is_url(name))
         return state_of(os.path.join(self.base, name) for name in local)  # noqa: PTH118 - fast
 
-    def _url(self, index: int) -> str | None:
-        name = self.files[index]
-        if is_url(name):
-            return name
-        if not is_url(self.base):
-            return None
-        web = self.base.startswith("http")  # other stores take names as they are
-        return f"{self.base}/{quote(name) if web else name}"
+
+def _url_of(base: str, files: Names, index: int) -> str | None:
+    name = files[index]
+    if is_url(name):
+        return name
+    if not is_url(base):
+        return None
+    web = base.startswith("http")  # other stores take names as they are
+    return f"{base}/{quote(name) if web else name}"
 
 
 def _scheme(url: str) -> str:
