@@ -3,8 +3,8 @@
 Importing torch, accelerate and timm takes three seconds, a test's training one. So a server process
 imports them once, computes nothing itself (an OpenMP pool does not survive a fork), and forks for
 each command. What it forks is a process like any other: it has its own id, environment, streams and
-working folder, and can be signalled and killed. `forked` has the methods of `subprocess.Popen` that
-tests use.
+working folder, and can be signalled and killed. `Forked` has the methods of `subprocess.Popen` that
+tests use. A launcher that is forked has a server of its own below it, from which its workers are.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import array
 import atexit
 import contextlib
+import ctypes
 import functools
 import importlib
 import io
@@ -32,16 +33,18 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
+LAUNCHER = "accelerate.commands.launch"
 PRELOADED = (
     *("torch", "torch._dynamo", "torch.distributed.tensor", "torchvision.models", "timm"),
     *("accelerate", "accelerate.tracking", "scipy.special", "onnxruntime", "cv2", "PIL.Image"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "pyarrow.parquet", "yaml", "tqdm"),
     "sklearn.datasets",
     *("distcls.commands.train", "distcls.training.run", "distcls.commands.predict"),
-    *("accelerate.commands.launch", "torch.distributed.run"),
+    *(LAUNCHER, "torch.distributed.run"),
 )
 """What the server imports; a command may import more."""
 LONGEST = 1 << 20
+PR_SET_NAME = 15
 
 
 class Forked:
@@ -149,8 +152,13 @@ def _ask(request: dict[str, Any], files: Sequence[int] = ()) -> dict[str, Any]:
     content = json.dumps(request).encode()
     attached = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))] if files else []
     connection = _server()
-    connection.sendmsg([content], attached)
-    answer: dict[str, Any] = json.loads(connection.recv(LONGEST))
+    # a launcher's handler of a signal raises: question and answer would get out of step
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        connection.sendmsg([content], attached)
+        answer: dict[str, Any] = json.loads(connection.recv(LONGEST))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return answer
 
 
@@ -183,7 +191,7 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> None:
     try:
         if request["new_session"]:
             os.setsid()
-        for file, place in zip(files, (1, 2), strict=True):
+        for file, place in zip(files, (1, 2), strict=bool(files)):
             os.dup2(file, place)
             os.close(file)
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
@@ -196,6 +204,10 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> None:
         if os.environ.get("PYTHONWARNINGS") == "ignore":
             warnings.simplefilter("ignore")
         sys.argv = [request["module"], *request["arguments"]]
+        if request["module"] == LAUNCHER:
+            _fork_workers()
+        elif "RANK" in os.environ:
+            _be_a_worker()
         sys.modules.pop(request["module"], None)  # imported already; as __main__ it runs anew
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
         code = 0
@@ -208,6 +220,38 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def _fork_workers() -> None:
+    """Have torchrun, in this process, fork its workers from one that stays as this one is now."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if not os.fork():
+        ours.close()
+        serve(theirs)
+        os._exit(0)
+    theirs.close()
+    globals()["_server"] = lambda: ours
+
+    def popen(self: Any, command: Sequence[str], environment: dict[str, str]) -> Forked:
+        _, *flags, module_flag, module = command[: command.index("-m") + 2]
+        assert (flags, module_flag, self._stdout, self._stderr) == (["-u"], "-m", None, None)
+        arguments = command[command.index("-m") + 2 :]
+        request = {"module": module, "arguments": arguments, "environment": environment}
+        pid = _ask({**request, "cwd": str(Path.cwd()), "new_session": True})["pid"]
+        return Forked(int(pid), None, None)
+
+    subprocess_handler.SubprocessHandler._popen = popen  # type: ignore[method-assign,assignment]
+
+
+def _be_a_worker() -> None:
+    """Take on what is read when a process starts: its name, and the threads that it may have."""
+    import torch
+
+    name = f"rank {os.environ['RANK']}".encode()
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name, 0, 0, 0)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 if __name__ == "__main__":

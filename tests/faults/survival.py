@@ -89,12 +89,9 @@ def kill_all(process: Process) -> None:
 
 def workers(process: Process) -> list[psutil.Process]:
     """The training processes below a launcher, by rank."""
-    found = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "tests.faults.traced_train" in child.cmdline() and "RANK" in child.environ()
-    ]
-    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+    children = psutil.Process(process.pid).children(recursive=True)
+    found = [child for child in children if child.name().startswith("rank ")]
+    return sorted(found, key=lambda child: int(child.name().split()[1]))
 
 
 def steps_done(out: Path) -> int:
