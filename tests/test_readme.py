@@ -1,4 +1,4 @@
-"""README and CONTRIBUTING are true: every recipe, template, folder and function that they name."""
+"""README, docs and CONTRIBUTING are true: the files, folders and functions that they name."""
 
 from __future__ import annotations
 
@@ -17,11 +17,19 @@ WALKS = re.findall(r"^\d+\. `([\w/]+\.py)`", CONTRIBUTING, re.M)
 
 
 def test_every_recipe_and_template_named_exists() -> None:
-    named = set(re.findall(r"(?:configs|launch)/\w+\.yaml", README))
+    pages = (README, *(path.read_text() for path in (ROOT / "docs").glob("*.md")))
+    named = set(re.findall(r"(?:configs|launch)/\w+\.yaml", "\n".join(pages)))
     named.discard("configs/mine.yaml")
     assert named == {str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml")} | {
         str(path.relative_to(ROOT)) for path in (ROOT / "launch").glob("*.yaml")
     }
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) < 150
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", README)
+    assert len(links) > 8
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_every_folder_has_its_row() -> None:
