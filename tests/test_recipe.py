@@ -44,7 +44,7 @@ def filled(
 def test_small_sets_have_small_batches_and_many_epochs() -> None:
     sizes = (20, 168, 1_300, 60_000)
     found = [filled(images)[0] for images in sizes]
-    assert [each.batch_size for each in found] == [8, 16, 128, 128]
+    assert [each.batch_size for each in found] == [16, 16, 128, 128]
     assert [each.epochs for each in found] == [100, 55, 55, 10]
     rates = [each.lr for each in found]
     assert rates == sorted(rates)
@@ -111,10 +111,10 @@ def test_the_run_says_and_records_it(
     config = TrainConfig(data=digits, out=tmp_path / "run", epochs=1, limit=60)
     train(dataclasses.replace(config, model=dataclasses.replace(config.model, name="simple_cnn")))
     said = capsys.readouterr().err
-    assert "recipe     batch size 8, learning rate 0.00025, patience 10 (auto: 60 images, " in said
+    assert "recipe     batch size 16, learning rate 0.00035, patience 10 (auto: 60 images, " in said
     assert "augment    no flips, shifts up to 3 pixels (auto: characters)" in said
     recorded = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
-    assert (recorded["batch_size"], recorded["lr"], recorded["epochs"]) == (8, 0.00025, 1)
+    assert (recorded["batch_size"], recorded["lr"], recorded["epochs"]) == (16, 0.00035, 1)
     assert recorded["monitor"]["patience"] == 10
     augment = recorded["augment"]
     assert (augment["flip"], augment["crop_padding"], augment["resized_crop"]) == (0.0, 3, None)

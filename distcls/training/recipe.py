@@ -23,8 +23,8 @@ from distcls.training.config import (
 
 C = TypeVar("C", bound=TrainConfig)
 
-BATCHES = (8, 128)
-"""Smallest and largest batch that is chosen, ..."""
+BATCHES = (16, 128)
+"""Smallest and largest batch that is chosen (of 8, batch norm's statistics say too little), ..."""
 STEPS_AN_EPOCH = 10
 """... with at least this many steps an epoch, as far as the smallest allows."""
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 100
