@@ -392,8 +392,8 @@ def test_a_file_comes_before_the_recipe_of_its_name(in_a_folder: Path) -> None:
         ("mine.yaml", "cannot read config mine.yaml: No such file or directory"),
         (
             "configs/digits.yaml",
-            "cannot read config configs/digits.yaml: no such file; --config digits is the recipe "
-            "that comes with distcls",
+            "cannot read config configs/digits.yaml: no such file; digits is the recipe that "
+            "comes with distcls",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from distcls.config.command_line import Command, bare, parse, positional, repeated
 from distcls.config.load import (
     build,
+    config_file,
     dump_yaml,
     flatten,
     options_layer,
@@ -16,6 +17,7 @@ __all__ = [
     "Leaf",
     "bare",
     "build",
+    "config_file",
     "dump_yaml",
     "flatten",
     "leaves",

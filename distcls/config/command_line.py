@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from distcls import log
-from distcls.config.load import RENAMED, Given, build, dump_yaml, old_names, read_yaml
+from distcls.config.load import (
+    RENAMED,
+    Given,
+    build,
+    config_file,
+    dump_yaml,
+    old_names,
+    read_yaml,
+)
 from distcls.config.schema import (
     MISSING,
     Leaf,
@@ -30,8 +38,7 @@ from distcls.config.schema import (
     sections,
 )
 from distcls.config.suggest import suggestion
-from distcls.errors import UsageError, did_you_mean
-from distcls.files import RECIPES
+from distcls.errors import UsageError
 
 C = TypeVar("C")
 
@@ -101,7 +108,9 @@ class Command(Generic[C]):
         options, unknown = (parser.parse_known_args if "--" in words else mixed)(words)
         if unknown:
             raise UsageError(self._unexpected(unknown, fields))
-        layers = [read_yaml(_config(name)) for name in options.config or ()] if self.config else []
+        layers = (
+            [read_yaml(config_file(name)) for name in options.config or ()] if self.config else []
+        )
         layers = [
             {key: raw for key, raw in layer.items() if key not in self.aside} for layer in layers
         ]
@@ -195,21 +204,6 @@ def parse(
     """`Command.parse` of a command whose help has no groups and examples."""
     command = Command(options=cls, prog=prog, about=about, config=config, aside=aside)
     return command.parse(arguments)
-
-
-def _config(name: str) -> Path:
-    """The file that `--config` means: one of that name, else the recipe."""
-    path, recipes = Path(name), RECIPES.paths()
-    if path.exists() and not path.is_dir():
-        return path
-    if name in recipes:
-        return recipes[name]
-    if path.name == name and not path.suffix:
-        raise UsageError(f"no file or recipe is called {name!r}{did_you_mean(name, recipes)}")
-    if path.stem in recipes:
-        advice = f"--config {path.stem} is the recipe that comes with distcls"
-        raise UsageError(f"cannot read config {name}: no such file; {advice}")
-    return path
 
 
 class _Parser(argparse.ArgumentParser):

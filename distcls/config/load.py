@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ import yaml
 
 from distcls.config.schema import Mismatch, convert, describe, leaves, members
 from distcls.config.suggest import suggestion
-from distcls.errors import BadValue, UsageError
+from distcls.errors import BadValue, UsageError, did_you_mean
+from distcls.files import RECIPES
 from distcls.log import warn
 
 C = TypeVar("C")
@@ -43,6 +45,23 @@ class Given(NamedTuple):
 
     value: Any
     source: str
+
+
+def config_file(name: str | os.PathLike[str]) -> Path:
+    """The file that `--config` means: one of that name, else the recipe."""
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's raises for users it does not know
+    recipes = RECIPES.paths()
+    if path.exists() and not path.is_dir():
+        return path
+    text = os.fspath(name)
+    if text in recipes:
+        return recipes[text]
+    if path.name == text and not path.suffix:
+        raise UsageError(f"no file or recipe is called {text!r}{did_you_mean(text, recipes)}")
+    if path.stem in recipes:
+        advice = f"{path.stem} is the recipe that comes with distcls"
+        raise UsageError(f"cannot read config {text}: no such file; {advice}")
+    return path
 
 
 def read_yaml(path: Path) -> dict[str, Given]:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import os
 import re
 import textwrap
 import types
@@ -219,7 +220,9 @@ def _number(raw: Any, kind: type) -> Any:
 
 
 def _text(raw: Any) -> str:
-    if isinstance(raw, bool) or not isinstance(raw, str | int | float | Path):
+    if isinstance(raw, os.PathLike):
+        return os.fsdecode(raw)
+    if isinstance(raw, bool) or not isinstance(raw, str | int | float):
         raise Mismatch
     return str(raw)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from distcls.config import build, options_layer, read_yaml, take_plain_values
+from distcls.config import build, config_file, options_layer, read_yaml, take_plain_values
 from distcls.config.schema import require_duration
 from distcls.errors import UsageError, require
 from distcls.evaluation.metrics import MONITORED, default_mode
@@ -33,6 +34,8 @@ POLICIES: Registry[Any] = Registry("policy", "augment.policy", home="distcls.tra
 Value = TypeVar("Value")
 Auto = Literal["auto"]
 """A default that depends on the images; `training/recipe.py` decides."""
+Keys = Mapping[str, object]
+"""A section as a dict of its keys."""
 
 
 def chosen(value: Value | Auto) -> Value:
@@ -459,10 +462,12 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run.
+    """The config of a training run: the keys of `distcls train` and of its YAML files.
 
-    From Python, paths may be texts, a section a dict or its `name` alone:
-    `TrainConfig(data="photos", model="efficientnet_b0", ema={"decay": 0.99})`.
+        TrainConfig(data="photos", model="efficientnet_b0", ema={"decay": 0.99})
+
+    Paths may be given as texts, a section as a dict or as its `name` alone; `config.ema.decay`
+    reads a value. Raises BadValue or UsageError, with the key and the value, for what is not valid.
     """
 
     data: Path
@@ -541,14 +546,45 @@ class TrainConfig:
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
-    @classmethod
-    def from_yaml(cls, path: str | Path, **overrides: object) -> Self:
-        """The config in a YAML file with other values for some keys, of a section's keys too.
+    if TYPE_CHECKING:  # what `__post_init__` converts; at run time the dataclass makes its own
 
-        `TrainConfig.from_yaml("config.yaml", epochs=3, optimizer={"weight_decay": 0.1})`. Raises
-        UsageError for a file that cannot be read, an unknown key or a value that does not fit.
+        def __init__(
+            self,
+            *,
+            data: str | os.PathLike[str],
+            out: str | os.PathLike[str] = ...,
+            model: ModelConfig | Keys | str = ...,
+            input: InputConfig | Keys = ...,
+            loader: LoaderConfig | Keys = ...,
+            augment: AugmentConfig | Keys = ...,
+            optimizer: OptimizerConfig | Keys | str = ...,
+            schedule: ScheduleConfig | Keys | str = ...,
+            loss: LossConfig | Keys | str = ...,
+            distill: DistillConfig | Keys = ...,
+            freeze: FreezeConfig | Keys = ...,
+            ema: EmaConfig | Keys = ...,
+            average: AverageConfig | Keys = ...,
+            monitor: MonitorConfig | Keys = ...,
+            checkpoint: CheckpointConfig | Keys = ...,
+            **options: Any,
+        ) -> None: ...
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], **overrides: object) -> Self:
+        """The config in a YAML file, or of a recipe (`distcls recipes` lists them), with other
+        values for some keys, of a section's keys too.
+
+            TrainConfig.from_yaml("runs/photos/config.yaml", epochs=3)
+            TrainConfig.from_yaml("digits", data="digits", optimizer={"weight_decay": 0.1})
+
+        Raises UsageError for a file that cannot be read, a name that is no recipe's, an unknown key
+        or a value that does not fit.
         """
-        return build(cls, read_yaml(Path(path)), options_layer(cls, overrides))
+        if not isinstance(path, str | os.PathLike):
+            raise UsageError(
+                f"config: {path!r} is no path, expected a YAML file or a recipe's name"
+            )
+        return build(cls, read_yaml(config_file(path)), options_layer(cls, overrides))
 
     def __post_init__(self) -> None:
         take_plain_values(self)
