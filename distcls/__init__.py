@@ -16,7 +16,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distcls.errors import BadImage, BadValue, DistclsError, UsageError
+    from distcls.data.image_dataset import Example, ImageDataset, open_dataset, prepare_dataset
+    from distcls.errors import BadImage, BadValue, DistclsError, Stopped, UsageError
+    from distcls.evaluation.evaluate import EvaluationResult, evaluate_model
+    from distcls.export.onnx import ExportResult, export_onnx
     from distcls.prediction import Prediction, Predictions
     from distcls.predictor import Predictor, load
     from distcls.training.config import TrainConfig
@@ -24,29 +27,39 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "load": "distcls.predictor",
-    "Predictor": "distcls.predictor",
-    "Prediction": "distcls.prediction",
-    "Predictions": "distcls.prediction",
-    "TrainConfig": "distcls.training.config",
-    "TrainResult": "distcls.training.run",
-    "fit": "distcls.training.run",
-    **dict.fromkeys(("BadImage", "BadValue", "DistclsError", "UsageError"), "distcls.errors"),
+_NAMES = {
+    "distcls.data.image_dataset": ("Example", "ImageDataset", "open_dataset", "prepare_dataset"),
+    "distcls.errors": ("BadImage", "BadValue", "DistclsError", "Stopped", "UsageError"),
+    "distcls.evaluation.evaluate": ("EvaluationResult", "evaluate_model"),
+    "distcls.export.onnx": ("ExportResult", "export_onnx"),
+    "distcls.prediction": ("Prediction", "Predictions"),
+    "distcls.predictor": ("Predictor", "load"),
+    "distcls.training.config": ("TrainConfig",),
+    "distcls.training.run": ("TrainResult", "fit"),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "BadImage",
     "BadValue",
     "DistclsError",
+    "EvaluationResult",
+    "Example",
+    "ExportResult",
+    "ImageDataset",
     "Prediction",
     "Predictions",
     "Predictor",
+    "Stopped",
     "TrainConfig",
     "TrainResult",
     "UsageError",
+    "evaluate_model",
+    "export_onnx",
     "fit",
     "load",
+    "open_dataset",
+    "prepare_dataset",
 ]
 
 if not TYPE_CHECKING:  # for a type checker it would make every misspelt name an Any
@@ -54,7 +67,11 @@ if not TYPE_CHECKING:  # for a type checker it would make every misspelt name an
     def __getattr__(name: str) -> Any:
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(_MODULES[name]), name)
+        from distcls.cli import packages_for
+
+        with packages_for(f"distcls.{name}"):
+            module = importlib.import_module(_MODULES[name])
+        value = getattr(module, name)
         globals()[name] = value  # found without this function from now on
         return value
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from distcls import __version__, log
@@ -99,6 +100,28 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
         return None
     advice = f'pip install "distcls[{EXTRAS[package]}]"'
     return f"this needs {package}, which is not installed; {advice}"
+
+
+@contextlib.contextmanager
+def packages_for(what: str) -> Iterator[None]:
+    """A block for programs: UsageError, saying what to install, where an optional package lacks."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        advice = missing_package(error)
+        if advice is None:
+            raise
+        raise UsageError(f"{what}: {advice}") from error
+
+
+def import_pandas() -> Any:
+    """pandas, for a `to_dataframe`. Raises UsageError if it is not installed."""
+    try:
+        import pandas
+    except ModuleNotFoundError as error:
+        message = "to_dataframe needs pandas, which is not installed; pip install pandas"
+        raise UsageError(message) from error
+    return pandas
 
 
 def _exit(code: int) -> NoReturn:

@@ -15,32 +15,39 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class DistclsError(Exception):
-    """An error for the user; its text is the whole message."""
+    """The base of all errors that are meant for the user; the text is the whole message.
+
+    Raised as such where what was asked for is right and cannot be done: a model that cannot
+    compute, a predictor that is closed, a full disk.
+    """
 
     exit_code = 1
 
 
 class UsageError(DistclsError):
-    """The command, its options or its input are wrong."""
+    """An argument, an option or an input is wrong; the text has the value and what to do."""
 
     exit_code = 2
 
 
 class BadValue(UsageError):
-    """The value of one field of a dataclass is not valid.
+    """The value of one argument or key is not valid."""
 
-    Raised by the dataclass's own check, which does not know the key and the file that the value
-    came from; `distcls.config.load` adds them.
-    """
+    # raised by a dataclass's own check, which does not know the key and the file that the value
+    # came from; `distcls.config.load` adds them
 
     def __init__(self, field: str, value: object, expected: str) -> None:
         super().__init__(f"{field}: {value!r} is not valid, expected {expected}")
         self.field = field
+        """Name of the argument or key."""
         self.value = value
+        """The value that was given."""
         self.expected = expected
+        """What is valid, in words."""
 
 
 class Reported(DistclsError):
@@ -52,11 +59,17 @@ class Reported(DistclsError):
 
 
 class BadImage(DistclsError):
-    """An image that cannot be used; the text is the reason, without the image's name."""
+    """An image that cannot be read or decoded: missing, damaged, too large or of no known format.
+
+    The text is the reason, with the image's name where it is known.
+    """
 
 
 class Stopped(DistclsError):
-    """A signal ended the run once its state was saved; it can be resumed."""
+    """A signal, such as that of Ctrl-C, ended a training run, whose state is saved.
+
+    The same call with `resume="auto"` continues it.
+    """
 
     exit_code = 75
 
@@ -65,6 +78,11 @@ def require(condition: bool, field: str, value: object, expected: str) -> None:
     """Raise BadValue for `field` unless `condition` holds."""
     if not condition:
         raise BadValue(field, value, expected)
+
+
+def is_count(value: object) -> bool:
+    """Whether it is an integer of at least 1; NumPy's count, true and 2.0 do not."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 NEAREST = 5

@@ -49,6 +49,13 @@ TEMPLATES = Shipped("template", HERE / "launch" / "templates")
 """For accelerate launch, sbatch, torchrun and Kubeflow; `launch/` of a checkout links to them."""
 
 
+def given_path(path: object, key: str) -> str:
+    """A path as a program gives it, `~` expanded. Raises UsageError for what is none."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise UsageError(f"{key}: {path!r} is no path")
+    return os.path.expanduser(os.fsdecode(path))  # noqa: PTH111 - Path's raises for unknown users
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries (or a file's bytes), so that they outlive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

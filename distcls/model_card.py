@@ -96,6 +96,17 @@ class ModelCard:
         return cls.from_json(values, where)
 
 
+def model_paths(text: str) -> list[Path]:
+    """The paths of `--model`: one, or those of an ensemble, as in a.onnx,b.onnx.
+
+    The name of an existing file may hold a comma.
+    """
+    whole = Path(text)
+    if "," not in text or whole.exists():
+        return [whole]
+    return [Path(name.strip()) for name in text.split(",") if name.strip()]
+
+
 def best_model(path: Path, *, exported: bool = True, key: str = "model") -> Path:
     """The model file that `path` means: itself, or the best model of a run directory.
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from distcls.errors import BadImage, UsageError, require
+from distcls.cli import import_pandas
+from distcls.errors import BadImage, UsageError, is_count, require
 from distcls.runtime.pipeline import Chunk
-from distcls.task import Floats, Integers, Task
+from distcls.task import Floats, Integers, Task, class_list
 
 if TYPE_CHECKING:
     import pandas
@@ -38,12 +39,14 @@ class Prediction:
     logits: Floats
     """float32 [K]; NaN with an error."""
     probabilities: Floats
-    """Of each class, float32 [K]: softmax, separately for each head, or sigmoid of labels; NaN with
-    an error."""
+    """Of each class, float32 [K], 0 to 1: softmax, separately for each head, or sigmoid of labels;
+    NaN with an error."""
     label: str | None
-    """The predicted class, or classes (see `Task.text`); None with an error."""
+    """The predicted class; the classes of all heads, as one word where they are characters, else
+    with `|` between; the labels found, with `|` between. None with an error."""
     probability: float | None
-    """Of the label; of several classes the joint one, as if independent. None with an error."""
+    """Of the label, 0 to 1; of several classes the joint one, as if they were independent. None
+    with an error."""
     features: Floats | None
     """float32 [D], the input of the network's last layer, if the model returns it."""
     task: Task
@@ -76,18 +79,30 @@ class Prediction:
         return dict(zip(names, zip(self.labels, own, strict=True), strict=True))
 
     def top_k(self, k: int = 5) -> list[tuple[str, float]]:
-        """The `k` likeliest classes with their probabilities, the likeliest first.
+        """The likeliest classes with their probabilities.
 
-        Of equal ones the lower class comes first. Raises BadValue for a `k` below 1 or above the
-        number of classes, UsageError for multi-head and multi-label models (see `heads` and
-        `probabilities`), BadImage with an error.
+        Args:
+            k: number of classes, 1 to the number that there are.
+
+        Returns:
+            `k` pairs (class, probability), the likeliest first; of equal ones the lower class.
+
+        Raises:
+            BadValue: for another `k`.
+            UsageError: for multi-head and multi-label models; see `heads` and `probabilities`.
+            BadImage: if the prediction has an `error`.
         """
         if not self.task.single:
             raise UsageError(
                 f"top_k: {k} is for a single label per image, the model has {self.task.summary()}; "
                 f"see {'heads' if self.task.heads else 'labels'} and probabilities"
             )
-        require(1 <= k <= len(self.classes), "top_k", k, f"1 to {len(self.classes)}, the classes")
+        require(
+            is_count(k) and k <= len(self.classes),
+            "top_k",
+            k,
+            f"1 to {len(self.classes)}, the classes",
+        )
         self.raise_error()
         ranked = ranking(self.logits[None], k)[0]
         values = shortest(self.probabilities[ranked])
@@ -113,31 +128,43 @@ class Prediction:
 
 
 class Predictions(list[Prediction]):
-    """Predictions in the order of their images: a list, and a table."""
+    """Predictions in the order of their images: a list, whose slices are `Predictions` too."""
 
     def to_dataframe(self, *, top_k: int = 1, probabilities: bool = False) -> pandas.DataFrame:
         """A pandas DataFrame with the columns and values of `distcls predict`'s CSV.
 
-        These are image_id, label, probability, with `top_k` label_2, probability_2, ..., of heads
-        label:HEAD and probability:HEAD, with `probabilities` p:CLASS, and error. What the CSV
-        leaves empty is missing (None or NaN). Raises UsageError if pandas is not installed, if
-        there is no prediction, or for a `top_k` that the task does not support.
+        Args:
+            top_k: number of classes to name, the likeliest first; 1 for multi-head and multi-label.
+            probabilities: whether to add the probability of each class.
+
+        Returns:
+            A row for each prediction. The columns are image_id, label, probability, with `top_k`
+            label_2, probability_2, ..., of heads label:HEAD and probability:HEAD, with
+            `probabilities` p:CLASS, and error. What the CSV leaves empty is None or NaN.
+
+        Raises:
+            UsageError: if pandas is not installed, without a prediction, for a `top_k` that the
+                task does not have, and for predictions of models with other classes.
         """
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise UsageError(
-                "to_dataframe needs pandas, which is not installed; pip install pandas"
-            ) from error
+        make_frame = import_pandas().DataFrame
         if not self:
             raise UsageError("to_dataframe: there is no prediction, so its columns are not known")
-        rows = RowBuilder(self[0].task, top_k=top_k, probabilities=probabilities)
+        task = self[0].task
+        other = next((each.task for each in self if each.classes != task.classes), None)
+        if other is not None:
+            raise UsageError(
+                "to_dataframe: predictions of two models with other classes, of "
+                f"{task.summary()} ({class_list(task.classes)}) and of {other.summary()} "
+                f"({class_list(other.classes)}); make a table of each"
+            )
+        rows = RowBuilder(task, top_k=top_k, probabilities=probabilities)
         chunk = Chunk(
             indices=range(len(self)),
             logits=np.stack([prediction.logits for prediction in self]),
             errors=[prediction.error for prediction in self],
         )
-        return pandas.DataFrame(rows(chunk, [prediction.image_id for prediction in self]))
+        columns = rows(chunk, [prediction.image_id for prediction in self])
+        return make_frame(columns)
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> Prediction: ...
@@ -220,7 +247,7 @@ class RowBuilder:
         That is a `top_k` of more classes than there are, or of heads or labels at all, and a
         threshold of labels.
         """
-        require(top_k >= 1, "top_k", top_k, "at least 1")
+        require(is_count(top_k), "top_k", top_k, "an integer of at least 1")
         if not task.single and top_k > 1:
             raise UsageError(
                 f"top_k: {top_k} is for a single label per image, the model has {task.summary()}; "

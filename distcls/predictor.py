@@ -16,13 +16,13 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import numpy as np
 from PIL import Image
 
 from distcls import log
-from distcls.cli import missing_package
+from distcls.cli import packages_for
 from distcls.data.formats.detect import open_source
 from distcls.data.formats.objects import (
     ImageInput,
@@ -34,9 +34,10 @@ from distcls.data.formats.objects import (
     snapshot,
 )
 from distcls.data.source import ImageSource
-from distcls.errors import BadImage, DistclsError, UsageError, require
-from distcls.model_card import ModelCard, best_model
+from distcls.errors import BadImage, BadValue, DistclsError, UsageError, is_count, require
+from distcls.model_card import ModelCard, best_model, model_paths
 from distcls.prediction import Prediction, Predictions, predictions_of
+from distcls.runtime.ensemble import Ensemble
 from distcls.runtime.model import Model, WithFeatures
 from distcls.runtime.pipeline import (
     CLOSED,
@@ -56,10 +57,16 @@ _Named = tuple[str | None, ImageInput]
 
 
 class Predictor:
-    """A model with the threads that feed it images; safe to use from any number of threads.
+    """A model with the threads that feed it images, as `distcls.load` opens it.
 
-    Each image is a path or a URL (http://, https://, s3://, gs://), the bytes of an image file, a
-    PIL image, or a uint8 array [height, width, 3] in RGB, [height, width] in grey or
+        with distcls.load("runs/photos") as predictor:
+            print(predictor("photo.jpg"))
+
+    May be used by any number of threads. A context manager: close it after the last image; a
+    program also ends without that. It cannot be pickled, nor used in a forked process.
+
+    An image (`ImageInput`) is a path or a URL (http://, https://, s3://, gs://), the bytes of an
+    image file, a PIL image, or a uint8 array [height, width, 3] in RGB, [height, width] in grey or
     [height, width, 4] with alpha. UsageError is raised for anything else (a float array, channels
     first, ...), in a list as well, as only the caller can say what is meant.
 
@@ -67,8 +74,6 @@ class Predictor:
     yet give equal predictions, those of `distcls predict`. A PIL image that Pillow has decoded is
     equal for lossless files and near for JPEG and lossy WebP, as decoders differ in single pixel
     values. It is turned by the EXIF orientation that it still carries.
-
-    A context manager. Close it after the last image; a program also ends without that.
     """
 
     def __init__(
@@ -77,21 +82,24 @@ class Predictor:
         *,
         batch_size: int | None = None,
         workers: int | None = None,
-        path: Path | None = None,
+        paths: Sequence[Path] = (),
     ) -> None:
-        """`batch_size` and the number of decoding threads are the model's defaults unless given.
+        """Made by `distcls.load`.
 
-        `path` is the model's file, for display. Raises BadValue for numbers below 1.
+        `batch_size` and the number of decoding threads are the model's defaults unless given;
+        `paths` are the model's files, for display. Raises BadValue for numbers below 1.
         """
-        for name, value in (("batch_size", batch_size), ("workers", workers)):
-            require(value is None or value >= 1, name, value, "at least 1")
+        if isinstance(model, str | os.PathLike):
+            raise UsageError(f"model: {model!r} is a path; distcls.load opens it")
+        _check_counts(batch_size, workers)
         self.model = model
-        self.path = path
-        """The model's file."""
+        self.paths = tuple(paths)
+        """The model's file; those of an ensemble."""
         self.batch_size = batch_size or model.execution.batch_size
         """Maximum batch size of the model."""
         self._workers = workers
         self._closed = False
+        self._process = os.getpid()
         self._queue = ImageQueue(
             model, self._predictions, batch_size=self.batch_size, workers=workers
         )
@@ -100,6 +108,11 @@ class Predictor:
     def task(self) -> Task:
         """The task: the classes, and the meaning of the logits."""
         return self.model.card.task
+
+    @property
+    def path(self) -> Path | None:
+        """The model's file; None for an ensemble."""
+        return self.paths[0] if len(self.paths) == 1 else None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -116,11 +129,19 @@ class Predictor:
     @overload
     def __call__(self, images: Sequence[ImageInput]) -> Predictions: ...
     def __call__(self, images: ImageInput | Sequence[ImageInput]) -> Prediction | Predictions:
-        """Predict one image, or a list or tuple of images, in order.
+        """Predict one image, or a list or tuple of images.
 
-        One image that cannot be read or decoded raises BadImage; in a list it is a prediction with
-        an `error`, like a row of `distcls predict`. Raises UsageError for an empty list and for
-        what is no image (see the class), DistclsError if the model cannot compute, or is closed.
+        Args:
+            images: an image, or a list or tuple of at least one.
+
+        Returns:
+            The prediction; of a list one for each image, in order. In a list an image that cannot
+            be read or decoded is a prediction with an `error`, like a row of `distcls predict`.
+
+        Raises:
+            BadImage: for one image, alone, that cannot be read or decoded.
+            UsageError: for what is no image, in a list as well, and for an empty list.
+            DistclsError: if the model cannot compute, or the predictor is closed.
         """
         if not isinstance(images, list | tuple):
             prediction = self.submit(images).result()  # type: ignore[arg-type]  # checked there
@@ -134,35 +155,44 @@ class Predictor:
     def stream(
         self, source: str | os.PathLike[str] | Iterable[ImageInput]
     ) -> Generator[Prediction, None, None]:
-        """The predictions for any number of images, in order, a few batches in memory at a time.
+        """Predict any number of images, a few batches in memory at a time.
 
-        `source` is what `distcls predict` takes as INPUT (a folder, glob, image, manifest, dataset
-        directory, tar shards, URL), or any iterable of images, which is consumed a few batches
-        ahead. The predictions have the `image_id` of that input's rows, or the names of the images
-        if they have some. A bad image is a prediction with an `error`.
+        Args:
+            source: what `distcls predict` takes as INPUT (a folder, glob, image, manifest, dataset
+                directory, tar shards, URL), or any iterable of images, which is consumed a few
+                batches ahead.
 
-        Raises UsageError for an input that is not there, what is no image, and an iterable without
-        any; DistclsError if the model cannot compute, or is closed.
+        Returns:
+            A generator of predictions in the order of the images. Their `image_id` is that of the
+            rows of `distcls predict`, or the image's name if it has one. A bad image is a
+            prediction with an `error`.
+
+        Raises:
+            UsageError: for an input that is not there, for what is no image, and for an iterable
+                without any.
+            DistclsError: if the model cannot compute, or the predictor is closed.
         """
         self._require_open()
+        _check_source(source)
         if isinstance(source, str | os.PathLike):
             return self._stream_source(_open(os.fspath(source)))
-        single = (np.ndarray, Image.Image, bytes, bytearray, memoryview, Mapping)
-        if isinstance(source, single) or not isinstance(source, Iterable):
-            raise UsageError(
-                f"source: {type(source).__name__} is no folder and no iterable of images; one image"
-                " is predicted by predictor(image)"
-            )
         return self._stream_images(source)
 
     def submit(self, image: ImageInput) -> Future[Prediction]:
-        """Predict an image; returns at once. It may be changed afterwards, but for a PIL image
-        that is not decoded yet.
+        """Predict an image in another thread, in a batch with what is waiting at the same time.
 
-        A bad image is a prediction with an error, like a row of a table. The future raises
-        DistclsError if the model cannot compute or the predictor is closed before the image's turn.
-        There is no limit to what may wait (see `waiting`). Raises UsageError for what is no image
-        (see the class), DistclsError after `close`.
+        Args:
+            image: the image. It may be changed after the call, but for a PIL image that is not
+                decoded yet.
+
+        Returns:
+            At once, a future of the prediction, which has an `error` if the image is bad. The
+            future raises DistclsError if the model cannot compute, or the predictor is closed
+            before the image's turn. There is no limit to what may wait (see `waiting`).
+
+        Raises:
+            UsageError: for what is no image.
+            DistclsError: if the predictor is closed.
         """
         self._require_open()
         check(image)
@@ -171,11 +201,19 @@ class Predictor:
         return self._queue.submit(lambda: load_image(kept, background), name_of(image))
 
     def features(self, images: ImageInput | Sequence[ImageInput]) -> Floats:
-        """The input of the network's last layer for each image, float32 [N, D]; for one, [1, D].
+        """The features of images: the input of the network's last layer.
 
-        The same numbers as `distcls predict --features`. Raises BadImage, saying which, if one of
-        the images cannot be decoded, UsageError if the model is a checkpoint or was exported
-        without features, and as a call does.
+        Args:
+            images: an image, or a list or tuple of at least one.
+
+        Returns:
+            float32 [N, D], of one image [1, D]: the numbers of `distcls predict --features`.
+
+        Raises:
+            BadImage: if one of the images cannot be read or decoded, saying which.
+            UsageError: for a checkpoint, an ensemble, and a file that was exported without
+                features; for what is no image, and for an empty list.
+            DistclsError: if the model cannot compute, or the predictor is closed.
         """
         self._require_open()
         several: Any = images if isinstance(images, list | tuple) else [images]
@@ -203,6 +241,7 @@ class Predictor:
         See `distcls.runtime.pipeline.stream`; each stream has threads of its own, which end with it
         or when it is closed. Raises IndexError for indices that the source does not have.
         """
+        self._require_open()
         if indices and not (min(indices) >= 0 and max(indices) < len(source)):
             raise IndexError(f"{indices} of a source of {len(source)} images")
         return stream(
@@ -239,17 +278,30 @@ class Predictor:
         self.close()
 
     def __repr__(self) -> str:
-        name = "" if self.path is None else f"{str(self.path)!r}, "
+        name = "".join(f"{str(path)!r}, " for path in self.paths)
         closed = ", closed" if self._closed else ""
         return f"Predictor({name}{self.task.summary()}, {self.model.provider}{closed})"
 
     @functools.cached_property
     def _with_features(self) -> WithFeatures:
+        if isinstance(self.model, Ensemble):
+            number = len(self.model.models)
+            raise UsageError(f"features: an ensemble of {number} models has none; load one of them")
         return self.model if isinstance(self.model, WithFeatures) else WithFeatures(self.model)
 
     def _require_open(self) -> None:
         if self._closed:
             raise DistclsError(CLOSED)
+        if os.getpid() != self._process:
+            raise DistclsError(
+                f"the predictor was loaded in process {self._process}, and its threads are not in "
+                f"this one ({os.getpid()}); distcls.load the model in each process, after the fork"
+            )
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            f"{self!r} cannot be pickled or copied; distcls.load the model in each process"
+        )
 
     def _predictions(self, chunk: Chunk, names: Sequence[str | None]) -> list[Prediction]:
         return predictions_of(chunk, names, self.task)
@@ -300,13 +352,27 @@ class Predictor:
 
 
 def _open(location: str) -> ImageSource:
-    try:
+    with packages_for(location):  # dataset directories and Parquet need pyarrow
         return open_source(location)
-    except ModuleNotFoundError as error:  # dataset directories and Parquet need pyarrow
-        advice = missing_package(error)
-        if advice is None:
-            raise
-        raise UsageError(f"{location}: {advice}") from error
+
+
+def _check_counts(batch_size: object, workers: object) -> None:
+    for name, value in (("batch_size", batch_size), ("workers", workers)):
+        require(value is None or is_count(value), name, value, "an integer of at least 1")
+
+
+def _check_source(source: object) -> None:
+    """Raise UsageError for what is no source, or one whose items are no images."""
+    single = (np.ndarray, Image.Image, bytes, bytearray, memoryview, Mapping)
+    what, advice = type(source).__name__, ""
+    if isinstance(source, single) or not isinstance(source, Iterable | str | os.PathLike):
+        advice = "no folder and no iterable of images; one image is predicted by predictor(image)"
+    elif callable(getattr(source, "read", None)):
+        advice = "an open file; an image is predicted by predictor(file.read())"
+    elif hasattr(source, "columns"):
+        advice = "a table; pass its column of paths or URLs, as in frame['path']"
+    if advice:
+        raise UsageError(f"source: {what} is {advice}")
 
 
 def _checked_list(images: Sequence[ImageInput]) -> list[_Named]:
@@ -332,7 +398,7 @@ def _batches(images: Iterable[_Named], size: int) -> Generator[list[_Named], Non
 
 
 def load(
-    path: str | os.PathLike[str],
+    model: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     provider: str = "auto",
     device: str = "auto",
@@ -341,29 +407,60 @@ def load(
 ) -> Predictor:
     """Open a model for prediction: a `best.onnx`, a `best.pth` or a run directory.
 
-    A run directory means its best.onnx, or its best.pth where that is newer. `provider` is the
-    execution provider of an exported model (auto, cpu, openvino, cuda, tensorrt); auto is what
-    `distcls predict` has measured for this file on this machine, and the CPU where it has not.
-    `device` is PyTorch's, for a best.pth (auto: the GPU if there is one). `batch_size` and
-    `workers` (decoding threads) are chosen unless given.
+        predictor = distcls.load("runs/photos")
+        print(predictor("photo.jpg").top_k(3))
 
-    Raises UsageError for a file that is missing, damaged or no model of distcls, for a provider
-    or device that is not there, and for a best.pth without PyTorch.
+    A run directory means its best.onnx, or its best.pth where that is newer. A list of models is an
+    ensemble (as `distcls predict --model a.onnx,b.onnx`), which predicts the mean of their
+    probabilities; they have the same classes and the same preprocessing.
+
+    Args:
+        model: path of the model, or paths of the models of an ensemble.
+        provider: execution provider of an exported model: auto, cpu, openvino, cuda or tensorrt;
+            auto is what `distcls predict` has measured for this file on this machine, and the CPU
+            where it has not.
+        device: PyTorch's device for a best.pth, as in cuda:1; auto is the GPU if there is one.
+        batch_size: the most images that are computed together; by default chosen with the provider.
+        workers: decoding threads; by default one per core.
+
+    Returns:
+        The predictor.
+
+    Raises:
+        UsageError: for a file that is missing, damaged or no model of distcls, for a provider
+            or device that is not there, for models that make no ensemble, and for a best.pth
+            without PyTorch.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise UsageError(f"model: {path!r} is no path, expected best.onnx, best.pth or a run")
-    found = best_model(Path(os.path.expanduser(path)))  # noqa: PTH111 - Path's may raise
-    for name, value in (("batch_size", batch_size), ("workers", workers)):
-        require(value is None or value >= 1, name, value, "at least 1")
-    if device != "auto" and found.suffix.lower() == ".onnx":
+    paths = _model_files(model)
+    _check_counts(batch_size, workers)
+    if not isinstance(device, str):
+        raise BadValue("device", device, "auto or a device of PyTorch, as in cuda:1")
+    if device != "auto" and all(path.suffix.lower() == ".onnx" for path in paths):
         raise UsageError(
-            f"device: {device!r} is for a .pth; {found} runs on a provider, as in cuda"
+            f"device: {device!r} is for a .pth; {paths[0]} runs on a provider, as in cuda"
         )
     # as for one image: measuring takes seconds, and how many images will come is not known
     request = ExecutionRequest(provider=provider, batch_size=batch_size, workers=workers, images=1)
     with log.hushed():
-        model = load_model(found, device, request)
-    return Predictor(model, batch_size=batch_size, workers=workers, path=found)
+        models = [load_model(path, device, request) for path in paths]
+    opened = models[0] if len(models) == 1 else Ensemble(models, [str(path) for path in paths])
+    return Predictor(opened, batch_size=batch_size, workers=workers, paths=paths)
+
+
+def _model_files(model: object) -> list[Path]:
+    """The files of the models that `load` was given. Raises UsageError for what is no path."""
+    given: list[Any] = [model]
+    if isinstance(model, list | tuple):
+        given = list(model)
+    elif isinstance(model, str):
+        given = [*model_paths(model)]
+    if not given:
+        raise UsageError(f"model: {model!r} is empty, expected at least one model")
+    for path in given:
+        if not isinstance(path, str | os.PathLike):
+            raise UsageError(f"model: {path!r} is no path, expected best.onnx, best.pth or a run")
+    # Path's `expanduser` raises for users it does not know
+    return [best_model(Path(os.path.expanduser(path))) for path in given]  # noqa: PTH111
 
 
 def load_model(

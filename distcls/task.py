@@ -37,7 +37,9 @@ class Head:
     """One output head of a multi-head task, such as a character position in a text."""
 
     name: str
+    """Name of the head."""
     classes: tuple[str, ...]
+    """Its class names; the index is that of the logit among the head's own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,14 +47,14 @@ class Task:
     """The type of a model's output and its classes."""
 
     kind: Kind = "single_label"
-    """single: one class per image; heads: one class per head; multi_label: any number of
-    labels."""
+    """single_label: one class per image; multi_head: one class per head; multi_label: any number of
+    labels, none included."""
     classes: tuple[str, ...]
     """All class names, flat: those of heads as HEAD:CLASS. The index is that of the logit."""
     heads: tuple[Head, ...] = ()
     """Multi-head tasks only."""
     thresholds: tuple[float, ...] | None = None
-    """Multi-label tasks only: probability from which each label is predicted; null is 0.5."""
+    """Multi-label tasks only: probability from which each label is predicted; None is 0.5."""
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")

@@ -4,6 +4,7 @@ error of ours; nothing is guessed, nothing waits for ever."""
 from __future__ import annotations
 
 import array as array_module
+import copy
 import csv
 import dataclasses
 import functools
@@ -11,8 +12,10 @@ import http.server
 import io
 import json
 import os
+import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -44,6 +47,7 @@ from distcls.runtime.providers import ExecutionConfig, ExecutionRequest
 from tests import tiny_dataset, tiny_onnx
 from tests.e2e.commands import ROOT
 from tests.pictures import Pixels, encode, smooth
+from tests.sources import tree
 from tests.test_multi_output_evaluate import HEADS, LABELS
 from tests.test_multi_output_evaluate import card as multi_card
 from tests.test_pipeline import working
@@ -53,15 +57,16 @@ EXPORTED = ROOT / "tests" / "fixtures" / "v076daf9"
 """Real networks, exported."""
 
 
-def model_file(folder: Path, **rule: Any) -> Path:
+def model_file(folder: Path, seed: int = 0, **rule: Any) -> Path:
     """A model at 32 pixels that weighs each of them differently: turned images are others."""
     rule = {"size": (32, 32), "background": (255, 255, 255), **rule}
     card = dataclasses.replace(tiny_onnx.card(), preprocess=Preprocess(**rule))
     proto = tiny_onnx.proto(card)
-    weights = np.random.default_rng(0).normal(0, 1e-3, (32 * 32 * 3, 3)).astype(np.float32)
+    weights = np.random.default_rng(seed).normal(0, 1e-3, (32 * 32 * 3, 3)).astype(np.float32)
     proto.graph.initializer.append(numpy_helper.from_array(weights, "each"))
     proto.graph.node[1].CopyFrom(helper.make_node("Flatten", ["values"], ["means"], axis=1))
     proto.graph.node[2].input[1] = "each"
+    folder.mkdir(exist_ok=True)
     path = folder / "best.onnx"
     path.write_bytes(proto.SerializeToString())
     return path
@@ -118,6 +123,7 @@ def test_the_names_of_the_package() -> None:
 
 def test_the_base_install_predicts(tmp_path: Path, pictures: Path, digits: Path) -> None:
     model = with_features(tmp_path / "best.onnx")
+    folder = tree(tmp_path / "photos", 20)
     done = python(
         "import sys\n"
         "for name in ('torch', 'torchvision', 'pyarrow', 'pandas', 'onnx', 'fsspec'):\n"
@@ -127,8 +133,13 @@ def test_the_base_install_predicts(tmp_path: Path, pictures: Path, digits: Path)
         f"print(predictor({str(pictures / 'rgb.png')!r}).label in predictor.classes)\n"
         f"print(len(list(predictor.stream({str(pictures)!r}))))\n"
         f"print(predictor.features({str(pictures / 'rgb.png')!r}).shape)\n"
+        f"print(distcls.open_dataset({str(folder)!r})[0].image().shape)\n"
         f"for ask in (lambda: distcls.load({str(EXPORTED / 'whole' / 'best.pth')!r}),\n"
-        f"            lambda: predictor.stream({str(digits)!r})):\n"
+        f"            lambda: predictor.stream({str(digits)!r}),\n"
+        f"            lambda: distcls.open_dataset({str(digits)!r}),\n"
+        f"            lambda: distcls.evaluate_model(predictor, {str(digits)!r}),\n"
+        f"            lambda: distcls.export_onnx({str(EXPORTED / 'whole')!r}, 'm.onnx'),\n"
+        f"            lambda: distcls.fit(data={str(digits)!r})):\n"
         "    try:\n"
         "        ask()\n"
         "    except distcls.UsageError as error:\n"
@@ -136,12 +147,17 @@ def test_the_base_install_predicts(tmp_path: Path, pictures: Path, digits: Path)
     )
     assert (done.returncode, done.stderr) == (0, "")
     said = done.stdout.splitlines()
-    assert said[:3] == ["True", str(len(FILES)), "(1, 3)"]
-    assert 'needs PyTorch, which is not installed; pip install "distcls[train]"' in said[3]
-    assert 'needs pyarrow, which is not installed; pip install "distcls[parquet]"' in said[4]
+    assert said[:4] == ["True", str(len(FILES)), "(1, 3)", "(8, 8, 3)"]
+    assert 'needs PyTorch, which is not installed; pip install "distcls[train]"' in said[4]
+    for line in said[5:8]:
+        assert 'needs pyarrow, which is not installed; pip install "distcls[parquet]"' in line
+    for line, what in zip(said[8:], ("export", "distcls.fit"), strict=True):
+        assert line.startswith(f"{what}: this needs torch, which is not installed; pip install")
 
 
 SCRIPT = """
+from pathlib import Path
+
 import distcls
 
 with distcls.load("best.onnx") as predictor:
@@ -152,15 +168,32 @@ with distcls.load("best.onnx") as predictor:
     first: distcls.Prediction = several[0]
     for found in predictor.stream("photos"):
         number: float | None = found.probability
+
+with distcls.load(["a.onnx", Path("b.onnx")]) as predictor:
+    data = distcls.open_dataset("photos", label_column="kind")
+    pixels: int = data[0].image().size
+    part: distcls.ImageDataset = data[:5]
+    result = distcls.evaluate_model(predictor, data, split="val")
+    top1: float = result.top1
+path: Path = distcls.export_onnx("runs/photos", precision="int8").path
+config = distcls.TrainConfig(data="photos", model="resnet50", ema={"decay": 0.99}, epochs=3)
+name: str = config.model.name
+config = distcls.TrainConfig.from_yaml("digits", data=Path("digits"))
+epochs: int = distcls.fit(config, quiet=True).best_epoch
+"""
+BAD = """import distcls
+distcls.lod
+x: int = distcls.load('m.onnx')('a.jpg')
+distcls.TrainConfig(data="photos", ema=0.9)
+distcls.TrainConfig(model="resnet50")
+distcls.export_onnx("runs/photos", precision="int4")
 """
 
 
 @pytest.mark.slow
 def test_a_script_of_the_user_passes_mypy_strict(tmp_path: Path) -> None:
     (tmp_path / "good.py").write_text(SCRIPT)
-    (tmp_path / "bad.py").write_text(
-        "import distcls\ndistcls.lod\nx: int = distcls.load('m.onnx')('a.jpg')\n"
-    )
+    (tmp_path / "bad.py").write_text(BAD)
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir"]
     done = subprocess.run(
         [*command, str(ROOT / ".mypy_cache" / "user"), "good.py", "bad.py"],
@@ -172,9 +205,12 @@ def test_a_script_of_the_user_passes_mypy_strict(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     errors = [line for line in done.stdout.splitlines() if "error:" in line]
-    assert [line.partition(":")[0] for line in errors] == ["bad.py", "bad.py"], done.stdout
+    lines = [tuple(line.split(":")[:2]) for line in errors]
+    assert lines == [("bad.py", str(number)) for number in range(2, 7)], done.stdout
     assert 'has no attribute "lod"' in errors[0]
     assert '"Prediction", variable has type "int"' in errors[1]
+    assert 'expected "EmaConfig | Mapping[str, object]"' in errors[2]
+    assert 'Missing named argument "data"' in errors[3]
 
 
 def test_the_wheel_says_that_it_is_typed(tmp_path: Path) -> None:
@@ -562,6 +598,8 @@ WRONG: list[tuple[Any, str]] = [
     (np.zeros((), np.uint8), "array of uint8 []: expected a path"),
     (np.array(["a.jpg", "b.jpg"]), "images.tolist()"),
     (Image.new("RGB", (0, 4)), "PIL image of mode RGB, 0x4, has no pixel"),
+    (np.ma.masked_less(smooth(4, 5), 99), "masked pixels: fill them, as in image.filled(0)"),
+    (distcls.open_dataset("digits")[0], "is no image; pass its pixels, image(), or its path"),
 ]
 
 
@@ -579,6 +617,16 @@ def test_what_is_no_image_is_said_with_its_value(image: Any, told: str, model: P
             ask(image)
         assert str(error.value).startswith(where)
         assert told in str(error.value)
+
+
+def test_nothing_is_normalised_twice(model: Predictor) -> None:
+    preprocess = model.card.preprocess
+    once = preprocess(smooth(50, 70))
+    assert model(once).logits.tolist() == model(smooth(50, 70)).logits.tolist()
+    scaled = (once / 255 - preprocess.mean) / preprocess.std
+    for twice in (scaled, scaled.astype(np.float32), scaled.transpose(2, 0, 1), scaled[None]):
+        with pytest.raises(UsageError, match=r"values -.* to .*: expected uint8"):
+            model(twice)
 
 
 def test_lists_that_are_empty_or_nested(model: Predictor) -> None:
@@ -717,6 +765,14 @@ def test_streams_that_cannot_be(model: Predictor, tmp_path: Path) -> None:
     for single in (b"x", np.zeros((3, 4, 3), np.uint8), GREY, {"a": "b"}, None, 7):
         with pytest.raises(UsageError, match=r"one image is predicted by predictor\(image\)"):
             model.stream(single)  # type: ignore[arg-type]
+    with (
+        (tmp_path / "best.onnx").open("rb") as file,
+        pytest.raises(UsageError, match=r"an open file; .* predictor\(file\.read\(\)\)"),
+    ):
+        model.stream(file)
+    table = Predictions(model([FILES["rgb.png"]])).to_dataframe()
+    with pytest.raises(UsageError, match="DataFrame is a table; pass its column of paths"):
+        model.stream(table)
     with pytest.raises(UsageError, match="no image came out of this generator"):
         list(model.stream(path for path in tmp_path.glob("*.jpg")))
     with pytest.raises(UsageError, match="no image came out of this list"):
@@ -794,6 +850,61 @@ def test_nothing_works_after_close(tmp_path: Path, pictures: Path) -> None:
     assert predictor.classes == tiny_onnx.COLOURS
 
 
+def test_closing_while_others_predict(tmp_path: Path) -> None:
+    predictor = distcls.load(model_file(tmp_path), batch_size=4)
+    expected = predictor(FILES["small.jpg"]).logits.tolist()
+    began = threading.Barrier(5)
+    ended: list[str] = []
+
+    def ask(number: int) -> None:
+        began.wait()
+        try:
+            while True:
+                several = predictor([FILES["small.jpg"]] * 9) if number % 2 else []
+                found = [*several, predictor(FILES["small.jpg"])]
+                assert [each.logits.tolist() for each in found] == [expected] * len(found)
+        except DistclsError as error:
+            ended.append(str(error))
+
+    with ThreadPoolExecutor(4) as threads:
+        asking = [threads.submit(ask, number) for number in range(4)]
+        began.wait()
+        time.sleep(0.1)
+        predictor.close()
+        for each in asking:
+            each.result(30)
+    assert len(ended) == 4
+    assert all("the predictor is closed" in message for message in ended)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process_is_told_to_load_its_own(model: Predictor) -> None:
+    """Its threads are not there: what waits for them would wait for ever."""
+    model(FILES["rgb.png"])
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        try:
+            model(FILES["rgb.png"])
+        except DistclsError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, encoding="utf-8") as pipe:  # noqa: PTH123 - a descriptor
+        told = pipe.read()
+    os.waitpid(child, 0)
+    assert told.startswith(f"the predictor was loaded in process {os.getpid()}, ")
+    assert f"({child}); distcls.load the model in each process" in told
+
+
+def test_a_predictor_is_not_pickled(model: Predictor) -> None:
+    for copying in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(UsageError, match=r"Predictor\('.*best.onnx', .*cannot be pickled"):
+            copying(model)
+
+
 # --- features
 
 
@@ -843,9 +954,10 @@ def test_a_prediction(tmp_path: Path) -> None:
         "green",
         "blue",
     ]  # equal ones in the classes' order
-    for wrong in (0, -1, 4):
-        with pytest.raises(BadValue, match=rf"top_k: {wrong} is not valid, expected 1 to 3"):
-            found.top_k(wrong)
+    for wrong in (0, -1, 4, "2", 1.5, True, None):
+        with pytest.raises(BadValue, match=rf"top_k: {wrong!r} is not valid, expected 1 to 3"):
+            found.top_k(wrong)  # type: ignore[arg-type]
+    assert found.top_k(np.int64(2)) == found.top_k(2)  # type: ignore[arg-type]
 
 
 def test_predictions_print_in_one_line_each(model: Predictor, pictures: Path) -> None:
@@ -920,8 +1032,14 @@ def test_dataframes_that_cannot_be(model: Predictor, monkeypatch: pytest.MonkeyP
     found = model([FILES["rgb.png"]])
     with pytest.raises(UsageError, match="top_k: 4 is more than the model's 3 classes"):
         found.to_dataframe(top_k=4)
-    with pytest.raises(BadValue, match="top_k: 0 is not valid, expected at least 1"):
+    with pytest.raises(BadValue, match="top_k: 0 is not valid, expected an integer of at"):
         found.to_dataframe(top_k=0)
+    with distcls.load(EXPORTED / "whole" / "best.onnx") as other:
+        mixed = Predictions([*found, other(FILES["rgb.png"])])
+    with pytest.raises(
+        UsageError, match=r"two models .* of 3 classes \(red, green, blue\) and of 10"
+    ):
+        mixed.to_dataframe()
     with pytest.raises(UsageError, match="there is no prediction"):
         Predictions().to_dataframe()
     monkeypatch.setitem(sys.modules, "pandas", None)
@@ -966,10 +1084,42 @@ def test_models_that_cannot_be_loaded(tmp_path: Path) -> None:
         (EXPORTED / "whole" / "best.onnx", {"device": "cuda"}, "device: 'cuda' is for a .pth"),
         (EXPORTED / "whole" / "best.onnx", {"batch_size": 0}, "batch_size: 0 is not valid"),
         (EXPORTED / "whole" / "best.onnx", {"workers": 0}, "workers: 0 is not valid"),
+        (EXPORTED / "whole" / "best.onnx", {"workers": "2"}, "workers: '2' is not valid"),
+        (EXPORTED / "whole" / "best.onnx", {"batch_size": 1.5}, "batch_size: 1.5 is not valid"),
+        (EXPORTED / "whole" / "best.onnx", {"provider": 3}, "provider: 3 is not valid"),
+        (EXPORTED / "whole" / "best.pth", {"device": None}, "device: None is not valid"),
+        (["a.onnx", 3], {}, "model: 3 is no path"),
+        ([], {}, r"model: \[\] is empty, expected at least one model"),
     ]
     for path, options, told in wrong:
         with pytest.raises(UsageError, match=told):
             distcls.load(path, **options)
+
+
+def test_an_ensemble_is_that_of_predict(tmp_path: Path, pictures: Path) -> None:
+    paths = [model_file(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    named = ",".join(map(str, paths))
+    rows = rows_of(pictures, Path(named), tmp_path / "pre.jsonl")
+    alone = rows_of(pictures, paths[0], tmp_path / "alone.jsonl")
+    assert [row["probability"] for row in rows] != [row["probability"] for row in alone]
+    for models in (paths, tuple(map(str, paths)), [path.parent for path in paths], named):
+        with distcls.load(models) as predictor:
+            found = predictor([pictures / row["image_id"] for row in rows])
+            assert (predictor.path, predictor.paths) == (None, tuple(paths))
+            assert repr(predictor).startswith(f"Predictor({str(paths[0])!r}, {str(paths[1])!r}, ")
+            with pytest.raises(UsageError, match="an ensemble of 2 models has none"):
+                predictor.features(FILES["rgb.png"])
+        assert [(p.label, p.probability) for p in found] == [
+            (row["label"], row["probability"]) for row in rows
+        ]
+    with pytest.raises(UsageError, match="the models of an ensemble have the same classes"):
+        distcls.load([*paths, EXPORTED / "whole" / "best.onnx"])
+
+
+def test_a_predictor_is_made_by_load(tmp_path: Path) -> None:
+    for path in ("best.onnx", tmp_path):
+        with pytest.raises(UsageError, match=r"is a path; distcls\.load opens it"):
+            Predictor(path)  # type: ignore[arg-type]
 
 
 def test_what_predict_has_measured_is_taken(
@@ -1017,7 +1167,7 @@ def test_the_examples_of_the_page(
     monkeypatch.chdir(tmp_path)
     variables: dict[str, Any] = {}
     of_readme = [example for example in README if "distcls.load" in example]
-    predicting = [example for example in PAGE if "fit(" not in example]
+    predicting = PAGE[: next(place for place, text in enumerate(PAGE) if "fit(" in text)]
     for example in [*of_readme, *predicting]:
         exec(example.replace("https://example.org/photo.jpg", f"{server}/small.jpg"), variables)
     said = capsys.readouterr().out

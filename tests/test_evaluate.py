@@ -16,11 +16,13 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
+import distcls
 from distcls.commands.evaluate import main
 from distcls.commands.predict import main as predict_main
 from distcls.errors import DistclsError, UsageError
 from tests import tiny_dataset, tiny_onnx
 from tests.e2e.commands import run
+from tests.sources import tree
 
 COUNT = 101
 """No batch and no number of processes divides it."""
@@ -233,3 +235,76 @@ def test_bad_images_stop_both_processes(checkpoint: Path, tmp_path: Path) -> Non
     done = run(*flags, module="distcls.evaluate", processes=2, code=1)
     assert "[rank 1] error: image 0003" in done.stderr
     assert "error: 1 images cannot be evaluated" in done.stderr
+
+
+# --- from Python
+
+
+def test_from_python_it_is_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, data: Path
+) -> None:
+    expected = figures(capsys, model, data)
+    by_path = distcls.evaluate_model(model, data, quiet=True, out=tmp_path / "out")
+    assert by_path.to_json() == expected
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == expected
+    with distcls.load(model) as predictor:
+        opened = distcls.open_dataset(data)
+        for images in (data, str(data), opened, opened.split("test")):
+            assert distcls.evaluate_model(predictor, images).to_json() == expected
+        first = distcls.evaluate_model(predictor, opened[:20])
+        assert first.to_json() == figures(capsys, model, data, "--limit", "20")
+        assert distcls.evaluate_model(model, data, limit=20).to_json() == first.to_json()
+        last = distcls.evaluate_model(predictor, opened[::-1][: COUNT - 20])
+    assert first.count + last.count == COUNT
+    np.testing.assert_array_equal(first.confusion + last.confusion, by_path.confusion)
+
+
+def test_the_result(model: Path, data: Path, labels: list[int]) -> None:
+    found = distcls.evaluate_model(model, data, quiet=True)
+    predicted = logits().argmax(axis=1)
+    assert (found.top1, found.count) == (accuracy_score(labels, predicted), COUNT)
+    np.testing.assert_array_equal(found.confusion, confusion_matrix(labels, predicted))
+    frame = found.to_dataframe()
+    assert (list(frame.index), frame.index.name) == (list(found.classes), "class")
+    for name, figures_of in found.per_class.items():
+        assert frame.loc[name].to_dict() == figures_of
+    assert str(found) == found.to_text()
+    assert repr(found).startswith(f"EvaluationResult({str(model)!r}, {str(data)!r}, 'test', 101 im")
+
+
+def test_an_ensemble_is_evaluated(tmp_path: Path, model: Path, data: Path) -> None:
+    with distcls.load([model, model]) as predictor:
+        found = distcls.evaluate_model(predictor, data, quiet=True)
+        alone = distcls.evaluate_model(model, data, quiet=True)
+    assert found.model == f"{model},{model}"
+    assert found.loss == pytest.approx(alone.loss, rel=1e-5)
+    assert {**found.to_json(), "model": "", "loss": 0} == {
+        **alone.to_json(),
+        "model": "",
+        "loss": 0,
+    }
+
+
+def test_what_cannot_be_evaluated(tmp_path: Path, model: Path, data: Path) -> None:
+    photos = tree(tmp_path / "photos", 30)
+    predictor = distcls.load(model)
+    wrong: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (None, data, {}, "model: None is no path"),
+        (model, 3, {}, "data: 3 is no path"),
+        (tmp_path / "none.onnx", data, {}, r"none\.onnx does not exist"),
+        (model, tmp_path / "none", {}, "no such dataset directory"),
+        (model, photos, {}, "is no dataset directory; make one of it"),
+        (model, distcls.open_dataset(photos), {}, r"prepare_dataset\('.*', OUT, test_fraction=1"),
+        (model, data, {"split": "tset"}, "no split 'tset'; did you mean 'test'"),
+        (model, distcls.open_dataset(data), {"split": "val"}, "no split 'val'"),
+        (model, data, {"limit": "many"}, "limit: 'many' is not valid, expected an integer"),
+        (model, data, {"provider": "cpus"}, "did you mean 'cpu'"),
+        (predictor, data, {"batch_size": 3}, "batch_size: 3 is for distcls.load, not a predictor"),
+        (predictor, data, {"provider": "cpu"}, "provider: 'cpu' is for distcls.load"),
+    ]
+    for one, images, options, told in wrong:
+        with pytest.raises(UsageError, match=told):
+            distcls.evaluate_model(one, images, **options)
+    predictor.close()
+    with pytest.raises(DistclsError, match="the predictor is closed"):
+        distcls.evaluate_model(predictor, data)

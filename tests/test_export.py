@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, load
 
+import distcls
+from distcls.commands.export import main
 from distcls.errors import DistclsError, UsageError
 from distcls.export import onnx
 from distcls.export.certificate import certify
 from distcls.export.graph import strip_debug_information
-from distcls.export.onnx import ExportOptions, export_onnx
+from distcls.export.onnx import ExportOptions, export
 from distcls.imaging import Preprocess
 from distcls.model_card import ModelCard
 from distcls.models.checkpoint import TorchModel, open_checkpoint
@@ -34,10 +39,15 @@ def checkpoint(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(checkpoint: Path) -> tuple[Path, Any]:
+def result(checkpoint: Path) -> distcls.ExportResult:
+    """The checkpoint, exported from Python."""
+    return distcls.export_onnx(checkpoint, checkpoint.with_name("model.onnx"), limit=70, quiet=True)
+
+
+@pytest.fixture
+def exported(result: distcls.ExportResult) -> tuple[Path, Any]:
     """The checkpoint's exported file, and its certificate."""
-    out = checkpoint.with_name("model.onnx")
-    return out, export_onnx(ExportOptions(ckpt=checkpoint, out=out, limit=70))
+    return result.path, result.certificate
 
 
 def test_exported_file_agrees_and_says_so(exported: tuple[Path, Any]) -> None:
@@ -99,16 +109,61 @@ def test_a_graph_that_disagrees_is_not_written(
     monkeypatch.setattr(onnx, "to_onnx", wrong)
     out = tmp_path / "model.onnx"
     with pytest.raises(DistclsError, match="beyond the tolerance") as caught:
-        export_onnx(ExportOptions(ckpt=checkpoint, out=out, limit=40))
+        export(ExportOptions(ckpt=checkpoint, out=out, limit=40))
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_result(result: distcls.ExportResult) -> None:
+    assert (result.images, result.agreement) == (70, 1.0)
+    assert 0 < result.max_logit_difference < 1e-3
+    with result.load(provider="cpu") as predictor:
+        assert predictor.path == result.path
+    assert repr(result).startswith(f"ExportResult('{result.path}', agreement=100.00% of 70 images,")
+
+
+@pytest.mark.slow
+def test_it_is_the_command(
+    checkpoint: Path,
+    result: distcls.ExportResult,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--out", str(tmp_path / "own.onnx"), "--limit", "70", "--quiet", "--json"]
+    main(["--ckpt", str(checkpoint), *flags])
+    said = json.loads(capsys.readouterr().out)
+    assert {**said, "out": str(result.path)} == json.loads(json.dumps(result.to_json()))
+    assert (tmp_path / "own.onnx").read_bytes() == result.path.read_bytes()
+
+
+def test_its_options_are_those_of_the_command() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(ExportOptions)}
+    ours = inspect.signature(distcls.export_onnx).parameters
+    assert ours.keys() == fields.keys() - {"json"}
+    for name in ours.keys() - {"ckpt"}:
+        assert ours[name].default == fields[name], name
+
+
+def test_what_cannot_be_exported(checkpoint: Path, exported: tuple[Path, Any]) -> None:
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        (None, {}, "ckpt: None is no path"),
+        (checkpoint.parent / "none", {}, "none"),
+        (exported[0], {"out": "m.onnx"}, r"model\.onnx"),
+        (checkpoint, {"out": exported[0]}, "exists already"),
+        (checkpoint, {"precision": "fp8"}, "precision: 'fp8' is not valid, expected one of fp32"),
+        (checkpoint, {"limit": 0}, "limit: 0 is not valid"),
+        (checkpoint, {"data": 3.5, "out": "m.onnx"}, r"3\.5: no such dataset directory"),
+    ]
+    for ckpt, options, told in wrong:
+        with pytest.raises(UsageError, match=told):
+            distcls.export_onnx(ckpt, **options)
 
 
 def test_an_existing_file_is_kept(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.onnx"
     out.write_text("precious")
     with pytest.raises(UsageError, match="--overwrite"):
-        export_onnx(ExportOptions(ckpt=checkpoint, out=out))
+        export(ExportOptions(ckpt=checkpoint, out=out))
     assert out.read_text() == "precious"
 
 

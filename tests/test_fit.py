@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from distcls import log
 from distcls.errors import BadValue, UsageError
+from distcls.files import RECIPES
 from distcls.models.checkpoint import load_tensors
 from distcls.training.config import EmaConfig, TrainConfig
 from distcls.training.run import TrainResult, fit, train
@@ -70,7 +72,7 @@ def test_quiet_is_obeyed_and_ends_with_the_run(
 
 
 def test_options_replace_those_of_a_config_key_by_key(digits: Path) -> None:
-    config = TrainConfig(data=digits, ema=EmaConfig(decay=0.9), optimizer={"weight_decay": 0.3})  # type: ignore[arg-type]
+    config = TrainConfig(data=digits, ema=EmaConfig(decay=0.9), optimizer={"weight_decay": 0.3})
     assert config.optimizer.weight_decay == 0.3
     with pytest.raises(UsageError, match=r"optimizer\.momentum: 'much' is not valid"):
         fit(config, optimizer={"momentum": "much"})
@@ -117,6 +119,24 @@ def test_what_fit_needs(tmp_path: Path) -> None:
         fit(data=tmp_path, epoch=3)
     with pytest.raises(BadValue, match="json"):
         fit(data=tmp_path, json=True)
+    for wrong in ("config.yaml", {"data": "photos"}):
+        with pytest.raises(UsageError, match=r"is no TrainConfig; TrainConfig\.from_yaml reads"):
+            fit(wrong)  # type: ignore[arg-type]
+
+
+def test_a_recipe_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig.from_yaml("digits", data="digits", optimizer={"weight_decay": 0.3})
+    file = TrainConfig.from_yaml(RECIPES.find("digits"), data=Path("digits"))
+    assert config.optimizer.weight_decay == 0.3
+    assert dataclasses.replace(config, optimizer=file.optimizer) == file
+    monkeypatch.chdir(tmp_path)
+    for wrong, told in (
+        ("digitz", "no file or recipe is called 'digitz'; did you mean 'digits'"),
+        ("runs/config.yaml", r"cannot read config runs/config\.yaml: No such file"),
+        (None, "config: None is no path, expected a YAML file or a recipe's name"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            TrainConfig.from_yaml(wrong)  # type: ignore[arg-type]
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
@@ -134,13 +154,21 @@ def test_the_examples_of_the_page(
     small = 'epochs=1, model="simple_cnn", input={"size": 32}'
     variables: dict[str, Any] = {}
     examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    examples = [example for example in examples if "fit(" in example]
+    examples = examples[next(i for i, example in enumerate(examples) if "fit(" in example) :]
     for example in examples:
         exec(example.replace('epochs=20, model="mobilenet_v3_large"', small), variables)
-    assert "Prediction('photos/cat/1.jpg', label='" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count("Prediction('photos/cat/1.jpg', label='") == 2
+    assert (
+        "ImageDataset('photos/', 20 images, 2 classes)\nExample('cat/0.jpg', label='cat')" in said
+    )
+    assert f"{variables['evaluation']}\n" in said
+    assert "runs/photos/best.onnx 1.0 " in said
+    assert variables["evaluation"].count == 4
+    assert variables["few"].count == 3
     assert variables["history"].index.tolist() == [1]
     assert variables["result"].out == Path("runs/again")
-    assert len(examples) == 2
+    assert len(examples) == 5
 
 
 def test_train_and_fit_are_one(fitted: TrainResult, digits: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from distcls.data.dataset import Dataset
 from distcls.export.certificate import load_images
-from distcls.export.onnx import ExportOptions, export_onnx
+from distcls.export.onnx import ExportOptions, export
 from distcls.imaging import Preprocess
 from distcls.model_card import ModelCard
 from distcls.models.checkpoint import open_checkpoint, save_checkpoint
@@ -63,6 +63,6 @@ def test_exported_it_answers_as_its_checkpoint(name: str, digits: Path, tmp_path
     # untrained networks may have logits in the tens, with an error in proportion
     tolerance = 1e-3 * max(1.0, float(np.abs(expected).max()))
     options = ExportOptions(ckpt=tmp_path / "best.pth", limit=64, tolerance=tolerance)
-    assert export_onnx(options).holds
+    assert export(options).holds
     found = OnnxModel(tmp_path / "best.onnx").logits(images)
     np.testing.assert_allclose(found, expected, atol=tolerance)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distcls.data.dataset import Dataset
 from distcls.errors import UsageError
 from distcls.export.certificate import load_images
-from distcls.export.onnx import ExportOptions, export_onnx
+from distcls.export.onnx import ExportOptions, export
 from distcls.imaging import Preprocess
 from distcls.model_card import ModelCard
 from distcls.models.checkpoint import open_checkpoint, save_checkpoint
@@ -135,6 +135,6 @@ def test_it_is_rebuilt_and_exported(digits: Path, tmp_path: Path) -> None:
     path = tmp_path / "best.pth"
     save_checkpoint(path, model, card)
     np.testing.assert_allclose(open_checkpoint(path, "cpu").logits(images), expected, atol=1e-4)
-    assert export_onnx(ExportOptions(ckpt=path, limit=30, quiet=True)).holds
+    assert export(ExportOptions(ckpt=path, limit=30, quiet=True)).holds
     exported = OnnxModel(tmp_path / "best.onnx")
     np.testing.assert_allclose(exported.logits(images), expected, atol=1e-3)

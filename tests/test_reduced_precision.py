@@ -298,4 +298,4 @@ def test_options(checkpoint: Path, tmp_path: Path) -> None:
         tmp_path / "d", list(images(3)), [0, 1, 2], tiny_onnx.COLOURS, splits=["val"] * 3
     )
     with pytest.raises(UsageError, match="the model knows the class of no image of val"):
-        exporting.export_onnx(ExportOptions(ckpt=checkpoint, out=tmp_path / "m.onnx", data=other))
+        exporting.export(ExportOptions(ckpt=checkpoint, out=tmp_path / "m.onnx", data=other))

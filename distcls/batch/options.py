@@ -9,7 +9,7 @@ from typing import Any, Literal
 from distcls.config import positional
 from distcls.data.source import TIMEOUT, OpenOptions
 from distcls.errors import require
-from distcls.model_card import best_model, model_choice
+from distcls.model_card import best_model, model_choice, model_paths
 from distcls.runtime.providers import ExecutionRequest, require_provider
 
 Tta = Literal["none", "flip"]
@@ -157,18 +157,12 @@ class PredictOptions:
 
         Raises UsageError for a folder without a model.
         """
-        return tuple(map(best_model, self._named_models()))
+        return tuple(map(best_model, model_paths(self.model)))
 
     def model_choices(self) -> list[str]:
         """A line for each run directory among the models: which file it means."""
-        named = zip(self._named_models(), self.models, strict=True)
+        named = zip(model_paths(self.model), self.models, strict=True)
         return [line for path, found in named if (line := model_choice(path, found))]
-
-    def _named_models(self) -> list[Path]:
-        whole = Path(self.model)
-        if "," not in self.model or whole.exists():
-            return [whole]
-        return [Path(name.strip()) for name in self.model.split(",") if name.strip()]
 
     @property
     def opening(self) -> OpenOptions:

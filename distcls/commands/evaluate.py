@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from distcls import log
 from distcls.cli import run
 from distcls.config import Command
-from distcls.evaluation.evaluate import EvaluateOptions, evaluate_model
+from distcls.evaluation.evaluate import EvaluateOptions, evaluate
 
 COMMAND = Command(
     options=EvaluateOptions,
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, evaluate, print."""
     options = COMMAND.parse(arguments)
     log.set_quiet(options.quiet)
-    result = evaluate_model(options)
+    result = evaluate(options)
     if log.rank() != 0:
         return
     if options.json:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from distcls import log
 from distcls.cli import run
 from distcls.config import Command
-from distcls.export.onnx import ExportOptions, export_onnx
+from distcls.export.onnx import ExportOptions, ExportResult, export
 
 COMMAND = Command(
     options=ExportOptions,
@@ -30,11 +30,11 @@ def main(arguments: Sequence[str]) -> None:
     """`distcls export`, and `python -m export.onnx`."""
     options = COMMAND.parse(arguments)
     log.set_quiet(options.quiet)
-    certificate = export_onnx(options)
-    size = options.target.stat().st_size / 1e6
-    log.say(f"wrote {options.target} ({size:.1f} MB)")
+    result = ExportResult(path=options.target, certificate=export(options))
+    size = result.path.stat().st_size / 1e6
+    log.say(f"wrote {result.path} ({size:.1f} MB)")
     if options.json:
-        log.print_json({"out": str(options.target), **certificate.to_json()})
+        log.print_json(result.to_json())
 
 
 if __name__ == "__main__":

@@ -489,7 +489,7 @@ class Dataset:
             raise UsageError(f"{self.folder} has its images in the pack alone; pack cannot be off")
         rows = np.asarray(self.table.column("split").to_numpy(zero_copy_only=False)) == name
         table = self.table.filter(rows)
-        root = self.folder if packed else self._root(str(table.column("path")[0]))
+        root = self.folder if packed else self.files_root(str(table.column("path")[0]))
         return Split(
             name,
             self.folder,
@@ -501,7 +501,7 @@ class Dataset:
             transparent=bool(self.info.get("transparent", True)),
         )
 
-    def _root(self, first: str) -> Path:
+    def files_root(self, first: str) -> Path:
         """The folder of the images: where they were, or as far from here as they were then.
 
         Raises UsageError, with the remedy, if it is gone and with it the image `first`.

@@ -1,7 +1,7 @@
-"""`evaluate_model`: the metrics of a model on a split, on one or more processes.
+"""`evaluate`: the metrics of a model on a split, on one or more processes; `evaluate_model` for
+programs.
 
-Model and data meet by the names of their classes (`match_classes`): a later test set may lack some,
-have more, or list them in another order.
+Model and data meet by the names of their classes (see `match_classes`).
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from distcls import log, plotting
+from distcls.cli import import_pandas, packages_for
+from distcls.config import build, options_layer
 from distcls.data.dataset import IN_RUN, Dataset, Split, is_dataset, prepare_command
+from distcls.data.image_dataset import ImageDataset, StrPath, split_of
 from distcls.errors import DistclsError, UsageError, require
+from distcls.evaluation.classes import match_classes, shown_names
 from distcls.evaluation.metrics import (
     Integers,
     LogitSpread,
@@ -28,14 +32,17 @@ from distcls.evaluation.metrics import (
     constant_answers,
     metric_state,
 )
-from distcls.files import csv_line, require_writable, write_json, write_text
+from distcls.files import csv_line, given_path, require_writable, write_json, write_text
 from distcls.model_card import best_model, model_choice
 from distcls.predictor import Predictor, load_model
 from distcls.runtime.providers import ExecutionRequest, require_provider
-from distcls.task import BLANK, BLANK_SHOWN, Head, Task
+from distcls.task import BLANK, BLANK_SHOWN, Task
+
+if TYPE_CHECKING:
+    import pandas
 
 MAX_NAMED = 10
-"""Bad images, and classes, that a message names; the rest are counted."""
+"""Bad images that a message names; the rest are counted."""
 FILES = ("metrics.json", "per_class.csv", "confusion.csv", "confusion.png")
 """What `--out` gets."""
 
@@ -84,30 +91,75 @@ class EvaluateOptions:
         return ExecutionRequest.of(self, images)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class EvaluationResult:
-    """The metrics of a model on a split, and how they were computed."""
+    """The metrics of a model on a split, and how they were computed; printed as a table.
+
+    K counts the classes in the order of `classes`, which is the model's.
+    """
 
     metrics: Metrics
-    """Of all images, whatever the number of processes."""
+    """All figures, over all images whatever the number of processes."""
     task: Task
-    """The model's."""
+    """The model's task."""
     model: str
-    """Name of the model file."""
+    """Path of the model file."""
     data: str
-    """Name of the dataset directory."""
+    """Path of the dataset directory."""
     split: str
     """Name of the split."""
     provider: str
     """What computed: an execution provider or a torch device."""
     seconds: float
-    """Time of the evaluation, without opening the model."""
+    """Seconds that the evaluation took, without opening the model."""
     unknown_images: int = 0
     """Images of classes that the model does not know; in no metric."""
     unknown_classes: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Those classes, with their images."""
+    """Those classes, with the number of images of each."""
     warnings: tuple[str, ...] = ()
-    """What makes the answers suspicious (see `constant_answers`)."""
+    """What makes the predictions suspicious, such as the same one for every image."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The model's class names, [K]; of heads as HEAD:CLASS."""
+        return self.task.classes
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return self.metrics.count
+
+    @property
+    def top1(self) -> float:
+        """Fraction of the images that are predicted right, 0 to 1; for multi-head and multi-label
+        that of all decisions (a head's class, a label's yes or no)."""
+        return self.metrics.top1
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats."""
+        return self.metrics.loss
+
+    @property
+    def per_class(self) -> dict[str, dict[str, float]]:
+        """precision, recall, f1 (0 to 1) and support (the number of images) of each class."""
+        keys = ("precision", "recall", "f1", "support")
+        return {name: dict(zip(keys, row, strict=True)) for name, *row in self._per_class()}
+
+    @property
+    def confusion(self) -> Integers:
+        """Number of images by true class (rows) and predicted class (columns), int64 [K, K]; of
+        heads block by block, of labels for each one by no and yes, [K, 2, 2]."""
+        return self.metrics.confusion
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """A pandas DataFrame with a row for each class, indexed by `class`.
+
+        The columns are precision, recall, f1 and support, as in per_class.csv. Raises UsageError if
+        pandas is not installed.
+        """
+        columns = ["class", "precision", "recall", "f1", "support"]
+        return import_pandas().DataFrame(self._per_class(), columns=columns).set_index("class")
 
     @property
     def absent_classes(self) -> list[str]:
@@ -116,17 +168,14 @@ class EvaluationResult:
         return [name for name, count in counts if not count]
 
     def to_json(self) -> dict[str, Any]:
-        """All figures as plain values."""
-        keys = ("precision", "recall", "f1", "support")
+        """All figures as plain values, as `distcls evaluate --json` prints them."""
         return {
             "model": self.model,
             "data": self.data,
             "split": self.split,
             "count": self.metrics.count,
             **self.metrics.scalars(),
-            "per_class": {
-                name: dict(zip(keys, row, strict=True)) for name, *row in self._per_class()
-            },
+            "per_class": self.per_class,
             "absent_classes": self.absent_classes,
             "unknown_images": self.unknown_images,
             "unknown_classes": self.unknown_classes,
@@ -155,13 +204,13 @@ class EvaluationResult:
         if absent:
             lines.append(
                 f"absent  {len(absent):,} of {len(self.task.classes):,} classes have no image and "
-                f"are in no macro mean: {_named(absent)}"
+                f"are in no macro mean: {shown_names(absent)}"
             )
         if self.unknown_images:
             counted = [f"{name} ({count:,})" for name, count in self.unknown_classes.items()]
             lines.append(
                 f"unknown {self.unknown_images:,} images of classes that the model does not know "
-                f"are in no figure: {_named(counted)}"
+                f"are in no figure: {shown_names(counted)}"
             )
         return lines
 
@@ -192,6 +241,13 @@ class EvaluationResult:
             (folder / "confusion.png").unlink(missing_ok=True)
             log.warn(f"confusion.png is left out: {error}")
 
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def __repr__(self) -> str:
+        figures = f"{self.count:,} images, top1={self.top1:.4f}, loss={self.loss:.4f}"
+        return f"EvaluationResult({self.model!r}, {self.data!r}, {self.split!r}, {figures})"
+
     def _per_class(self) -> list[list[Any]]:
         metrics = self.metrics
         arrays = (metrics.precision, metrics.recall, metrics.f1, metrics.support)
@@ -199,7 +255,83 @@ class EvaluationResult:
         return [list(row) for row in zip(self.task.classes, *columns, strict=True)]
 
 
-def evaluate_model(options: EvaluateOptions) -> EvaluationResult:
+def evaluate_model(
+    model: StrPath | Predictor,
+    data: StrPath | ImageDataset,
+    *,
+    split: str | None = None,
+    out: StrPath | None = None,
+    overwrite: bool = False,
+    provider: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    limit: int | None = None,
+    quiet: bool = False,
+) -> EvaluationResult:
+    """Measure a model on a split of a dataset directory, as `distcls evaluate` does.
+
+        result = distcls.evaluate_model("runs/photos", "runs/photos/dataset")
+        print(result.top1, result.per_class["cat"]["recall"])
+        print(result)
+
+    The classes of model and data are matched by name. In a script that `accelerate launch` starts,
+    every process calls it with a path of a best.pth and gets the result of all images.
+
+    Args:
+        model: a best.onnx, a best.pth, a run directory, or a predictor, of an ensemble too.
+        data: a dataset directory, or an `ImageDataset` of one, whose images are taken.
+        split: train, val or test; by default test, or the only one of an `ImageDataset`.
+        out: folder for metrics.json, per_class.csv, confusion.csv and confusion.png.
+        overwrite: replace an evaluation in `out`.
+        provider: execution provider of an exported model, see `distcls.load`; auto measures them
+            for 256 images and more, and takes the fastest that agrees with the CPU.
+        batch_size: images that are computed together; by default chosen with the provider.
+        workers: decoding threads; by default one per core.
+        limit: take the first images only.
+        quiet: print warnings and errors only.
+
+    Returns:
+        The metrics, of which `to_json()` is what `distcls evaluate --json` prints.
+
+    Raises:
+        UsageError: for a model or data that cannot be read or do not fit each other, for an
+            evaluation in `out`, and for a wrong value.
+        DistclsError: if an image of the split cannot be decoded: nothing is left out silently.
+    """
+    given: dict[str, object] = {
+        **{"split": split, "out": out, "overwrite": overwrite, "limit": limit, "quiet": quiet},
+        **{"provider": provider, "batch_size": batch_size, "workers": workers},
+    }
+    if split is None:
+        del given["split"]
+    return _evaluate_given(model, data, given)
+
+
+def _evaluate_given(model: object, data: object, given: dict[str, object]) -> EvaluationResult:
+    predictor = model if isinstance(model, Predictor) else None
+    if predictor is not None:
+        for name in ("provider", "batch_size", "workers"):
+            if given[name] not in (None, "auto"):
+                raise UsageError(f"{name}: {given[name]!r} is for distcls.load, not a predictor")
+        if log.world_size() > 1:
+            raise UsageError("model: several processes take the path of a .pth, not a predictor")
+        model = ",".join(map(str, predictor.paths)) or "model"
+    images = data if isinstance(data, ImageDataset) else None
+    given["model"] = given_path(model, "model")
+    given["data"] = given_path(data, "data") if images is None else images.location
+    options = build(EvaluateOptions, options_layer(EvaluateOptions, given))
+    with packages_for(str(options.data)), log.hushed(options.quiet):
+        if predictor is None:
+            if images is None:
+                _check_data(options)
+            options = _with_model_file(options)
+        if images is None:
+            return _evaluate(options, _open_split(options), predictor)
+        split = split_of(images, options.split if "split" in given else None)
+        return _evaluate(options, split, predictor)
+
+
+def evaluate(options: EvaluateOptions) -> EvaluationResult:
     """Evaluate a model on a split, and write `options.out` if given.
 
     With multiple processes (see `distcls.log.world_size`) each evaluates a shard of the images,
@@ -209,16 +341,27 @@ def evaluate_model(options: EvaluateOptions) -> EvaluationResult:
     """
     _check_data(options)
     options = _with_model_file(options)
+    return _evaluate(options, _open_split(options))
+
+
+def _open_split(options: EvaluateOptions) -> Split:
     dataset = Dataset.open(options.data, prepare_flags="--test-fraction 1")
-    split = dataset.split(options.split)
+    return dataset.split(options.split)
+
+
+def _evaluate(
+    options: EvaluateOptions, split: Split, predictor: Predictor | None = None
+) -> EvaluationResult:
+    """Evaluate the predictor, or the model of the options, on a split."""
     _require_new_output(options)
     with _processes(options.model) as (device, total):
-        request = options.execution_request(len(split))
-        model = load_model(options.model, device, request, split)
-        task = model.card.task
+        if predictor is None:
+            request = options.execution_request(len(split))
+            model = load_model(options.model, device, request, split)
+            predictor = Predictor(model, batch_size=options.batch_size, workers=options.workers)
+        task = predictor.task
         matched = match_classes(split.first(options.limit), task, str(options.data))
         began = time.monotonic()
-        predictor = Predictor(model, batch_size=options.batch_size, workers=options.workers)
         shard = range(log.rank(), len(matched.split), log.world_size())
         sums, bad = _evaluate_shard(predictor, matched.split, shard)
         state, spread = _sum_over_ranks(sums, bad, task, total)
@@ -230,13 +373,13 @@ def evaluate_model(options: EvaluateOptions) -> EvaluationResult:
         model=str(options.model),
         data=str(options.data),
         split=split.name,
-        provider=model.provider,
+        provider=predictor.model.provider,
         seconds=seconds,
         unknown_images=matched.unknown_images,
         unknown_classes=matched.unknown_classes,
         warnings=tuple(constant_answers(metrics, spread, task)),
     )
-    log.say(f"{metrics.count / seconds:,.0f} images/s on {model.provider}")
+    log.say(f"{metrics.count / seconds:,.0f} images/s on {result.provider}")
     for warning in result.warnings:
         log.warn(warning)
     if options.out is not None and log.rank() == 0:
@@ -340,127 +483,6 @@ def _sum_over_ranks(own: Sums, bad: list[str], task: Task, total: Sum) -> Sums:
     state.merge(vector[: len(parts[0])])
     spread.merge(vector[len(parts[0]) : -1])
     return state, spread
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MatchedSplit:
-    """The images of a split that a model can be measured on, with labels in the model's terms."""
-
-    split: Split
-    """The images whose classes the model knows; its task is the model's, and so are its labels."""
-    unknown_images: int = 0
-    """Images that were left out because the model does not know their class."""
-    unknown_classes: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Their classes that the model does not know, with the number of images of each."""
-
-
-UNKNOWN, IGNORED = -1, -2
-"""Instead of a place among the model's classes: it has no such class; it need not have it."""
-
-
-def match_classes(split: Split, model: Task, where: str) -> MatchedSplit:
-    """Translate the labels of a split into a model's, by the names of classes, heads and labels.
-
-    Classes of the model that the data lacks have no image. Images of classes that the model does
-    not know, be it in one head or among other labels, are left out and counted. Raises UsageError,
-    naming the first difference, if the kinds or the heads differ or no image is left.
-    """
-    data = split.task
-    if model.kind != data.kind:
-        raise UsageError(f"the model predicts {_summary(model)}, {where} has {_summary(data)}")
-    if data.single and not ((split.labels >= 0) & (split.labels < len(data.classes))).all():
-        raise UsageError(f"{where}: labels that are none of its {len(data.classes)} classes")
-    if _keys(data) == _keys(model):
-        return MatchedSplit(split=dataclasses.replace(split, task=model))
-    places = _places(data, model, where)
-    if data.kind == "multi_label":
-        labels, known, counts = _translate_labels(split.labels, places, model)
-    else:
-        labels, known, counts = _translate_heads(split.labels, places, data, model)
-    if not known.any():
-        raise UsageError(
-            f"{where}: the model knows the class of no image of {split.name}; it predicts "
-            f"{_named(model.classes)}, the data has {_named(data.classes)}"
-        )
-    left_out = int((~known).sum())
-    what = f"; {left_out:,} images of other classes are left out" if left_out else ""
-    log.say(f"{where} lists other classes than the model, matched by name{what}")
-    pairs = zip(data.classes, places.tolist(), counts.tolist(), strict=True)
-    return MatchedSplit(
-        split=split.relabelled(labels[known], model, known),
-        unknown_images=left_out,
-        unknown_classes={n: count for n, place, count in pairs if place == UNKNOWN and count},
-    )
-
-
-def _keys(task: Task) -> list[tuple[str, str]]:
-    """What identifies each class: its name, and that of its head."""
-    heads = task.heads or (Head("", task.classes),)
-    return [(head.name, name) for head in heads for name in head.classes]
-
-
-def _places(data: Task, model: Task, where: str) -> Integers:
-    """The place of each class of the data among the model's, or UNKNOWN or IGNORED, [K].
-
-    A head that one side lacks is a position after the end of a shorter text, so all is well where
-    it is blank. Raises UsageError for another one, and for names that are ambiguous.
-    """
-    own = {key: place for place, key in enumerate(_keys(model))}
-    if len(own) < len(model.classes) or len(set(_keys(data))) < len(data.classes):
-        raise UsageError(f"{where} or the model has a class twice: no match by name is possible")
-    sides = (("the model has", model, data), (f"{where} has", data, model))
-    for owner, task, other in sides:
-        names = {head.name for head in other.heads}
-        for head in task.heads:
-            if head.name not in names and BLANK not in head.classes:
-                missing = "the data lacks" if task is model else "the model lacks"
-                raise UsageError(f"{owner} a head {head.name!r}, which {missing}")
-    names = {head.name for head in model.heads}
-    return np.array(
-        [
-            own.get(key, IGNORED if data.heads and key[0] not in names and not key[1] else UNKNOWN)
-            for key in _keys(data)
-        ]
-    )
-
-
-def _translate_labels(
-    labels: Integers, places: Integers, model: Task
-) -> tuple[Integers, NDArray[np.bool_], Integers]:
-    """Labels [N, labels] as the model's, which images it knows [N], images of each label [K]."""
-    translated = np.zeros((len(labels), len(model.classes)), np.int64)
-    translated[:, places[places >= 0]] = labels[:, places >= 0]
-    known = np.asarray((labels[:, places == UNKNOWN] == 0).all(axis=1))
-    return translated, known, labels.sum(axis=0)
-
-
-def _translate_heads(
-    labels: Integers, places: Integers, data: Task, model: Task
-) -> tuple[Integers, NDArray[np.bool_], Integers]:
-    """As `_translate_labels`, of one class [N] or one in each head [N, heads]."""
-    flat = labels.reshape(len(labels), -1) + [span.start for span in data.slices]
-    found = places[flat]
-    columns = {head.name: found[:, place] for place, head in enumerate(data.heads)}
-    translated = np.zeros((len(labels), len(model.slices)), np.int64)
-    heads = model.heads or (Head("", model.classes),)
-    columns = columns or {"": found[:, 0]}
-    for place, (head, span) in enumerate(zip(heads, model.slices, strict=True)):
-        if head.name in columns:
-            translated[:, place] = columns[head.name] - span.start
-        else:
-            translated[:, place] = head.classes.index(BLANK)
-    known = np.asarray((found != UNKNOWN).all(axis=1))
-    return translated, known, np.bincount(flat.ravel(), minlength=len(places))
-
-
-def _named(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(name or BLANK_SHOWN for name in names[:MAX_NAMED]) + more
-
-
-def _summary(task: Task) -> str:
-    return f"one of {task.summary()}" if task.single else task.summary()
 
 
 def _drawn_matrix(confusion: Integers, task: Task) -> tuple[Integers, Sequence[str]] | None:

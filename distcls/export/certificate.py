@@ -65,6 +65,16 @@ class Certificate:
     machine: str = dataclasses.field(default_factory=platform.machine)
 
     @property
+    def top1_agreement(self) -> float:
+        """Fraction of images with the same prediction, at the batch size where it is least."""
+        return min(result.top1_agreement for result in self.results)
+
+    @property
+    def max_logit_difference(self) -> float:
+        """Largest absolute difference of any logit at any batch size."""
+        return max(result.max_logit_difference for result in self.results)
+
+    @property
     def holds(self) -> bool:
         """Whether all logits are within the tolerance and no image changed its class."""
         return all(

@@ -8,11 +8,15 @@ the input of the last layer. N is dynamic.
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from distcls import log
+from distcls.cli import packages_for
+from distcls.config import build, options_layer
 from distcls.errors import DistclsError, UsageError, require
+from distcls.files import given_path
 from distcls.model_card import best_model
 
 if TYPE_CHECKING:
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from distcls.model_card import ModelCard
     from distcls.models.checkpoint import TorchModel
     from distcls.models.classifier import Classifier
+    from distcls.predictor import Predictor
 
 OPSETS = range(18, 24)
 
@@ -79,7 +84,96 @@ class ExportOptions:
         return best_model(self.ckpt, exported=False, key="ckpt")
 
 
-def export_onnx(options: ExportOptions) -> Certificate | AccuracyCertificate:
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class ExportResult:
+    """An exported file, and how it agrees with its checkpoint."""
+
+    path: Path
+    """The file."""
+    certificate: Certificate | AccuracyCertificate
+    """The comparison with the checkpoint on real images, as the file holds it."""
+
+    @property
+    def agreement(self) -> float:
+        """Fraction of the compared images, 0 to 1, whose prediction is the checkpoint's."""
+        return self.certificate.top1_agreement
+
+    @property
+    def max_logit_difference(self) -> float:
+        """Largest absolute difference of any logit from the checkpoint's."""
+        return self.certificate.max_logit_difference
+
+    @property
+    def images(self) -> int:
+        """Number of images compared."""
+        return self.certificate.images
+
+    def load(self, **options: Any) -> Predictor:
+        """The exported model, ready to predict; `options` are those of `distcls.load`."""
+        from distcls.predictor import load
+
+        return load(self.path, **options)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `distcls export --json` prints them."""
+        return {"out": str(self.path), **self.certificate.to_json()}
+
+    def __repr__(self) -> str:
+        same = f"agreement={self.agreement:.2%} of {self.images:,} images"
+        most = f"max_logit_difference={self.max_logit_difference:.1e}"
+        return f"ExportResult({str(self.path)!r}, {same}, {most})"
+
+
+def export_onnx(
+    ckpt: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    precision: Literal["fp32", "fp16", "int8"] = "fp32",
+    data: str | os.PathLike[str] | None = None,
+    split: str = "val",
+    limit: int = 512,
+    tolerance: float = 1e-3,
+    max_accuracy_drop: float = 0.2,
+    min_agreement: float = 99.8,
+    opset: int = 18,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> ExportResult:
+    """Export a checkpoint to ONNX and compare the two on real images, as `distcls export` does.
+
+        exported = distcls.export_onnx("runs/photos")
+        print(exported.path, exported.agreement, exported.max_logit_difference)
+
+    Args:
+        ckpt: a best.pth, or the run directory that it is in.
+        out: file to write; by default the checkpoint's name with .onnx, .fp16.onnx or .int8.onnx.
+        precision: fp16 halves the file, for GPUs; int8 quarters it, calibrated on the images.
+        data: dataset directory to compare on; by default the one it was trained on.
+        split: split that the images are taken from: train, val or test.
+        limit: the most images that are compared, evenly spread over the split; fp16 and int8 are
+            measured on the whole split.
+        tolerance: largest difference of any logit that is allowed in fp32.
+        max_accuracy_drop: percentage points of top-1 that fp16 and int8 may lose.
+        min_agreement: percent of the images that keep their prediction in fp16 and int8.
+        opset: ONNX operator set, 18 to 23.
+        overwrite: replace the file if there is one.
+        quiet: print warnings and errors only.
+
+    Returns:
+        The file and its certificate.
+
+    Raises:
+        UsageError: for a checkpoint or data that cannot be read, a file that exists, a wrong value,
+            and where the packages of distcls[train] are not installed.
+        DistclsError: if the exported model disagrees with the checkpoint; nothing is written then.
+    """
+    given = {**locals(), "ckpt": given_path(ckpt, "ckpt")}
+    options = build(ExportOptions, options_layer(ExportOptions, given))
+    with packages_for("export"), log.hushed(options.quiet):
+        return ExportResult(path=options.target, certificate=export(options))
+
+
+def export(options: ExportOptions) -> Certificate | AccuracyCertificate:
     """Export, compare with the checkpoint, and write the file with its certificate.
 
     Raises UsageError for wrong input; DistclsError if the two models disagree, or reduced precision
@@ -88,7 +182,7 @@ def export_onnx(options: ExportOptions) -> Certificate | AccuracyCertificate:
     if options.target.exists() and not options.overwrite:
         raise UsageError(f"{options.target} exists already; --overwrite replaces it")
     from distcls.data.dataset import Dataset
-    from distcls.evaluation.evaluate import match_classes
+    from distcls.evaluation.classes import match_classes
     from distcls.export.certificate import load_images, spread_indices
     from distcls.export.reduced_precision import Reduction, reduce_precision
     from distcls.files import atomic_path

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from distcls import log
+from distcls.cli import import_pandas
 from distcls.config import build, options_layer
 from distcls.config.schema import duration_in_steps
 from distcls.errors import DistclsError, Stopped, UsageError, require
@@ -91,6 +92,7 @@ class TrainResult:
     """How a run ended."""
 
     out: Path
+    """The run directory."""
     best_epoch: int
     """Epoch of best.pth, counted from 1."""
     best_score: float
@@ -98,8 +100,7 @@ class TrainResult:
     epochs: int
     """Epochs trained."""
     seconds: float
-    """Time spent training and evaluating."""
-
+    """Seconds spent training and evaluating."""
     history: list[dict[str, float]] = dataclasses.field(repr=False)
     """A row for each epoch, as in history.csv."""
 
@@ -110,12 +111,11 @@ class TrainResult:
         return load(self.out, **options)
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """The history as a DataFrame, indexed by epoch. Raises DistclsError without pandas."""
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise DistclsError("pandas is not installed; `pip install pandas`") from error
-        return pandas.DataFrame(self.history).set_index("epoch")
+        """The history as a pandas DataFrame, a row for each epoch, indexed by `epoch`.
+
+        Its columns are those of history.csv. Raises UsageError if pandas is not installed.
+        """
+        return import_pandas().DataFrame(self.history).set_index("epoch")
 
     def to_json(self) -> dict[str, Any]:
         """For --json."""
@@ -161,14 +161,26 @@ def fit(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
         result = distcls.fit(data="photos/", out="runs/photos", epochs=20)
         print(result.best_score, result.load()("photo.jpg"))
 
-    `options` are the keys of `TrainConfig`, a section as a dict (`optimizer={"weight_decay": 0.1}`)
-    or its `name` alone (`model="efficientnet_b0"`); beside a config they replace its values. It may
-    be called again in the same process. In a script that `accelerate launch` starts, every process
-    calls it.
+    May be called again in the same process. In a script that `accelerate launch` starts, every
+    process calls it.
 
-    Raises UsageError for options, data or an output folder that cannot work, before the first step;
-    Stopped when Ctrl-C or a signal ended the run, whose state is saved: `resume="auto"` continues.
+    Args:
+        config: the config; by default `options` are all there is.
+        options: the keys of `TrainConfig`, a section as a dict (`optimizer={"weight_decay": 0.1}`)
+            or its `name` alone (`model="efficientnet_b0"`). They replace the values of `config`.
+
+    Returns:
+        How the run ended, with its history; the files are in `result.out`.
+
+    Raises:
+        UsageError: for options, data or an output folder that cannot work, before the first step.
+        Stopped: if Ctrl-C or a signal ended the run; `resume="auto"` continues.
     """
+    if config is not None and not isinstance(config, TrainConfig):
+        raise UsageError(
+            f"config: {config!r} is no TrainConfig; TrainConfig.from_yaml reads a file, and a "
+            "folder of images is given as fit(data=...)"
+        )
     if config is None and "data" not in options:
         raise UsageError("data is missing: a folder of images, or a dataset directory")
     layers = [] if config is None else [options_layer(TrainConfig, vars(config))]

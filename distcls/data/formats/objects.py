@@ -174,6 +174,8 @@ def _advice(value: object) -> str:
         return "a list holds images, not lists of them"
     if callable(getattr(value, "read", None)):
         return "pass the bytes of the file, as in image.read()"
+    if callable(getattr(value, "image", None)):
+        return "pass its pixels, image(), or its path"
     if isinstance(value, Iterable) and getattr(value, "ndim", 1) < 2:  # a column of paths, too
         return "pass a list of images, list(images), or predictor.stream(images), which is lazy"
     if hasattr(value, "__array__"):
@@ -200,6 +202,8 @@ def _check_array(array: NDArray[Any], where: str) -> None:
     what = f"{where}: an array of {array.dtype} {shape}"
     if array.size == 0:
         raise UsageError(f"{what} has no pixel, expected at least one row and one column")
+    if np.ma.is_masked(array):
+        raise UsageError(f"{what} has masked pixels: fill them, as in image.filled(0)")
     if array.dtype != np.uint8:
         raise UsageError(f"{what}{_values(array)}: expected uint8; {_conversion(array)}")
     if array.ndim == 1:
