@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from distcls.data.image_dataset import Example, ImageDataset, open_dataset, prepare_dataset
     from distcls.errors import BadImage, BadValue, DistclsError, Stopped, UsageError
     from distcls.evaluation.evaluate import EvaluationResult, evaluate_model
+    from distcls.evaluation.metrics import register_metric
     from distcls.export.onnx import ExportResult, export_onnx
+    from distcls.models.registry import register_model
     from distcls.prediction import Prediction, Predictions
     from distcls.predictor import Predictor, load
-    from distcls.training.config import TrainConfig
+    from distcls.training.config import TrainConfig, register_loss, register_optimizer
     from distcls.training.run import TrainResult, fit
+    from distcls.training.schedule import register_schedule
 
 __version__ = "0.1.0"
 
@@ -31,11 +34,14 @@ _NAMES = {
     "distcls.data.image_dataset": ("Example", "ImageDataset", "open_dataset", "prepare_dataset"),
     "distcls.errors": ("BadImage", "BadValue", "DistclsError", "Stopped", "UsageError"),
     "distcls.evaluation.evaluate": ("EvaluationResult", "evaluate_model"),
+    "distcls.evaluation.metrics": ("register_metric",),
     "distcls.export.onnx": ("ExportResult", "export_onnx"),
+    "distcls.models.registry": ("register_model",),
     "distcls.prediction": ("Prediction", "Predictions"),
     "distcls.predictor": ("Predictor", "load"),
-    "distcls.training.config": ("TrainConfig",),
+    "distcls.training.config": ("TrainConfig", "register_loss", "register_optimizer"),
     "distcls.training.run": ("TrainResult", "fit"),
+    "distcls.training.schedule": ("register_schedule",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -60,6 +66,11 @@ __all__ = [
     "load",
     "open_dataset",
     "prepare_dataset",
+    "register_loss",
+    "register_metric",
+    "register_model",
+    "register_optimizer",
+    "register_schedule",
 ]
 
 if not TYPE_CHECKING:  # for a type checker it would make every misspelt name an Any

@@ -1,8 +1,10 @@
 """Named implementations that a config chooses from: networks, losses, optimisers and more.
 
 An implementation of the user's own joins by `@REGISTRY.register("name", option=default)` in a
-module of theirs. The config reaches it as `module:attribute`, or by its name where the environment
-variable `DISTCLS_IMPORT` names the module (or modules, separated by commas).
+module, script or notebook of theirs. The config reaches it by that name where the module is
+imported already or named by the environment variable `DISTCLS_IMPORT` (or modules, separated by
+commas), or as `module:name` and `module:attribute`, which imports it. Files record `module:name`
+(`Registry.recorded`). What Python code hands over as an object gets a text by `reference`.
 """
 
 from __future__ import annotations
@@ -10,7 +12,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +26,12 @@ C = TypeVar("C")
 
 IMPORTS = "DISTCLS_IMPORT"
 """Environment variable with the modules to import before the first lookup."""
+MAIN, OBJECT = "__main__", "object"
+"""In place of a module: this process's script or notebook; an object that no module holds."""
+PACKAGE = "distcls"
+IMPORT_PATH = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([\w.-]+)")
+_objects: dict[str, Any] = {}
+"""What `reference` was given, by its text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +43,13 @@ class Entry(Generic[T]):
     """Option keys that it reads, with their default values (null in the config)."""
     registered: bool = True
     """Whether it was registered by a decorator, rather than found by an import path."""
+    module: str = PACKAGE
+    """The module that registered it."""
+
+    @property
+    def own(self) -> bool:
+        """Whether it is the user's own, not one of distcls."""
+        return self.module.partition(".")[0] != PACKAGE
 
 
 class Registry(Generic[T]):
@@ -50,16 +68,21 @@ class Registry(Generic[T]):
         self._home, self._prefixes = home, prefixes
         self._field = key.rpartition(".")[2]
         self._entries: dict[str, Entry[T]] = {}
+        self._found: set[str] = set()
+        """Import paths that configs of this process have named."""
 
     def register(self, name: str, **defaults: Any) -> Callable[[C], C]:
         """Decorate an implementation; `defaults` are the options it reads. Raises ValueError for a
         name that is taken by another."""
 
         def add(value: C) -> C:
+            module = sys._getframe(1).f_globals.get("__name__", MAIN)
+            if self._home is not None and module.partition(".")[0] != PACKAGE:
+                importlib.import_module(self._home)  # the built-in names are taken
             taken = self._entries.get(name)
             if taken is not None and _origin(taken.value) != _origin(value):
                 raise ValueError(f"{self.noun} {name!r} is registered already: {taken.value!r}")
-            entry: Entry[Any] = Entry(value=value, defaults=defaults)
+            entry: Entry[Any] = Entry(value=value, defaults=defaults, module=module)
             self._entries[name] = entry
             return value
 
@@ -79,9 +102,33 @@ class Registry(Generic[T]):
 
     def is_import_path(self, name: str) -> bool:
         """Whether a name is of the form `module:attribute`."""
-        module, _, attribute = name.partition(":")
-        parts = [*module.split("."), attribute]
-        return module not in self._prefixes and all(part.isidentifier() for part in parts)
+        parts = IMPORT_PATH.fullmatch(name)
+        return parts is not None and parts[1] not in self._prefixes
+
+    def recorded(self, name: str) -> str:
+        """The name that files hold: of the user's own with its module, `module:name`, by which a
+        later process finds it, or says what is missing."""
+        entry = self._entries.get(name)
+        if entry is None or not entry.own or self.is_import_path(name):
+            return name
+        return f"{entry.module}:{name}"
+
+    def knows(self, name: str) -> bool:
+        """Whether an import path is of what was registered by that module, or has been found by
+        this process already. Nothing is imported."""
+        path, _, attribute = name.partition(":")
+        entry = self._entries.get(attribute)
+        if name in self._found or (entry is not None and path in (entry.module, MAIN)):
+            return True
+        value = getattr(sys.modules.get(path), attribute, None)
+        return any(each.value is value for each in self._entries.values())
+
+    def short(self, name: str) -> str:
+        """The name that output shows: without the module, unless another is registered so."""
+        path, _, inside = name.partition(":")
+        entry = self._entries.get(inside)
+        clash = entry is not None and path not in (entry.module, MAIN)
+        return name if clash or not self.is_import_path(name) else inside
 
     def find(self, name: str) -> Entry[T]:
         """The implementation of that name. Raises BadValue for an unknown one, naming the nearest,
@@ -90,7 +137,9 @@ class Registry(Generic[T]):
         if name in self._entries or name in self.names():
             return self._entries[name]
         if self.is_import_path(name):
-            return self._imported(name)
+            found = self._imported(name)
+            self._found.add(name)
+            return found
         hint = did_you_mean(name, self._entries)
         raise BadValue(self.key, name, f"a known {self.noun}, or module:attribute{hint}")
 
@@ -102,8 +151,15 @@ class Registry(Generic[T]):
             reads = {} if name is None else self.find(name).defaults
         except BadValue as error:
             raise BadValue(self._field, error.value, error.expected) from None
+        known = vars(config)
+        if strange := next((option for option in reads if option not in known), None):
+            section = self.key.rpartition(".")[0]
+            raise UsageError(
+                f"{self.key}: {name} was registered with the option {strange!r}, which is no key "
+                f"of {section}{did_you_mean(strange, known)}"
+            )
         for option in self._options():
-            value = getattr(config, option)
+            value = known.get(option)
             if option not in reads:
                 require(value is None, option, value, self._null(name, reads))
 
@@ -128,14 +184,95 @@ class Registry(Generic[T]):
 
     def _imported(self, name: str) -> Entry[T]:
         path, _, attribute = name.partition(":")
-        module = _import(path, f"{self.key}: {name!r}")
-        try:
-            value: Any = getattr(module, attribute)
-        except AttributeError:
-            hint = did_you_mean(attribute, [key for key in vars(module) if key[0] != "_"])
-            raise UsageError(f"{self.key}: {path} has no {attribute!r}{hint}") from None
+        if path != OBJECT and path not in sys.modules:
+            _import(path, f"{self.key}: {name!r}")
+        entry = self._entries.get(attribute)
+        if entry is not None and path in (entry.module, MAIN):
+            return entry
+        value: Any = attribute_of(name, self.key)
         registered = (entry for entry in self._entries.values() if entry.value is value)
-        return next(registered, Entry(value=value, defaults={}, registered=False))
+        plain = Entry(value=value, defaults={}, registered=False, module=path)
+        return next(registered, plain)
+
+
+def attribute_of(name: str, key: str) -> Any:
+    """What `module:attribute` names, its module imported; `key` is the config key that names it.
+
+    Raises UsageError for an import path that leads nowhere, saying what to do.
+    """
+    path, _, attribute = name.partition(":")
+    if name in _objects:
+        return _objects[name]
+    if path == OBJECT:
+        raise UsageError(
+            f"{key}: {name!r} was an object given to distcls.fit, which no file can hold; give it "
+            "again from Python, or put it into a module and name it as module:attribute"
+        )
+    module = _import(path, f"{key}: {name!r}")
+    if hasattr(module, attribute):
+        return getattr(module, attribute)
+    if path == MAIN:
+        raise UsageError(
+            f"{key}: {attribute!r} was defined in a script or notebook, and not in this one; "
+            "run its definition first, or put it into a module and name it as module:attribute"
+        )
+    hint = did_you_mean(attribute, [each for each in vars(module) if each[0] != "_"])
+    raise UsageError(f"{key}: {path} has no {attribute!r}{hint}")
+
+
+def reference(value: object) -> str:
+    """The text that stands for an object in a config: `module:attribute` where that leads to it.
+
+    `__main__:attribute` and `object:NAME` (numbered where there are several: `object:NAME-2`) stand
+    for what no other process finds. `attribute_of` gives the object back.
+    """
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    if module in sys.modules and getattr(sys.modules[module], name, None) is value:
+        return f"{module}:{name}"
+    plain = re.sub(r"\W+", "_", name.rpartition(".")[2] or type(value).__name__).strip("_")
+    text, number = f"{OBJECT}:{plain}", 1
+    while _objects.get(text, value) is not value:
+        number += 1
+        text = f"{OBJECT}:{plain}-{number}"
+    _objects[text] = value
+    return text
+
+
+def same_reference(one: object, other: object) -> bool:
+    """Whether two recorded names may mean the same: they are equal, but for the number of an
+    object, or one is of a script or notebook whose definition has moved into a module since."""
+    if one == other or not (isinstance(one, str) and isinstance(other, str)):
+        return one == other
+    (first, _, name), (second, _, moved) = one.partition(":"), other.partition(":")
+    if first == second == OBJECT:
+        return re.sub(r"-\d+$", "", name) == re.sub(r"-\d+$", "", moved)
+    return name == moved != "" and MAIN in (first, second)
+
+
+def kind_of(value: object) -> str:
+    """What a value is, for a message."""
+    return "None" if value is None else f"of the type {type(value).__name__}"
+
+
+def parameters_of(function: Any) -> list[inspect.Parameter]:
+    """The parameters that a callable is called with; of a PyTorch module those of its `forward`."""
+    forward = getattr(function, "forward", None)
+    called = function if forward is None or isinstance(function, type) else forward
+    try:
+        return list(inspect.signature(called).parameters.values())
+    except (TypeError, ValueError):  # one written in C
+        return []
+
+
+def positional(function: Any) -> tuple[int, int]:
+    """The least and the largest number of positional arguments that a callable takes; (0, 99)
+    where it does not say."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = parameters_of(function)
+    found = [each for each in parameters if each.kind in kinds]
+    least = sum(each.default is inspect.Parameter.empty for each in found)
+    anything = any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in parameters)
+    return (least, 99) if anything else (least, len(found)) if parameters else (0, 99)
 
 
 def _origin(value: Any) -> tuple[str, str]:
@@ -158,4 +295,7 @@ def _import(module: str, asked_by: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
-        raise UsageError(f"{asked_by}: no module {module!r}; is it on PYTHONPATH?") from None
+        top = module.partition(".")[0]
+        here = os.path.exists(top) or os.path.exists(f"{top}.py")  # noqa: PTH110
+        advice = "PYTHONPATH=. finds the one in this folder" if here else "is it on PYTHONPATH?"
+        raise UsageError(f"{asked_by}: no module {module!r}; {advice}") from None

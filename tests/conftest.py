@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,23 @@ def _outlives_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
 def _not_quiet() -> None:
     """A command that another test ran with --quiet in this process silences no other."""
     log.set_quiet(False)
+
+
+@contextlib.contextmanager
+def registered_here() -> Iterator[None]:
+    """What is registered within is gone after it."""
+    from distcls.evaluation.metrics import METRICS
+    from distcls.models.registry import NETWORKS, resolve
+    from distcls.training.config import LOSSES, OPTIMIZERS, POLICIES
+    from distcls.training.schedule import SCHEDULES
+
+    with pytest.MonkeyPatch.context() as patch:
+        for registry in (NETWORKS, LOSSES, OPTIMIZERS, POLICIES, SCHEDULES, METRICS):
+            names = registry.names()  # loads the built-in ones, which register once
+            patch.setattr(registry, "_entries", {n: registry._entries[n] for n in names})
+            patch.setattr(registry, "_found", set(registry._found))
+        yield
+    resolve.cache_clear()
 
 
 @pytest.fixture(scope="session")

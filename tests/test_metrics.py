@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
+from distcls.errors import UsageError
 from distcls.evaluation.metrics import (
     METRICS,
     Metrics,
@@ -25,6 +27,7 @@ from distcls.evaluation.metrics import (
     default_mode,
     register_metric,
 )
+from tests.conftest import registered_here
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -142,19 +145,21 @@ def test_what_does_not_fit_is_refused(logits: tuple[int, int], labels: list[int]
 def test_modes() -> None:
     assert default_mode("loss") == "min"
     assert default_mode("macro_f1") == "max"
-    names = [name for name in METRICS if name != "exact"]  # of a single label it is top-1
+    names = [name for name in METRICS.names() if name != "exact"]  # of a single label it is top-1
     assert list(SingleLabelState(2).compute().scalars()) == names
-    with pytest.raises(ValueError, match="did you mean 'macro_f1'"):
+    with pytest.raises(UsageError, match="did you mean 'macro_f1'"):
         default_mode("macrof1")
 
 
-def test_a_registered_metric_is_computed_and_monitored(monkeypatch: pytest.MonkeyPatch) -> None:
-    from distcls.training.config import MonitorConfig
+@pytest.fixture
+def _registering() -> Iterator[None]:
+    with registered_here():
+        yield
 
-    for name, metric in dict(METRICS).items():  # puts the registry back afterwards
-        monkeypatch.setitem(METRICS, name, metric)
-    monkeypatch.setitem(METRICS, "matthews", METRICS["loss"])
-    del METRICS["matthews"]
+
+@pytest.mark.usefixtures("_registering")
+def test_a_registered_metric_is_computed_and_monitored() -> None:
+    from distcls.training.config import MonitorConfig
 
     @register_metric("matthews")
     def matthews(metrics: Metrics) -> float:
@@ -171,12 +176,11 @@ def test_a_registered_metric_is_computed_and_monitored(monkeypatch: pytest.Monke
     expected = matthews_corrcoef(labels, logits.argmax(axis=1))
     assert state.compute().scalars()["matthews"] == pytest.approx(expected, rel=1e-12)
     assert MonitorConfig(metric="matthews").resolved_mode == "max"
-    with pytest.raises(ValueError, match="'matthews' exists already"):
-        register_metric("matthews")(matthews)
+    with pytest.raises(ValueError, match="'matthews' is registered already"):
+        register_metric("matthews")(softmax)
 
 
-def test_a_metric_may_be_best_at_its_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METRICS, "error", METRICS["loss"])
-    del METRICS["error"]
+@pytest.mark.usefixtures("_registering")
+def test_a_metric_may_be_best_at_its_least() -> None:
     register_metric("error", higher_is_better=False)(lambda metrics: 1 - metrics.top1)
     assert default_mode("error") == "min"

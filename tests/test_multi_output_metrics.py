@@ -86,7 +86,7 @@ def test_heads_equal_scikit_learn() -> None:
     assert metrics.loss == pytest.approx(np.mean(losses), rel=1e-5)
     assert metrics.macro_f1 == pytest.approx(metrics.f1.mean(), rel=1e-12)
     assert metrics.weighted_recall == pytest.approx(metrics.top1, rel=1e-12)
-    assert list(metrics.scalars()) == list(METRICS)
+    assert list(metrics.scalars()) == list(METRICS.names())
 
 
 def test_labels_equal_scikit_learn() -> None:
@@ -108,7 +108,7 @@ def test_labels_equal_scikit_learn() -> None:
     truth = torch.from_numpy(labels).double()
     loss = F.binary_cross_entropy_with_logits(torch.from_numpy(logits).double(), truth)
     assert metrics.loss == pytest.approx(float(loss), rel=1e-9)
-    assert list(metrics.scalars()) == [name for name in METRICS if name != "top5"]
+    assert list(metrics.scalars()) == [name for name in METRICS.names() if name != "top5"]
 
 
 def best_f1(probabilities: NDArray[np.float64], truth: NDArray[np.int64]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ PLAIN = AugmentConfig(crop_padding=3, flip=0.5)
 CROPPED = AugmentConfig(resized_crop=(0.35, 1.0), policy="trivialaugment")
 MIXED = AugmentConfig(crop_padding=2, mixup=0.4, cutmix=1.0, policy="randaugment", erase=0.5)
 ANIMALS = Task(classes=("ape", "bee", "cow"))
+OWN_IMAGE = dataclasses.replace(PLAIN, transform="tests.plain_hooks:noise")
+OWN_BATCH = dataclasses.replace(MIXED, transform="tests.plain_hooks:Shade")
 
 
 def trained_on(data: Path, epoch: int, **changes: Any) -> list[Examples]:
@@ -51,7 +54,8 @@ def config(data: Path, **changes: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize(
-    ("augment", "accumulate"), [(PLAIN, 1), (CROPPED, 1), (MIXED, 1), (MIXED, 4)]
+    ("augment", "accumulate"),
+    [(PLAIN, 1), (CROPPED, 1), (MIXED, 1), (MIXED, 4), (OWN_IMAGE, 1), (OWN_BATCH, 1)],
 )
 def test_what_is_shown_is_what_is_trained_on(
     digits: Path, augment: AugmentConfig, accumulate: int
@@ -66,7 +70,7 @@ def test_what_is_shown_is_what_is_trained_on(
     targets = torch.cat([examples.targets for examples in seen])
     classes = Task(classes=tuple("0123456789"))
     assert found.labels == [label_text(target, classes) for target in targets[:120]]
-    assert any(" + " in label for label in found.labels) == (augment is MIXED)
+    assert any(" + " in label for label in found.labels) == (augment.mixup > 0)
 
 
 def test_another_epoch_or_seed_shows_others(digits: Path) -> None:

@@ -15,6 +15,7 @@ from distcls.errors import BadValue, UsageError
 from distcls.registry import IMPORTS, Registry
 from distcls.training.config import OPTIMIZERS
 from tests import forked
+from tests.conftest import registered_here
 
 ROOT = Path(__file__).parent.parent
 
@@ -179,9 +180,10 @@ def test_a_run_with_a_users_own(
 
 def test_an_undecorated_one_reads_no_option(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(plugin))
-    assert OPTIMIZERS.find("plugin:undecorated").defaults == {}
-    for name in ("Net", "slow"):
-        assert "plugin" in OPTIMIZERS.find(f"plugin:{name}").value.__module__
+    with registered_here():
+        assert OPTIMIZERS.find("plugin:undecorated").defaults == {}
+        for name in ("Net", "slow"):
+            assert "plugin" in OPTIMIZERS.find(f"plugin:{name}").value.__module__
 
 
 @pytest.mark.parametrize(

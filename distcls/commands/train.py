@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     minutes, best = result.seconds / 60, result.out / "best.pth"
     where = f"; best model: {best}" if best.exists() else ""  # none where a finished file went on
     log.say(
-        f"best epoch {result.best_epoch} of {result.epochs}: {config.monitor.metric} "
+        f"best epoch {result.best_epoch} of {result.epochs}: {config.monitor.figure} "
         f"{result.best_score:.4f}, {minutes:.1f} min{where}"
     )
     data = result.out / "dataset"

@@ -156,7 +156,7 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
 
 def options_layer(cls: type, options: Mapping[str, object]) -> dict[str, Given]:
     """Options as Python has them, for `build`: a section is a dict, one of its dataclass, or the
-    value of its `name` alone; keys may be dotted too."""
+    value of its `name` alone, be it a text, a function or a class; keys may be dotted too."""
     hints = _hints(cls)
     tree = {key: _section(value, hints.get(key)) for key, value in options.items()}
     return {key: Given(value, "options") for key, value in flatten(tree).items()}
@@ -165,7 +165,8 @@ def options_layer(cls: type, options: Mapping[str, object]) -> dict[str, Given]:
 def _section(value: object, kind: Any) -> object:
     if not dataclasses.is_dataclass(kind):
         return value
-    named = isinstance(value, str) and "name" in _hints(typing.cast(type, kind))
+    named = "name" in _hints(typing.cast(type, kind))
+    named = named and (isinstance(value, str) or callable(value))
     return {"name": value} if named else _plain(value)
 
 

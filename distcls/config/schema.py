@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distcls.errors import BadValue
+from distcls.registry import reference
 
 MISSING = dataclasses.MISSING
 
@@ -220,11 +221,14 @@ def _number(raw: Any, kind: type) -> Any:
 
 
 def _text(raw: Any) -> str:
+    """A text; of a function, class or object, as Python hands them over, its `reference`."""
     if isinstance(raw, os.PathLike):
         return os.fsdecode(raw)
-    if isinstance(raw, bool) or not isinstance(raw, str | int | float):
-        raise Mismatch
-    return str(raw)
+    if isinstance(raw, str | int | float) and not isinstance(raw, bool):
+        return str(raw)
+    if hasattr(raw, "__dict__"):
+        return reference(raw)
+    raise Mismatch
 
 
 def _tuple(raw: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:

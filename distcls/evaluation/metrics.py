@@ -9,7 +9,7 @@ the same lines.
     state.state()         all sums as one vector; those of all processes add up
     state.merge(vector)   add such a vector
     state.compute()       Metrics
-    METRICS               the figures by name; `register_metric` adds one
+    METRICS               the registry of the figures; `register_metric` adds one
     LogitSpread           how much the logits depend on the image
     constant_answers(...) what is wrong with a model that answers the same to every image
 """
@@ -17,18 +17,20 @@ the same lines.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distcls.errors import did_you_mean
+from distcls.errors import UsageError
+from distcls.registry import Registry, kind_of, positional
 from distcls.task import THRESHOLD, Task, sigmoid, softplus
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Mode = Literal["min", "max"]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,6 +65,10 @@ class Metrics:
     """Fraction of the samples with all heads or labels right; None for a single label."""
     thresholds: tuple[float, ...] | None = None
     """Of labels: the probability that gives each the greatest F1 on these samples, [K]."""
+    image_means: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of the metrics that are a number for each image: the mean over the samples."""
+    beside: tuple[str, ...] = ()
+    """Import paths of metrics beside the registered ones."""
 
     # Macro means run over the classes with support (scikit-learn: labels=unique(truth)): a class
     # without a sample is no evidence about the model, so a wrong prediction as it adds no zero.
@@ -98,9 +104,12 @@ class Metrics:
         return self._weighted(self.f1)
 
     def scalars(self) -> dict[str, float]:
-        """The figures that the task has by name, in the order of `METRICS`."""
-        figures = {name: metric.compute(self) for name, metric in METRICS.items()}
-        return {name: float(value) for name, value in figures.items() if value is not None}
+        """The figures that the task has by name, in the order of `METRICS`.
+
+        Raises UsageError for a registered metric that is no number.
+        """
+        figures = {METRICS.short(each): _figure(each, self) for each in _all(self.beside)}
+        return {name: value for name, value in figures.items() if value is not None}
 
     @property
     def predicted(self) -> Integers:
@@ -116,56 +125,71 @@ class Metrics:
         return float((values * self.support).sum() / max(1, int(self.support.sum())))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Metric:
-    """One figure of an evaluation, which early stopping and the choice of the best may monitor."""
-
-    compute: Callable[[Metrics], float | None]
-    """From an evaluation; None where the task has no such figure."""
-    higher_is_better: bool = True
+METRICS: Registry[Callable[..., Any]] = Registry("metric", "monitor.metric")
+"""Every figure by name, as in metrics.json, history.csv and `monitor.metric`: a function of an
+evaluation's `Metrics`, which returns None where the task has no such figure, or a function of a
+batch's logits [N, classes] and labels (see `MetricState.update`), which returns a number for each
+image, [N]: then the figure is their mean."""
 
 
-METRICS = {
-    "loss": Metric(compute=lambda metrics: metrics.loss, higher_is_better=False),
-    "top1": Metric(compute=lambda metrics: metrics.top1),
-    "top5": Metric(compute=lambda metrics: metrics.top5),
-    "macro_precision": Metric(compute=lambda metrics: metrics.macro_precision),
-    "macro_recall": Metric(compute=lambda metrics: metrics.macro_recall),
-    "macro_f1": Metric(compute=lambda metrics: metrics.macro_f1),
-    "weighted_precision": Metric(compute=lambda metrics: metrics.weighted_precision),
-    "weighted_recall": Metric(compute=lambda metrics: metrics.weighted_recall),
-    "weighted_f1": Metric(compute=lambda metrics: metrics.weighted_f1),
-    "exact": Metric(compute=lambda metrics: metrics.exact),
-}
-"""Every figure by name, as in metrics.json, history.csv and `monitor.metric`."""
-MONITORED = METRICS
-EXACT = "exact"
-"""The one that a single-label task does not have."""
-
-
-def register_metric(
-    name: str, *, higher_is_better: bool = True
-) -> Callable[[Callable[[Metrics], float | None]], Callable[[Metrics], float | None]]:
-    """A decorator that adds a function of `Metrics` to `METRICS`.
+def register_metric(name: str, *, higher_is_better: bool = True) -> Callable[[F], F]:
+    """Decorate a metric of your own, see `METRICS`: `@distcls.register_metric("name")`.
 
     Every evaluation then has the figure, and training may monitor it. Raises ValueError if the name
     is taken.
     """
+    return METRICS.register(name, higher_is_better=higher_is_better)
 
-    def register(compute: Callable[[Metrics], float | None]) -> Callable[[Metrics], float | None]:
-        if name in METRICS:
-            raise ValueError(f"metric {name!r} exists already")
-        METRICS[name] = Metric(compute=compute, higher_is_better=higher_is_better)
-        return compute
 
-    return register
+for _name, _compute in {
+    "loss": lambda metrics: metrics.loss,
+    "top1": lambda metrics: metrics.top1,
+    "top5": lambda metrics: metrics.top5,
+    "macro_precision": lambda metrics: metrics.macro_precision,
+    "macro_recall": lambda metrics: metrics.macro_recall,
+    "macro_f1": lambda metrics: metrics.macro_f1,
+    "weighted_precision": lambda metrics: metrics.weighted_precision,
+    "weighted_recall": lambda metrics: metrics.weighted_recall,
+    "weighted_f1": lambda metrics: metrics.weighted_f1,
+    "exact": lambda metrics: metrics.exact,
+}.items():
+    register_metric(_name, higher_is_better=_name != "loss")(_compute)
+EXACT = "exact"
+"""The one that a single-label task does not have."""
 
 
 def default_mode(name: str) -> Mode:
-    """Whether a metric is best at its least or greatest. Raises ValueError for an unknown one."""
-    if name not in METRICS:
-        raise ValueError(f"unknown metric {name!r}{did_you_mean(name, METRICS)}")
-    return "max" if METRICS[name].higher_is_better else "min"
+    """Whether a metric is best at its least or greatest, the greatest unless it was registered
+    otherwise. Raises UsageError for an unknown one, and for what cannot be called."""
+    entry = METRICS.find(name)
+    if not callable(entry.value):
+        raise UsageError(
+            f"monitor.metric: {name} is {kind_of(entry.value)}, expected a function of (metrics), "
+            "or of (logits, labels)"
+        )
+    return "max" if entry.defaults.get("higher_is_better", True) else "min"
+
+
+def _of_images(function: Callable[..., Any]) -> bool:
+    """Whether a metric is a function of logits and labels."""
+    return positional(function)[0] == 2
+
+
+def _figure(name: str, metrics: Metrics) -> float | None:
+    """A figure of an evaluation; None if it has none. Raises UsageError if it is no number."""
+    function = METRICS.find(name).value
+    if _of_images(function):
+        return metrics.image_means.get(METRICS.short(name))
+    found = function(metrics)
+    if found is None:
+        return None
+    try:
+        return float(found)
+    except (TypeError, ValueError):
+        what = repr(found) if isinstance(found, str) else f"a value {kind_of(found)}"
+        raise UsageError(
+            f"metric: {name} returned {what}, expected a number, or None where there is none"
+        ) from None
 
 
 class MetricState(Protocol):
@@ -187,11 +211,72 @@ class MetricState(Protocol):
         """The metrics so far."""
 
 
-def metric_state(task: Task) -> MetricState:
-    """An empty state for a task."""
+def metric_state(task: Task, beside: Sequence[str] = ()) -> MetricState:
+    """An empty state for a task; `beside` are import paths of metrics that are not registered."""
+    state: MetricState
     if task.single:
-        return SingleLabelState(len(task.classes))
-    return MultiHeadState(task) if task.heads else MultiLabelState(task)
+        state = SingleLabelState(len(task.classes))
+    else:
+        state = MultiHeadState(task) if task.heads else MultiLabelState(task)
+    names = _all(beside)
+    sums = {name: 0.0 for name in names if _of_images(METRICS.find(name).value)}
+    return StateWithImages(state, sums, tuple(beside)) if sums or beside else state
+
+
+def _all(beside: Sequence[str]) -> list[str]:
+    """The names of all metrics of an evaluation, each once."""
+    return list({METRICS.short(name): name for name in (*METRICS.names(), *beside)}.values())
+
+
+def require_metrics(task: Task, beside: Sequence[str] = ()) -> None:
+    """Compute all metrics of a few answers that are made up, so that one of the user's shows its
+    mistakes before anything is trained. Raises UsageError for a metric that is no number."""
+    count = 4
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(count, len(task.classes))).astype(np.float32)
+    state = metric_state(task, beside)
+    answers = task.decide(logits)
+    state.update(logits, answers[:, 0] if task.single else answers)
+    figures = state.compute().scalars()
+    for name in beside:
+        if METRICS.short(name) not in figures:
+            raise UsageError(f"monitor.metric: {name} is None for {task.summary()}")
+
+
+class StateWithImages:
+    """See `MetricState`; beside a state, the sums of metrics that are a number for each image."""
+
+    def __init__(self, state: MetricState, sums: dict[str, float], beside: tuple[str, ...]) -> None:
+        self._state, self._sums, self._beside = state, sums, beside
+
+    def update(self, logits: NDArray[np.float32], labels: Integers) -> None:
+        """See `MetricState`. Raises UsageError unless a metric is a number for each image."""
+        self._state.update(logits, labels)
+        for name in self._sums:
+            found = np.asarray(METRICS.find(name).value(logits, labels))
+            if found.shape != (len(labels),) or found.dtype.kind not in "biuf":
+                raise UsageError(
+                    f"metric: {name} returned {found.dtype} {list(found.shape)} for {len(labels)} "
+                    "images, expected a number for each, [N]"
+                )
+            self._sums[name] += float(found.astype(np.float64).sum())
+
+    def state(self) -> Floats:
+        """The vector of the state, and the sums."""
+        return np.concatenate([self._state.state(), list(self._sums.values())])
+
+    def merge(self, state: Floats) -> None:
+        """Add the vector of another process, or the sum of such."""
+        place = len(state) - len(self._sums)
+        self._state.merge(state[:place])
+        for name, value in zip(self._sums, state[place:].tolist(), strict=True):
+            self._sums[name] += value
+
+    def compute(self) -> Metrics:
+        """The metrics so far."""
+        found = self._state.compute()
+        means = {METRICS.short(name): s / max(1, found.count) for name, s in self._sums.items()}
+        return dataclasses.replace(found, image_means=means, beside=self._beside)
 
 
 class SingleLabelState:

@@ -243,7 +243,7 @@ class Process:
             text = (self.config.out / "history.csv").read_text(encoding="utf-8")
         except FileNotFoundError:
             return {}
-        name = f"val_{self.config.monitor.metric}"
+        name = f"val_{self.config.monitor.figure}"
         return {int(row["epoch"]): float(row[name]) for row in csv.DictReader(io.StringIO(text))}
 
     def new_scores(self) -> Iterator[tuple[int, float]]:
@@ -461,7 +461,7 @@ def table(config: SearchConfig, rows: list[Row]) -> list[str]:
     """The ranking for people, one line per trial; pruned ones below."""
     columns = ["best_score", *["std"] * (config.folds is not None), "best_epoch", "seconds"]
     keys = [key for key in rows[0] if key not in ("trial", *FIGURES)]
-    titles = {"best_score": config.monitor.metric, "best_epoch": "epoch"}
+    titles = {"best_score": config.monitor.figure, "best_epoch": "epoch"}
     cells = [["rank", *(titles.get(key, key) for key in columns), *keys]]
     ranked = [(str(place), row) for place, row in enumerate(ranking(config, rows), 1)]
     pruned = [("pruned", row) for row in rows if row["state"] == "pruned"]

@@ -24,7 +24,8 @@ class ModelConfig:
 
     name: str = "mobilenet_v3_small"
     """Architecture, as `distcls models` lists them: torchvision's names, then timm's; `timm:NAME`
-    and `torchvision:NAME` choose the library; `module:attribute` is one of your own."""
+    and `torchvision:NAME` choose the library; `module:attribute` is one of your own: a class, or a
+    function of the number of classes."""
     stem_stride: Literal["auto", 1, 2] = "auto"
     """Stride of the first convolution; auto is the architecture's own, but 1 where that is 2 and
     the input has up to 64 pixels, of which five halvings would leave too little detail."""

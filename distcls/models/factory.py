@@ -17,6 +17,7 @@ from distcls.imaging import Preprocess
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
 from distcls.models.registry import NETWORKS, Origin, resolve
+from distcls.registry import kind_of, parameters_of
 
 
 class Built(NamedTuple):
@@ -64,12 +65,34 @@ def takes_dropout(name: str) -> bool:
 
 
 def _ours(name: str, classes: int, size: tuple[int, int], dropout: float | None) -> Built:
-    entry = NETWORKS.find(name)
-    make = entry.value
-    if not (entry.registered or (inspect.isclass(make) and issubclass(make, nn.Module))):
-        raise UsageError(f"model.name: {name} is neither a registered network nor an nn.Module")
-    network = make(classes, size) if dropout is None else make(classes, size, dropout)
-    return Built(network, True)
+    make = NETWORKS.find(name).value
+    if not callable(make) or isinstance(make, nn.Module):
+        raise UsageError(
+            f"model.name: {name} is {kind_of(make)}; expected a class, or a function that makes "
+            "the network from the number of classes: export and resumed runs make it anew"
+        )
+    options: dict[str, Any] = {"size": size, "dropout": dropout}
+    parameters = parameters_of(make)
+    anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+    names = {each.name for each in parameters}
+    taken = {
+        key: value
+        for key, value in options.items()
+        if value is not None and (key in names or anything)
+    }
+    try:
+        inspect.signature(make).bind(classes, **taken)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"model.name: {name} cannot be called with the number of classes"
+            f"{''.join(f', {key}' for key in taken)}: {error}"
+        ) from None
+    network = make(classes, **taken)
+    if not isinstance(network, nn.Module):
+        raise UsageError(
+            f"model.name: {name} returned a value {kind_of(network)}, expected an nn.Module"
+        )
+    return Built(network, "dropout" in names or anything)
 
 
 def _from_torchvision(

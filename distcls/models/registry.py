@@ -8,19 +8,23 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from distcls.errors import UsageError, did_you_mean
-from distcls.registry import IMPORTS, Registry, import_modules
+from distcls.registry import IMPORTS, MAIN, OBJECT, Registry, import_modules
 
 Library = Literal["distcls", "torchvision", "timm"]
 
 NETWORKS: Registry[Any] = Registry(
     "model", "model.name", home="distcls.models.simple", prefixes=("torchvision", "timm")
 )
-"""Networks of neither library: called with (classes, size, dropout), where dropout has a default,
-they return an nn.Module from float [N, 3, H, W] to logits [N, classes]."""
+"""Networks of neither library: called with the number of classes, and with `size` and `dropout`
+where they take them, they return an nn.Module from float [N, 3, H, W] to logits [N, classes]."""
+register_model = NETWORKS.register
+"""Decorate a class or function that makes a network of your own: `@distcls.register_model("name")`.
+See `NETWORKS`."""
 ALIASES = {
     "adv-efficientnet-b0": "timm:tf_efficientnet_b0.ap_in1k",
     "adv-efficientnet-b1": "timm:tf_efficientnet_b1.ap_in1k",
@@ -79,8 +83,9 @@ def resolve(name: str) -> Origin:
     spec = ALIASES.get(name, name)
     library, colon, rest = spec.partition(":")
     if spec in NETWORKS:
-        NETWORKS.find(spec)
-        return Origin("distcls", spec)
+        value = NETWORKS.find(spec).value
+        theirs = rest if colon and _is_registered_in_timm(rest, value) else None
+        return Origin("distcls", spec) if theirs is None else Origin("timm", theirs)
     if colon and library not in ("torchvision", "timm"):
         raise UsageError(
             f"model.name: unknown library {library!r} in {name!r} (choices: torchvision, timm)"
@@ -90,8 +95,9 @@ def resolve(name: str) -> Origin:
         return Origin("torchvision", bare)
     if library != "torchvision" and (found := _in_timm(bare)) is not None:
         return Origin("timm", found)
-    theirs = {"torchvision": _torchvision_names, "timm": _timm_names}
-    choices = [f"{library}:{other}" for other in theirs[library]()] if colon else known()
+    choices: Iterable[str] = known()
+    if colon:
+        choices = (f"{library}:{other}" for other in _library_names(library))
     hint = did_you_mean(name, choices)
     raise UsageError(f"model.name: unknown model {name!r}{hint}; `distcls models '*'` lists all")
 
@@ -159,13 +165,19 @@ def _names_in(library: Literal["torchvision", "timm"]) -> tuple[str, ...]:
 
     Loading both takes seconds, reading their files a tenth of one.
     """
-    lists = {"torchvision": _torchvision_names, "timm": _timm_names}[library]
     spec = None if library in sys.modules else importlib.util.find_spec(library)
     if spec is None or not spec.submodule_search_locations:
-        return lists()
+        return _library_names(library)
     files = sorted(Path(spec.submodule_search_locations[0], "models").glob("*.py"))
     found = [name for file in files for name in _DEFINITION.findall(file.read_text("utf-8"))]
-    return tuple(sorted(found, key=_natural if library == "timm" else None)) or lists()
+    return tuple(sorted(found, key=_natural if library == "timm" else None)) or _library_names(
+        library
+    )
+
+
+def _library_names(library: str) -> tuple[str, ...]:
+    """All names of a library, which is loaded for it."""
+    return _torchvision_names() if library == "torchvision" else _timm_names()
 
 
 def _natural(name: str) -> list[int | str]:
@@ -181,21 +193,46 @@ def _torchvision_names() -> tuple[str, ...]:
     return tuple(torchvision.models.list_models(module=torchvision.models))
 
 
-@functools.cache
 def _timm_names() -> tuple[str, ...]:
+    """Those that other modules have registered in timm so far included."""
     import timm
 
+    import_modules(os.environ.get(IMPORTS, ""))
     return tuple(timm.list_models())
+
+
+def _is_registered_in_timm(name: str, value: Any) -> bool:
+    """Whether `value` is what timm's own `register_model` has under that name."""
+    if "timm" not in sys.modules:
+        return False
+    from timm.models import is_model, model_entrypoint
+
+    return bool(is_model(name)) and model_entrypoint(name) is value
+
+
+def recorded_name(name: str) -> str:
+    """The name of a network that files hold: a user's own with its module (`Registry.recorded`),
+    one that a module of the user's registered in timm as well."""
+    origin = resolve(name)
+    if origin.library == "distcls":
+        return NETWORKS.recorded(name)
+    if origin.library == "timm" and "." not in origin.name:
+        from timm.models import model_entrypoint
+
+        module: str = model_entrypoint(origin.name).__module__
+        if module.partition(".")[0] != "timm":
+            return f"{module}:{origin.name}"
+    return name
 
 
 def _in_timm(name: str) -> str | None:
     """timm's present name for it, or None. Raises UsageError for an unknown tag of weights."""
-    from timm.models import get_arch_pretrained_cfgs, get_deprecated_models
+    from timm.models import get_arch_pretrained_cfgs, get_deprecated_models, is_model
 
     # an outdated name still works in timm, with a warning
     present: str | None = get_deprecated_models().get(name, name)
     architecture, _, tag = (present or "").partition(".")
-    if architecture not in _timm_names():
+    if not is_model(architecture):
         return None
     tagged = list(get_arch_pretrained_cfgs(architecture))
     if tag and present not in tagged:
@@ -205,14 +242,33 @@ def _in_timm(name: str) -> str | None:
 
 
 def require_loaded(name: str, path: object) -> None:
-    """Raise UsageError for a network of a model file whose code this process has not imported.
+    """Raise UsageError for a network of a model file whose code this process has not imported, or
+    that no module holds.
 
-    A file that names code does not get it imported: it may come from anywhere.
+    A file that names code does not get it imported, nor any function called that is not meant to
+    make networks: it may come from anywhere.
     """
-    module = name.partition(":")[0]
-    import_modules(os.environ.get(IMPORTS, ""))
-    if NETWORKS.is_import_path(name) and module not in sys.modules:
+    allowed = os.environ.get(IMPORTS, "")
+    import_modules(allowed)
+    if not NETWORKS.is_import_path(name):
+        return
+    module, _, attribute = name.partition(":")
+    if module in (MAIN, OBJECT) and not NETWORKS.knows(name):
+        raise UsageError(
+            f"{path}: its network {attribute!r} was defined in a script or notebook: run its "
+            f"definition first, or put it into a module and set {IMPORTS}=MODULE; the exported "
+            "best.onnx needs no code"
+        )
+    value = getattr(sys.modules.get(module), attribute, None)
+    trusted = module in {each.strip() for each in allowed.split(",")} or NETWORKS.knows(name)
+    if not (trusted or _is_network_class(value)):
         raise UsageError(
             f"{path}: its network is {name}, code that is not part of distcls; if you trust it, "
             f"set {IMPORTS}={module}"
         )
+
+
+def _is_network_class(value: object) -> bool:
+    from torch import nn
+
+    return isinstance(value, type) and issubclass(value, nn.Module)

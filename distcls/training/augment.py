@@ -29,6 +29,7 @@ from torch import Tensor
 
 from distcls.imaging import Color, Preprocess
 from distcls.training.config import POLICIES, AugmentConfig, chosen
+from distcls.training.hooks import BatchTransform
 
 GREY = (0.2989, 0.587, 0.114)
 """Luminance of red, green and blue (ITU-R BT.601), with torchvision's digits."""
@@ -418,14 +419,16 @@ that the largest of them shrink rather than enlarge."""
 ASPECT = math.log(4 / 3)
 ERASE_AREA, ERASE_ASPECT = (0.02, 0.33), math.log(3.3)
 DRAWS = 14
-"""Random numbers that one image needs, besides those of a policy and of colour jitter, which come
-after them in this order: an option that is switched on changes no other's draws."""
+"""Random numbers that one image needs, besides those of a policy, of colour jitter and of the
+user's transform, which come after them in this order: an option that is switched on changes no
+other's draws."""
 
 
 class Augment:
     """Turns uint8 batches of canvas size into batches of the input's size.
 
-    In this order: crop (unless the loader did), flip and rotation; colour jitter; policy; erasing.
+    In this order: crop (unless the loader did), flip and rotation; colour jitter; policy; a
+    transform of the user's; erasing.
     """
 
     def __init__(
@@ -435,10 +438,11 @@ class Augment:
         *,
         cropped: bool = False,
         fill: Color | None = None,
+        transform: BatchTransform | None = None,
     ) -> None:
         """`cropped`: images come as random resized crops already, of the input's size. A rotation
         then turns the crop, about its centre, and `fill` moves into its corners (default: black);
-        into the rim of shifted images as well."""
+        into the rim of shifted images as well. `transform` is one of the user's."""
         config = config.without_auto()
         self.config = config
         self.size = size
@@ -447,15 +451,25 @@ class Augment:
         self._fill = fill or BLACK
         self._policy = make_policy(config)
         self._jitter = None if config.color_jitter is None else ColorJitter(config.color_jitter)
+        self._transform = transform
 
     @property
     def draws(self) -> int:
         """Random numbers that one image needs."""
+        return self._before_transform + (0 if self._transform is None else self._transform.draws)
+
+    @property
+    def _before_transform(self) -> int:
         return self._before_jitter + (0 if self._jitter is None else self._jitter.draws)
 
     @property
     def _before_jitter(self) -> int:
         return DRAWS + (0 if self._policy is None else self._policy.draws)
+
+    def try_transform(self, device: torch.device) -> None:
+        """Have the user's transform of a batch show its mistakes before the first step."""
+        if self._transform is not None:
+            self._transform.try_on(self.size, device)
 
     @property
     def canvas(self) -> tuple[int, int]:
@@ -482,9 +496,11 @@ class Augment:
         elif self._padding or self._flip:
             images = self._shift_and_flip(images, draws)
         if self._jitter is not None:
-            images = self._jitter(images, host[:, self._before_jitter : self.draws])
+            images = self._jitter(images, host[:, self._before_jitter : self._before_transform])
         if self._policy is not None:
             images = self._policy(images, host[:, DRAWS : self._before_jitter])
+        if self._transform is not None:
+            images = self._transform(_whole(images), draws[:, self._before_transform : self.draws])
         if config.erase:
             images = self._erase(images, draws)
         return images

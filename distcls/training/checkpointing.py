@@ -32,6 +32,8 @@ from distcls.files import atomic_path, second_name, writable, write_text
 from distcls.log import say, warn
 from distcls.model_card import ModelCard
 from distcls.models.checkpoint import load_tensors, save_checkpoint
+from distcls.models.registry import NETWORKS
+from distcls.registry import same_reference
 from distcls.training.config import RUN_FILES, MonitorConfig, TrainConfig, chosen
 
 BEST, LAST, HISTORY, CONFIG = "best.pth", "last", "history.csv", "config.yaml"
@@ -47,6 +49,7 @@ MAY_CHANGE = (
     "auto_micro_batch",
     "max_nonfinite_steps",
     "log_every",
+    "callbacks",
     "tracker",
     "epochs",
     "monitor.patience",
@@ -86,6 +89,8 @@ class TrainingState:
     epochs_since_best: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     """One row per epoch, as in history.csv."""
+    stopped_by: str | None = None
+    """The callback that ended the run."""
     top_models: list[tuple[float, str]] = dataclasses.field(default_factory=list)
     """Score and file name of the top-k models in the run directory, best first."""
     data: DataFingerprint | None = None
@@ -212,6 +217,7 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "best_epoch": COUNT,
     "epochs_since_best": COUNT,
     "history": (_is_history, "a list of epochs with numbers"),
+    "stopped_by": (lambda value: value is None or isinstance(value, str), "a name, or nothing"),
     "kept": (_is_ranking, "a list of scores with file names"),
 }
 """What the fields of a stored `TrainingState` have to be, each by a check and in words."""
@@ -352,7 +358,9 @@ class CheckpointManager:
             for key in {**after, **before}  # a mapping's keys may be in one of them alone
             if not _may_change(key)
             and (with_data or key != "data")
-            and before.get(key) not in (after.get(key), unresolved.get(key))
+            and not any(
+                same_reference(before.get(key), now.get(key)) for now in (after, unresolved)
+            )
         ]
         if not differing:
             return
@@ -389,18 +397,25 @@ class CheckpointManager:
         weights = self._config.out / BEST if auto else Path(self._config.resume)
         return weights if weights.is_file() else None
 
-    def save_epoch(self, state: TrainingState, tensors: dict[str, Any], model: EpochModel) -> None:
+    def save_epoch(
+        self,
+        state: TrainingState,
+        tensors: dict[str, Any],
+        model: EpochModel,
+        before_state: Callable[[], None] = lambda: None,
+    ) -> None:
         """Write the files of an epoch: best.pth, the top-k models, history.csv, the training state.
 
         The state comes last: a resume starts from it and rewrites the other files. `tensors` are
-        `Engine.state_dict()` at the end of the epoch.
+        `Engine.state_dict()` at the end of the epoch. `before_state` may change the state when the
+        other files are there; it is called on all processes.
         """
-        if not self._main_process:
-            return
-        if model.best:
-            save_checkpoint(self._config.out / BEST, model.weights, model.card)
-        self._save_top_k(state, tensors, model)
-        _write_history(self._config.out / HISTORY, state.history)
+        if self._main_process:
+            if model.best:
+                save_checkpoint(self._config.out / BEST, model.weights, model.card)
+            self._save_top_k(state, tensors, model)
+            _write_history(self._config.out / HISTORY, state.history)
+        before_state()
         self.save(state, tensors)
 
     def due(self, step: int) -> bool:
@@ -459,10 +474,10 @@ class CheckpointManager:
         if options.save_top_k == 0 or (options.save_best_only and not model.best):
             return
         name = options.filename.format(
-            model=config.model.name,
+            model=NETWORKS.short(config.model.name),
             epoch=state.epoch,
             step=state.step,
-            metric=config.monitor.metric,
+            metric=config.monitor.figure,
             score=model.score,
         )
         sign = -1.0 if config.monitor.resolved_mode == "max" else 1.0
@@ -477,7 +492,7 @@ class CheckpointManager:
         state.top_models = ranking  # before writing: the file may carry the state itself
         if (model.score, name) in ranking:
             self._write_top_model(config.out / name, state, tensors, model)
-            say(f"saved {config.out / name} ({config.monitor.metric} {model.score:.5f})")
+            say(f"saved {config.out / name} ({config.monitor.figure} {model.score:.5f})")
         for _, file in others:
             if file not in {ranked for _, ranked in ranking}:
                 (config.out / file).unlink(missing_ok=True)  # a killed run may have come so far
@@ -591,7 +606,9 @@ def _require_plain(tensors: dict[str, Any], path: Path) -> None:
 def _write_history(path: Path, history: list[dict[str, float]]) -> None:
     """Rewrite history.csv from all epochs so far."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, list(history[-1]), lineterminator="\n")
+    # a resumed run may have other metrics
+    columns = list(dict.fromkeys(name for row in [history[-1], *history] for name in row))
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     write_text(path, table.getvalue())

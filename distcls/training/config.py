@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from distcls.config import build, config_file, options_layer, read_yaml, take_plain_values
 from distcls.config.schema import require_duration
-from distcls.errors import UsageError, require
-from distcls.evaluation.metrics import MONITORED, default_mode
+from distcls.errors import BadValue, UsageError, require
+from distcls.evaluation.metrics import METRICS, default_mode
 from distcls.imaging.preprocess import (
     Background,
     Interpolation,
@@ -30,6 +30,12 @@ OPTIMIZERS: Registry[Any] = Registry(
     "optimiser", "optimizer.name", home="distcls.training.optim", prefixes=("timm",)
 )
 POLICIES: Registry[Any] = Registry("policy", "augment.policy", home="distcls.training.augment")
+register_loss = LOSSES.register
+"""Decorate a loss of your own: a function of (logits, targets) that returns the loss of each image,
+`@distcls.register_loss("name")`. See `distcls.training.losses.OwnLoss`."""
+register_optimizer = OPTIMIZERS.register
+"""Decorate a function of (groups, lr, config) that makes an optimiser, or a class of (groups, lr):
+`@distcls.register_optimizer("name", momentum=0.9)`; the options are the config keys it reads."""
 
 Value = TypeVar("Value")
 Auto = Literal["auto"]
@@ -135,6 +141,11 @@ class AugmentConfig:
     color_jitter: tuple[float, float, float, float] | None = None
     """Colour jitter: how far brightness, contrast, saturation (0 or more, such as 0.4: factors of
     0.6 to 1.4) and hue (0 to 0.5) change at most, such as 0.4,0.4,0.4,0.1; null is off."""
+    transform: str | None = None
+    """A transform of your own, as module:attribute, beside what is above: a function of (image,
+    rng), or a transform of albumentations or torchvision (v2), of one image uint8 of the network's
+    size as it is read, before flips, shifts, rotation and all else but the resized crop; or an
+    object with `draws`, of a batch uint8, after all but erasing. docs/python.md has examples."""
     mixup: float = 0.0
     """Alpha of mixup (Zhang et al., 2017): each image becomes a mean of two, weighted by
     Beta(alpha, alpha), and its label too; 0 is off, 0.2 is common."""
@@ -383,9 +394,11 @@ class MonitorConfig:
 
     metric: str = "top1"
     """Validation metric of the best epoch; of equal epochs the one with the lower loss is best.
-    exact is the rate of images of a multi-output task with all labels right."""
+    exact is the rate of images of a multi-output task with all labels right; module:attribute is
+    one of your own."""
     mode: Literal["auto", "min", "max"] = "auto"
-    """Whether less or more of it is better; auto: by the metric."""
+    """Whether less or more of it is better; auto: by the metric; of your own more, unless it is
+    registered otherwise."""
     patience: int | Auto | None = "auto"
     """Early stopping: epochs without improvement after which training stops; null is off; auto: a
     third of `epochs`, at least 10."""
@@ -393,12 +406,24 @@ class MonitorConfig:
     """Smallest change that counts as an improvement; above 0, a lower loss alone does not count."""
 
     def __post_init__(self) -> None:
-        names = ", ".join(MONITORED)
-        require(self.metric in MONITORED, "metric", self.metric, f"one of {names}")
+        try:
+            default_mode(self.metric)
+        except BadValue as error:
+            raise BadValue("metric", error.value, error.expected) from None
         patience = self.patience
         valid = patience is None or patience == "auto" or patience >= 1
         require(valid, "patience", patience, "at least 1, auto, or null")
         require(self.min_delta >= 0, "min_delta", self.min_delta, "0 or more")
+
+    @property
+    def figure(self) -> str:
+        """The name of the metric in an evaluation's figures."""
+        return METRICS.short(self.metric)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The metric, if evaluations would not have it anyway."""
+        return () if self.figure in METRICS.names() else (self.metric,)
 
     @property
     def resolved_mode(self) -> Literal["min", "max"]:
@@ -526,6 +551,10 @@ class TrainConfig:
     ends the run instead of blocking it."""
     log_every: int = 50
     """Steps between two lines in metrics.jsonl."""
+    callbacks: tuple[str, ...] = ()
+    """Callbacks of your own, as module:attribute: objects with on_train_start(run),
+    on_epoch_end(run, metrics) or on_train_end(run), or a function for the second; called on the
+    main process, and True from on_epoch_end ends the run."""
     tracker: str | None = None
     """Experiment tracker that also gets the metrics: tensorboard, mlflow, wandb and more."""
     quiet: bool = False

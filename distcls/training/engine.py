@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from distcls.evaluation.metrics import Metrics, MetricState, metric_state
+from distcls.evaluation.metrics import Metrics, MetricState, metric_state, require_metrics
 from distcls.imaging import Preprocess
 from distcls.models.classifier import Classifier, count_macs, count_parameters
 from distcls.models.factory import stem_stride
@@ -35,6 +35,7 @@ from distcls.training.fsdp import (
     load_full_optimizer_state,
     load_full_state,
 )
+from distcls.training.hooks import make_transforms
 from distcls.training.inputs import TrainingInput
 from distcls.training.loader import Batch, make_crops, make_loader
 from distcls.training.losses import Objective
@@ -100,6 +101,7 @@ class Engine:
         self._accelerator = accelerator
         self._data = data
         self._preprocess = preprocess
+        require_metrics(data.task, config.monitor.beside)
         world_size = int(accelerator.num_processes)
         self._sampler = EpochSampler(
             samples=len(data.train_samples), batch_size=chosen(config.batch_size), seed=config.seed
@@ -116,12 +118,25 @@ class Engine:
             config.freeze, self._model, self.steps_per_epoch, chosen(config.epochs)
         )
         crops = make_crops(config.augment, data.train, preprocess.size, config.seed)
+        of_image, of_batch = make_transforms(config.augment)
         self._augment = Augment(
-            config.augment, preprocess.size, cropped=crops is not None, fill=data.fill
+            config.augment,
+            preprocess.size,
+            cropped=crops is not None,
+            fill=data.fill,
+            transform=of_batch,
         )
         self._objective = Objective(config, data, self._augment, accelerator.device)
         reading = self._augment.reading(preprocess)
-        self._train_loader = make_loader(config.loader, data.train, reading, accelerator, crops)
+        self._train_loader = make_loader(
+            config.loader,
+            data.train,
+            reading,
+            accelerator,
+            crops=crops,
+            transform=of_image,
+            seed=config.seed,
+        )
         self._val_loader = make_loader(config.loader, data.val, preprocess, accelerator)
         self._shards = ShardedSampler(
             rank=accelerator.process_index,
@@ -205,7 +220,7 @@ class Engine:
         """
         evaluated = self._averages.evaluated(self._model)
         broadcast_buffers(self._model, *evaluated.values())
-        states = {name: metric_state(self._data.task) for name in evaluated}
+        states = {name: self._metric_state() for name in evaluated}
         samples, size = self._data.val_samples, self.micro_batching.evaluation_batch
         passes = self._shards.evaluation_passes(samples, size)
         models = list(evaluated.values())
@@ -378,10 +393,13 @@ class Engine:
         self._averages.after_step(self._model)
         return bad
 
+    def _metric_state(self) -> MetricState:
+        return metric_state(self._data.task, self._config.monitor.beside)
+
     def _summed(self, state: MetricState) -> MetricState:
         """The sum of all processes' states."""
         vector = torch.from_numpy(state.state()).to(self._accelerator.device)
-        summed = metric_state(self._data.task)
+        summed = self._metric_state()
         summed.merge(reduce(vector, reduction="sum").cpu().numpy())
         return summed
 

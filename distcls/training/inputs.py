@@ -43,6 +43,7 @@ from distcls.models.pretrained import Weights, find_weights
 from distcls.task import Task, class_list
 from distcls.training.config import (
     LARGE_INPUT,
+    LOSSES,
     NEW_OUT,
     RUN_FILES,
     SMALL_IMAGE,
@@ -389,7 +390,7 @@ def _multi_head_problem(config: TrainConfig) -> str:
 
 
 def _multi_label_problem(config: TrainConfig) -> str:
-    if config.loss.name not in LABEL_LOSSES:
+    if config.loss.name not in LABEL_LOSSES and not LOSSES.find(config.loss.name).own:
         return f"loss.name: {config.loss.name} is for one class per image, choose bce or focal"
     if config.monitor.metric == "top5":
         return "monitor.metric: labels have no top5, choose exact, macro_f1 or loss"

@@ -7,12 +7,13 @@ processes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,8 +28,9 @@ from distcls.errors import DistclsError
 from distcls.imaging.preprocess import Box, Image, Preprocess
 from distcls.system import available_cores
 from distcls.training.config import SMALL_IMAGE, AugmentConfig, LoaderConfig, chosen
+from distcls.training.hooks import ImageTransform
 from distcls.training.inputs import SIZES_READ
-from distcls.training.sampler import Indices, uniforms
+from distcls.training.sampler import Indices, seeds, uniforms
 
 NAMED = 4
 """Files that an error about a stall names at most."""
@@ -185,8 +187,11 @@ class Loader:
         timeout: float = 300.0,
         pin: bool = False,
         crops: RandomResizedCrop | None = None,
+        transform: ImageTransform | None = None,
+        seed: int = 0,
     ) -> None:
-        """`crops` are cut out of the images in place of their whole (training only)."""
+        """`crops` are cut out of the images in place of their whole, and a `transform` of the
+        user's is seeded by `seed`, the epoch and the image (training only)."""
         self._split = split = split.on_background(preprocess.background)
         self._timeout = timeout
         self._gave_up = False
@@ -194,6 +199,9 @@ class Loader:
         self._pack = split.folder / PACK if split.packed else None
         self._pack_bytes = 0 if self._pack is None else self._pack.stat().st_size
         self._preprocess, self._crops = preprocess, crops
+        self._transform, self._seed = transform, seed
+        if transform is not None:
+            transform.try_on(preprocess(split.image(0)))
         self._prefetch = prefetch
         self._pin = pin
         self._workers = workers
@@ -260,8 +268,12 @@ class Loader:
         return str(self._pack or self._split.root)
 
     def load(self, indices: Indices, epoch: int, pool: ThreadPoolExecutor) -> Batch:
-        """Read, crop and preprocess the images at `indices`."""
-        images = torch.from_numpy(self._pixels(indices, epoch, pool))
+        """Read, crop, preprocess and transform the images at `indices`."""
+        pixels = self._pixels(indices, epoch, pool)
+        if self._transform is not None:
+            each = seeds(self._seed, epoch, indices).tolist()
+            pixels = np.stack(list(pool.map(self._transformed, indices.tolist(), pixels, each)))
+        images = torch.from_numpy(pixels)
         labels = torch.from_numpy(self._split.labels[indices])
         if self._pin:
             images, labels = images.pin_memory(), labels.pin_memory()
@@ -278,14 +290,25 @@ class Loader:
         return np.stack(list(pool.map(self._one, indices.tolist())))
 
     def _one(self, index: int, draws: Sequence[float] = ()) -> np.ndarray:
-        thread = threading.get_ident()
-        self._reading[thread] = index
-        try:
+        with self._at_work(index, "reading"):
             if self._crops is not None:
                 return self._crops.read(self._split, index, draws, self._preprocess)
             return self._preprocess(self._split.image(index))
+
+    def _transformed(self, index: int, image: Image, seed: int) -> np.ndarray:
+        assert self._transform is not None
+        with self._at_work(index, "transforming"):
+            return self._transform(image, seed)
+
+    @contextlib.contextmanager
+    def _at_work(self, index: int, doing: str) -> Iterator[None]:
+        """Name the image in an error, and while it takes long."""
+        thread = threading.get_ident()
+        self._reading[thread] = index
+        try:
+            yield
         except Exception as error:
-            error.add_note(f"while reading {self._split.image_ids[index]!r}")
+            error.add_note(f"while {doing} {self._split.image_ids[index]!r}")
             raise
         finally:
             del self._reading[thread]
@@ -343,7 +366,10 @@ def make_loader(
     split: Split,
     preprocess: Preprocess,
     accelerator: Accelerator,
+    *,
     crops: RandomResizedCrop | None = None,
+    transform: ImageTransform | None = None,
+    seed: int = 0,
 ) -> Loader:
     """A loader with this process's fraction of the cores, unless the config sets the threads."""
     local = max(1, available_cores() // accelerator.num_processes)
@@ -355,4 +381,6 @@ def make_loader(
         timeout=config.timeout,
         pin=accelerator.device.type == "cuda",
         crops=crops,
+        transform=transform,
+        seed=seed,
     )

@@ -70,6 +70,8 @@ def banner(
     counts = f"{len(data.train_samples):,} train, {len(data.val_samples):,} val"
     stride = model.stem_stride or "none"
     start = f"from {config.model.pretrained or 'scratch'}"
+    own = [config.augment.transform or "", *config.callbacks]
+    yours = [f"yours      {', '.join(filter(None, own))}"] if any(own) else []
     cost = f"{model.parameters / 1e6:.2f} M parameters, {model.macs / 1e6:.1f} M MACs"
     return [
         f"device     {_device(accelerator)}, {processes}, {precision}, {layout}",
@@ -80,6 +82,7 @@ def banner(
         f"global batch {config.batch_size} = {processes} x {model.accumulate} micro-batch(es)",
         f"optimiser  {config.optimizer.name}, {config.schedule.name} schedule, "
         f"learning rate up to {chosen(config.lr):g}",
+        *yours,
         f"writes to  {config.out}",
     ]
 
@@ -91,12 +94,14 @@ def _device(accelerator: Accelerator) -> str:
     return f"{accelerator.device.type} ({machine}, {torch.get_num_threads()} threads)"
 
 
-def epoch_line(row: dict[str, float], epochs: int, mark: str) -> str:
-    """One finished epoch, and its mark (`best`, or nothing)."""
-    exact = f"  val exact {row['val_exact']:.4f}" if "val_exact" in row else ""
+def epoch_line(row: dict[str, float], epochs: int, mark: str, monitored: str = "top1") -> str:
+    """One finished epoch, with the monitored metric, and its mark (`best`, or nothing)."""
+    names = dict.fromkeys(("exact", monitored))
+    more = [name for name in names if name not in ("loss", "top1") and f"val_{name}" in row]
+    figures = "".join(f"  val {name} {row[f'val_{name}']:.4f}" for name in more)
     return (
         f"epoch {row['epoch']:>3.0f}/{epochs}  train loss {row['train_loss']:.4f}  "
-        f"val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:.4f}{exact}  "
+        f"val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:.4f}{figures}  "
         f"{row['images_per_s']:,.0f} img/s  data wait {row['data_wait']:.0%}  "
         f"{row['seconds']:.0f} s  {mark}"
     ).rstrip()
@@ -201,7 +206,7 @@ class Records:
         self._metrics: TextIO | None = None
         self.folder = config.out
         self._track = track
-        self._monitor = config.monitor.metric
+        self._monitor = config.monitor.figure
         self._mode = config.monitor.resolved_mode
         self._undrawn: list[dict[str, float]] = []
         self._next_drawing = time.monotonic() + FIRST_DRAWING

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from distcls.data.dataset import Split
 from distcls.errors import UsageError, did_you_mean
+from distcls.registry import kind_of, positional
 from distcls.task import Task
 from distcls.training.augment import Augment
 from distcls.training.config import LOSSES, LossConfig, TrainConfig
@@ -35,7 +37,7 @@ class Loss:
         self, config: LossConfig, class_weights: Weights | None, device: torch.device
     ) -> None:
         self._config = LOSSES.filled(config)
-        self._function = LOSSES.find(config.name).value
+        self._function = loss_function(config, device)
         weights = None if class_weights is None else torch.from_numpy(class_weights)
         self._weights = None if weights is None else weights.to(device, torch.float32)
 
@@ -48,6 +50,71 @@ class Loss:
         weights = None if self._weights is None else self._weights.to(logits.dtype)
         losses: Tensor = self._function(logits, targets, self._config, weights)
         return losses
+
+
+def loss_function(config: LossConfig, device: torch.device) -> Any:
+    """The configured loss, called with (logits, targets, config, weights)."""
+    entry = LOSSES.find(config.name)
+    return OwnLoss(config, entry.value, device) if entry.own else entry.value
+
+
+class OwnLoss:
+    """A loss of the user's: a function, PyTorch module, or class of either.
+
+    Called with logits float [B, classes] and targets (see `Loss`), and with the config and the
+    class weights, float [classes] or None, if it takes four. It returns the loss of each image,
+    [B], which is what makes a step independent of processes and gradient accumulation.
+    """
+
+    def __init__(self, config: LossConfig, value: Any, device: torch.device) -> None:
+        """Raises UsageError for what is none, or would not be used as the config says."""
+        self._name = config.name
+        made = value() if isinstance(value, type) else value
+        if not callable(made):
+            raise UsageError(
+                f"loss.name: {self._name} is {kind_of(made)}, expected a function of (logits, "
+                "targets), or an nn.Module"
+            )
+        if isinstance(made, nn.Module):
+            if any(True for _ in made.parameters()):
+                raise UsageError(
+                    f"loss.name: {self._name} has parameters, which nothing trains or saves; make "
+                    "them buffers, or part of the network"
+                )
+            made = made.to(device)
+        self._function = made
+        least, most = positional(made)
+        self._with_config = least > 2
+        if not (least <= 2 <= most or least <= 4 <= most):
+            raise UsageError(
+                f"loss.name: {self._name} takes {least} arguments, expected (logits, targets) or "
+                "(logits, targets, config, weights)"
+            )
+        for key, off in (("label_smoothing", 0.0), ("class_weights", None)):
+            if not self._with_config and getattr(config, key) != off:
+                raise UsageError(
+                    f"loss.{key}: {getattr(config, key)!r} given, but {self._name} takes logits "
+                    "and targets alone; with (logits, targets, config, weights) it could read it"
+                )
+
+    def __call__(
+        self, logits: Tensor, targets: Tensor, config: LossConfig, weights: Tensor | None
+    ) -> Tensor:
+        """The loss of each image, [B]. Raises UsageError for anything else."""
+        more = (config, weights) if self._with_config else ()
+        losses = self._function(logits, targets, *more)
+        if not isinstance(losses, Tensor):
+            found = f"returned a value {kind_of(losses)}"
+        elif losses.shape != logits.shape[:1]:
+            found = f"returned the shape {list(losses.shape)} for a batch of {len(logits)} images"
+        elif not losses.is_floating_point():
+            found = f"returned {losses.dtype}"
+        else:
+            return losses
+        raise UsageError(
+            f"loss.name: {self._name} {found}, expected the loss of each image, float [B] (of "
+            "PyTorch's own, reduction='none')"
+        )
 
 
 @LOSSES.register("cross_entropy")
@@ -116,17 +183,17 @@ def make_loss(
 
     Which targets, see `Loss`, `HeadsLoss` and `LabelsLoss`.
     """
-    if task.single:
+    if task.single or (not task.heads and LOSSES.find(config.name).own):
         return Loss(config, class_weights, device)
-    return HeadsLoss(config, task) if task.heads else LabelsLoss(config)
+    return HeadsLoss(config, task, device) if task.heads else LabelsLoss(config)
 
 
 class HeadsLoss:
     """The mean of the configured loss over the heads, each with its own logits."""
 
-    def __init__(self, config: LossConfig, task: Task) -> None:
+    def __init__(self, config: LossConfig, task: Task, device: torch.device) -> None:
         self._config = LOSSES.filled(config)
-        self._function = LOSSES.find(config.name).value
+        self._function = loss_function(config, device)
         self._heads = task.slices
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -285,6 +352,9 @@ class Objective:
             config.loss, data.classes, data.train, data.train_samples
         )
         self._loss = make_loss(config.loss, data.task, by_class, device)
+        augment.try_transform(device)
+        if LOSSES.find(config.loss.name).own:
+            self._try_loss(config.loss.name, data)
         distill = config.distill
         self._teacher = Teacher(distill, data.classes, device) if distill.teacher else None
 
@@ -292,6 +362,18 @@ class Objective:
     def group_size(self) -> int:
         """Consecutive images of a step that have to be in one batch."""
         return 2 if self._mixing.active else 1
+
+    def _try_loss(self, name: str, data: TrainingInput) -> None:
+        """Have a loss of the user's show its mistakes before the first step."""
+        classes = len(data.classes)
+        labels = torch.from_numpy(data.train.labels[: 2 if classes == 3 else 3]).to(self._device)
+        targets = multi_hot(labels, self._task).float() if self._mixing.active else labels
+        logits = torch.zeros(len(labels), classes, device=self._device, requires_grad=True)
+        if not self._loss(logits, targets).requires_grad:
+            raise UsageError(
+                f"loss.name: {name} does not depend on the logits: they are detached, or it "
+                "computes outside of PyTorch"
+            )
 
     def examples(self, epoch: int, batch: Batch) -> Examples:
         """Augment and mix a batch of the training split."""

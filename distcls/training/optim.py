@@ -10,6 +10,7 @@ from torch import nn
 
 from distcls.errors import UsageError, did_you_mean
 from distcls.models.classifier import depths, head_parameters
+from distcls.registry import kind_of
 from distcls.training.config import OPTIMIZERS, OptimizerConfig
 
 
@@ -174,9 +175,21 @@ def make_optimizer(
     if config.name not in OPTIMIZERS:
         return _from_timm(config, groups, lr)
     make, filled = OPTIMIZERS.find(config.name).value, OPTIMIZERS.filled(config)
+    if isinstance(make, type) and issubclass(make, torch.optim.Optimizer):
+        return make(groups, lr=lr)  # type: ignore[call-arg]
+    if not callable(make):
+        raise UsageError(
+            f"optimizer.name: {config.name} is {kind_of(make)}, expected a function of (groups, "
+            "lr, config), or a class of torch.optim.Optimizer"
+        )
     more = {"sharded": sharded} if make is sgd else {}
-    made: torch.optim.Optimizer = make(groups, lr, filled, **more)
-    return made
+    made = make(groups, lr, filled, **more)
+    if isinstance(made, torch.optim.Optimizer):
+        return made
+    raise UsageError(
+        f"optimizer.name: {config.name} returned a value {kind_of(made)}, expected a "
+        "torch.optim.Optimizer"
+    )
 
 
 def require_usable(config: OptimizerConfig) -> None:

@@ -15,6 +15,7 @@ from distcls.system import available_cores
 from distcls.task import Task
 from distcls.training.augment import Augment
 from distcls.training.config import DistillConfig, TrainConfig, chosen
+from distcls.training.hooks import make_transforms
 from distcls.training.inputs import choose_preprocess, choose_weights, open_input
 from distcls.training.loader import Loader, make_crops
 from distcls.training.losses import Examples, Objective
@@ -63,7 +64,14 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
         pretrained=weights is not None,
     )
     crops = make_crops(config.augment, data.train, preprocess.size, config.seed)
-    augment = Augment(config.augment, preprocess.size, cropped=crops is not None, fill=data.fill)
+    of_image, of_batch = make_transforms(config.augment)
+    augment = Augment(
+        config.augment,
+        preprocess.size,
+        cropped=crops is not None,
+        fill=data.fill,
+        transform=of_batch,
+    )
     # a teacher sees the same images and changes none
     config = dataclasses.replace(config, distill=DistillConfig())
     objective = Objective(config, data, augment, _training_device())
@@ -79,6 +87,8 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
         prefetch=1,
         timeout=config.loader.timeout,
         crops=crops,
+        transform=of_image,
+        seed=config.seed,
     )
     images: list[Tensor] = []
     labels: list[str] = []

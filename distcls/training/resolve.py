@@ -20,26 +20,32 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
+import yaml
 from torch import nn
 
+from distcls.config import dump_yaml, flatten
 from distcls.config.schema import Mismatch, convert, describe
 from distcls.errors import BadValue
+from distcls.evaluation.metrics import METRICS
 from distcls.imaging import Preprocess
 from distcls.imaging.preprocess import background_option
 from distcls.models import factory
 from distcls.models.classifier import Classifier
 from distcls.models.config import AUTO, SMALLEST_PRETRAINED, ModelConfig
 from distcls.models.pretrained import Weights
-from distcls.models.registry import NETWORKS, resolve
+from distcls.models.registry import NETWORKS, recorded_name, resolve
+from distcls.registry import MAIN, OBJECT
 from distcls.training import optim
 from distcls.training.config import (
     LOSSES,
+    OPTIMIZERS,
     POLICIES,
     AugmentConfig,
     DistillConfig,
     LossConfig,
     TrainConfig,
 )
+from distcls.training.hooks import make_transforms, require_callback
 from distcls.training.inputs import TrainingInput
 from distcls.training.recipe import fill_known, fill_recipe
 from distcls.training.schedule import SCHEDULES
@@ -55,8 +61,8 @@ PRECISIONS: dict[str, Literal["fp32", "bf16", "fp16"]] = {
 
 
 def require_usable(config: TrainConfig) -> None:
-    """Raise UsageError for a network, loss, optimiser or augmentation policy that is not known, and
-    for an option that the chosen one does not read.
+    """Raise UsageError for a network, loss, optimiser or augmentation policy that is not known, for
+    an option that the chosen one does not read, and for a transform or callback that is none.
 
     `TrainConfig` cannot check these, as the implementations load torch.
     """
@@ -67,6 +73,9 @@ def require_usable(config: TrainConfig) -> None:
         LOSSES.check(config.loss)
     with _section("augment"):
         POLICIES.check(config.augment)
+    make_transforms(config.augment)
+    for name in config.callbacks:
+        require_callback(name)
 
 
 @contextmanager
@@ -136,14 +145,19 @@ def resolved_without_data(config: C) -> C:
 
 def _by_name(config: C) -> C:
     """The config with the defaults of what is chosen by name."""
+    loss, optimizer = LOSSES.filled(config.loss), optim.filled_optimizer(config.optimizer)
+    schedule, metric = SCHEDULES.filled(config.schedule), config.monitor.metric
+    mode = config.monitor.resolved_mode
+    # a user's own by its module: a later process finds it without that being imported already
     return dataclasses.replace(
         config,
+        model=dataclasses.replace(config.model, name=recorded_name(config.model.name)),
         augment=_augment(config.augment),
-        optimizer=optim.filled_optimizer(config.optimizer),
-        schedule=SCHEDULES.filled(config.schedule),
-        loss=LOSSES.filled(config.loss),
+        optimizer=dataclasses.replace(optimizer, name=OPTIMIZERS.recorded(optimizer.name)),
+        schedule=dataclasses.replace(schedule, name=SCHEDULES.recorded(schedule.name)),
+        loss=dataclasses.replace(loss, name=LOSSES.recorded(loss.name)),
         distill=_distill(config.distill),
-        monitor=dataclasses.replace(config.monitor, mode=config.monitor.resolved_mode),
+        monitor=dataclasses.replace(config.monitor, metric=METRICS.recorded(metric), mode=mode),
     )
 
 
@@ -173,6 +187,8 @@ def _own_dropout(name: str, network: nn.Module) -> float | None:
 
 def _augment(config: AugmentConfig) -> AugmentConfig:
     config = POLICIES.filled(config)
+    if config.policy is not None:
+        config = dataclasses.replace(config, policy=POLICIES.recorded(config.policy))
     if config.mixup > 0 and config.cutmix > 0:
         probability = config.resolved_cutmix_probability
         config = dataclasses.replace(config, cutmix_probability=probability)
@@ -192,6 +208,24 @@ def _loss(config: LossConfig, data: TrainingInput) -> LossConfig:
         there = data.train.weights is not None
         config = dataclasses.replace(config, sample_weights="on" if there else "off")
     return config
+
+
+def of_this_process(config: TrainConfig) -> list[str]:
+    """What a later process cannot find again, being of this script or notebook, in a line."""
+    values = flatten(yaml.safe_load(dump_yaml(config)))
+    found = dict.fromkeys(
+        key
+        for key, value in values.items()
+        for name in (value if isinstance(value, list) else [value])
+        if isinstance(name, str) and name.startswith((f"{MAIN}:", f"{OBJECT}:"))
+    )
+    if not found:
+        return []
+    opened = " or to open best.pth" if config.model.name.startswith((MAIN, OBJECT)) else ""
+    return [
+        f"note       this script or notebook alone has what {', '.join(found)} name: to resume"
+        f"{opened}, run it again, or put them into a module; an exported best.onnx needs no code"
+    ]
 
 
 RECORDED = {

@@ -33,6 +33,7 @@ from distcls.models.classifier import Classifier
 from distcls.models.config import AUTO, ModelConfig
 from distcls.models.matching import apply_weights
 from distcls.models.pretrained import is_published
+from distcls.registry import same_reference
 from distcls.training.checkpointing import (
     CheckpointManager,
     EpochModel,
@@ -50,6 +51,7 @@ from distcls.training.distributed import (
     sum_over_processes,
 )
 from distcls.training.engine import Engine
+from distcls.training.hooks import Callbacks
 from distcls.training.inputs import (
     TrainingInput,
     choose_preprocess,
@@ -68,7 +70,12 @@ from distcls.training.logging import (
     require_tracker,
 )
 from distcls.training.memory import compile_step, explain_out_of_memory, fit_into_memory
-from distcls.training.resolve import require_usable, resolved, with_recorded_recipe
+from distcls.training.resolve import (
+    of_this_process,
+    require_usable,
+    resolved,
+    with_recorded_recipe,
+)
 from distcls.training.schedule import make_schedule
 from distcls.training.signals import StopSignals
 from distcls.training.stability import EpochChecks
@@ -137,6 +144,8 @@ class Run:
     records: Records
     signals: StopSignals
     checks: EpochChecks
+    callbacks: Callbacks | None
+    """The user's, on the main process alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +164,9 @@ class Evaluation:
     """Of the chosen weights, likewise of the main process."""
 
 
-def fit(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
+def fit(
+    config: TrainConfig | None = None, /, *, transform: Any = None, **options: Any
+) -> TrainResult:
     """Train as `distcls train` does, from a script or a notebook.
 
         result = distcls.fit(data="photos/", out="runs/photos", epochs=20)
@@ -166,8 +177,11 @@ def fit(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
 
     Args:
         config: the config; by default `options` are all there is.
+        transform: a training transform of your own, `augment.transform`.
         options: the keys of `TrainConfig`, a section as a dict (`optimizer={"weight_decay": 0.1}`)
             or its `name` alone (`model="efficientnet_b0"`). They replace the values of `config`.
+            A model, loss, metric or callback of your own may be given as the function, class or
+            object itself (`callbacks=[...]`) instead of its name.
 
     Returns:
         How the run ended, with its history; the files are in `result.out`.
@@ -183,6 +197,8 @@ def fit(config: TrainConfig | None = None, /, **options: Any) -> TrainResult:
         )
     if config is None and "data" not in options:
         raise UsageError("data is missing: a folder of images, or a dataset directory")
+    if transform is not None:
+        options["augment.transform"] = transform
     layers = [] if config is None else [options_layer(TrainConfig, vars(config))]
     config = build(TrainConfig, *layers, options_layer(TrainConfig, options))
     require(not config.json, "json", config.json, "false: the result is returned")
@@ -251,9 +267,13 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> TrainingState:
         explain_out_of_memory(config, engine),
         explain_lost_processes(config.collective_timeout),
     ):
-        for line in [*banner(config, accelerator, data, preprocess, engine.summary()), *reasons]:
+        lines = banner(config, accelerator, data, preprocess, engine.summary())
+        for line in [*lines, *reasons, *of_this_process(config)]:
             say(line)
-        while state.epoch < epochs and not state.out_of_patience(config.monitor):
+        call_back(run, "on_train_start")
+        while not (
+            state.epoch >= epochs or state.out_of_patience(config.monitor) or state.stopped_by
+        ):
             began = time.perf_counter()
             figures = train_steps(run)
             evaluation = evaluate(run)
@@ -262,8 +282,11 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> TrainingState:
             [stop] = any_process(run.signals.received is not None)
             if stop and state.epoch < epochs:
                 _stop(run)
-    if state.epoch < epochs:
-        say(f"stopped early: no better {config.monitor.metric} in {config.monitor.patience} epochs")
+        call_back(run, "on_train_end")
+    if state.stopped_by:
+        say(f"stopped by the callback {state.stopped_by} after epoch {state.epoch} of {epochs}")
+    elif state.epoch < epochs:
+        say(f"stopped early: no better {config.monitor.figure} in {config.monitor.patience} epochs")
     return state
 
 
@@ -275,11 +298,37 @@ def _why_at_its_end(config: TrainConfig, state: TrainingState) -> str:
         patience = config.monitor.patience
         return (
             f"stopped early after epoch {state.epoch} of {config.epochs}, no better "
-            f"{config.monitor.metric} in {state.epochs_since_best} epochs (monitor.patience "
+            f"{config.monitor.figure} in {state.epochs_since_best} epochs (monitor.patience "
             f"{patience}); --monitor.patience N with more than "
             f"{state.epochs_since_best}, or null, continues"
         )
+    if any(same_reference(state.stopped_by, name) for name in config.callbacks):
+        return (
+            f"the callback {state.stopped_by} stopped it after epoch {state.epoch} of "
+            f"{config.epochs}; without that in `callbacks` it continues"
+        )
+    state.stopped_by = None
     return ""
+
+
+def call_back(run: Run, event: str) -> None:
+    """Call the user's callbacks on the main process; all processes have to call this.
+
+    Whether one asks to stop becomes part of the state. An error in one ends all processes.
+    """
+    state = run.state
+    if not run.config.callbacks:
+        return
+
+    def call() -> str | None:
+        assert run.callbacks is not None
+        facts = {"epoch": state.epoch, "step": state.step, "history": state.history}
+        best = {"best_epoch": state.best_epoch, "best_score": state.best_score}
+        return run.callbacks.call(event, **facts, **best)
+
+    asked = from_main(call)
+    if event != "on_train_end":
+        state.stopped_by = asked
 
 
 def train_steps(run: Run) -> dict[str, float]:
@@ -329,7 +378,7 @@ def evaluate(run: Run) -> Evaluation:
     """Evaluate the weights at the end of the epoch and choose those to save."""
     monitor = run.config.monitor
     metrics = run.engine.evaluate()
-    scores = {name: found.scalars()[monitor.metric] for name, found in metrics.items()}
+    scores = {name: found.scalars()[monitor.figure] for name, found in metrics.items()}
     losses = {name: found.scalars()["loss"] for name, found in metrics.items()}
     best = monitor.best_of(scores, losses)
     # the main process's figures, so that all processes draw the same conclusions from them
@@ -351,12 +400,12 @@ def decide(run: Run, figures: dict[str, float], evaluation: Evaluation, seconds:
     columns = {f"val_{name}": value for name, value in scalars.items()}
     if several:
         scores = evaluation.scores.items()
-        columns |= {f"val_{monitor.metric}_{name}": value for name, value in scores}
+        columns |= {f"val_{monitor.figure}_{name}": value for name, value in scores}
     row = {"epoch": state.epoch, "step": state.step, **figures, **columns, "seconds": seconds}
     state.history.append(row)
     best = state.judge(evaluation.score, monitor)
     mark = "" if not best else f"best ({evaluation.chosen})" if several else "best"
-    say(epoch_line(row, chosen(config.epochs), mark))
+    say(epoch_line(row, chosen(config.epochs), mark, monitor.figure))
     for problem in run.checks.problems(
         state.history, evaluation.metrics[evaluation.chosen], chosen(config.lr)
     ):
@@ -369,18 +418,21 @@ def decide(run: Run, figures: dict[str, float], evaluation: Evaluation, seconds:
         )
     rate = run.engine.end_epoch(state.step, improved=best)
     if rate is not None:
-        say(f"no better {monitor.metric}: the learning rate falls to {rate:.3g}")
+        say(f"no better {monitor.figure}: the learning rate falls to {rate:.3g}")
     return best
 
 
 def save_epoch(run: Run, evaluation: Evaluation, *, best: bool) -> None:
-    """Write the files of the epoch just finished; the training state comes last."""
+    """Write the files of the epoch just finished, and call the callbacks; the training state comes
+    last, with what they asked for."""
     tensors = run.engine.state_dict()
     run.records.line("epoch", **run.state.history[-1])
     weights = select_weights(tensors, evaluation.chosen)
     card = _card(run, evaluation)
     model = EpochModel(weights=weights, card=card, score=evaluation.score, best=best)
-    run.checkpoints.save_epoch(run.state, tensors, model)
+    run.checkpoints.save_epoch(
+        run.state, tensors, model, before_state=lambda: call_back(run, "on_epoch_end")
+    )
     run.records.curves(run.state.history)
 
 
@@ -407,6 +459,8 @@ def _set_up(
     if recorded is not None:
         config = dataclasses.replace(config, model=with_recorded_weights(config.model, recorded))
         config = with_recorded_recipe(config, recorded)
+        if missing := [name for name in recorded.get("callbacks") or () if not config.callbacks]:
+            warn(f"callbacks: the run had {', '.join(missing)}, and goes on without")
     weights = choose_weights(config, data.train, download=not resumed)
     known = weights.preprocess if weights is not None else None
     preprocess = choose_preprocess(config.input, data.train, known)
@@ -568,6 +622,7 @@ def open_run(
             records=records,
             signals=signals,
             checks=EpochChecks(data.classes if data.task.single else ()),
+            callbacks=Callbacks(config) if main else None,
         )
 
 

@@ -82,11 +82,27 @@ def uniforms(
     or worker. A counter-based generator: SplitMix64's finaliser (Steele, Lea, Flood: Fast
     splittable pseudorandom number generators, 2014) over a Weyl sequence.
     """
-    root = _mix(np.array([seed], np.uint64) * _WEYL + np.uint64(epoch))
-    keys = _mix(samples.astype(np.uint64) * _WEYL + root)
+    keys = _keys(seed, epoch, samples)
     numbers = np.arange(first + 1, first + draws + 1, dtype=np.uint64)
     counters = keys[:, None] + numbers[None, :] * _WEYL
     return ((_mix(counters) >> np.uint64(40)).astype(np.float32)) * np.float32(2**-24)
+
+
+SEED_NUMBER = 1 << 32
+"""The number in an image's sequence that its seed is, beyond all that `uniforms` is asked for."""
+
+
+def seeds(seed: int, epoch: int, samples: Indices) -> NDArray[np.uint32]:
+    """A seed for other generators for each sample, a function of (seed, epoch, sample) as well."""
+    number = np.array([SEED_NUMBER], np.uint64)
+    counters = _keys(seed, epoch, samples) + number * _WEYL
+    return (_mix(counters) >> np.uint64(32)).astype(np.uint32)
+
+
+def _keys(seed: int, epoch: int, samples: Indices) -> NDArray[np.uint64]:
+    """Where each sample's own sequence begins."""
+    root = _mix(np.array([seed], np.uint64) * _WEYL + np.uint64(epoch))
+    return _mix(samples.astype(np.uint64) * _WEYL + root)
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from distcls.config.schema import duration_in_steps, require_duration
-from distcls.errors import require
-from distcls.registry import Registry
+from distcls.errors import UsageError, require
+from distcls.registry import Registry, kind_of
 
-SCHEDULES: Registry[type[Schedule]] = Registry("schedule", "schedule.name")
+SCHEDULES: Registry[Any] = Registry("schedule", "schedule.name")
+register_schedule = SCHEDULES.register
+"""Decorate a function of (step, total_steps) that returns a fraction of `lr`, or a `Schedule`:
+`@distcls.register_schedule("name", warmup="5%")`; the options are the config keys that it reads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,6 +230,27 @@ class Constant(Schedule):
     """`peak` from the warm-up on."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfFunction(Schedule):
+    """A function of the user's: from (step, total_steps) to a fraction of `peak`."""
+
+    name: str
+    function: Callable[..., float]
+    options: dict[str, Any]
+    """The config keys that it was registered with, by which it is called too."""
+
+    def fraction(self, step: int) -> float:
+        """See `Schedule`. Raises UsageError for anything but a finite number of 0 or more."""
+        found = self.function(step, self.total_steps, **self.options)
+        valid = isinstance(found, int | float) and not isinstance(found, bool)
+        if not (valid and 0 <= found < math.inf):
+            raise UsageError(
+                f"schedule.name: {self.name} returned {found!r} for step {step}, expected a "
+                "fraction of lr, a number of 0 or more"
+            )
+        return float(found)
+
+
 def make_schedule(
     config: ScheduleConfig, peak: float, steps_per_epoch: int, epochs: int
 ) -> Schedule:
@@ -239,7 +264,18 @@ def make_schedule(
     if "milestones" in options:
         steps = [duration_in_steps(text, steps_per_epoch, total) for text in options["milestones"]]
         options["milestones"] = tuple(sorted(steps))
-    return entry.value(peak=peak, total_steps=total, warmup_steps=warmup, **options)
+    length: dict[str, Any] = {"peak": peak, "total_steps": total, "warmup_steps": warmup}
+    if isinstance(entry.value, type):
+        made = entry.value(**length, **options)
+        if isinstance(made, Schedule):
+            return made
+        raise UsageError(f"schedule.name: {config.name} is {kind_of(made)}, expected a Schedule")
+    if not callable(entry.value):
+        raise UsageError(
+            f"schedule.name: {config.name} is {kind_of(entry.value)}, expected a function of "
+            "(step, total_steps) or a subclass of Schedule"
+        )
+    return OfFunction(**length, name=config.name, function=entry.value, options=options)
 
 
 def _falling(progress: float, final: float) -> float:
