@@ -155,8 +155,7 @@ def test_the_examples_of_the_page(
     monkeypatch.chdir(tmp_path)
     small = 'epochs=1, model="simple_cnn", input={"size": 32}'
     variables: dict[str, Any] = {}
-    text, own = PAGE.read_text(encoding="utf-8").split("
-## Your own ")
+    text, own = PAGE.read_text(encoding="utf-8").split("\n## Your own ")
     examples = EXAMPLE.findall(text)
     examples = examples[next(i for i, example in enumerate(examples) if "fit(" in example) :]
     for example in examples:
@@ -172,10 +171,16 @@ def test_the_examples_of_the_page(
     assert variables["few"].count == 3
     assert variables["history"].index.tolist() == [1]
     assert variables["result"].out == Path("runs/again")
-    text, own = PAGE.read_text(encoding="utf-8").split("
-## Your own ")
-    examples = EXAMPLE.findall(text)
-    examples = examples[next(i for i, example in enumerate(examples) if "fit(" in example) :]
+    module, use = EXAMPLE.findall(own)
+    (tmp_path / "hooks.py").write_text(module)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with registered_here():
+        exec(use.replace("**own", 'epochs=2, input={"size": 32}, **own'), variables)
+        again = variables["own"] | {"transform": variables["augment"], "model": "hooks:tiny"}
+        found = fit(data="photos/", out="runs/v2", epochs=1, input={"size": 32}, **again)
+    assert len(capsys.readouterr().out.splitlines()) == variables["result"].epochs
+    assert found.history[0]["val_margin"] == found.best_score
+    assert "name: hooks:tiny" in Path("runs/own/config.yaml").read_text()
 
 
 def test_train_and_fit_are_one(fitted: TrainResult, digits: Path, tmp_path: Path) -> None:
