@@ -35,6 +35,10 @@ GROUPS = {
     "Prediction": ("load", "Predictor", "Prediction", "Predictions"),
     "Data": ("open_dataset", "prepare_dataset", "ImageDataset", "Example"),
     "Training": ("fit", "TrainConfig", "TrainResult"),
+    "Parts of your own": (
+        *("register_model", "register_loss", "register_metric"),
+        *("register_optimizer", "register_schedule"),
+    ),
     "Evaluation": ("evaluate_model", "EvaluationResult"),
     "Export": ("export_onnx", "ExportResult"),
     "Errors": ("DistclsError", "UsageError", "BadValue", "BadImage", "Stopped"),
