@@ -185,23 +185,29 @@ def test_wrong_usage_is_told(
 
 
 def test_several_inputs_are_named_as_given(
-    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     images, labels = tiny_dataset.coloured(4)
     tiny_dataset.write(tmp_path / "data", images, labels, tiny_onnx.COLOURS)
     (tmp_path / "list.csv").write_text("path\nin/007.png\n")
-    inputs = ["in/003.png", "./in/002.png", f"{folder}/001.png", "in", "in/00[0-1].png"]
+    Path("link").symlink_to("in")
+    inputs = ["in/003.png", "./in/002.png", f"{folder}/001.png", "in", "in/00[0-1].png", "link/."]
     flags = ["--model", str(model), "--out", "a.csv"]
     main([*inputs[:2], *flags, *inputs[2:], "list.csv"])  # before and after the flags
     rows = read(Path("a.csv"))
     names = [row["image_id"] for row in rows]
     every = [f"in/{index:03d}.png" for index in range(23)]
-    left = [name for name in every if name != "in/003.png"]
-    assert names == [*inputs[:3], *left, "list.csv/in/007.png"]
+    assert names == [*inputs[:3], every[0], *every[4:], "list.csv/in/007.png"]
     alone = {row["image_id"]: row["probability"] for row in run("in", model, tmp_path / "b.csv")}
     for row in rows:
         assert row["probability"] == alone[row["image_id"][-7:]]
+    told = "28 of the images are named again by another input, first in/001.png; each is taken once"
+    assert f"warning: {told}\n" in capsys.readouterr().err
     main(["data", "in/003.png", *flags[:2], "--out", "c.csv"])
     assert [row["image_id"] for row in read(Path("c.csv"))] == [
         *(f"data/image {index:04d}" for index in range(4)),
@@ -227,12 +233,34 @@ def test_several_inputs_are_images_of_one_source(
     assert joined.fingerprint() != before
     twice = JoinedSource([("a/", parts[0][1]), ("a/", parts[0][1])])
     assert len(twice) == 23
-    assert "warning: 23 of the images named are there twice" in capsys.readouterr().err
+    assert "warning: 23 of the images are named again by another input" in capsys.readouterr().err
 
 
-def test_a_missing_one_of_several_is_told(folder: Path, model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"none\.png: no such file"):
-        run(folder, model, tmp_path / "a.csv", str(tmp_path / "none.png"))
+def test_a_missing_image_of_several_is_a_row(
+    folder: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    inputs = ["in/003.png", "in/none.png", f"{tmp_path}/gone.jpg", "in/004.png"]
+    main([*inputs, "--model", str(model), "--out", "a.csv"])
+    told = "2 of the 4 inputs do not exist, first in/none.png; each is a row with an error"
+    assert f"warning: {told}\n" in capsys.readouterr().err
+    rows = read(Path("a.csv"))
+    assert [row["image_id"] for row in rows] == inputs
+    assert [bool(row["label"]) for row in rows] == [True, False, False, True]
+    assert rows[1]["error"] == rows[2]["error"] == "cannot be read: No such file or directory"
+    with pytest.raises(UsageError, match=r"^none of the 2 inputs exists, first in/none\.png$"):
+        main([*inputs[1:3], "--model", str(model), "--out", "b.csv"])
+    for other in ("folder", "list.csv", "in/9*.png"):  # which may stand for many images
+        with pytest.raises(UsageError, match=r"no such file or folder|no file matches"):
+            main([inputs[0], other, "--model", str(model), "--out", "b.csv"])
+    assert not Path("b.csv").exists()
+
+
+def test_a_split_is_of_a_dataset_directory(folder: Path, model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"split: .* is not a dataset directory"):
         run(folder / "001.png", model, tmp_path / "a.csv", str(folder), "--split", "val")
     assert not (tmp_path / "a.csv").exists()

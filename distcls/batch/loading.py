@@ -11,6 +11,7 @@ import contextlib
 import glob
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from distcls.batch.options import PredictOptions
 from distcls.batch.parts import EXECUTION, Fingerprint, read_fingerprint
 from distcls.data.formats.detect import open_source, registered_formats
 from distcls.data.formats.folder import FileSource, is_image_name
+from distcls.data.formats.remote import is_url
 from distcls.data.source import ImageSource, JoinedSource, with_decoder
 from distcls.errors import BadValue, DistclsError, UsageError
 from distcls.files import digest
@@ -37,7 +39,9 @@ from distcls.runtime.providers import ExecutionConfig, ExecutionRequest
 def open_inputs(options: PredictOptions) -> ImageSource:
     """The images of all inputs; those of several in order, their ids beginning with the input.
 
-    Raises UsageError for an input that is not there.
+    An image file that is not there is a row with its error if other inputs are: one file of
+    thousands may vanish after a shell has listed them. Raises UsageError for any other input that
+    is not there, or if none is.
     """
     if len(options.inputs) == 1:
         return open_source(options.inputs[0], options.split, options=options.opening)
@@ -53,13 +57,34 @@ def open_inputs(options: PredictOptions) -> ImageSource:
             parts.append(
                 (kind, FileSource(Path(kind), (text.removeprefix(kind) for text in group)))
             )
+    _tell_missing([text for text in options.inputs if _is_missing(text)], len(options.inputs))
     return JoinedSource(parts)
 
 
 def _kind_of_file(text: str) -> str | None:
     """`/` for an absolute path of an image file, empty for a relative one, None for all else."""
-    plain = is_image_name(text) and not registered_formats() and Path(text).is_file()
+    there = os.path.isfile(text)  # noqa: PTH113 - False for a name that no file can have
+    plain = _is_missing(text) or (is_image_name(text) and there)
+    plain = plain and not any(each.matches(text) for each in registered_formats().values())
     return text[: text.startswith("/")] if plain else None
+
+
+def _is_missing(text: str) -> bool:
+    """Whether it is the path of an image file that is not there."""
+    if not is_image_name(text) or is_url(text) or text.startswith("~"):
+        return False
+    return not glob.has_magic(text) and not os.path.lexists(text)
+
+
+def _tell_missing(missing: Sequence[str], inputs: int) -> None:
+    if not missing:
+        return
+    if len(missing) == inputs:
+        raise UsageError(f"none of the {inputs:,} inputs exists, first {missing[0]}")
+    log.warn(
+        f"{len(missing):,} of the {inputs:,} inputs {'does' if len(missing) == 1 else 'do'} not "
+        f"exist, first {missing[0]}; each is a row with an error"
+    )
 
 
 def _prefix(text: str, source: ImageSource) -> str:

@@ -109,6 +109,11 @@ class ImageSource(abc.ABC):
         """All images as one array, uint8 [N, height, width, 1 or 3]; None where there is none."""
         return None
 
+    def paths(self) -> Iterator[str] | None:
+        """The path of each image's file, links and `..` in its folders resolved; None where the
+        image ids alone tell images apart."""
+        return None
+
     def state(self) -> str:
         """A digest of the images' sizes and times, computed without reading their content.
 
@@ -198,17 +203,23 @@ class JoinedSource(ImageSource):
     """The images of several sources, one after the other, each with a prefix for its ids."""
 
     def __init__(self, parts: Sequence[tuple[str, ImageSource]]) -> None:
-        """An image id that occurs again is left out, with a warning."""
+        """An image that occurs again, by its path or its id, is left out, with a warning."""
         self._sources = [source for _, source in parts]
         self._ends = list(itertools.accumulate(map(len, self._sources)))
-        named = (prefix + name for prefix, source in parts for name in source.image_ids)
+        names = Names.of(prefix + name for prefix, source in parts for name in source.image_ids)
         first: dict[str, int] = {}
-        for place, name in enumerate(named):
-            first.setdefault(name, place)
-        self._image_ids = Names.of(first).printable()
+        again: list[int] = []
+        for place, key in enumerate(itertools.chain.from_iterable(map(_keys, parts))):
+            if first.setdefault(key, place) != place:
+                again.append(place)
         self._places = array.array("q", first.values())
-        if again := sum(map(len, self._sources)) - len(first):
-            log.warn(f"{again:,} of the images named are there twice or more; each is taken once")
+        if again:
+            log.warn(
+                f"{len(again):,} of the images are named again by another input, first "
+                f"{names.printable()[again[0]]}; each is taken once"
+            )
+            names = Names.of(names[place] for place in self._places)
+        self._image_ids = names.printable()
 
     @property
     def image_ids(self) -> Sequence[str]:
@@ -249,6 +260,25 @@ class JoinedSource(ImageSource):
         place = self._places[index]
         part = bisect.bisect_right(self._ends, place)
         return self._sources[part], place - (self._ends[part - 1] if part else 0)
+
+
+def _keys(part: tuple[str, ImageSource]) -> Iterable[str]:
+    """By which the images of a joined source are told apart."""
+    prefix, source = part
+    return source.paths() or (prefix + name for name in source.image_ids)
+
+
+def real_paths(folder: str, files: Iterable[str]) -> Iterator[str]:
+    """`ImageSource.paths` of files below a folder, where a URL is its own path."""
+    known: dict[str, str] = {}
+    for name in files:
+        if "://" in name:
+            yield name
+            continue
+        parent, _, last = name.rpartition("/")
+        if parent not in known:
+            known[parent] = os.path.realpath(os.path.join(folder, parent))  # noqa: PTH118 - fast
+        yield f"{known[parent]}/{last}"
 
 
 def to_rgb(pixels: Images) -> Images:

@@ -15,7 +15,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from distcls import log
@@ -28,6 +28,7 @@ from distcls.data.source import (
     Names,
     Rejected,
     natural_order,
+    real_paths,
     state_of,
 )
 from distcls.errors import UsageError
@@ -250,6 +251,10 @@ class FileSource(ImageSource):
     def read(self, index: int) -> bytes:
         """See `ImageSource`."""
         return read_file(self.folder / self.files[index])
+
+    def paths(self) -> Iterator[str]:
+        """See `ImageSource`."""
+        return real_paths(str(self.folder), self.files)
 
     def state(self) -> str:
         """See `ImageSource`."""

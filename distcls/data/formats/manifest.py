@@ -102,6 +102,9 @@ class ManifestSource(ListedSource):
         """See `ImageSource`."""
         return self._true_labels
 
+    def paths(self) -> None:
+        """See `ImageSource`: a row of a table stays a row, whatever else names its file."""
+
     def labelled(self, options: LabelOptions) -> LabelledImages:
         """See `ImageSource`; the table is read once more, with the columns that are named.
 

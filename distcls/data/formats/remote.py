@@ -24,7 +24,14 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from distcls.data.formats.folder import LeftOut, is_hidden, is_image_name
-from distcls.data.source import ImageSource, LabelledImages, LabelOptions, Names, state_of
+from distcls.data.source import (
+    ImageSource,
+    LabelledImages,
+    LabelOptions,
+    Names,
+    real_paths,
+    state_of,
+)
 from distcls.errors import BadImage, DistclsError, UsageError, did_you_mean
 from distcls.imaging.decode import SUFFIXES, read_file
 
@@ -192,6 +199,10 @@ class ListedSource(ImageSource):
         if _scheme(url) not in SCHEMES:
             raise BadImage(f"cannot be fetched: expected a path, or {', '.join(SCHEMES)}")
         return self._prefetcher.get(index)
+
+    def paths(self) -> Iterator[str] | None:
+        """See `ImageSource`."""
+        return None if is_url(self.base) else real_paths(self.base, self.files)
 
     def state(self) -> str:
         """See `ImageSource`; of the files alone, not of the URLs."""
