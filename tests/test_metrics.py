@@ -85,7 +85,7 @@ def test_equals_scikit_learn(case: tuple[NDArray[np.float32], NDArray[np.int64]]
         expected_top5 = top_k_accuracy_score(labels, logits, k=5, labels=classes)
         assert metrics.top5 == pytest.approx(expected_top5, rel=1e-12)
     else:
-        assert metrics.top5 == 1.0
+        assert "top5" not in metrics.scalars()  # it would be 1 whatever the model
 
 
 def test_loss_is_stable_where_exp_overflows() -> None:
@@ -146,7 +146,7 @@ def test_modes() -> None:
     assert default_mode("loss") == "min"
     assert default_mode("macro_f1") == "max"
     names = [name for name in METRICS.names() if name != "exact"]  # of a single label it is top-1
-    assert list(SingleLabelState(2).compute().scalars()) == names
+    assert list(SingleLabelState(6).compute().scalars()) == names
     with pytest.raises(UsageError, match="did you mean 'macro_f1'"):
         default_mode("macrof1")
 

@@ -161,7 +161,7 @@ def test_evaluate_is_what_predict_s_table_gives(
         counts = [[row["label:a"] for row in rows], [line.partition("|")[0] for line in truth]]
         hits = sum(a == b == "c2" for a, b in zip(*counts, strict=True))
         assert int(table[3][3]) == hits
-        assert found["top5"] == 1.0
+        assert "top5" not in found  # heads of three and four classes
         recall = found["per_class"]["a:c2"]["recall"]
         assert recall == pytest.approx(hits / counts[1].count("c2"))
     else:

@@ -47,6 +47,11 @@ def texts(source: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def five(source: Path) -> Path:
+    return multi_output.dataset(source, source.parent / "five", label_column="left")
+
+
+@pytest.fixture(scope="module")
 def tagged(source: Path) -> Path:
     return multi_output.dataset(source, source.parent / "tagged", **multi_output.TAGGED)
 
@@ -205,6 +210,11 @@ def test_mixed_labels_are_shares_of_two_images_labels(tagged: Path, augment: Aug
             "tagged",
             {"loss": BCE, "monitor": MonitorConfig(metric="top5")},
             r"^monitor\.metric: .* labels have no top5",
+        ),
+        (
+            "five",
+            {"monitor": MonitorConfig(metric="top5")},
+            r"^monitor\.metric: .* top5 is always 1 with five classes or fewer, choose top1",
         ),
         (
             "digits",

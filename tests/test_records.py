@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from distcls.training.checkpointing import _write_history
 from distcls.training.config import TrainConfig
 from distcls.training.logging import METRICS, Records
 from distcls.training.run import train
@@ -44,6 +45,14 @@ def test_lines_that_are_none_are_dropped_and_counted(
     Records(config, 2).close()
     assert path.read_text().splitlines() == good
     assert f"{path}: 6 of 8 lines are not those of a run and are dropped" in capsys.readouterr().err
+
+
+def test_epochs_with_other_figures_share_a_table(tmp_path: Path) -> None:
+    before = {"epoch": 1, "val_top1": 0.5, "val_top5": 1.0}  # as of a version that had top-5
+    now = {"epoch": 2, "val_top1": 0.75, "val_top1_average": 0.8}
+    _write_history(tmp_path / "history.csv", [before, now])
+    rows = (tmp_path / "history.csv").read_text().splitlines()
+    assert rows == ["epoch,val_top1,val_top1_average,val_top5", "1,0.5,,1.0", "2,0.75,0.8,"]
 
 
 def test_a_signal_while_the_files_are_closed_does_not_kill(

@@ -15,7 +15,7 @@ from distcls.evaluation.evaluate import EvaluateOptions, evaluate
 COMMAND = Command(
     options=EvaluateOptions,
     prog="distcls evaluate",
-    about="Measure a model on a split: loss, top-1, top-5, per-class precision, recall and F1.",
+    about="Measure a model on a split: loss, accuracy, per-class precision, recall and F1.",
     examples=(
         "distcls evaluate --model runs/photos --data runs/photos/dataset",
         "distcls evaluate --model best.onnx --data datasets/photos --split val --out evaluation",

@@ -46,8 +46,8 @@ class Metrics:
     """Fraction of the samples whose class has the greatest logit; for multi-head and multi-label
     the fraction of all decisions (a head's class, a label's yes or no) that are right."""
     top5: float | None
-    """Fraction of the samples whose class is among the greatest five logits (all of them if fewer),
-    the mean over the heads; None for labels."""
+    """Fraction of the samples whose class is among the greatest five logits, the mean over the
+    heads; None where it would always be 1 (see `has_top5`), and for labels."""
     count: int
     """Samples."""
     precision: Floats
@@ -156,6 +156,12 @@ for _name, _compute in {
     register_metric(_name, higher_is_better=_name != "loss")(_compute)
 EXACT = "exact"
 """The one that a single-label task does not have."""
+
+
+def has_top5(task: Task) -> bool:
+    """Whether top-5 accuracy says anything: one class of more than five is predicted."""
+    choices = max(part.stop - part.start for part in task.slices)
+    return task.kind != "multi_label" and choices > 5
 
 
 def default_mode(name: str) -> Mode:
@@ -332,7 +338,7 @@ class SingleLabelState:
         return Metrics(
             loss=self.loss_sum / max(1, count),
             top1=float(hits.sum()) / max(1, count),
-            top5=self.top5_hits / max(1, count),
+            top5=self.top5_hits / max(1, count) if self.num_classes > 5 else None,
             count=count,
             precision=_quotient(hits, predicted),
             recall=_quotient(hits, support),
@@ -377,6 +383,7 @@ class MultiHeadState:
     def compute(self) -> Metrics:
         """Means over the heads, and the figures of all their classes one after the other."""
         heads = [head.compute() for head in self._heads]
+        top5 = [head.top5_hits / max(1, head.count) for head in self._heads]
         total = len(self._task.classes)
         confusion = np.zeros((total, total), np.int64)
         for head, span in zip(heads, self._task.slices, strict=True):
@@ -384,7 +391,7 @@ class MultiHeadState:
         return Metrics(
             loss=float(np.mean([head.loss for head in heads])),
             top1=float(np.mean([head.top1 for head in heads])),
-            top5=float(np.mean([head.top5 or 0.0 for head in heads])),
+            top5=float(np.mean(top5)) if has_top5(self._task) else None,
             count=heads[0].count,
             precision=np.concatenate([head.precision for head in heads]),
             recall=np.concatenate([head.recall for head in heads]),

@@ -33,7 +33,7 @@ from distcls.data.formats.detect import open_source
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.data.source import ImageSource
 from distcls.errors import DistclsError, UsageError
-from distcls.evaluation.metrics import EXACT
+from distcls.evaluation.metrics import EXACT, has_top5
 from distcls.files import safe_names, writable
 from distcls.imaging import Color, Preprocess
 from distcls.imaging.preprocess import background_color
@@ -367,6 +367,8 @@ def check_compatibility(config: TrainConfig, task: Task) -> None:
         "multi_label": _multi_label_problem,
     }
     problem = rules[task.kind](config) or ("" if task.single else _multi_output_problem(config))
+    if not problem and config.monitor.metric == "top5" and not has_top5(task):
+        problem = "monitor.metric: top5 is always 1 with five classes or fewer, choose top1 or loss"
     if problem:
         key, _, reason = problem.partition(": ")
         raise UsageError(f"{key}: {config.data} {DESCRIPTIONS[task.kind]}; {reason}")
