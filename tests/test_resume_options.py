@@ -154,6 +154,30 @@ def test_a_renamed_class_is_refused_by_its_name(photos: Path, tmp_path: Path) ->
     assert "its 3 classes are the 3 of then without 'b' and with 'z'; train has" in said
 
 
+def test_edits_of_a_runs_config_are_not_ignored(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = prepared(photos, tmp_path / "data"), tmp_path / "run"
+    trained(data, out, "--epochs", "1")
+    path, flags = out / "config.yaml", ("--epochs", "1")
+    text = path.read_text()
+    decay = "  weight_decay: 0.05\n"
+    for edit, told in (
+        (f"{decay}  weight_decai: 1\n", "unknown key 'optimizer.weight_decai'; did you mean"),
+        ("  weight_decay: much\n", "optimizer.weight_decay: 'much' is not valid, expected a num"),
+        (
+            "  weight_decay: 0.1\n",
+            "optimizer.weight_decay was edited to 0.1, but the run began with 0.05; a resumed run",
+        ),
+    ):
+        path.write_text(text.replace(decay, edit))
+        assert refused(data, out, *flags).startswith(f"{path}: {told}")
+    path.write_text(text.replace("  prefetch: 3\n", "  ahead: 5\n"))  # a name of 0.1.0
+    capsys.readouterr()
+    went_on(data, out, *flags)
+    assert "ahead" not in capsys.readouterr().err
+
+
 def test_the_same_data_elsewhere_goes_on(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

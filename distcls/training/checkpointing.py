@@ -24,8 +24,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from distcls.config import dump_yaml
-from distcls.config.load import current_names, flatten, read_yaml
+from distcls.config import build, dump_yaml
+from distcls.config.load import Given, current_names, flatten, read_yaml
 from distcls.data.dataset import DataFingerprint
 from distcls.errors import DistclsError, UsageError
 from distcls.files import atomic_path, second_name, writable, write_text
@@ -259,6 +259,8 @@ class Resumption(NamedTuple):
     """`Engine.state_dict()`."""
     epochs: int
     """Of the config that the state was written with."""
+    before: dict[str, Any]
+    """That config, by dotted keys."""
     path: Path
 
 
@@ -323,6 +325,8 @@ class CheckpointManager:
                 )
             found = self._read(source, content["state"])
         state = found.state
+        if resume == "auto":
+            self._require_unedited(found)
         self._saved_step, self._saved_at = state.step, time.monotonic()
         say(f"resumed from {source} after step {state.step}, epoch {state.epoch}")
         return found
@@ -347,12 +351,11 @@ class CheckpointManager:
                 f"epochs: {self._config.epochs} given, but {path} has begun epoch {begun}; give "
                 f"{begun} or more, or start anew in another --out"
             )
-        return Resumption(state, content["tensors"], epochs, path)
+        return Resumption(state, content["tensors"], epochs, before, path)
 
     def _require_same_config(self, before: dict[str, Any], path: Path, *, with_data: bool) -> None:
         """Raise UsageError for a key that affects the result and is not what it was `before`."""
-        configs = (self._config, self._given)
-        after, unresolved = (flatten(yaml.safe_load(dump_yaml(each))) for each in configs)
+        after, unresolved = map(_dotted, (self._config, self._given))
         differing = [
             key
             for key in {**after, **before}  # a mapping's keys may be in one of them alone
@@ -376,6 +379,22 @@ class CheckpointManager:
             f"{key}: {after.get(key)!r} {how}, but {path} was written with {before.get(key)!r}"
             f"{more}; a resumed run keeps its config: give it as it was, or {anew}"
         )
+
+    def _require_unedited(self, found: Resumption) -> None:
+        """Raise UsageError for a value of config.yaml that was edited and would be ignored."""
+        path = self._config.out / CONFIG
+        if not path.exists():
+            return
+        edited = read_recorded(path)
+        values = _dotted(build(TrainConfig, edited))
+        known = [found.before, *map(_dotted, (self._config, self._given))]
+        for key in edited.keys() & values.keys() - {"data"}:
+            if not _may_change(key) and values[key] not in [each.get(key) for each in known]:
+                raise UsageError(
+                    f"{path}: {key} was edited to {values[key]!r}, but the run began with "
+                    f"{found.before.get(key)!r}; a resumed run keeps its config: undo the edit, or "
+                    "start anew in another --out"
+                )
 
     def _require_same_data(self, state: TrainingState, before: dict[str, Any], path: Path) -> None:
         """Raise UsageError if the state was trained on other data, as far as that is known."""
@@ -512,18 +531,28 @@ class CheckpointManager:
 def recorded_config(config: TrainConfig) -> dict[str, Any] | None:
     """The resolved config, by dotted keys, of the run that is to be resumed; None to start anew.
 
-    Raises UsageError if that file cannot be read.
+    Raises UsageError if that file cannot be read, or was edited to what is no config.
     """
     if config.resume == "none" or (config.resume == "auto" and not states(config.out / LAST)):
         return None
     if config.resume == "auto":  # written before the first state; a state would be read twice
         path = config.out / CONFIG
-        values = read_yaml(path) if path.exists() else {}
-        return current_names({key: given.value for key, given in values.items()})
+        recorded = read_recorded(path) if path.exists() else {}
+        return {key: given.value for key, given in recorded.items()}
     state = load_tensors(Path(config.resume)).get("state")
     saved = state.get("config") if isinstance(state, dict) else None
     values = yaml.safe_load(saved) if isinstance(saved, str) else {}
     return current_names(flatten(values)) if isinstance(values, dict) else {}
+
+
+def read_recorded(path: Path) -> dict[str, Given]:
+    """The values of a run's config.yaml by dotted keys, under their present names.
+
+    Raises UsageError, as for a `--config`, for an unknown key or a value that does not fit.
+    """
+    values = current_names(read_yaml(path))
+    build(TrainConfig, values)
+    return values
 
 
 def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -565,6 +594,11 @@ def _to_content(
 ) -> dict[str, Any]:
     """Everything a later process needs, as plain values and tensors."""
     return {"config": dump_yaml(config), "progress": state.to_plain(), "tensors": tensors}
+
+
+def _dotted(config: TrainConfig) -> dict[str, Any]:
+    """A config by dotted keys, as a file holds it."""
+    return flatten(yaml.safe_load(dump_yaml(config)))
 
 
 def _may_change(key: str) -> bool:
