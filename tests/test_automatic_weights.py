@@ -189,9 +189,19 @@ def test_a_resumed_run_needs_no_weights(
     assert "training from scratch" not in capsys.readouterr().err
 
 
-def test_show_is_given_what_a_run_is_given(stored: Path, photos: Path, tmp_path: Path) -> None:
-    flags = ("--batch-size", "4", "--count", "4")
+def test_show_needs_the_preprocessing_of_the_weights_alone(
+    hub: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(pretrained, "_require_answer", asked.append)
+    flags = ("--batch-size", "4", "--count", "4", "--model", "resnet18")
     show([str(photos), "--out", str(tmp_path / "a.png"), *flags])
+    assert asked == []
+    assert "preprocessing of ResNet18_Weights.IMAGENET1K_V1\n" in (capsys.readouterr().err)
     assert (tmp_path / "a.png").exists()
 
 

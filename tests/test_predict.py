@@ -206,7 +206,7 @@ def test_several_inputs_are_named_as_given(
     alone = {row["image_id"]: row["probability"] for row in run("in", model, tmp_path / "b.csv")}
     for row in rows:
         assert row["probability"] == alone[row["image_id"][-7:]]
-    told = "28 of the images are named again by another input, first in/001.png; each is taken once"
+    told = "28 images are named again by another input, first in/001.png; each is taken once"
     assert f"warning: {told}\n" in capsys.readouterr().err
     main(["data", "in/003.png", *flags[:2], "--out", "c.csv"])
     assert [row["image_id"] for row in read(Path("c.csv"))] == [
@@ -233,7 +233,7 @@ def test_several_inputs_are_images_of_one_source(
     assert joined.fingerprint() != before
     twice = JoinedSource([("a/", parts[0][1]), ("a/", parts[0][1])])
     assert len(twice) == 23
-    assert "warning: 23 of the images are named again by another input" in capsys.readouterr().err
+    assert "warning: 23 images are named again by another input" in capsys.readouterr().err
 
 
 def test_a_missing_image_of_several_is_a_row(

@@ -214,9 +214,10 @@ class JoinedSource(ImageSource):
                 again.append(place)
         self._places = array.array("q", first.values())
         if again:
+            count = "1 image is" if len(again) == 1 else f"{len(again):,} images are"
             log.warn(
-                f"{len(again):,} of the images are named again by another input, first "
-                f"{names.printable()[again[0]]}; each is taken once"
+                f"{count} named again by another input, first {names.printable()[again[0]]}; "
+                "each is taken once"
             )
             names = Names.of(names[place] for place in self._places)
         self._image_ids = names.printable()

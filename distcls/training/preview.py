@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distcls.log import say
 from distcls.plotting import shorten
 from distcls.system import available_cores
 from distcls.task import Task
@@ -49,12 +50,15 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
 
     They are those of a run with this config, on any number of processes: the same images in the
     same order with the same augmentation, on the device that would train. Full batches are
-    computed, as mixup needs an image's neighbour. Raises UsageError as `train` does.
+    computed, as mixup needs an image's neighbour. Published weights are not downloaded: only their
+    preprocessing counts, as in a run that has them. Raises UsageError as `train` does.
     """
     require_usable(config)
     data = open_input(config)
-    weights = choose_weights(config, data.train)
+    weights = choose_weights(config, data.train, download=False)
     known = None if weights is None else weights.preprocess
+    if weights is not None:
+        say(f"preprocessing of {weights.source}")
     preprocess = choose_preprocess(config.input, data.train, known)
     config, _ = fill_recipe(
         config,
