@@ -138,7 +138,12 @@ def writable(folder: Path) -> Iterator[None]:
             f"{error.filename or folder} cannot be written: permission denied"
         ) from error
     except (NotADirectoryError, FileExistsError) as error:  # mkdir's error for the same mistake
-        raise UsageError(f"{folder} cannot hold files: part of it is a file") from error
+        place = Path(error.filename2 or error.filename or folder)
+        file = next((each for each in (place, *place.parents) if each.is_file()), place)
+        raise UsageError(f"{file} is a file, expected a folder") from error
+    except IsADirectoryError as error:
+        place = error.filename2 or error.filename or folder
+        raise UsageError(f"{place} is a folder, expected the name of a file") from error
     except OSError as error:
         if error.errno is None:
             raise

@@ -301,7 +301,7 @@ def test_a_users_own_export_and_launch_are_not_ours(
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith(f"\n{len(COMMANDS) + 4} helped\n")
     result = distcls("export", "--ckpt", "missing.pth", "--quiet", folder=here)
-    assert (result.returncode, result.stderr) == (2, "error: missing.pth: no such file\n")
+    assert (result.returncode, result.stderr) == (2, "error: ckpt: missing.pth does not exist\n")
 
 
 @pytest.mark.parametrize(("command", "files"), [("recipes", RECIPES), ("templates", TEMPLATES)])

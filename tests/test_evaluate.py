@@ -168,6 +168,13 @@ def test_an_evaluation_is_never_replaced_silently(
     second = figures(capsys, model, data, "--limit", "9", "--out", str(out), "--overwrite")
     assert (first["count"], second["count"]) == (COUNT, 9)
     assert json.loads((out / "metrics.json").read_text()) == second
+    (out / "confusion.csv").unlink()
+    (out / "confusion.csv").mkdir()
+    with pytest.raises(
+        UsageError, match=r"confusion\.csv is a folder, expected the name of a file"
+    ):
+        main(["--model", str(model), "--data", str(data), "--out", str(out), "--overwrite"])
+    assert json.loads((out / "metrics.json").read_text()) == second
 
 
 @pytest.mark.parametrize(

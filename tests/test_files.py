@@ -193,11 +193,14 @@ def test_a_full_disk_names_the_path_and_the_free_space(tmp_path: Path) -> None:
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     below_file = tmp_path / "file" / "below"
-    with pytest.raises(UsageError, match="part of it is a file"):
+    with pytest.raises(UsageError, match="file is a file, expected a folder"):
         require_writable(below_file)
-    with pytest.raises(UsageError, match="part of it is a file"):
+    with pytest.raises(UsageError, match="file is a file, expected a folder"):
         write_text(below_file / "a.txt", "x")
-    with pytest.raises(UsageError, match="part of it is a file"), atomic_folder(below_file):
+    with (
+        pytest.raises(UsageError, match="file is a file, expected a folder"),
+        atomic_folder(below_file),
+    ):
         pytest.fail("the block must not run")
     with pytest.raises(DistclsError, match=r"/proc.*MiB free"):
         require_writable(Path("/proc/distcls"))
@@ -275,7 +278,7 @@ def test_an_output_that_vanishes_while_it_is_claimed_is_made_anew(
 def test_what_cannot_be_an_output(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(UsageError, match="part of it is a file"),
+        pytest.raises(UsageError, match="file is a file, expected a folder"),
         claimed_output(tmp_path / "file" / "run", "busy"),
     ):
         pass

@@ -281,11 +281,21 @@ def test_a_folder_of_something_else_is_left_alone(
 ) -> None:
     out = tmp_path / "pre.csv"
     parts_folder(out).mkdir()
-    (parts_folder(out) / "thesis.txt").write_text("precious")
+    thesis = parts_folder(out) / "thesis.txt"
+    thesis.write_text("precious")
     for more in ({}, {"overwrite": True}, {"resume": True}):
         with pytest.raises(UsageError, match=r"thesis\.txt is in the way"):
             run(options(folder, model, out, **more))
-    assert (parts_folder(out) / "thesis.txt").read_text() == "precious"
+    assert thesis.read_text() == "precious"
+    thesis.unlink()
+    (parts_folder(out) / "00000000.csv").mkdir()  # with the name of a part
+    with pytest.raises(UsageError, match=r"/00000000\.csv is in the way"):
+        run(options(folder, model, out, overwrite=True))
+    (parts_folder(out) / "00000000.csv").rmdir()
+    parts_folder(out).rmdir()
+    parts_folder(out).write_text("a file")
+    with pytest.raises(UsageError, match=r"/pre\.csv\.parts is a file, expected a folder"):
+        run(options(folder, model, out))
 
 
 def test_nothing_readable_leaves_nothing(tmp_path: Path, model: Path) -> None:

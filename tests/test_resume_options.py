@@ -324,20 +324,38 @@ def test_tensors_of_another_network_are_one_line(digits: Path, tmp_path: Path) -
         assert "its tensors are not those of this run: " in said
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "best.pth", "last"])
-def test_a_folder_that_holds_a_run_is_refused_before_torch_loads(name: str, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).write_text("")
-    program = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from distcls.cli import run\n"
-        "from distcls.commands.train import main\n"
-        f"run(main, ['--data', 'data', '--out', {str(tmp_path / 'run')!r}])"
+CHECKS = """
+import sys
+sys.modules["torch"] = None
+from distcls.commands.show import main as show
+from distcls.commands.train import main as train
+from distcls.errors import UsageError
+for command, flags in ((train, ["--data", "photos"]), (show, [])):
+    for line in sys.argv[1:] if command is train else sys.argv[-2:]:
+        try:
+            command([*flags, *line.split()])
+        except UsageError as error:
+            print(error)
+"""
+
+
+def test_wrong_paths_are_refused_before_torch_loads(photos: Path, tmp_path: Path) -> None:
+    told = {}
+    for name in ("config.yaml", "best.pth", "last"):
+        (tmp_path / name[:4]).mkdir()
+        (tmp_path / name[:4] / name).write_text("")
+        advice = "choose another --out, or continue it with --resume auto"
+        told[f"--out {name[:4]}"] = f"{name[:4]} holds a run already ({name}); {advice}"
+    told["--out last/last/deeper"] = "out: last/last is a file, expected a folder"
+    for key in ("resume", "distill.teacher"):
+        told[f"--{key} none.pth"] = f"{key}: none.pth does not exist"
+    told["--model.pretrained imagenet"] = (
+        "model.pretrained: imagenet does not exist; auto takes the network's published weights"
     )
-    call = [sys.executable, "-c", program]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"error: {tmp_path}/run holds a run already ({name}); choose another --out, or continue it "
-        "with --resume auto\n"
-    )
+    told["--data phtos"] = "data: phtos: no such file or folder (digits is the bundled data set)"
+    url = "gs://bucket/photos"
+    told[f"--data {url}"] = f"data: {url}: a dataset is prepared from local files; copy them here"
+    call = [sys.executable, "-c", CHECKS, *told]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.splitlines() == [*told.values(), *list(told.values())[-2:]]
+    assert not done.stderr

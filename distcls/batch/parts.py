@@ -218,7 +218,11 @@ def open_parts(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Parts]:
     parts = Parts(out)
     remove_stale_parts(parts.folder)
     with _locked(parts.folder, out):
-        unexpected = [path for path in parts.folder.iterdir() if not _OURS.fullmatch(path.name)]
+        unexpected = [
+            path
+            for path in parts.folder.iterdir()
+            if path.is_dir() or not _OURS.fullmatch(path.name)
+        ]
         if unexpected:
             raise UsageError(f"{unexpected[0]} is in the way of what --out {out} writes beside it")
         if overwrite:

@@ -11,7 +11,7 @@ from distcls import log
 from distcls.cli import run
 from distcls.config import Command, positional
 from distcls.errors import UsageError, require
-from distcls.training.config import GROUPS, TrainConfig
+from distcls.training.config import GROUPS, TrainConfig, require_data
 
 MOST = 400
 """Most images in the grid: more would take minutes to draw and be too small to see."""
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, compute the images, draw."""
     config = COMMAND.parse(arguments)
     log.set_quiet(config.quiet)
+    require_data(config)
     check_output(config)
     from distcls.plotting import Tile, draw_grid
     from distcls.training.inputs import prepared

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from distcls import log
 from distcls.cli import run
 from distcls.config import Command
-from distcls.training.config import GROUPS, TrainConfig, require_free
+from distcls.training.config import GROUPS, TrainConfig, require_places
 
 COMMAND = Command(
     options=TrainConfig,
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     """The command."""
     config = COMMAND.parse(arguments)
     log.set_quiet(config.quiet)
-    require_free(config.out, config.resume)
+    require_places(config)
     from distcls.training.run import train  # torch loads once the config is known to be right
 
     result = train(config)

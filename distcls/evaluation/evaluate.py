@@ -415,6 +415,8 @@ def _require_new_output(options: EvaluateOptions) -> None:
     there = [options.out / name for name in FILES if (options.out / name).exists()]
     if not options.overwrite and there:
         raise UsageError(f"{there[0]} exists already; choose another --out or add --overwrite")
+    if folders := [path for path in there if path.is_dir()]:
+        raise UsageError(f"{folders[0]} is a folder, expected the name of a file")
     if log.rank() == 0:
         require_writable(options.out)
 

@@ -181,6 +181,10 @@ def export(options: ExportOptions) -> Certificate | AccuracyCertificate:
     """
     if options.target.exists() and not options.overwrite:
         raise UsageError(f"{options.target} exists already; --overwrite replaces it")
+    if options.target.is_dir():
+        raise UsageError(f"out: {options.target} is a folder, expected the name of a file")
+    if not options.checkpoint.exists():
+        raise UsageError(f"ckpt: {options.ckpt} does not exist")
     from distcls.data.dataset import Dataset
     from distcls.evaluation.classes import match_classes
     from distcls.export.certificate import load_images, spread_indices

@@ -11,11 +11,18 @@ from distcls.errors import require
 SMALL_INPUT = 64
 """Up to this many pixels per side, the stem keeps the resolution (stride 1) by default."""
 AUTO = "auto"
+LIBRARY = "library"
+"""Value of `model.pretrained`: the best weights that the network's own library publishes."""
 OFFLINE = "DISTCLS_OFFLINE"
 """Environment variable: no weights are downloaded, only the libraries' caches are read."""
 SMALLEST_PRETRAINED = 64
 """Inputs with a shorter side start from scratch under `model.pretrained: auto`: published weights
 are for inputs of about 224."""
+
+
+def is_published(value: str | None) -> bool:
+    """Whether a value of `model.pretrained` means weights of a library, no file."""
+    return value is not None and value.partition(":")[0] in (AUTO, LIBRARY, "torchvision", "timm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

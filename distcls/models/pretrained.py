@@ -27,7 +27,7 @@ from distcls.imaging import Preprocess
 from distcls.imaging.preprocess import Interpolation, Resize
 from distcls.log import say
 from distcls.models.checkpoint import load_tensors, read_checkpoint
-from distcls.models.config import AUTO, OFFLINE, ModelConfig
+from distcls.models.config import AUTO, LIBRARY, OFFLINE, ModelConfig, is_published
 from distcls.models.factory import torchvision_parameters
 from distcls.models.registry import Origin, resolve
 
@@ -41,8 +41,6 @@ INTERPOLATIONS: dict[str, Interpolation] = {
 where it shrinks, as `area` alone does of OpenCV's (tests/test_weights.py measures it)."""
 RESIZES: dict[str, Resize] = {"center": "crop", "squash": "squash", "border": "pad"}
 """timm's crop modes."""
-LIBRARY = "library"
-"""Value of `model.pretrained`: the best weights that the network's own library publishes."""
 CONNECT_SECONDS = 3.0
 """Limit on a server's first answer, which is asked for once before a download."""
 ANSWER_SECONDS = 8.0
@@ -71,11 +69,6 @@ class Weights:
     """Whether the tensors come in the order in which their network registered them."""
     notes: tuple[str, ...] = ()
     """What else the file says that the user should know."""
-
-
-def is_published(value: str | None) -> bool:
-    """Whether a value of `model.pretrained` means weights of a library, no file."""
-    return value is not None and value.partition(":")[0] in (AUTO, LIBRARY, "torchvision", "timm")
 
 
 def find_weights(config: ModelConfig, *, download: bool = True) -> Weights | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -20,7 +21,7 @@ from distcls.imaging.preprocess import (
     background_color,
     require_color,
 )
-from distcls.models.config import ModelConfig
+from distcls.models.config import ModelConfig, is_published
 from distcls.registry import Registry
 from distcls.training.schedule import ScheduleConfig
 
@@ -664,3 +665,54 @@ def require_free(out: Path, resume: str) -> None:
             f"{out} holds a run already ({found[0]}); choose another --out, or continue it with "
             "--resume auto"
         )
+
+
+def require_places(config: TrainConfig) -> None:
+    """Raise UsageError for a path of the config that cannot work, before torch loads or an image is
+    read: `out` holds a run or is a file, or data, state, weights or teacher do not exist."""
+    require_free(config.out, config.resume)
+    nearest = next(each for each in (config.out, *config.out.parents) if each.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"out: {nearest} is a file, expected a folder")
+    require_data(config)
+    pretrained = config.model.pretrained
+    files = {
+        "resume": None if config.resume in ("none", "auto") else config.resume,
+        "model.pretrained": None if is_published(pretrained) else pretrained,
+        "distill.teacher": config.distill.teacher,
+    }
+    for key, file in files.items():
+        if file is not None and not Path(file).exists():
+            hint = "; auto takes the network's published weights" * (key == "model.pretrained")
+            raise UsageError(f"{key}: {file} does not exist{hint}")
+
+
+def require_data(config: TrainConfig) -> None:
+    """Raise UsageError if `data` is no dataset directory and nothing that `prepare` reads."""
+    from distcls.data.dataset import IN_RUN, is_dataset  # `--help` needs none of it
+    from distcls.data.formats.detect import format_of
+
+    text = unprepared(config)
+    if text is None or (config.resume == "auto" and is_dataset(config.out / IN_RUN)):
+        return
+    try:
+        format_of(text)
+    except UsageError as error:
+        raise UsageError(f"data: {error}") from error
+
+
+def unprepared(config: TrainConfig) -> str | None:
+    """What has to be prepared before training; None where `data` is a dataset directory.
+
+    Raises UsageError for a URL.
+    """
+    from distcls.data.dataset import IN_RUN, is_dataset
+
+    if is_dataset(config.data) or is_dataset(config.data / IN_RUN):
+        return None
+    there = config.data.exists()
+    url = re.match(r"(\w\w+):/+", str(config.data))  # pathlib leaves one slash of two
+    if url and not there:
+        address = f"{url[1]}://{str(config.data)[url.end() :]}"
+        raise UsageError(f"data: {address}: a dataset is prepared from local files; copy them here")
+    return str(config.data) if there or config.source is None else config.source

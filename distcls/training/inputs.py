@@ -50,6 +50,7 @@ from distcls.training.config import (
     SMALLEST_INPUT,
     InputConfig,
     TrainConfig,
+    unprepared,
 )
 from distcls.training.sampler import Indices
 
@@ -127,13 +128,9 @@ def _unprepared(config: TrainConfig) -> tuple[str, ImageSource | UsageError] | N
 
     Of a run that is continued the source may be gone: then with the error that tells so.
     """
-    if is_dataset(config.data) or is_dataset(config.data / IN_RUN):
+    text = unprepared(config)
+    if text is None:
         return None
-    text = str(config.data)
-    if re.match(r"\w\w+:/", text) and not config.data.exists():  # pathlib leaves one slash of two
-        raise UsageError(f"data: {text}: a dataset is prepared from local files; copy them here")
-    if config.source is not None and not config.data.exists():
-        text = config.source
     try:
         with log.hushed():  # `prepare` says what was recognised and left out
             return text, open_source(text)

@@ -30,9 +30,8 @@ from distcls.log import say, warn
 from distcls.model_card import ModelCard
 from distcls.models import factory
 from distcls.models.classifier import Classifier
-from distcls.models.config import AUTO, ModelConfig
+from distcls.models.config import AUTO, ModelConfig, is_published
 from distcls.models.matching import apply_weights
-from distcls.models.pretrained import is_published
 from distcls.registry import same_reference
 from distcls.training.checkpointing import (
     CheckpointManager,
@@ -41,7 +40,7 @@ from distcls.training.checkpointing import (
     TrainingState,
     recorded_config,
 )
-from distcls.training.config import TrainConfig, chosen, require_free
+from distcls.training.config import TrainConfig, chosen, require_free, require_places
 from distcls.training.distributed import (
     any_process,
     explain_lost_processes,
@@ -213,9 +212,9 @@ def train(config: TrainConfig) -> TrainResult:
     step, and where another run writes the run directory; Stopped when a signal ended the run and
     its state is saved.
     """
+    require_places(config)
     require_usable(config)
     require_tracker(config.tracker)
-    require_free(config.out, config.resume)
     accelerator = start(config)
     asked, config = config, from_main(lambda: place(config))
     try:

@@ -80,8 +80,9 @@ def test_a_run_goes_on_with_it(photos: Path, capsys: pytest.CaptureFixture[str])
 def test_what_a_failed_start_prepared_is_taken_by_the_next_one(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UsageError, match=r"nowhere\.pth"):
-        train(photos, "--out", "runs/a", "--model.pretrained", "nowhere.pth")
+    Path("damaged.pth").write_text("no weights")
+    with pytest.raises(UsageError, match=r"damaged\.pth"):
+        train(photos, "--out", "runs/a", "--model.pretrained", "damaged.pth")
     train(photos, "--out", "runs/a")
     assert "as prepared before in runs/a/dataset" in capsys.readouterr().err
     for path in Path("runs/a").glob("[!d]*"):  # all but the dataset
@@ -134,9 +135,9 @@ def test_without_out_each_run_has_a_new_directory(
         ("phtos", [], r"data: phtos: no such file or folder"),
         ("photos/red", [], r"data: photos/red: its images lie in no class folder"),
         (".", [], r"out: runs/\S+-1 lies inside \., the data; choose another --out"),
-        ("photos", ["--model.pretrained", "nowhere.pth"], r"nowhere\.pth: no such file"),
+        ("photos", ["--model.pretrained", "nowhere.pth"], r"nowhere\.pth does not exist"),
         ("photos", ["--resume", "auto"], r"resume: 'auto' is not valid, expected none without"),
-        ("s3://bucket/photos", [], r"data: s3:/bucket/photos: a dataset is prepared from local"),
+        ("s3://bucket/photos", [], r"data: s3://bucket/photos: a dataset is prepared from local"),
     ],
 )
 def test_a_mistake_leaves_no_new_run_directory(

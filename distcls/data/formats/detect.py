@@ -130,9 +130,17 @@ def _open(location: str, split: str | None, format: str, options: OpenOptions) -
         )
     if format != "auto":
         return _open_as(location, format, options)
+    return format_of(location).open(location, options)
+
+
+def format_of(location: str) -> Format:
+    """The first format that recognises a location; nothing is opened.
+
+    Raises UsageError if none does.
+    """
     for candidate in (*registered_formats().values(), *FORMATS.values()):
         if candidate.matches(location):
-            return candidate.open(location, options)
+            return candidate
     raise UsageError(f"{location}: no such file or folder (digits is the bundled data set)")
 
 
