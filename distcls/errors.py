@@ -85,22 +85,13 @@ def is_count(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
-NEAREST = 5
-"""Of many choices, how many `did_you_mean` shows in the order of their spelling."""
-
-
-def did_you_mean(name: str, choices: Iterable[str], most: int = 12, *, sort: bool = False) -> str:
-    """A clause to follow an unknown name: the nearest choice, and the choices if they are few.
-
-    Of many the first ones are shown; with `sort` those that are spelt most like the name.
-    """
+def did_you_mean(name: str, choices: Iterable[str], most: int = 12) -> str:
+    """A clause to follow an unknown name: the nearest choice, and the choices if they are few; of
+    many the first ones."""
     known = list(choices)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     clause = f"; did you mean {near[0]!r}?" if near else ""
     if known and (len(known) <= most or not near):
-        if sort and len(known) > most:
-            most = NEAREST
-            known = difflib.get_close_matches(name, known, n=most + 1, cutoff=0.0)
         shown = ", ".join(known[:most]) + (", ..." if len(known) > most else "")
         clause += f" (choices: {shown})"
     return clause

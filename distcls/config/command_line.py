@@ -149,9 +149,11 @@ class Command(Generic[C]):
 
     def _unexpected(self, unknown: list[str], fields: list[Leaf]) -> str:
         word = next((word for word in unknown if word.startswith("-")), unknown[0])
-        names = [_flag(leaf) for leaf in fields] + ["--config", "--print-config"] * self.config
+        known = {leaf.key: _shown(leaf) for leaf in fields}
+        if self.config:
+            known |= {"config": "--config", "print_config": "--print-config"}
         name = word.partition("=")[0]
-        hint = suggestion(name, names) if name.startswith("-") else ""
+        hint = suggestion(name, known) if name.startswith("-") else ""
         return f"unexpected argument {word!r}{hint}; see {self.prog} --help"
 
     def _parser(self, fields: list[Leaf]) -> argparse.ArgumentParser:

@@ -143,7 +143,9 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
     for key, (raw, source) in given.items():
         if key not in known:
             _refuse_section(key, source, known)
-            raise UsageError(f"{source}: unknown key {key!r}{suggestion(key, known)}")
+            raise UsageError(
+                f"{source}: unknown key {key!r}{suggestion(key, {each: each for each in known})}"
+            )
         try:
             values[key] = convert(raw, known[key].type)
         except Mismatch:
