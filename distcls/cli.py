@@ -157,6 +157,10 @@ COMMANDS = {
     ),
     "evaluate": ("distcls.commands.evaluate", "metrics of a .pth or .onnx model on a split"),
     "export": ("distcls.commands.export", "best.pth to best.onnx, compared on real images"),
+    "export-triton": (
+        "distcls.commands.triton",
+        "best.onnx into a model repository for Triton or KServe",
+    ),
     "predict": ("distcls.commands.predict", "predictions for many images as CSV, JSONL or Parquet"),
     "recipes": (
         "distcls.commands.shipped:RECIPES_COMMAND",
@@ -175,7 +179,7 @@ HELP = f"""usage: distcls COMMAND [options]
 From a folder of images to a served, verified classifier.
 
 commands:
-{chr(10).join(f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items())}
+{chr(10).join(f"  {name:<13} {about}" for name, (_, about) in COMMANDS.items())}
 
 `distcls COMMAND --help`, or `distcls help COMMAND`, lists a command's options.
 Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by a signal and ready to resume.

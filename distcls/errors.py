@@ -14,6 +14,7 @@ traceback.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from numbers import Integral
 
@@ -89,7 +90,9 @@ def did_you_mean(name: str, choices: Iterable[str], most: int = 12) -> str:
     """A clause to follow an unknown name: the nearest choice, and the choices if they are few; of
     many the first ones."""
     known = list(choices)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    # `triton` is meant for `export-triton`, though `train` is spelt more like it
+    near = [each for each in known if len(name) > 2 and name in re.split("[-_.]", each)]
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     clause = f"; did you mean {near[0]!r}?" if near else ""
     if known and (len(known) <= most or not near):
         shown = ", ".join(known[:most]) + (", ..." if len(known) > most else "")

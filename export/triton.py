@@ -1,4 +1,4 @@
-"""`python -m export.triton --model best.onnx --out DIR`: a Triton or KServe repository."""
+"""`python -m export.triton --model best.onnx --out DIR`: `distcls export-triton`."""
 
 from distcls.cli import run
 from distcls.commands.triton import main

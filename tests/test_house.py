@@ -51,6 +51,7 @@ WITHOUT_TORCH = [
     "distcls.commands.train",
     "distcls.commands.shipped",
     "distcls.commands.show",
+    "distcls.commands.triton",
     "distcls.training.config",
     "distcls.training.schedule",
     "distcls.training.signals",

@@ -77,8 +77,8 @@ def test_predicts_a_manifest_to_csv_and_json_lines(
         ),
         (["predict", "IN", "--out", "pre.csv", "--show", "1"], r"matplotlib.*distcls\[plot\]"),
         (["prepare", "IN", "--out", "pre.data"], r"pyarrow.*distcls\[parquet\]"),
-        (["train", "--data", "nowhere", "--out", "run"], r"distcls\[\w+\]"),
-        (["export", "--ckpt", "best.pth"], r"distcls\[\w+\]"),
+        (["train", "--data", "digits", "--out", "run"], r"distcls\[\w+\]"),
+        (["export", "--ckpt", "IN"], r"distcls\[\w+\]"),
     ],
 )
 def test_what_needs_more_says_what_to_install(
@@ -170,7 +170,7 @@ def test_installed_commands_run_beside_a_users_own_packages(
         done = run(*arguments, folder=folder, packages=packages)
         assert (done.returncode, done.stderr) == (0, ""), arguments
         assert done.stdout.startswith(said)
-    done = run("train", "--config", "digits", "--data", "d", folder=folder, packages=packages)
+    done = run("train", "--config", "digits", "--data", "digits", folder=folder, packages=packages)
     assert re.search(r"not installed; pip install", done.stderr)
     program = "from distcls.launch.search_space import LAUNCHER; print(LAUNCHER.read_text())"
     call = [sys.executable, "-c", program]
@@ -181,6 +181,7 @@ def test_installed_commands_run_beside_a_users_own_packages(
 
 def test_the_aliases_advise_as_the_commands_do(installed: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{installed}"}
+    (tmp_path / "best.pth").write_text("")
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(name='torch')\n")
     for arguments in (["--help"], ["--ckpt", "best.pth"]):
         call = [sys.executable, "-m", "export.onnx", *arguments]

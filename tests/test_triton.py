@@ -147,6 +147,18 @@ def test_features_name_and_version(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["best.int8", "colours"]
 
 
+def test_a_run_directory(tmp_path: Path) -> None:
+    run = tmp_path / "photos"
+    run.mkdir()
+    (run / "best.pth").write_text("")
+    with pytest.raises(
+        UsageError, match=r"best\.pth is a checkpoint; distcls export --ckpt .*photos"
+    ):
+        write(run, tmp_path / "models")
+    tiny_onnx.write(run / "best.onnx")
+    assert (write(run, tmp_path / "models") / "photos/1/model.onnx").is_file()
+
+
 def test_refusals(tmp_path: Path) -> None:
     model = tiny_onnx.write(tmp_path / "best.onnx")
     out = write(model, tmp_path / "models")

@@ -1,4 +1,4 @@
-"""`python -m distcls.commands.triton`: parse, write a model repository, print."""
+"""`distcls export-triton`: parse, write a model repository, print."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from distcls.export.triton import TritonOptions, write_repository
 
 COMMAND = Command(
     options=TritonOptions,
-    prog="python -m distcls.commands.triton",
-    about="Write an exported model into a model repository for Triton or KServe.",
-    examples=("python -m distcls.commands.triton --model runs/photos/best.onnx --out repository",),
+    prog="distcls export-triton",
+    about="Write an exported model into a model repository for Triton Inference Server or KServe.",
+    examples=(
+        "distcls export-triton --model runs/photos --out repository",
+        "distcls export-triton --model best.onnx --out repository --name photos --version 2",
+    ),
+    groups={
+        "essential options": ("model", "out", "name", "version"),
+        "the server": ("max_batch_size", "max_delay_us", "device", "instances"),
+    },
 )
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`python -m distcls.commands.triton`, and `python -m export.triton`."""
+    """`distcls export-triton`, and `python -m export.triton`."""
     options = COMMAND.parse(arguments)
     log.set_quiet(options.quiet)
     folder = write_repository(options)

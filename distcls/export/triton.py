@@ -1,4 +1,4 @@
-"""A model repository for Triton or KServe.
+"""A model repository for Triton Inference Server or KServe.
 
     models/NAME/config.pbtxt    inputs, outputs, dynamic batching
     models/NAME/labels.txt      class names, which the server returns with the predictions
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from distcls.errors import UsageError, require
+from distcls.model_card import best_model
 from distcls.task import BLANK_SHOWN
 
 if TYPE_CHECKING:
@@ -37,14 +38,15 @@ _INSTANCES = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TritonOptions:
-    """Options of `python -m distcls.commands.triton`."""
+    """Options of `distcls export-triton`."""
 
     model: Path
-    """Exported model, such as best.onnx, in any precision."""
+    """Exported model, such as best.onnx, in any precision; a run directory means its best.onnx."""
     out: Path
     """Model repository; other models in it are not changed."""
     name: str | None = None
-    """Name of the model for clients; default: the file's name without its suffix."""
+    """Name of the model for clients; default: that of the file, without its ending, or of the run
+    directory."""
     version: int = 1
     """Version of the model, the name of its folder."""
     max_batch_size: int = 64
@@ -70,7 +72,17 @@ class TritonOptions:
     @property
     def title(self) -> str:
         """Name of the model for clients."""
-        return self.name or self.model.stem
+        folder = self.model.is_dir()
+        return self.name or (self.model.resolve().name if folder else self.model.stem)
+
+    @property
+    def file(self) -> Path:
+        """The exported model. Raises UsageError for a checkpoint."""
+        found = best_model(self.model)
+        if found.suffix.lower() == ".pth":
+            advice = f"distcls export --ckpt {self.model} --overwrite exports it"
+            raise UsageError(f"model: {found} is a checkpoint; {advice}")
+        return found
 
 
 def write_repository(options: TritonOptions) -> Path:
@@ -81,7 +93,8 @@ def write_repository(options: TritonOptions) -> Path:
     from distcls.files import atomic_folder
     from distcls.runtime.model import OnnxModel
 
-    model = OnnxModel(options.model)
+    file = options.file
+    model = OnnxModel(file)
     target = options.out / options.title
     with atomic_folder(target) as temporary:
         (temporary / CONFIG).write_text(config_of(model, options), encoding="utf-8")
@@ -92,9 +105,9 @@ def write_repository(options: TritonOptions) -> Path:
         copy = temporary / str(options.version) / MODEL
         copy.parent.mkdir()
         if heads:
-            _write_with_heads(options.model, copy, model.card)
+            _write_with_heads(file, copy, model.card)
         else:
-            shutil.copyfile(options.model, copy)
+            shutil.copyfile(file, copy)
     return target
 
 
