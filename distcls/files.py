@@ -52,7 +52,7 @@ TEMPLATES = Shipped("template", HERE / "launch" / "templates")
 def given_path(path: object, key: str) -> str:
     """A path as a program gives it, `~` expanded. Raises UsageError for what is none."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise UsageError(f"{key}: {path!r} is no path")
+        raise UsageError(f"{key}: {path!r} is not a path")
     return os.path.expanduser(os.fsdecode(path))  # noqa: PTH111 - Path's raises for unknown users
 
 

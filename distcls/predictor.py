@@ -448,7 +448,7 @@ def load(
 
 
 def _model_files(model: object) -> list[Path]:
-    """The files of the models that `load` was given. Raises UsageError for what is no path."""
+    """The files of the models that `load` was given. Raises UsageError for what is not a path."""
     given: list[Any] = [model]
     if isinstance(model, list | tuple):
         given = list(model)
@@ -458,7 +458,9 @@ def _model_files(model: object) -> list[Path]:
         raise UsageError(f"model: {model!r} is empty, expected at least one model")
     for path in given:
         if not isinstance(path, str | os.PathLike):
-            raise UsageError(f"model: {path!r} is no path, expected best.onnx, best.pth or a run")
+            raise UsageError(
+                f"model: {path!r} is not a path, expected best.onnx, best.pth or a run"
+            )
     # Path's `expanduser` raises for users it does not know
     return [best_model(Path(os.path.expanduser(path))) for path in given]  # noqa: PTH111
 

@@ -59,7 +59,7 @@ class Task:
     def __post_init__(self) -> None:
         require(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
         fits = bool(self.heads) == (self.kind == "multi_head")
-        require(fits, "heads", self.heads, "heads with kind: heads, and none else")
+        require(fits, "heads", self.heads, "heads for multi-head tasks only")
         if self.heads:
             require(self.classes == _flat_names(self.heads), "classes", self.classes, "HEAD:CLASS")
         thresholds = self.thresholds
@@ -70,7 +70,7 @@ class Task:
             require(valid, "thresholds", thresholds, "numbers between 0 and 1")
         if not self.single and len(set(self.classes)) < len(self.classes):
             twice = next(name for name in self.classes if self.classes.count(name) > 1)
-            raise BadValue("classes", twice, "names of which none stands there twice")
+            raise BadValue("classes", twice, "unique names")
 
     @classmethod
     def of_heads(cls, heads: Sequence[Head]) -> Task:
@@ -239,7 +239,7 @@ def _flat_names(heads: Sequence[Head]) -> tuple[str, ...]:
 
 def _names(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise TypeError(f"{values!r} is no list of names")
+        raise TypeError(f"{values!r} is not a list of names")
     return tuple(values)
 
 

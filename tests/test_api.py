@@ -577,7 +577,7 @@ def test_images_that_pillow_cannot_decode(model: Predictor, pictures: Path, tmp_
 WRONG: list[tuple[Any, str]] = [
     (None, "None is no image; expected a path or URL"),
     (3, "int 3 is no image"),
-    ("", "'' is no path"),
+    ("", "'' is not a path"),
     (io.BytesIO(b"x"), "image.read()"),
     ({"a": 1}, "list(images)"),
     (array_module.array("B", [1, 2]), "list(images)"),
@@ -763,7 +763,7 @@ def test_streams_that_cannot_be(model: Predictor, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file or folder"):
         model.stream(tmp_path / "nowhere")
     for single in (b"x", np.zeros((3, 4, 3), np.uint8), GREY, {"a": "b"}, None, 7):
-        with pytest.raises(UsageError, match=r"one image is predicted by predictor\(image\)"):
+        with pytest.raises(UsageError, match=r"predict one image with predictor\(image\)"):
             model.stream(single)  # type: ignore[arg-type]
     with (
         (tmp_path / "best.onnx").open("rb") as file,
@@ -1077,7 +1077,7 @@ def test_models_that_cannot_be_loaded(tmp_path: Path) -> None:
         (tmp_path / "none.onnx", {}, r"none\.onnx does not exist"),
         (tmp_path / "broken.onnx", {}, r"broken\.onnx"),
         (tmp_path / "model.h5", {}, r"expected \.onnx or \.pth"),
-        (None, {}, "model: None is no path"),
+        (None, {}, "model: None is not a path"),
         (EXPORTED / "whole" / "best.onnx", {"provider": "cpus"}, "did you mean 'cpu'"),
         (EXPORTED / "whole" / "best.pth", {"provider": "cpu"}, "cpu runs exported models"),
         (EXPORTED / "whole" / "best.pth", {"device": "gpu"}, "device: 'gpu' cannot be used: Expec"),
@@ -1088,7 +1088,7 @@ def test_models_that_cannot_be_loaded(tmp_path: Path) -> None:
         (EXPORTED / "whole" / "best.onnx", {"batch_size": 1.5}, "batch_size: 1.5 is not valid"),
         (EXPORTED / "whole" / "best.onnx", {"provider": 3}, "provider: 3 is not valid"),
         (EXPORTED / "whole" / "best.pth", {"device": None}, "device: None is not valid"),
-        (["a.onnx", 3], {}, "model: 3 is no path"),
+        (["a.onnx", 3], {}, "model: 3 is not a path"),
         ([], {}, r"model: \[\] is empty, expected at least one model"),
     ]
     for path, options, told in wrong:

@@ -297,7 +297,7 @@ def test_unknown_key_names_the_file_and_suggests(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["", " mobilenet_v3_small"])
 def test_a_section_without_keys(tmp_path: Path, value: str) -> None:
     text = message("--config", yaml_file(tmp_path, f"model:{value}\n"))
-    assert "'model' takes keys of its own" in text
+    assert "'model' is a section with the keys" in text
     assert "model.name" in text
 
 
@@ -421,8 +421,8 @@ def test_a_config_that_is_not_there(in_a_folder: Path, name: str, expected: str)
     [
         ("a: [1", "not valid YAML"),
         ("\tepochs: 3", "line 1: not valid YAML"),
-        ("- epochs", "expected keys with values"),
-        ("just text", "expected keys with values"),
+        ("- epochs", "expected a mapping of keys to values"),
+        ("just text", "expected a mapping of keys to values"),
     ],
 )
 def test_yaml_that_is_none(tmp_path: Path, content: str, expected: str) -> None:
@@ -505,7 +505,7 @@ def test_help_says_the_type_the_default_and_what_is_required(
     assert "usage: distcls train --data PATH " in text
     for part in (
         "--data PATH Dataset directory",
-        "by its defaults. [required]",
+        "with default options. [required]",
         "--epochs INT|auto Passes",
         "--precision {auto,fp32,bf16,fp16} Mixed",
         "--limit INT Train",

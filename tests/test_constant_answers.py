@@ -125,7 +125,7 @@ def test_export_warns_and_the_certificate_says_so(
     assert 1 <= found["distinct_predictions"] < 10
     assert "hardly depend on the image" in found["warnings"][0]
     for text in found["warnings"]:
-        assert text.endswith("agreement of such answers is no certificate")
+        assert text.endswith("agreement of such predictions proves nothing")
         assert f"warning: {text}" in captured.err.splitlines()
     del found["out"]
     assert OnnxModel(tmp_path / "best.onnx").card.certificate == found
@@ -140,7 +140,7 @@ def test_the_certificates_count_distinct_predictions(tmp_path: Path) -> None:
     assert certificate.distinct_predictions == 1
     assert len(certificate.warnings) == 2
     assert certificate.lines()[-1] == (
-        "the same prediction for all of 30 images: their agreement is no certificate"
+        "the same prediction for all of 30 images: their agreement proves nothing"
     )
     good, _ = tiny_dataset.coloured(30)
     certificate = certify(model, model, good, split="test", tolerance=1e-3)
@@ -157,7 +157,7 @@ def test_the_certificates_count_distinct_predictions(tmp_path: Path) -> None:
     )
     assert accuracy.distinct_predictions == 1
     assert list(accuracy.warnings) == accuracy.to_json()["warnings"] != []
-    assert any("is no certificate" in line for line in accuracy.lines())
+    assert any("agreement proves nothing" in line for line in accuracy.lines())
     json.dumps(accuracy.to_json())
     assert dataclasses.replace(accuracy, distinct_predictions=2).holds == accuracy.holds
 

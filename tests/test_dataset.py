@@ -108,7 +108,7 @@ def test_a_wrong_split_is_answered_with_the_choices(folder: Path) -> None:
 
 def test_ways_of_reading_that_are_not_there(tmp_path: Path) -> None:
     prepare(PrepareOptions(source="digits", out=tmp_path / "packed", limit=30, quiet=True))
-    with pytest.raises(UsageError, match="has its images in the pack alone"):
+    with pytest.raises(UsageError, match="has its images only in the pack"):
         Dataset.open(tmp_path / "packed").split("train", use_pack=False)
     options = PrepareOptions(
         source=str(tree(tmp_path / "source", 60)), out=tmp_path / "files", pack="off", quiet=True
@@ -176,7 +176,7 @@ def test_images_elsewhere_are_named_anew(
     before, manifest = first_image(out), (out / MANIFEST).read_bytes()
     new = (tmp_path / "photos").rename(tmp_path / "moved")
     message = (
-        rf"data: its images were in {tmp_path}/photos, which is not there; where they have moved, "
+        rf"data: its images were in {tmp_path}/photos, which does not exist; if they have moved: "
         rf"distcls prepare {out} --root THEIR_FOLDER --out NEW_DATASET"
     )
     with pytest.raises(UsageError, match=message):
@@ -188,7 +188,7 @@ def test_images_elsewhere_are_named_anew(
     np.testing.assert_array_equal(first_image(tmp_path / "again"), before)
     assert (tmp_path / "again" / MANIFEST).read_bytes() == manifest
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"root: none of 60 images is there, first .*empty/"):
+    with pytest.raises(UsageError, match=r"root: none of 60 images exists, first .*empty/"):
         main([str(out), "--root", str(tmp_path / "empty"), "--out", str(tmp_path / "no")])
     assert not (tmp_path / "no").exists()
     with pytest.raises(UsageError, match="seed: 3 is not valid, expected nothing with root and"):
@@ -208,7 +208,7 @@ def test_a_packed_dataset_needs_its_images_for_nothing(folder: Path, tmp_path: P
     again = Dataset.open(tmp_path / "again").split("train", use_pack=False)
     np.testing.assert_array_equal(again.image(0), before)
     prepare(PrepareOptions(source="digits", out=tmp_path / "digits", limit=30, quiet=True))
-    with pytest.raises(UsageError, match=r"root: .*digits has its images in the pack alone"):
+    with pytest.raises(UsageError, match=r"root: .*digits has its images only in the pack"):
         main([str(tmp_path / "digits"), "--root", str(new), "--out", str(tmp_path / "no")])
 
 
@@ -325,11 +325,11 @@ def test_a_recorded_digest_that_is_none_is_left_out(folder: Path, digest: object
     ("now", "said"),
     [
         (["a", "b", "x"], "its classes have other names: 'x' was 'c'"),
-        (["b", "a", "c"], "its classes are in another order: 'b' stands where 'a' was"),
-        (["a", "b"], "its 2 classes are the 3 of then without 'c'"),
-        (["a", "b", "c", "d"], "its 4 classes are the 3 of then with 'd'"),
+        (["b", "a", "c"], "its classes are in another order: 'b' is where 'a' was"),
+        (["a", "b"], "its 2 classes are the previous 3 without 'c'"),
+        (["a", "b", "c", "d"], "its 4 classes are the previous 3 with 'd'"),
         (["a", "b", "x" * 99], f"its classes have other names: '{'x' * 40}...' was 'c'"),
-        (["b", "c", "d"], "its 3 classes are the 3 of then without 'a' and with 'd'"),
+        (["b", "c", "d"], "its 3 classes are the previous 3 without 'a' and with 'd'"),
     ],
 )
 def test_which_class_names_differ(folder: Path, now: list[str], said: str) -> None:

@@ -46,7 +46,7 @@ def test_fewer_processes_than_asked_for() -> None:
     with pytest.raises(UsageError) as caught:
         check_processes(2)
     text = str(caught.value)
-    assert text.startswith("processes: 2 asked for, 1 running")
+    assert text.startswith("processes: 2 requested, 1 running")
     assert "accelerate launch --multi_gpu --num_processes 2" in text
 
 
@@ -55,7 +55,7 @@ def test_another_number_under_a_launcher(
     monkeypatch: pytest.MonkeyPatch, world_size: str, wanted: int
 ) -> None:
     launched(monkeypatch, WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1")
-    with pytest.raises(UsageError, match=f"{wanted} asked for, {world_size} running"):
+    with pytest.raises(UsageError, match=f"{wanted} requested, {world_size} running"):
         check_processes(wanted)
 
 

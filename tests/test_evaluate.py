@@ -144,7 +144,7 @@ def test_a_bad_image_is_named_and_nothing_written(
     for name in ("image 0007", "image 0070"):
         (data / "files" / f"{name}.png").write_bytes(b"spoilt")
     flags = ["--model", str(model), "--data", str(data), "--out", str(tmp_path / "o")]
-    with pytest.raises(DistclsError, match="2 images cannot be evaluated") as caught:
+    with pytest.raises(DistclsError, match="2 images cannot be read") as caught:
         main(flags)
     assert caught.value.exit_code == 1
     told = capsys.readouterr().err
@@ -227,7 +227,7 @@ def test_onnx_on_two_processes_is_refused(
     monkeypatch: pytest.MonkeyPatch, model: Path, data: Path
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="runs in one process, 2 were started"):
+    with pytest.raises(UsageError, match="runs in one process, but 2 were started"):
         main(["--model", str(model), "--data", str(data)])
 
 
@@ -241,7 +241,7 @@ def test_bad_images_stop_both_processes(checkpoint: Path, tmp_path: Path) -> Non
     flags = ["--model", checkpoint, "--data", data]
     done = run(*flags, module="distcls.evaluate", processes=2, code=1)
     assert "[rank 1] error: image 0003" in done.stderr
-    assert "error: 1 images cannot be evaluated" in done.stderr
+    assert "error: 1 images cannot be read" in done.stderr
 
 
 # --- from Python
@@ -296,11 +296,11 @@ def test_what_cannot_be_evaluated(tmp_path: Path, model: Path, data: Path) -> No
     photos = tree(tmp_path / "photos", 30)
     predictor = distcls.load(model)
     wrong: list[tuple[Any, Any, dict[str, Any], str]] = [
-        (None, data, {}, "model: None is no path"),
-        (model, 3, {}, "data: 3 is no path"),
+        (None, data, {}, "model: None is not a path"),
+        (model, 3, {}, "data: 3 is not a path"),
         (tmp_path / "none.onnx", data, {}, r"none\.onnx does not exist"),
         (model, tmp_path / "none", {}, "no such dataset directory"),
-        (model, photos, {}, "is no dataset directory; make one of it"),
+        (model, photos, {}, "is not a dataset directory; prepare it"),
         (model, distcls.open_dataset(photos), {}, r"prepare_dataset\('.*', OUT, test_fraction=1"),
         (model, data, {"split": "tset"}, "no split 'tset'; did you mean 'test'"),
         (model, distcls.open_dataset(data), {"split": "val"}, "no split 'val'"),

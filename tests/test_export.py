@@ -146,7 +146,7 @@ def test_its_options_are_those_of_the_command() -> None:
 
 def test_what_cannot_be_exported(checkpoint: Path, exported: tuple[Path, Any]) -> None:
     wrong: list[tuple[Any, dict[str, Any], str]] = [
-        (None, {}, "ckpt: None is no path"),
+        (None, {}, "ckpt: None is not a path"),
         (checkpoint.parent / "none", {}, "none"),
         (exported[0], {"out": "m.onnx"}, r"model\.onnx"),
         (checkpoint, {"out": exported[0]}, "exists already"),

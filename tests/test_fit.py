@@ -102,7 +102,7 @@ def test_a_config_takes_what_python_has() -> None:
     [
         ({"epochs": "many"}, "epochs: 'many' is not valid, expected an integer or one of auto"),
         ({"data": None}, "data: None is not valid, expected a path"),
-        ({"optimizer": 3}, "optimizer: 3 is not valid, expected a dict of its keys"),
+        ({"optimizer": 3}, "optimizer: 3 is not valid, expected a dict with its keys"),
         ({"optimizer": {"weight_decai": 1}}, "optimizer: unknown key 'weight_decai'; did you mean"),
         ({"ema": {"decay": 2}}, "ema: decay: 2.0 is not valid"),
         ({"input": {"size": (1, 2, 3)}}, "input: size: .* is not valid, expected 2 integers"),
@@ -134,7 +134,7 @@ def test_a_recipe_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for wrong, told in (
         ("digitz", "no file or recipe is called 'digitz'; did you mean 'digits'"),
         ("runs/config.yaml", r"cannot read config runs/config\.yaml: No such file"),
-        (None, "config: None is no path, expected a YAML file or a recipe's name"),
+        (None, "config: None is not a path, expected a YAML file or a recipe's name"),
     ):
         with pytest.raises(UsageError, match=told):
             TrainConfig.from_yaml(wrong)  # type: ignore[arg-type]

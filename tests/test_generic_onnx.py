@@ -110,13 +110,13 @@ def test_unsupported_models_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="was exported by distcls and carries its own"):
         run(folder, tiny_onnx.write(tmp_path / "own.onnx"))
     (tmp_path / "m.pth").write_bytes(b"")
-    with pytest.raises(UsageError, match="is no ONNX file"):
+    with pytest.raises(UsageError, match="is not an ONNX file"):
         run(folder, tmp_path / "m.pth")
     out = ["--out", str(tmp_path / "x.csv")]
     model = third_party(tmp_path / "f.onnx")
     with pytest.raises(UsageError, match="or describe it to distcls predict with --classes"):
         main([str(folder), "--model", str(model), *out])
-    with pytest.raises(UsageError, match=r"mean: \(0\.5, .* nothing without --classes"):
+    with pytest.raises(UsageError, match=r"mean: \(0\.5, .* no value without --classes"):
         main([str(folder), "--model", str(model), *out, "--mean", "0.5"])
 
 

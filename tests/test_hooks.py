@@ -61,7 +61,7 @@ OWN = [
     *("--loss.label-smoothing", "0", "--monitor.metric", f"{HERE}:brier"),
     *("--augment.transform", f"{HERE}:transform", "--callbacks", f"{HERE}:Diary"),
 ]
-"""Beside the options of `tests.faults.survival`, of 7 steps an epoch."""
+"""Beside the options of `tests.faults.survival`, of 7 steps per epoch."""
 
 
 @pytest.fixture(autouse=True)

@@ -143,9 +143,9 @@ def damage(folder: Path, how: str) -> None:
         ("damaged gz", "train-images-idx3-ubyte.gz: truncated or damaged gzip file"),
         ("labels", "holds 100 images, but train-labels-idx1-ubyte.gz 99 labels"),
         ("magic", "starts with 00000801, an IDX file of images starts with 00000803"),
-        ("short", "truncated: 6,399 of 6,400 values"),
+        ("short", "truncated after 6,399 of 6,400 values"),
         ("long", "longer than the 6,400 values"),
-        ("bomb", "its header promises 79,228,162,458,924,105,385,300,197,375 values"),
+        ("bomb", "its header says 79,228,162,458,924,105,385,300,197,375 values"),
     ],
 )
 def test_damaged_files(tmp_path: Path, how: str, message: str) -> None:

@@ -169,9 +169,9 @@ def test_the_manifest_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 WRONG: list[tuple[Any, dict[str, Any], str]] = [
-    (None, {}, "data: None is no path"),
-    (3, {}, "data: 3 is no path"),
-    ("", {}, "data: '' is no path"),
+    (None, {}, "data: None is not a path"),
+    (3, {}, "data: 3 is not a path"),
+    ("", {}, "data: '' is not a path"),
     ("nowhere", {}, "nowhere: no such file or folder"),
     ("photos", {"clases": "x"}, "options: unknown key 'clases'; did you mean 'classes'"),
     ("photos", {"val_fraction": 0.1}, "options: unknown key 'val_fraction'"),
@@ -200,7 +200,7 @@ def test_what_cannot_be_opened(
 def test_what_cannot_be_prepared(tmp_path: Path) -> None:
     source = tree(tmp_path / "photos", 30)
     for given, told in (
-        ({"out": None}, "out: None is no path"),
+        ({"out": None}, "out: None is not a path"),
         ({"out": source}, "photos exists already"),
         ({"out": tmp_path / "d", "val_fraction": 2}, "options: val_fraction: 2.0 is not valid"),
         ({"out": tmp_path / "d", "valfraction": 2}, "unknown key 'valfraction'; did you mean 'val"),
@@ -213,5 +213,5 @@ def test_what_cannot_be_prepared(tmp_path: Path) -> None:
 def test_labels_that_are_no_class_are_refused(tmp_path: Path) -> None:
     images, _ = tiny_dataset.coloured(3)
     folder = tiny_dataset.write(tmp_path / "d", list(images), [0, 1, 2], ("a", "b"))
-    with pytest.raises(UsageError, match="labels that are none of its 2 classes"):
+    with pytest.raises(UsageError, match="labels outside of its 2 classes"):
         distcls.open_dataset(folder)

@@ -140,7 +140,7 @@ def test_given_names_are_the_order(tmp_path: Path) -> None:
     )
     assert "row 1: character 'b' is not one of" in refused(path, text_column="text", classes=names)
     names.write_text("ab\n")
-    assert "'ab' is no character" in refused(path, text_column="text", classes=names)
+    assert "'ab' is not a single character" in refused(path, text_column="text", classes=names)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_given_names_are_the_order(tmp_path: Path) -> None:
         ({"label_columns": ("txt", "two")}, "label_columns: * has no column 'txt'; did you mean"),
         ({"text_column": "words"}, "text_column: * has no column 'words'"),
         ({"labels_column": "tag"}, "labels_column: * has no column 'tag'; did you mean 'tags'?"),
-        ({"label_columns": ("text", "gap")}, "row 2: gap is empty; every image has a class"),
+        ({"label_columns": ("text", "gap")}, "row 2: gap is empty; every image needs a class"),
         ({"text_column": "gap"}, "row 2: gap is empty"),
         ({"label_columns": ("text", "nan")}, "row 2: nan is 'NaN', a missing value; every image"),
         ({"label_columns": ("text", "same")}, "head 'same' has one class only ('x')"),
@@ -157,8 +157,8 @@ def test_given_names_are_the_order(tmp_path: Path) -> None:
         ({"labels_column": "none"}, "no label"),
         ({"label_columns": ("text", "Text")}, "label_columns: "),
         ({"text_column": "text", "labels_column": "tags"}, "labels_column: 'tags' is not valid"),
-        ({"label_columns": ("text",), "text_column": "text"}, "none with label_columns"),
-        ({"text_column": "text", "separator": ","}, "separator: ',' is not valid, expected none"),
+        ({"label_columns": ("text",), "text_column": "text"}, "null with label_columns"),
+        ({"text_column": "text", "separator": ","}, "separator: ',' is not valid, expected null"),
         ({"labels_column": "tags", "separator": ""}, "separator: '' is not valid"),
         ({"text_column": "text", "write_images": True}, "write_images: True is not valid"),
         ({"text_column": "long"}, "row 1: long has 70 characters, at most 64"),
@@ -199,8 +199,8 @@ def test_what_cannot_be_learnt_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     ("labels", "told"),
     [
         ([[0, 1], [1]], "'01.png' has 1 labels for 2 heads"),
-        ([[0, 1], [1, 2]], "'01.png' has label 2, which is no class"),
-        ([[0, 1], [-1, 0]], "'01.png' has label -1, which is no class"),
+        ([[0, 1], [1, 2]], "'01.png' has label 2, which is not a class"),
+        ([[0, 1], [-1, 0]], "'01.png' has label -1, which is not a class"),
         ([[0, 1], None], "expected lists, no null"),
     ],
 )

@@ -127,7 +127,7 @@ def test_no_class_in_common_is_refused(tmp_path: Path, model: Path) -> None:
 def test_labels_that_are_no_class_are_refused(tmp_path: Path, model: Path, label: int) -> None:
     labels = [label, *TRUTH[1:]]
     data = tiny_dataset.write(tmp_path / "d", list(IMAGES), labels, ("red", "green", "owl"))
-    with pytest.raises(UsageError, match="labels that are none of its 3 classes"):
+    with pytest.raises(UsageError, match="labels outside of its 3 classes"):
         main(["--model", str(model), "--data", str(data)])
 
 
@@ -153,7 +153,7 @@ def test_a_dataset_with_a_test_split_alone(
     made = prepare(PrepareOptions(source=str(tmp_path / "photos"), out=tmp_path / "d", **more))
     assert made.counts == {"test": COUNT}
     said = capsys.readouterr().err
-    assert "all images are for testing" in said
+    assert "all images are in the test split" in said
     assert "warning" not in said
     found = evaluated(capsys, model, tmp_path / "d")
     assert found["count"] == COUNT
@@ -180,9 +180,9 @@ def test_a_folder_of_images_is_told_the_command_that_prepares_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "my photos", colours)
-    with pytest.raises(UsageError, match="is no dataset directory; make one of it: ") as told:
+    with pytest.raises(UsageError, match="is not a dataset directory; prepare it: ") as told:
         main(["--model", str(model), "--data", "my photos"])
-    command = shlex.split(str(told.value).partition("make one of it: ")[2])
+    command = shlex.split(str(told.value).partition("prepare it: ")[2])
     assert command[:3] == ["distcls", "prepare", "my photos"]
     dispatch(command[1:])
     assert evaluated(capsys, model, Path(command[command.index("--out") + 1]))["count"] == COUNT

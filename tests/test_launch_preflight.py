@@ -84,7 +84,7 @@ def test_two_processes_find_nothing_wrong(tmp_path: Path) -> None:
         assert row["all_reduce_correct"]
         assert row["versions"]["torch"] != "none"
     assert content["rows"][0]["rendezvous"] == content["rows"][1]["rendezvous"]
-    assert "nothing wrong" in done.stderr
+    assert "no problems" in done.stderr
     assert list(tmp_path.iterdir()) == []  # the trial files are gone
 
 
@@ -164,13 +164,13 @@ def test_a_rank_that_joins_and_then_hangs_ends_the_other(
 def test_one_process_alone_is_checked_too(tmp_path: Path) -> None:
     arguments = ("--processes", 1, "--shared", tmp_path / "missing", "--free-gib", 0)
     done = run(*arguments, module="launch.preflight", code=1)
-    assert f"every rank: {tmp_path}/missing is no folder; create it, or mount it" in done.stderr
+    assert f"every rank: {tmp_path}/missing is not a folder; create it, or mount it" in done.stderr
     assert "refused" in done.stdout
 
 
 def test_another_number_of_processes_is_wrong_usage(tmp_path: Path) -> None:
     done = run("--processes", 2, "--shared", tmp_path, module="launch.preflight", code=2)
-    assert "2 asked for, 1 running" in done.stderr
+    assert "2 requested, 1 running" in done.stderr
 
 
 def test_a_rendezvous_without_a_route(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_every_failure_has_its_line() -> None:
         other(3, unseen=[0, 1], free_gib=3.9),
     ]
     assert failures(rows, SHARED, 10) == [
-        "ranks 0, 1, 3 (node0, node1, node3): 3 GiB free in /shared, 10 asked for (--free-gib)",
+        "ranks 0, 1, 3 (node0, node1, node3): 3 GiB free in /shared, 10 required (--free-gib)",
         "rank 1 (node1): the all-reduce gave wrong values; take this machine out and test its "
         "network and GPU",
         "rank 2 (node2): /shared cannot be written",

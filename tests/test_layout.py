@@ -178,10 +178,10 @@ def test_splits_without_training_images_are_no_classes(tmp_path: Path) -> None:
     root = folders(tmp_path / "r", "val/a", "val/b", "test/a", "test/b")
     assert counts(read(root)) == {"val": 4, "test": 4}
     flat = folders(tmp_path / "flat", "train", "test1")
-    with pytest.raises(UsageError, match="its images lie in no class folder"):
+    with pytest.raises(UsageError, match="its images are not in class folders"):
         read(flat)
     twice = folders(tmp_path / "twice", "train/train", "test1/test1")
-    with pytest.raises(UsageError, match="its images lie in no class folder"):
+    with pytest.raises(UsageError, match="its images are not in class folders"):
         read(twice)
 
 
@@ -207,8 +207,8 @@ def test_the_option_names_the_folders(tmp_path: Path) -> None:
         ("train=", "splits: 'train=' is not valid"),
         ("train=onne", "splits: .* has no folder 'onne' with images; did you mean 'one'"),
         ("train=../r/one", "has no folder '../r/one' with images"),
-        ("train=one,test=one/a", "splits: 'one/a' and 'one' lie in each other"),
-        ("train=one,test=one", "splits: 'one' and 'one' lie in each other"),
+        ("train=one,test=one/a", "splits: 'one/a' and 'one' are inside each other"),
+        ("train=one,test=one", "splits: 'one' and 'one' are inside each other"),
     ],
 )
 def test_wrong_splits(tmp_path: Path, splits: str, message: str) -> None:
@@ -219,5 +219,5 @@ def test_wrong_splits(tmp_path: Path, splits: str, message: str) -> None:
 
 
 def test_splits_are_of_folders(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"splits: .* names folders, but digits is none"):
+    with pytest.raises(UsageError, match=r"splits: .* names folders, but digits is not a folder"):
         main(["digits", "--out", str(tmp_path / "out"), "--splits", "train=a"])

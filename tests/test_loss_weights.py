@@ -82,7 +82,9 @@ def test_sample_weights_where_there_are_some(tmp_path: Path) -> None:
     np.testing.assert_allclose(find(weighted, [1, 3, 5])[1], [0, 1] * 6)
     with pytest.raises(UsageError, match=r"^loss\.sample_weights: .* has no weights; prepare it"):
         find(plain, sample_weights="on")
-    with pytest.raises(UsageError, match=r"^loss\.sample_weights: all training images .* weigh 0"):
+    with pytest.raises(
+        UsageError, match=r"^loss\.sample_weights: all training images .* have weight 0"
+    ):
         find(weighted, [0, 2])
 
 
@@ -91,7 +93,7 @@ def test_sample_weights_where_there_are_some(tmp_path: Path) -> None:
     [
         ({"bees": 2.0}, "has no class 'bees'; did you mean 'bee'"),
         ((1.0, 2.0), r"2 numbers for 3 classes \(ape, bee, cow"),
-        ({"ape": 0.0, "bee": 0.0, "cow": 0.0}, "every training image weighs 0"),
+        ({"ape": 0.0, "bee": 0.0, "cow": 0.0}, "every training image has weight 0"),
     ],
 )
 def test_weights_that_fit_no_classes(tmp_path: Path, given: Any, message: str) -> None:

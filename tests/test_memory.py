@@ -62,7 +62,7 @@ def test_the_micro_batch_is_halved_until_it_fits(
     # a quarter more than the micro-batch of 20, 10 and 5
     assert (tried, engine.micro_batching.accumulate) == ([25, 13, 7], 4)
     assert (
-        "20 images at a time do not fit into memory: now 5, in 4 micro-batches"
+        "20 images at a time do not fit into memory: reduced to 5, in 4 micro-batches"
         in capsys.readouterr().err
     )
 

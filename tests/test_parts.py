@@ -130,7 +130,9 @@ def test_without_resume_or_overwrite_it_is_refused(
 ) -> None:
     out = tmp_path / "pre.csv"
     interrupt(options(folder, model, out), 40)
-    with pytest.raises(UsageError, match=r"pre\.csv\.parts holds 32 rows of a run .* --resume"):
+    with pytest.raises(
+        UsageError, match=r"pre\.csv\.parts holds 32 rows of an interrupted run; --resume"
+    ):
         run(options(folder, model, out))
     run(options(folder, model, out, overwrite=True))
     assert len(out.read_text().splitlines()) == COUNT + 1
@@ -181,7 +183,9 @@ def test_changed_inputs_and_models_are_refused(
     interrupt(given, 40)
     kept = sorted(path.name for path in parts_folder(given.out).iterdir())
     change(folder, model)
-    with pytest.raises(UsageError, match=f"was begun with {told} .*, now it is {told} ") as caught:
+    with pytest.raises(
+        UsageError, match=f"was started with {told} .*, now it is {told} "
+    ) as caught:
         run(given)
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in parts_folder(given.out).iterdir()) == kept
@@ -197,7 +201,7 @@ def test_other_options_are_refused(
 ) -> None:
     out = tmp_path / "pre.csv"
     interrupt(options(folder, model, out), 40)
-    with pytest.raises(UsageError, match=r"was begun with .*; --resume needs the same"):
+    with pytest.raises(UsageError, match=r"was started with .*; --resume needs the same"):
         run(options(folder, model, out, resume=True, **{key: value}))
 
 
@@ -221,7 +225,7 @@ def test_damaged_parts_are_made_again(
     result = run(options(folder, model, out, resume=True))
     assert result.resumed == ROWS
     assert out.read_bytes() == whole.read_bytes()
-    assert "00000001.json and its rows are damaged" in capsys.readouterr().err
+    assert "00000001.json or its rows are damaged" in capsys.readouterr().err
 
 
 def test_a_part_without_its_record_does_not_count(
@@ -357,7 +361,7 @@ def test_parts_are_whole_batches(folder: Path, model: Path, tmp_path: Path) -> N
 
 def test_resume_and_overwrite_contradict(folder: Path, model: Path, tmp_path: Path) -> None:
     arguments = [str(folder), "--model", str(model), "--out", str(tmp_path / "pre.csv")]
-    with pytest.raises(UsageError, match=r"resume: True is not valid, .* starts anew"):
+    with pytest.raises(UsageError, match=r"resume: True is not valid, .* starts over"):
         main([*arguments, "--resume", "--overwrite"])
 
 

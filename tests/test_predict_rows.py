@@ -189,9 +189,9 @@ def test_features_that_cannot_be_had(folder: Path, model: Path, tmp_path: Path) 
         run(folder, model, out, *features)
     with pytest.raises(UsageError, match=r"the name of a \.parquet file"):
         run(folder, model, out, "--features", str(tmp_path / "f.csv"))
-    with pytest.raises(UsageError, match="no --tta and one model"):
+    with pytest.raises(UsageError, match="one model and no --tta"):
         run(folder, model, out, *features, "--tta", "flip")
-    with pytest.raises(UsageError, match="no --tta and one model"):
+    with pytest.raises(UsageError, match="one model and no --tta"):
         run(folder, f"{model},{model}", out, *features)
     (tmp_path / "f.parquet").write_text("precious")
     with pytest.raises(UsageError, match=r"f\.parquet exists already"):

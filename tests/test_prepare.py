@@ -161,7 +161,7 @@ def test_why_there_is_no_pack(  # noqa: PLR0917
     source = tree(tmp_path / "source", 40)
     main([str(source), "--out", str(tmp_path / "out"), "--json", *options])
     captured = capsys.readouterr()
-    assert "no pack, the images are decoded whenever they are used (" + reason in captured.err
+    assert "no pack, images are decoded on every use (" + reason in captured.err
     assert json.loads(captured.out)["no_pack"].startswith(reason)
 
 
@@ -236,7 +236,7 @@ def test_json_is_all_there_is_on_standard_output(
         (["--val-fraction", "0.5", "--test-fraction", "0.5"], "together with test_fraction"),
         (["--limit", "0"], "limit: 0 is not valid"),
         (["--pack", "maybe"], "pack: 'maybe' is not valid, expected one of auto, on, off"),
-        (["--pack", "off"], "--pack off: the images of digits are no files; add --write-images"),
+        (["--pack", "off"], "--pack off: the images of digits are not files; add --write-images"),
     ],
 )
 def test_wrong_options(tmp_path: Path, flags: list[str], message: str) -> None:
@@ -321,11 +321,11 @@ def test_images_that_training_and_validation_share_are_named(
     out = tmp_path / "data"
     prepare(PrepareOptions(source=str(tmp_path / "p"), out=out))
     said = capsys.readouterr().err
-    assert "5 of 5 val images have the pixels of a training image, first 'val/a/val0.bmp'" in said
-    assert "1 of 5 test images have the pixels of a training image" in said
+    assert "5 of 5 val images are duplicates of training images, first 'val/a/val0.bmp' of" in said
+    assert "1 of 5 test images are duplicates of training images" in said
     assert json.loads((out / INFO).read_text())["repeated"] == {"val": 5, "test": 1}
     open_input(TrainConfig(data=out, out=tmp_path / "run"))
-    assert "5 of 5 validation images are training images too" in capsys.readouterr().err
+    assert "5 of 5 validation images are also training images" in capsys.readouterr().err
 
 
 def test_pixels_are_told_apart() -> None:

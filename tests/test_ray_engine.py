@@ -50,7 +50,7 @@ def test_without_ray_the_error_names_the_extra(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"input": "-"}, "ray cannot hand standard input to other machines"),
+        ({"input": "-"}, "ray cannot read standard input on other machines"),
         ({"profile": Path("p.png")}, "measures the threads of one machine"),
     ],
 )

@@ -146,7 +146,7 @@ def test_validation_at_chance_while_training_learns() -> None:
     said = problems(FALLING, [0, 1] * 20, HALF)
     assert [len(each) for each in said] == [0, 0, 0, 0, 1, 0, 0]
     assert said[4][0].startswith(
-        "validation top-1 stands at 0.50, which guessing reaches (0.50 for the most frequent class)"
+        "validation top-1 stays at 0.50, the level of guessing (0.50 for the most frequent class)"
         ", while the training loss fell to 0.02: "
     )
     assert not any(problems(FALLING, [0] * 17 + [1] * 3 + [1] * 17 + [0] * 3, HALF))

@@ -44,7 +44,7 @@ def test_lines_that_are_none_are_dropped_and_counted(
     path.write_bytes(text.encode(errors="surrogateescape"))
     Records(config, 2).close()
     assert path.read_text().splitlines() == good
-    assert f"{path}: 6 of 8 lines are not those of a run and are dropped" in capsys.readouterr().err
+    assert f"{path}: 6 of 8 lines are not log lines and are dropped" in capsys.readouterr().err
 
 
 def test_epochs_with_other_figures_share_a_table(tmp_path: Path) -> None:

@@ -297,5 +297,5 @@ def test_options(checkpoint: Path, tmp_path: Path) -> None:
     other = tiny_dataset.write(
         tmp_path / "d", list(images(3)), [0, 1, 2], tiny_onnx.COLOURS, splits=["val"] * 3
     )
-    with pytest.raises(UsageError, match="the model knows the class of no image of val"):
+    with pytest.raises(UsageError, match="no image of val has a class of the model"):
         exporting.export(ExportOptions(ckpt=checkpoint, out=tmp_path / "m.onnx", data=other))

@@ -91,7 +91,7 @@ def test_a_manifest_and_what_is_missing(bucket: Any) -> None:
     assert source.image(0)[0, 0, 0] == 10
     with pytest.raises(BadImage, match="not found"):
         source.image(1)
-    with pytest.raises(UsageError, match="there is nothing"):
+    with pytest.raises(UsageError, match="nothing found"):
         open_source("s3://photos/nowhere/")
 
 

@@ -128,7 +128,7 @@ def test_weights_of_the_source_are_kept_and_multiplied() -> None:
 @pytest.mark.parametrize("fold", [1, 2])
 def test_a_class_that_one_fold_would_take_is_refused_in_all(fold: int) -> None:
     how = Resampling(folds=2, fold=fold)
-    with pytest.raises(UsageError, match=r"folds: class 'bee' lies in fold \d alone"):
+    with pytest.raises(UsageError, match=r"folds: class 'bee' is in fold \d only"):
         resample(records([0] * 9 + [1]), ["train"] * 10, how, seed=0, classes=("ape", "bee"))
     groups: list[int | None] = [1, 2, 3, 4, 5, 5]
     own = records([0, 0, 0, 0, 1, 1], groups)
@@ -236,7 +236,7 @@ def test_groups_of_a_manifest_stay_whole(tmp_path: Path) -> None:
         (["--folds", "5"], r"fold: None is not valid, expected 1 to 5 \(folds\)"),
         (["--folds", "5", "--fold", "6"], r"fold: 6 is not valid, expected 1 to 5 \(folds\)"),
         (["--folds", "5", "--fold", "0"], "fold: 0 is not valid, expected 1 to 5"),
-        (["--fold", "1"], "fold: 1 is not valid, expected nothing without folds"),
+        (["--fold", "1"], "fold: 1 is not valid, expected null without folds"),
         (["--bootstrap", "0"], "bootstrap: 0 is not valid, expected at least 1"),
         (
             ["--folds", "5", "--fold", "1", "--bootstrap", "1"],

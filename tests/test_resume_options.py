@@ -137,8 +137,10 @@ def test_a_dataset_prepared_anew_with_another_seed_is_refused(photos: Path, tmp_
     said = refused(prepared(photos, data, seed=1), out)
     assert said.startswith(f"data: {data} is not what {out}/last/step_")
     assert "images as then, but other ones, or in another order; val has" in said
-    assert f"bring that back, or start anew in another --out (--model.pretrained {out}/best" in said
-    assert said.endswith("which may have seen images that are for validation now)")
+    assert (
+        f"restore that data, or start over in another --out (--model.pretrained {out}/best" in said
+    )
+    assert said.endswith("which may have been trained on images that are for validation now)")
 
 
 def test_a_renamed_class_is_refused_by_its_name(photos: Path, tmp_path: Path) -> None:
@@ -146,12 +148,12 @@ def test_a_renamed_class_is_refused_by_its_name(photos: Path, tmp_path: Path) ->
     trained(data, out)
     names = data / "classes.json"
     names.write_text(json.dumps(["a", "kitten", "c"]))
-    assert "its classes have other names: 'kitten' was 'b'; bring" in refused(data, out)
+    assert "its classes have other names: 'kitten' was 'b'; restore" in refused(data, out)
     names.write_text(json.dumps(["b", "a", "c"]))
-    assert "classes are in another order: 'b' stands where 'a' was" in refused(data, out)
+    assert "classes are in another order: 'b' is where 'a' was" in refused(data, out)
     (photos / "b").rename(photos / "z")
     said = refused(prepared(photos, data), out)
-    assert "its 3 classes are the 3 of then without 'b' and with 'z'; train has" in said
+    assert "its 3 classes are the previous 3 without 'b' and with 'z'; train has" in said
 
 
 def test_edits_of_a_runs_config_are_not_ignored(
@@ -199,7 +201,7 @@ def test_files_in_place_of_a_pack_go_on_but_not_other_pixels(photos: Path, tmp_p
     went_on(prepared(photos, data, pack="off"), out, "--epochs", "5")
     first, second = (next((photos / name).iterdir()) for name in "ab")
     shutil.copy(first, second)
-    assert ": its pack holds other pixels; bring" in refused(prepared(photos, data), out)
+    assert ": its pack holds other pixels; restore" in refused(prepared(photos, data), out)
 
 
 def test_a_state_without_a_fingerprint_notices_another_number_of_steps(
@@ -210,7 +212,7 @@ def test_a_state_without_a_fingerprint_notices_another_number_of_steps(
         patch.setattr(inputs, "fingerprint_of", lambda *_: None)
         trained(data, out)
     said = refused(prepared(photos, data, test_fraction=0.6), out)
-    assert "is not step 0 after 2 epochs of 1 steps; the training images are others now" in said
+    assert "is not step 0 after 2 epochs of 1 steps; the training images have changed" in said
     went_on(prepared(photos, data), out, "--epochs", "3")
     assert last_state(out)["progress"]["data"]["classes"] == ("a", "b", "c")
 
@@ -284,7 +286,7 @@ def test_a_finished_run_says_that_nothing_is_left(
     assert said[1:-2] == ["nothing to do: all 2 epochs are done; --epochs N with more continues"]
     assert said[-2].startswith("best epoch ")
     assert "wrote" not in said[-2]
-    assert "has begun epoch 2; give 2 or more" in refused(
+    assert "has started epoch 2; give 2 or more" in refused(
         digits, out, "--limit", "32", "--epochs", "1"
     )
 
@@ -321,7 +323,7 @@ def test_tensors_of_another_network_are_one_line(digits: Path, tmp_path: Path) -
         checksum = hashlib.sha256(buffer.getvalue()).hexdigest()[:32]
         (path.parent / f"step_00000009.{checksum}.pth").write_bytes(buffer.getvalue())
         said = refused(digits, tmp_path / "run", "--limit", "32")
-        assert "its tensors are not those of this run: " in said
+        assert "its tensors do not fit this run: " in said
 
 
 CHECKS = """
@@ -345,7 +347,7 @@ def test_wrong_paths_are_refused_before_torch_loads(photos: Path, tmp_path: Path
         (tmp_path / name[:4]).mkdir()
         (tmp_path / name[:4] / name).write_text("")
         advice = "choose another --out, or continue it with --resume auto"
-        told[f"--out {name[:4]}"] = f"{name[:4]} holds a run already ({name}); {advice}"
+        told[f"--out {name[:4]}"] = f"{name[:4]} already contains a run ({name}); {advice}"
     told["--out last/last/deeper"] = "out: last/last is a file, expected a folder"
     for key in ("resume", "distill.teacher"):
         told[f"--{key} none.pth"] = f"{key}: none.pth does not exist"

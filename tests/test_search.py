@@ -56,10 +56,10 @@ def test_what_is_no_image_is_counted_by_ending(
     assert len(open_source(str(root))) == 41
     said = capsys.readouterr().err
     kinds = "2 .txt, 2 other ending, 1 .csv, 1 .dat, 1 .db, 1 no ending"
-    assert f"{root}: left out 8 files that are no images ({kinds}), first " in said
+    assert f"{root}: left out 8 files that are not images ({kinds}), first " in said
     main([str(root), "--out", str(tmp_path / "out")])
     said = capsys.readouterr().err
-    assert f"left out 8 files that are no images ({kinds})" in said
+    assert f"left out 8 files that are not images ({kinds})" in said
     assert "warning: 1 of 41 images cannot be read (1 .heic); see " in said
     with (tmp_path / "out" / "rejected.csv").open(newline="") as handle:
         rows = {row["image_id"]: row["reason"] for row in csv.DictReader(handle)}
@@ -133,7 +133,7 @@ def test_brackets_in_the_name_of_a_folder(
     source = open_source(f"{tmp_path}/{name}/*.png")
     assert source.image_ids == ["a.png"]
     assert source.image(0).shape == (8, 8, 3)
-    assert "its brackets are taken as part of the names" in capsys.readouterr().err
+    assert "its brackets are taken literally" in capsys.readouterr().err
     assert open_source(f"{tmp_path}/*/[ab].png").image_ids == sorted(
         [f"{name}/a.png", "z[1]/b.png"]
     )

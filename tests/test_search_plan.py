@@ -134,7 +134,7 @@ def test_draws_from_a_grid_are_all_different() -> None:
             "range: 'lr=1' is not valid, expected KEY=LOW..HIGH",
         ),
         (["--range", "lr=0..2", "--random", "2"], "expected 0 < LOW < HIGH"),
-        (["--range", "model.name=1..2", "--random", "2"], "range: model.name is no number"),
+        (["--range", "model.name=1..2", "--random", "2"], "range: model.name is not a number"),
         (["--grid", "lr=1", "--range", "lr=1..2", "--random", "2"], "range: lr is given twice"),
         (["--grid", "lr=1,2", "--random", "0"], "random: 0 is not valid"),
         (["--grid", "lr=1", "--random", "1", "--trials", "1"], "random: 1 is not valid"),

@@ -138,7 +138,7 @@ def test_a_header_of_a_size_that_cannot_be(tmp_path: Path, size: bytes) -> None:
     data[1024 + 148 : 1024 + 156] = b" " * 8
     data[1024 + 148 : 1024 + 156] = b"%06o\0 " % sum(data[1024 : 1024 + 512])
     path.write_bytes(data)
-    with pytest.raises(UsageError, match=r"damaged at byte|was it cut"):
+    with pytest.raises(UsageError, match=r"damaged at byte|truncated at"):
         open_source(str(path))
 
 
@@ -147,7 +147,7 @@ def test_a_cut_extended_header_is_no_other_format(tmp_path: Path) -> None:
     data = path.read_bytes()
     for start in (0, 1024):  # as the first member, and as the second
         path.write_bytes(data[1024 - start : 1024 + 1024])
-        with pytest.raises(UsageError, match="was it cut"):
+        with pytest.raises(UsageError, match="truncated at"):
             open_source(str(path))
 
 
@@ -165,7 +165,7 @@ def test_cut_and_damaged_shards_are_refused(tmp_path: Path) -> None:
     data = path.read_bytes()
     for cut in (700, 1024, 9000, 512 * 7):
         path.write_bytes(data[:cut])
-        with pytest.raises(UsageError, match="was it cut"):
+        with pytest.raises(UsageError, match="truncated at"):
             open_source(str(path))
     path.write_bytes(data[: 512 * 6 + 10] + b"\xff" + data[512 * 6 + 11 :])
     with pytest.raises(UsageError, match=r"damaged at byte 3,072"):
@@ -183,7 +183,7 @@ def test_a_shard_that_shrinks_later(tmp_path: Path) -> None:
     source = open_source(str(path))
     path.write_bytes(path.read_bytes()[:2000])
     assert source.image(0)[0, 0, 0] == 0
-    with pytest.raises(BadImage, match="has become shorter"):
+    with pytest.raises(BadImage, match="was truncated"):
         source.image(19)
 
 

@@ -185,4 +185,4 @@ def test_prepare_of_noisy_files_says_nothing_when_quiet(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (result.returncode, result.stdout) == (0, "")
     lines = result.stderr.splitlines()
-    assert all("have the pixels of a training image" in line for line in lines), lines
+    assert all("are duplicates of training images" in line for line in lines), lines

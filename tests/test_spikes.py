@@ -110,7 +110,7 @@ def test_a_run_notes_the_spike_of_any_rank(processes: int, digits: Path, tmp_pat
     (step,) = [line for line in lines(out, "step") if line["step"] == 15]
     assert row["loss"] == pytest.approx(step["loss"], rel=1e-6)
     assert row["loss"] > 10 * row["usual"] > 0
-    (warning,) = [line for line in said.splitlines() if "usual lately" in line]
+    (warning,) = [line for line in said.splitlines() if "recent median" in line]
     assert warning.startswith("warning: step 15: loss ")
 
 
@@ -119,5 +119,5 @@ def test_an_ordinary_run_notes_none(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     said = finish(start(digits, out, "--limit", "640", "--checkpoint.every-steps", "50"))
     assert not lines(out, "spike")
-    assert "usual lately" not in said
+    assert "recent median" not in said
     assert len(lines(out, "step")) == 40

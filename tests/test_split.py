@@ -87,7 +87,7 @@ def test_a_group_torn_by_the_source_is_an_error() -> None:
         ImageRecord(index=index, image_id=split, label=0, split=split, group="patient 7")
         for index, split in enumerate(("train", "test"))
     ]
-    with pytest.raises(UsageError, match="group 'patient 7' lies in train and in test"):
+    with pytest.raises(UsageError, match="group 'patient 7' is in train and in test"):
         assign_splits(torn, val_fraction=0.1, test_fraction=0.2, seed=0)
 
 

@@ -189,7 +189,7 @@ def test_the_refusal_names_all_that_differs_and_the_way_out(tmp_path: Path) -> N
         UsageError, match=r"^lr: 0\.5 given, .* with 0\.001 \(changed, too: seed\)"
     ) as found:
         resume(now)
-    assert str(found.value).endswith("give it as it was, or start anew in another --out")
+    assert str(found.value).endswith("give it as it was, or start over in another --out")
     (now.out / BEST).write_bytes(b"weights")
     with pytest.raises(UsageError) as found:
         resume(now)
@@ -199,7 +199,7 @@ def test_the_refusal_names_all_that_differs_and_the_way_out(tmp_path: Path) -> N
     assert "\n" not in str(found.value)
     with pytest.raises(UsageError) as found:  # whose weights would not fit
         resume(config(tmp_path, model=ModelConfig(name="simple_cnn")))
-    assert str(found.value).endswith("give it as it was, or start anew in another --out")
+    assert str(found.value).endswith("give it as it was, or start over in another --out")
 
 
 def test_what_does_not_shape_the_result_may_change(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_fewer_epochs_than_have_begun_are_refused(
 ) -> None:
     save_state(config(tmp_path), TrainingState(epoch=3, epoch_step=epoch_step, step=7), {})
     assert resume(config(tmp_path, epochs=fewest)) is not None
-    line = rf"^epochs: {fewest - 1} given, but .*pth has begun epoch {fewest}; give {fewest} or"
+    line = rf"^epochs: {fewest - 1} given, but .*pth has started epoch {fewest}; give {fewest} or"
     with pytest.raises(UsageError, match=line):
         resume(config(tmp_path, epochs=fewest - 1))
 
@@ -263,7 +263,9 @@ def test_the_data_may_lie_elsewhere_but_is_the_same(tmp_path: Path) -> None:
     save_state(config(tmp_path), TrainingState(data=fingerprint()), {})
     assert resume_with(now, fingerprint()) is not None
     line = r"^data: elsewhere/data is not what .*pth was trained on \(then .*/data\): train has 21 "
-    with pytest.raises(UsageError, match=line + r"images, then 20; bring that back, or start anew"):
+    with pytest.raises(
+        UsageError, match=line + r"images, then 20; restore that data, or start over"
+    ):
         resume_with(now, fingerprint(train=of_split(21)))
 
 
@@ -428,7 +430,9 @@ JUNK: list[tuple[str, object]] = [
 def test_junk_in_a_field_is_one_line(name: str, value: object, tmp_path: Path) -> None:
     now = config(tmp_path)
     write_state(now, changed(now, **{name: value}))
-    with pytest.raises(UsageError, match=r"pth: its training state .*damaged or forged$") as caught:
+    with pytest.raises(
+        UsageError, match=r"pth: its training state .*damaged or was tampered with$"
+    ) as caught:
         resume(now)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
@@ -448,7 +452,9 @@ def test_junk_beside_the_tensors_is_one_line(name: str, value: object, tmp_path:
     content = changed(now)
     content["tensors"][name] = value
     write_state(now, content)
-    with pytest.raises(UsageError, match=rf"its training state has {name}: .*damaged or forged$"):
+    with pytest.raises(
+        UsageError, match=rf"its training state has {name}: .*damaged or was tampered with$"
+    ):
         resume(now)
 
 

@@ -116,8 +116,8 @@ GOOD = ("a.png", "cat", "train", "1")
         (("b.png", "cat", "train", "-1"), "row 2: weight '-1' is not a number"),
         (("b.png", "cat", "train", "nan"), "row 2: weight 'nan' is not a number"),
         (("b.png", "cat"), "row 2: 2 values, but the header has 4"),
-        (("a.png", "dog", "train", "1"), "row 2: 'a.png' stands in row 1 already"),
-        (("b\0.png", "cat", "train", "1"), "row 2: path .* holds a zero byte"),
+        (("a.png", "dog", "train", "1"), "row 2: 'a.png' is already in row 1"),
+        (("b\0.png", "cat", "train", "1"), "row 2: path .* contains a null byte"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, row: tuple[str, ...], message: str) -> None:
@@ -216,18 +216,20 @@ def test_columns_of_any_name(
 
 def test_the_columns_that_are_there_are_listed(tmp_path: Path) -> None:
     path = manifest(tmp_path, [("id_code", "diagnosis"), ("a", "1")])
-    message = r"found id_code, diagnosis; --path-column names it"
+    message = r"found id_code, diagnosis; choose one with --path-column"
     with pytest.raises(UsageError, match=message):
         open_labelled(str(path))
-    with pytest.raises(UsageError, match=r"found id_code, diagnosis; --label-column names it"):
+    with pytest.raises(
+        UsageError, match=r"found id_code, diagnosis; choose one with --label-column"
+    ):
         open_labelled(str(path), opening=OpenOptions(path_column="id_code"))
     message = r"path_column: .* has no column 'idcode'; did you mean 'id_code'"
     with pytest.raises(UsageError, match=message):
         open_labelled(str(path), opening=OpenOptions(path_column="idcode"))
     for options in (OpenOptions(path_column="id"), OpenOptions(root=tmp_path)):
-        with pytest.raises(UsageError, match="is for a manifest, but digits is none"):
+        with pytest.raises(UsageError, match="is for a manifest, but digits is not one"):
             open_labelled("digits", opening=options)
-    with pytest.raises(UsageError, match=r"root: .*gone is no folder"):
+    with pytest.raises(UsageError, match=r"root: .*gone is not a folder"):
         open_labelled(str(path), opening=OpenOptions(root=tmp_path / "gone"))
     with pytest.raises(UsageError, match="label_column: 'x' is not valid, expected none with"):
         main([str(path), "--out", "o", "--label-column", "x", "--labels-column", "y"])
@@ -274,7 +276,7 @@ def test_paths_without_ending_and_with_backslashes(
     assert [record.image_id for record in source.records] == names
     said = capsys.readouterr().err
     assert "4 paths are completed, first 'a/1' is a/1.jpg" in said
-    assert "1 paths without an ending fit several files, first 'two'" in said
+    assert "1 paths without an ending match several files, first 'two'" in said
     assert source.source.image(2).shape == (8, 8, 3)
     absolute = [
         ("path", "label"),
@@ -293,7 +295,7 @@ def test_paths_without_ending_and_with_backslashes(
         (b"path,label\n", "has a header but no rows"),
         (b"photo,label\na,b\n", "no column for the image; expected one of path, file"),
         (b"path,kind\na,b\n", "no column for the label; expected one of label, class"),
-        (b"path,label,label\na,b,c\n", "column 'label' stands there more than once"),
+        (b"path,label,label\na,b,c\n", "column 'label' occurs more than once"),
         (b"path,label\na.png,\xff\n", "not UTF-8"),
         (b'path,label\na.png,"x"y\n', "row 1: not valid CSV"),
     ],

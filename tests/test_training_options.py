@@ -15,7 +15,7 @@ PAGE = (ROOT / "docs" / "training-options.md").read_text()
 ROWS = [
     [cell.strip() for cell in line.strip("|").split(" | ")]
     for line in PAGE.splitlines()
-    if line.startswith("| ") and not line.startswith("| what ")
+    if line.startswith("| ") and not line.startswith("| feature |")
 ]
 
 

@@ -141,7 +141,7 @@ def _write_missing_parts(parts: Parts, writer: PartWriter, reopen: Reopen | None
             parts.check(fingerprint.result())
             for record in parts.records:
                 writer.gallery.restore(record.picked)
-            log.say(f"{parts.rows:,} of {writer.count:,} images are done already")
+            log.say(f"{parts.rows:,} of {writer.count:,} images are already done")
         with tqdm(
             total=writer.count, initial=parts.rows, unit="img", disable=not log.show_progress()
         ) as bar:

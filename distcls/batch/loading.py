@@ -161,7 +161,7 @@ def _load_as_before(path: Path, execution: ExecutionConfig | None) -> Model | No
 
 def _load_generic(path: Path, options: PredictOptions, request: ExecutionRequest) -> Model:
     if path.suffix.lower() != ".onnx" or not path.is_file():
-        raise UsageError(f"classes: {path} is no ONNX file; other models carry their classes")
+        raise UsageError(f"classes: {path} is not an ONNX file; other models carry their classes")
     assert options.classes is not None
     return GenericOnnxModel(
         path,

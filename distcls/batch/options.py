@@ -21,23 +21,21 @@ class PredictOptions:
     """Options of `distcls predict`."""
 
     input: str | tuple[str, ...] = positional()
-    """Folder (searched with all below it), glob, image, manifest (.csv or .parquet with a column
-    path, file, filename, file_name, image or image_id, or --path-column), dataset directory, tar
-    shards (photos-{000..003}.tar or a glob), http://, https://, s3:// or gs:// (an image, folder,
-    glob or manifest), or - for a list on standard input, one path or URL a line. Of several, the
+    """Folder (searched recursively), glob, image, manifest (.csv or .parquet with a column path,
+    file, filename, file_name, image or image_id, or --path-column), dataset directory, tar shards
+    (photos-{000..003}.tar or a glob), http://, https://, s3:// or gs:// (an image, folder, glob or
+    manifest), or - for a list on standard input, one path or URL per line. With several inputs, the
     image ids begin with the input as given."""
     model: str
     """Model file: best.onnx, or a checkpoint best.pth; a run directory means its best.onnx, or its
-    best.pth where that is newer. An ensemble, as in a.onnx,b.onnx, predicts the mean of the
-    probabilities."""
+    best.pth if that is newer. Several files, as in a.onnx,b.onnx, are an ensemble: the mean of
+    their probabilities."""
     out: Path = Path("pre.csv")
-    """File to write; .csv, .jsonl or .parquet by its ending; - writes the rows to standard
-    output."""
+    """File to write, .csv, .jsonl or .parquet; - writes the rows to standard output."""
     out_format: Literal["csv", "jsonl"] | None = None
     """Format of the rows on standard output; default: csv."""
     features: Path | None = None
-    """Parquet file to write as well: the features of each image, the input of the network's last
-    layer."""
+    """Parquet file for the features of each image, the input of the network's last layer."""
     split: str | None = None
     """Split of a dataset directory; default: test."""
     path_column: str | None = None
@@ -45,57 +43,59 @@ class PredictOptions:
     root: Path | None = None
     """Folder that relative paths of a manifest start from; default: that of the manifest."""
     batch_size: int | None = None
-    """Batch size; by default chosen with the provider (64 for a .pth)."""
+    """Batch size; default: chosen with the provider (64 for a .pth)."""
     provider: str = "auto"
-    """Execution provider of an ONNX model: auto (the fastest installed one that agrees with
-    the CPU), cpu, openvino, cuda, tensorrt."""
+    """Execution provider of an ONNX model: auto (the fastest installed one whose predictions match
+    those of the CPU), cpu, openvino, cuda, tensorrt."""
     top_k: int = 1
-    """Classes to name for each image, the likeliest first; 1 for multi-head and multi-label."""
+    """Number of classes per image, in order of probability; 1 for multi-head and multi-label
+    models."""
     probabilities: bool = False
     """Add a column p:CLASS with the probability of each class."""
     threshold: float | None = None
-    """Least probability of a class, for each head separately; below it the label is empty and the
+    """Minimum probability of a class, for each head separately; below it the label is empty and the
     column `abstained` is true. Not for multi-label models, which have a threshold per label."""
     tta: Tta = "none"
-    """Test-time augmentation: flip predicts the mean of the probabilities of each image and of its
-    mirror image."""
+    """Test-time augmentation: flip averages the probabilities of each image and its mirror
+    image."""
     show: int = 0
-    """Draw this many random images with their predictions as a PNG."""
+    """Draw this many random images with their predictions into a PNG."""
     show_out: Path | None = None
     """The PNG that --show writes; default: the name of --out with .png."""
     seed: int = 0
     """Seed of the random images of --show."""
     limit: int | None = None
-    """Take the first images only."""
+    """Predict the first images only."""
     workers: int | None = None
     """Decoding threads; default: one per core."""
     engine: Engine = "local"
-    """Where to compute: on this machine, or with ray on the nodes of a Ray cluster (that of
-    RAY_ADDRESS), all of which need access to input and model."""
+    """Where to compute: local, this machine; ray, the nodes of a Ray cluster (that of RAY_ADDRESS),
+    all of which need access to input and model."""
     scaled_decode: bool = False
-    """Decode large JPEGs at a half, a quarter or an eighth of their size, as far as they are scaled
-    down anyway: faster, with slightly other pixels; refused if it changes labels."""
+    """Decode large JPEGs at 1/2, 1/4 or 1/8 of their size where they are scaled down anyway:
+    faster, with slightly different pixels; refused if that changes predictions."""
     profile: Path | None = None
-    """PNG to write: where the time went, decoding, waiting, computing and writing."""
+    """PNG to write: the time spent in decoding, waiting, inference and writing."""
     fetch_timeout: float = TIMEOUT
-    """Seconds that one attempt to download an image may take; there are four."""
+    """Timeout in seconds of each attempt to download an image; there are four."""
     classes: Path | None = None
-    """For an ONNX file that distcls has not exported: file with its class names, one per line or a
-    JSON list; --size, --mean and --std give its preprocessing."""
+    """For ONNX files not exported by distcls: file with the class names, one per line or a JSON
+    list; --size, --mean and --std give the preprocessing."""
     size: tuple[int, int] | None = None
-    """With --classes: height and width of the model's input; by default the file's."""
+    """With --classes: height and width of the model's input; default: those of the file."""
     mean: tuple[float, float, float] | None = None
     """With --classes: mean of each RGB channel, of values scaled to 0..1; default: 0,0,0."""
     std: tuple[float, float, float] | None = None
     """With --classes: standard deviation of each RGB channel, likewise; default: 1,1,1."""
     part_rows: int = 4096
-    """Rows of a part, after each of which the run can be resumed; rounded up to whole batches."""
+    """Rows per part; an interrupted run resumes after its last finished part. Rounded up to whole
+    batches."""
     resume: bool = False
-    """Continue a run that was killed; its inputs, model and options have to be the same."""
+    """Continue an interrupted run; its inputs, model and options have to be the same."""
     overwrite: bool = False
     """Replace --out if it exists, and discard an unfinished run."""
     json: bool = False
-    """Print one JSON object on standard output, for machines."""
+    """Print the result as one JSON object on standard output."""
     quiet: bool = False
     """Print warnings and errors only."""
 
@@ -112,15 +112,15 @@ class PredictOptions:
         require(chance is None or 0 < chance <= 1, "threshold", chance, "above 0 and at most 1")
         require(self.fetch_timeout > 0, "fetch_timeout", self.fetch_timeout, "seconds above 0")
         both = self.resume and self.overwrite
-        require(not both, "resume", True, "false with --overwrite, which starts anew")
+        require(not both, "resume", True, "false with --overwrite, which starts over")
         self._check_standard_output()
         table = self.features
         require(bool(self.inputs), "input", self.input, "at least one")
         parquet = table is None or table.suffix.lower() == ".parquet"
         require(parquet, "features", str(table), "the name of a .parquet file")
-        require(table is None or table != self.out, "features", str(table), "another file than out")
+        require(table is None or table != self.out, "features", str(table), "a file other than out")
         alone = table is None or (self.tta == "none" and len(self.models) == 1)
-        require(alone, "features", str(table), "no --tta and one model, whose features they are")
+        require(alone, "features", str(table), "one model and no --tta")
         require(bool(self.models), "model", self.model, "the name of a model file")
         for name in ("size", "mean", "std"):
             given = getattr(self, name) is not None
@@ -128,7 +128,12 @@ class PredictOptions:
 
     def _check_standard_output(self) -> None:
         known = self.to_standard_output or self.out_format is None
-        require(known, "out_format", self.out_format, "nothing without --out -: by the ending")
+        require(
+            known,
+            "out_format",
+            self.out_format,
+            "no value without --out -; the ending of --out decides",
+        )
         if not self.to_standard_output:
             return
         require(not self.json, "json", True, "false with --out -, which prints the rows there")
@@ -179,7 +184,7 @@ class PredictOptions:
         return self.show_out or self.out.with_suffix(".png")
 
 
-_GENERIC = "nothing without --classes: a file exported by distcls holds its own"
+_GENERIC = "no value without --classes: files exported by distcls have their own"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -119,12 +119,12 @@ class Parts:
         """Raise UsageError unless the finished parts have the same fingerprint."""
         begun = read_fingerprint(self.out)
         if not begun.values:
-            raise UsageError(f"{self.folder / FINGERPRINT} cannot be read; --overwrite starts anew")
+            raise UsageError(f"{self.folder / FINGERPRINT} cannot be read; --overwrite starts over")
         difference = fingerprint.difference(begun)
         if difference is not None:
             raise UsageError(
-                f"{self.folder}: was begun with {difference[0]}, now it is {difference[1]}; "
-                "--resume needs the same, --overwrite starts anew"
+                f"{self.folder}: was started with {difference[0]}, now it is {difference[1]}; "
+                "--resume needs the same inputs and options, --overwrite starts over"
             )
 
     def load(self) -> None:
@@ -185,7 +185,7 @@ class Parts:
                 return record
         except (OSError, ValueError, TypeError, AttributeError):
             pass
-        log.warn(f"{path} and its rows are damaged; predicted again from there")
+        log.warn(f"{path} or its rows are damaged; predicting again from there")
         return None
 
 
@@ -231,8 +231,8 @@ def open_parts(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Parts]:
         parts.load()
         if parts.records and not resume:
             raise UsageError(
-                f"{parts.folder} holds {parts.rows:,} rows of a run that did not end; --resume "
-                "continues it, --overwrite starts anew"
+                f"{parts.folder} holds {parts.rows:,} rows of an interrupted run; --resume "
+                "continues it, --overwrite starts over"
             )
         try:
             yield parts

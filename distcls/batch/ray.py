@@ -50,10 +50,10 @@ Reopen = Callable[[PredictOptions, list[ExecutionConfig]], tuple[Model, ImageSou
 def check_ray(options: PredictOptions) -> None:
     """Raise UsageError, before any work, if Ray is missing or cannot run with these options."""
     if len(options.inputs) > 1:
-        raise UsageError("engine: ray takes one INPUT; name a folder, a glob or a manifest")
+        raise UsageError("engine: ray accepts one INPUT; use a folder, a glob or a manifest")
     if options.inputs == ("-",):
         raise UsageError(
-            "engine: ray cannot hand standard input to other machines; write the list into a "
+            "engine: ray cannot read standard input on other machines; write the list to a "
             "manifest (.csv with a column path)"
         )
     if options.profile is not None:

@@ -32,8 +32,8 @@ class ModelsOptions:
     """Names to list: a glob such as '*' (all) or 'timm:*vit*', or a substring; default: a short
     list."""
     figures: bool | None = bare("true")
-    """Build each network for its parameters, multiply-accumulates and input size, which takes about
-    half a second; default: where no pattern is given, or up to 10 names match."""
+    """Build each network to compute its parameters, multiply-accumulates and input size, which
+    takes about half a second each; default: if no pattern is given, or at most 10 names match."""
     json: bool = False
     """Print one JSON object on standard output."""
 

@@ -22,16 +22,16 @@ class ShowConfig(TrainConfig):
     """A training run's keys, but `out` is an image file."""
 
     data: Path = positional()
-    """Dataset directory, or anything that `distcls prepare` takes: that is prepared for the
-    picture, and removed again."""
+    """Dataset directory, or anything that `distcls prepare` reads: that is prepared in a temporary
+    folder."""
     out: Path = Path("show.png")
-    """Image file to write (PNG); the `out` of a config file is ignored."""
+    """PNG file to write; the `out` of a config file is ignored."""
     overwrite: bool = False
-    """Replace `out`."""
+    """Replace the file if it exists."""
     epoch: int = 1
     """Epoch whose first images are drawn, counted from 1."""
     count: int = 32
-    """Images to draw."""
+    """Number of images to draw."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -78,7 +78,7 @@ def read_yaml(path: Path) -> dict[str, Given]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: expected keys with values at the top of the file")
+        raise UsageError(f"{path}: expected a mapping of keys to values")
     return {key: Given(value, str(path)) for key, value in flatten(content).items()}
 
 
@@ -192,7 +192,7 @@ def take_plain_values(config: object) -> None:
         elif not isinstance(value, typing.cast(type, kind)):
             inside = _section(value, kind)
             if not isinstance(inside, Mapping):
-                raise BadValue(field.name, value, "a dict of its keys")
+                raise BadValue(field.name, value, "a dict with its keys")
             given = {key: Given(each, field.name) for key, each in flatten(dict(inside)).items()}
             value = build(typing.cast(type, kind), given)
         object.__setattr__(config, field.name, value)  # frozen for everybody else
@@ -220,7 +220,7 @@ def _refuse_section(key: str, source: str, known: Iterable[str]) -> None:
     """Add a hint if `key` is a section, such as one left empty in YAML."""
     inside = [name for name in known if name.startswith(key + ".")]
     if inside:
-        raise UsageError(f"{source}: {key!r} takes keys of its own: {', '.join(inside)}")
+        raise UsageError(f"{source}: {key!r} is a section with the keys {', '.join(inside)}")
 
 
 def _construct(cls: type, prefix: str, values: dict[str, Any], given: dict[str, Given]) -> Any:

@@ -71,7 +71,7 @@ def read_labels(table: pa.Table, task: Task, where: Path) -> NDArray[np.int64]:
     bad = np.flatnonzero((flat < 0) | (flat >= limits))
     if len(bad):
         row, label = int(rows[bad[0]]), int(flat[bad[0]])
-        raise UsageError(f"{_name(table, row, where)} label {label}, which is no class")
+        raise UsageError(f"{_name(table, row, where)} label {label}, which is not a class")
     if heads:
         return flat.reshape(-1, heads)
     given = np.zeros((len(lengths), len(task.classes)), np.int64)
@@ -376,9 +376,7 @@ def _changed_classes(before: Sequence[str], now: Sequence[str]) -> str:
     moved = [pair for pair in zip(before, now, strict=False) if pair[0] != pair[1]]
     if not gone and not new:
         first, second = moved[0]
-        return (
-            f"its classes are in another order: {_quoted(second)} stands where {_quoted(first)} was"
-        )
+        return f"its classes are in another order: {_quoted(second)} is where {_quoted(first)} was"
     if len(before) == len(now) and len(moved) == len(gone):
         pairs = [f"{_quoted(second)} was {_quoted(first)}" for first, second in moved]
         return f"its classes have other names: {_some(pairs)}"
@@ -387,7 +385,7 @@ def _changed_classes(before: Sequence[str], now: Sequence[str]) -> str:
         for word, names in (("without", gone), ("with", new))
         if names
     ]
-    return f"its {len(now):,} classes are the {len(before):,} of then {' and '.join(parts)}"
+    return f"its {len(now):,} classes are the previous {len(before):,} {' and '.join(parts)}"
 
 
 def _quoted(name: str) -> str:
@@ -424,7 +422,7 @@ class Dataset:
             raise UsageError(f"{folder}: no such dataset directory; distcls prepare makes one")
         if not is_dataset(folder):
             raise UsageError(
-                f"{folder} is no dataset directory; make one of it: "
+                f"{folder} is not a dataset directory; prepare it: "
                 + prepare_command(str(folder), prepare_flags)
             )
         info = _read_json(folder / INFO)
@@ -486,7 +484,7 @@ class Dataset:
         if packed and not self.packed:
             raise UsageError(f"{self.folder} has no pack; prepare it again with --pack on")
         if not packed and not self.has_files:
-            raise UsageError(f"{self.folder} has its images in the pack alone; pack cannot be off")
+            raise UsageError(f"{self.folder} has its images only in the pack; pack cannot be off")
         rows = np.asarray(self.table.column("split").to_numpy(zero_copy_only=False)) == name
         table = self.table.filter(rows)
         root = self.folder if packed else self.files_root(str(table.column("path")[0]))
@@ -513,8 +511,8 @@ class Dataset:
         if isinstance(near, str) and (self.folder / near / first).exists():
             return self.folder / near
         raise UsageError(
-            f"{self.folder}: its images were in {before}, which is not there; where they have "
-            f"moved, distcls prepare {self.folder} --root THEIR_FOLDER --out NEW_DATASET"
+            f"{self.folder}: its images were in {before}, which does not exist; if they have "
+            f"moved: distcls prepare {self.folder} --root THEIR_FOLDER --out NEW_DATASET"
         )
 
 

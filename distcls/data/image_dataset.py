@@ -214,7 +214,7 @@ def open_dataset(path: StrPath, **options: Any) -> ImageDataset:
         path: a dataset directory or a run directory with one; a folder with one folder per class
             (CLASS/*.jpg or SPLIT/CLASS/*.jpg), a folder of IDX files, a CSV or Parquet manifest,
             tar shards, or `digits`, which is bundled with scikit-learn.
-        options: how images and labels are read where it is no dataset directory, as the options of
+        options: how images and labels are read if it is not a dataset directory, as the options of
             `distcls prepare`: `format`, `classes` (a file of class names), `splits`, `path_column`,
             `label_column`, `root`, `weight_column`, `label_columns`, `text_column`,
             `labels_column`, `separator` and `background`.
@@ -275,7 +275,7 @@ def split_of(data: ImageDataset, name: str | None) -> Split:
     """
     if data._directory is None:
         raise UsageError(
-            f"{data.location} is no dataset directory; for a test set of all its images: "
+            f"{data.location} is not a dataset directory; for a test set of all its images: "
             f"distcls.prepare_dataset({data.location!r}, OUT, test_fraction=1)"
         )
     splits = data.splits
@@ -313,7 +313,7 @@ def _of_directory(dataset: Dataset, location: str) -> ImageDataset:
         read_labels(table, task, dataset.folder / MANIFEST)  # raises for what is no label
     elif len(labels) and not 0 <= min(labels) <= max(labels) < len(task.classes):
         raise UsageError(
-            f"{dataset.folder / MANIFEST}: labels that are none of its {len(task.classes)} classes"
+            f"{dataset.folder / MANIFEST}: labels outside of its {len(task.classes)} classes"
         )
     counted = dict.fromkeys(splits, 0)
     records = []

@@ -70,17 +70,17 @@ class PrepareOptions:
     """`digits` (bundled with scikit-learn), a folder of IDX files (MNIST, FashionMNIST), a folder
     with one folder per class, a CSV or Parquet manifest, or tar shards with KEY.cls labels."""
     out: Path
-    """Dataset directory to write; must not exist."""
+    """Dataset directory to write; it must not exist."""
     format: str = "auto"
     """Format of the source: auto (detects it), digits, idx, mnist, fashion-mnist, folder, manifest,
-    tar, or one of your own that DISTCLS_IMPORT registers. mnist and fashion-mnist insist on the
-    published MD5s, idx on none."""
+    tar, or one of your own that DISTCLS_IMPORT registers. mnist and fashion-mnist verify the
+    published MD5 checksums, idx does not."""
     classes: Path | None = None
     """File of class names in label order (JSON list, or one per line); other labels are errors."""
     splits: tuple[str, ...] = ()
-    """Folder trees: the folder of each split, as in train=seg_train,test=seg_test/images (also two
-    for one split); none takes all folders for classes. By default the folders' names decide, and
-    where they are not clear it is refused."""
+    """Folder trees: the folder of each split, as in train=seg_train,test=seg_test/images (a split
+    may have two); none: all folders are classes. By default the names of the folders decide;
+    ambiguous ones are refused."""
     path_column: str | None = None
     """Column of the manifest with the path of each image; default: the first of path, file,
     filename, file_name, image, image_id."""
@@ -89,7 +89,8 @@ class PrepareOptions:
     category, target."""
     root: Path | None = None
     """Folder that relative paths of a manifest start from; default: that of the manifest. For a
-    dataset directory: where its images have moved to, OUT is then the same dataset with them."""
+    dataset directory: the folder that its images have moved to; OUT is then the same dataset with
+    the new paths."""
     weight_column: str | None = None
     """Column of the manifest with the weight of each image in training; default: `weight` where
     there is one."""
@@ -97,27 +98,26 @@ class PrepareOptions:
     """Multi-head: columns of the manifest, such as colour,shape; one head per column."""
     text_column: str | None = None
     """Multi-head: column of the manifest with a text, such as a captcha's; one head per character,
-    shorter texts end in blanks."""
+    shorter texts are padded."""
     labels_column: str | None = None
-    """Multi-label: column of the manifest with any number of labels per image, none included."""
+    """Multi-label: column of the manifest with any number of labels per image, or none."""
     separator: str | None = None
     """With labels_column: separator of the labels; default: |."""
     val_fraction: float | None = None
     """Fraction of each class for validation, where the source has no validation split; default:
     0.1."""
     test_fraction: float | None = None
-    """Fraction of each class for testing, where the source has no test split; default: 0.2, but
-    none where the source has a validation split; 1 for a later test set, of which all images are
-    for testing."""
+    """Fraction of each class for testing, where the source has no test split; default: 0.2, or 0 if
+    the source has a validation split. 1 makes a test set of all images, for `distcls evaluate`."""
     folds: int | None = None
-    """Cross-validation: split the training images into this number of stratified folds; `fold` is
-    for validation, all other folds are for training."""
+    """Cross-validation: split the training images into this many stratified folds; `fold` is the
+    validation split, the others are the training split."""
     fold: int | None = None
-    """With folds: which of them, counted from 1."""
+    """With folds: the fold to validate on, counted from 1."""
     bootstrap: int | None = bare("1")
-    """A bootstrap sample: training images drawn with replacement, the times that each is drawn as
-    its weight; those never drawn (37 %) are for validation. The value is the number of the
-    sample, 1 where none is given; each number draws another sample of the same images."""
+    """Bootstrap sample: training images drawn with replacement, with the number of draws as the
+    weight; images never drawn (37 %) are the validation split. The value is the number of the
+    sample, 1 by default; each number draws another sample of the same images."""
     seed: int = 0
     """Seed of the splits (also of folds and bootstrap samples) and of `limit`."""
     limit: int | None = None
@@ -125,10 +125,11 @@ class PrepareOptions:
     write_images: bool = False
     """Also write OUT/images/SPLIT/CLASS/ID.png."""
     pack: Literal["auto", "on", "off"] = "auto"
-    """Store the decoded images in one file; auto does up to 4 GiB and 256x256 pixels on average."""
+    """Store the decoded images in one file; auto: if they take at most 4 GiB and have at most
+    256x256 pixels on average."""
     background: Background = WHITE
     """Colour that transparent pixels are blended with, as red, green and blue from 0 to 255; ignore
-    shows the colours hidden below them. Training and the model's predictions use the same."""
+    discards the alpha channel. Training and predictions use the same."""
     json: bool = False
     """Print one JSON object with the counts."""
     quiet: bool = False
@@ -150,7 +151,7 @@ class PrepareOptions:
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
         labels = self.label_options(None)
         if labels.columns and self.label_column is not None:
-            expected = f"none with {labels.options[0]}: they exclude each other"
+            expected = f"null with {labels.options[0]}: they are mutually exclusive"
             raise BadValue("label_column", self.label_column, expected)
         if labels.columns and self.write_images:
             expected = f"false with {labels.options[0]}: it makes one folder per class"
@@ -279,12 +280,12 @@ def _move(options: PrepareOptions, root: Path, started: float) -> Prepared:
             require(value == field.default, field.name, value, expected)
     dataset = Dataset.open(Path(options.source))
     if not dataset.has_files:
-        raise UsageError(f"root: {options.source} has its images in the pack alone")
+        raise UsageError(f"root: {options.source} has its images only in the pack")
     root = root.resolve()
     paths: list[str] = dataset.table.column("path").to_pylist()
     missing = [path for path in paths if not (root / path).is_file()]
     if len(missing) == len(paths):
-        raise UsageError(f"root: none of {len(paths)} images is there, first {root / paths[0]}")
+        raise UsageError(f"root: none of {len(paths)} images exists, first {root / paths[0]}")
     with atomic_folder(options.out) as folder, claimed(folder):
         near = writer.relative_root(options.out, root)
         info = writer.write_moved(folder, dataset, root, near)
@@ -323,11 +324,11 @@ def _check_sense(source: LabelledImages, options: PrepareOptions) -> None:
         raise UsageError(f"{source.location}: {shortage}; a classifier needs at least two")
     if source.root is None and options.pack == "off" and not options.write_images:
         raise UsageError(
-            f"--pack off: the images of {source.format} are no files; add --write-images to make "
+            f"--pack off: the images of {source.format} are not files; add --write-images to make "
             "some"
         )
     if source.format == "folder" and options.out.resolve().is_relative_to(Path(source.location)):
-        raise UsageError(f"out {options.out} lies inside the source {source.location}")
+        raise UsageError(f"out {options.out} is inside the source {source.location}")
 
 
 def _fill(
@@ -350,7 +351,7 @@ def _fill(
         check_training_images(after, source)
     if not tested and (lost := untrained_classes(after, source)):
         some = f"{len(lost)} of {len(source.classes)} classes have no training images"
-        log.warn(f"{some} and cannot be learnt, first {lost[0]!r}")
+        log.warn(f"{some} and cannot be learned, first {lost[0]!r}")
     paths: list[str | None] = [record.path for record in after.records]
     root = None if source.root is None else str(source.root)
     if copies is not None:
@@ -455,8 +456,8 @@ def _warn_of_repeated(
         count = assignment.splits.count(split)
         name, other = pairs[0]
         log.warn(
-            f"{len(pairs):,} of {count:,} {split} images have the pixels of a training image, "
-            f"first {name!r} those of {other!r}: scores on them are better than on new images"
+            f"{len(pairs):,} of {count:,} {split} images are duplicates of training images, "
+            f"first {name!r} of {other!r} (same pixels): scores on {split} will be too high"
         )
 
 
@@ -513,13 +514,13 @@ def _summarise(
     own = sum(record.split == "train" for record in source.records)
     if own and (taken := own - prepared.counts.get("train", 0)) > 0 and options.limit is None:
         say(
-            f"of the {own:,} images in the source's training split {taken:,} are set aside "
+            f"of the {own:,} images in the source's training split {taken:,} are held out "
             "(--val-fraction, --test-fraction)"
         )
     if prepared.packed:
         say(f"pack: {prepared.pack_bytes / 2**20:.1f} MiB of decoded images")
     else:
-        say(f"no pack, the images are decoded whenever they are used ({prepared.no_pack})")
+        say(f"no pack, images are decoded on every use ({prepared.no_pack})")
     if prepared.transparent:
         color = background_color(options.background)
         where = "without their alpha" if color is None else f"on {background_text(color)}"
@@ -535,7 +536,7 @@ def _summarise(
         reasons = "; ".join(f"{n:,} {reason}" for reason, n in [*prepared.left_out.items()][:8])
         say(f"left out: {reasons}; see {listed}")
     if set(prepared.counts) == {"test"}:
-        say("all images are for testing: for distcls evaluate, not for training")
+        say("all images are in the test split: use it with distcls evaluate, not for training")
     for split in ("val", "test") if "train" in prepared.counts else ():
         if split not in prepared.counts:
             log.warn(f"there are no images for {split}")

@@ -393,13 +393,13 @@ class LabelOptions:
         given = self.options
         if len(given) > 1:
             value = getattr(self, given[1])
-            raise BadValue(given[1], value, f"none with {given[0]}: they exclude each other")
+            raise BadValue(given[1], value, f"null with {given[0]}: they are mutually exclusive")
         plain = [name.strip().lower() for name in self.label_columns]
         differ = len(set(plain)) == len(plain)
-        require(differ, "label_columns", self.label_columns, "columns of different names")
+        require(differ, "label_columns", self.label_columns, "different columns")
         if self.separator is not None:
             used = self.labels_column is not None
-            require(used, "separator", self.separator, "none; it belongs to labels_column")
+            require(used, "separator", self.separator, "null without labels_column")
             require(self.separator != "", "separator", self.separator, "one character or more")
 
     @property
@@ -422,7 +422,7 @@ class LabelOptions:
         for option, column in named.items():
             if column is not None:
                 raise UsageError(
-                    f"{option}: {column!r} is a column of a manifest, but {location} is none"
+                    f"{option}: {column!r} is a column of a manifest, but {location} is not one"
                 )
 
 
@@ -449,7 +449,7 @@ class OpenOptions:
             value = getattr(self, name)
             if value is not None:
                 raise UsageError(
-                    f"{name}: {str(value)!r} is for a manifest, but {location} is none"
+                    f"{name}: {str(value)!r} is for a manifest, but {location} is not one"
                 )
 
 

@@ -162,8 +162,8 @@ def _check_groups(records: Sequence[ImageRecord], splits: Sequence[str]) -> None
     for record, split in zip(records, splits, strict=True):
         if record.group is not None and home.setdefault(record.group, split) != split:
             raise UsageError(
-                f"group {record.group!r} lies in {home[record.group]} and in {split} "
-                f"({record.image_id!r}); a group belongs to one split, or drop one of the columns"
+                f"group {record.group!r} is in {home[record.group]} and in {split} "
+                f"({record.image_id!r}); a group must be in one split, or drop one of the columns"
             )
 
 
@@ -191,7 +191,7 @@ def require_one_way(
     """Raise BadValue unless exactly one of these options chooses the validation images."""
     require(folds is None or folds >= 2, "folds", folds, "at least 2")
     if folds is None:
-        require(fold is None, "fold", fold, "nothing without folds, which says of how many")
+        require(fold is None, "fold", fold, "null without folds")
     else:
         inside = fold is not None and 1 <= fold <= folds
         require(inside, "fold", fold, f"1 to {folds} (folds), the one that is for validation")
@@ -299,8 +299,8 @@ def _check_classes(
         if len(homes[label]) == 1:
             [fold] = homes[label]
             raise UsageError(
-                f"folds: class {classes[label]!r} lies in fold {fold} alone, which could not be "
-                "validated: a class needs two training images, in two groups where there are some"
+                f"folds: class {classes[label]!r} is in fold {fold} only and cannot be "
+                "cross-validated: a class needs two training images, in two groups if any"
             )
 
 
@@ -444,7 +444,7 @@ def check_training_images(assignment: SplitAssignment, source: LabelledImages) -
     found = Counter(record.label for record in assignment.records)
     for label, name in enumerate(source.classes):
         if label not in trained:
-            others = f"; its {found[label]} lie in val or test" if found[label] else ""
+            others = f"; its {found[label]} images are in val or test" if found[label] else ""
             raise UsageError(f"{source.location}: class {name!r} has no training images{others}")
 
 

@@ -47,7 +47,7 @@ def match_classes(split: Split, model: Task, where: str) -> MatchedSplit:
     if model.kind != data.kind:
         raise UsageError(f"the model predicts {_summary(model)}, {where} has {_summary(data)}")
     if data.single and not ((split.labels >= 0) & (split.labels < len(data.classes))).all():
-        raise UsageError(f"{where}: labels that are none of its {len(data.classes)} classes")
+        raise UsageError(f"{where}: labels outside of its {len(data.classes)} classes")
     if _keys(data) == _keys(model):
         return MatchedSplit(split=dataclasses.replace(split, task=model))
     places = _places(data, model, where)
@@ -57,12 +57,12 @@ def match_classes(split: Split, model: Task, where: str) -> MatchedSplit:
         labels, known, counts = _translate_heads(split.labels, places, data, model)
     if not known.any():
         raise UsageError(
-            f"{where}: the model knows the class of no image of {split.name}; it predicts "
+            f"{where}: no image of {split.name} has a class of the model; it predicts "
             f"{shown_names(model.classes)}, the data has {shown_names(data.classes)}"
         )
     left_out = int((~known).sum())
     what = f"; {left_out:,} images of other classes are left out" if left_out else ""
-    log.say(f"{where} lists other classes than the model, matched by name{what}")
+    log.say(f"{where} has other classes than the model; matched by name{what}")
     pairs = zip(data.classes, places.tolist(), counts.tolist(), strict=True)
     return MatchedSplit(
         split=split.relabelled(labels[known], model, known),
@@ -85,7 +85,9 @@ def _places(data: Task, model: Task, where: str) -> Integers:
     """
     own = {key: place for place, key in enumerate(_keys(model))}
     if len(own) < len(model.classes) or len(set(_keys(data))) < len(data.classes):
-        raise UsageError(f"{where} or the model has a class twice: no match by name is possible")
+        raise UsageError(
+            f"{where} or the model has a class name twice: classes cannot be matched by name"
+        )
     sides = (("the model has", model, data), (f"{where} has", data, model))
     for owner, task, other in sides:
         names = {head.name for head in other.heads}

@@ -56,27 +56,27 @@ class EvaluateOptions:
 
     model: Path
     """Model file: best.onnx, or a checkpoint best.pth; a run directory means its best.onnx, or its
-    best.pth where that is newer or several processes evaluate."""
+    best.pth if that is newer or several processes evaluate."""
     data: Path
-    """Dataset directory, as `distcls prepare` makes it. Its classes are matched with the model's by
-    name; images of other classes are counted apart."""
+    """Dataset directory, as `distcls prepare` writes it. Its classes are matched with the model's
+    by name; images of other classes are counted separately."""
     split: str = "test"
     """Split of the dataset: train, val or test."""
     out: Path | None = None
     """Folder for metrics.json, per_class.csv, confusion.csv and confusion.png."""
     overwrite: bool = False
-    """Replace an evaluation that --out holds already."""
+    """Replace an evaluation in --out."""
     batch_size: int | None = None
-    """Images the model takes at a time; by default chosen with the provider (64 for a .pth)."""
+    """Batch size; default: chosen with the provider (64 for a .pth)."""
     provider: str = "auto"
-    """What runs an ONNX model: auto takes the fastest that is installed and agrees with the CPU;
-    or cpu, openvino, cuda, tensorrt."""
+    """Execution provider of an ONNX model: auto (the fastest installed one whose predictions match
+    those of the CPU), cpu, openvino, cuda, tensorrt."""
     limit: int | None = None
-    """Take the first images only."""
+    """Evaluate the first images only."""
     workers: int | None = None
     """Decoding threads; default: one per core."""
     json: bool = False
-    """Print one JSON object on standard output, for machines."""
+    """Print the result as one JSON object on standard output."""
     quiet: bool = False
     """Print warnings and errors only."""
 
@@ -233,7 +233,9 @@ class EvaluationResult:
         drawn = _drawn_matrix(self.metrics.confusion, self.task)
         if drawn is None:
             (folder / "confusion.png").unlink(missing_ok=True)  # of an evaluation that is replaced
-            log.say("confusion.png is left out: there is no one table of classes to draw")
+            log.say(
+                "confusion.png is left out: the heads have different classes, or there are labels"
+            )
             return
         try:
             plotting.confusion(*drawn, folder / "confusion.png")
@@ -396,7 +398,7 @@ def _check_data(options: EvaluateOptions) -> None:
     if options.data.is_dir() and not known and is_dataset(run / IN_RUN):
         command = prepare_command(str(options.data), "--test-fraction 1")
         raise UsageError(
-            f"{options.data} is no dataset directory; the model's own, with its test split, is "
+            f"{options.data} is not a dataset directory; the model's own, with its test split, is "
             f"--data {run / IN_RUN}; for other images make one of them: {command}"
         )
 
@@ -428,7 +430,7 @@ def _processes(model: Path) -> Iterator[tuple[str, Sum]]:
         yield "auto", lambda vector: vector
         return
     if model.suffix.lower() != ".pth":
-        raise UsageError(f"model: {model} runs in one process, {log.world_size()} were started")
+        raise UsageError(f"model: {model} runs in one process, but {log.world_size()} were started")
     import torch
     from accelerate import PartialState
     from accelerate.utils import reduce
@@ -478,9 +480,7 @@ def _sum_over_ranks(own: Sums, bad: list[str], task: Task, total: Sum) -> Sums:
     vector = total(np.concatenate([*parts, [len(bad)]]))
     all_bad = round(float(vector[-1]))
     if all_bad:
-        raise DistclsError(
-            f"{all_bad:,} images cannot be evaluated; the data has to be repaired first"
-        )
+        raise DistclsError(f"{all_bad:,} images cannot be read; repair the data first")
     state, spread = metric_state(task), LogitSpread(task)
     state.merge(vector[: len(parts[0])])
     spread.merge(vector[len(parts[0]) : -1])

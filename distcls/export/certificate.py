@@ -165,8 +165,8 @@ def _distinct_line(certificate: Certificate | AccuracyCertificate) -> str:
     number = certificate.distinct_predictions
     if number == 1:
         return (
-            f"the same prediction for all of {certificate.images:,} images: their agreement is no "
-            "certificate"
+            f"the same prediction for all of {certificate.images:,} images: their agreement proves "
+            "nothing"
         )
     return f"{number:,} distinct predictions among {certificate.images:,} images"
 
@@ -177,7 +177,7 @@ def _warnings(logits: NDArray[np.float32], labels: Integers, task: Task) -> tupl
     state.update(logits, labels)
     spread.update(logits)
     found = constant_answers(state.compute(), spread, task)
-    return tuple(f"{problem}; agreement of such answers is no certificate" for problem in found)
+    return tuple(f"{problem}; agreement of such predictions proves nothing" for problem in found)
 
 
 def _in_batches(model: Model, images: NDArray[np.uint8], size: int) -> NDArray[np.float32]:

@@ -34,29 +34,29 @@ class ExportOptions:
     """Options of `distcls export`."""
 
     ckpt: Path
-    """Checkpoint to export, such as runs/digits/best.pth, or the run directory that it is in."""
+    """Checkpoint to export, such as runs/digits/best.pth, or its run directory."""
     out: Path | None = None
     """File to write; default: the checkpoint's name with .onnx, .fp16.onnx or .int8.onnx."""
     data: Path | None = None
     """Dataset directory to compare on; default: the one it was trained on."""
     split: str = "val"
-    """Split the images are taken from."""
+    """Split whose images are compared."""
     limit: int = 512
-    """Images compared, at most; with int8 the images that calibrate it."""
+    """Maximum number of images compared; with int8 also of the calibration images."""
     tolerance: float = 1e-3
-    """Largest difference of any logit that is allowed in fp32."""
+    """Maximum absolute difference of the logits in fp32."""
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
-    """fp16 halves the file, for GPUs; int8 quarters it, calibrated on images of the split. The
-    accuracy of both is measured on the whole split."""
+    """fp16 halves the file, for GPUs; int8 quarters it, with calibration on images of the split.
+    The accuracy of both is measured on the whole split."""
     max_accuracy_drop: float = 0.2
-    """Percentage points of top-1 that fp16 or int8 may lose, in all and in each head; beyond it
-    nothing is written."""
+    """Maximum loss of top-1 accuracy in fp16 or int8, in percentage points, overall and for each
+    head; above it no file is written."""
     min_agreement: float = 99.8
-    """Percent of images that have to keep the checkpoint's prediction in fp16 or int8."""
+    """Minimum percentage of images whose prediction in fp16 or int8 is that of the checkpoint."""
     opset: int = 18
     """ONNX operator set, 18 to 23."""
     overwrite: bool = False
-    """Replace the file if there is one."""
+    """Replace the file if it exists."""
     json: bool = False
     """Print the certificate as one JSON object on standard output."""
     quiet: bool = False
@@ -66,9 +66,14 @@ class ExportOptions:
         require(self.limit >= 1, "limit", self.limit, "at least 1")
         require(self.tolerance > 0, "tolerance", self.tolerance, "a number above 0")
         drop = self.max_accuracy_drop
-        require(0 <= drop <= 100, "max_accuracy_drop", drop, "points from 0 to 100")
+        require(
+            0 <= drop <= 100,
+            "max_accuracy_drop",
+            drop,
+            "a number of percentage a number of percentage points from 0 to 100",
+        )
         same = self.min_agreement
-        require(0 <= same <= 100, "min_agreement", same, "percent from 0 to 100")
+        require(0 <= same <= 100, "min_agreement", same, "a percentage from 0 to 100")
         allowed = f"{OPSETS.start} to {OPSETS.stop - 1}"
         require(self.opset in OPSETS, "opset", self.opset, allowed)
 

@@ -261,7 +261,7 @@ def reduce_precision(reduction: Reduction, path: Path) -> AccuracyCertificate:
         raise DistclsError(
             f"{reduction.precision} loses too much: {_loss(best)} on {best.images:,} images of "
             f"{best.split}; --max-accuracy-drop {reduction.max_accuracy_drop:g} and "
-            f"--min-agreement {reduction.min_agreement:g} do not allow it"
+            f"--min-agreement {reduction.min_agreement:g} do not allow that"
         )
     return attempts.made[-1]
 

@@ -43,20 +43,20 @@ class TritonOptions:
     model: Path
     """Exported model, such as best.onnx, in any precision; a run directory means its best.onnx."""
     out: Path
-    """Model repository; other models in it are not changed."""
+    """Model repository to write into; other models in it are not changed."""
     name: str | None = None
     """Name of the model for clients; default: that of the file, without its ending, or of the run
     directory."""
     version: int = 1
-    """Version of the model, the name of its folder."""
+    """Version of the model, which names its folder."""
     max_batch_size: int = 64
-    """Largest batch of the server."""
+    """Maximum batch size of the server."""
     max_delay_us: int = 2000
-    """Microseconds that a request may wait to be batched with others."""
+    """Maximum time in microseconds that a request waits to be batched with others."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Device of the instances; auto takes the GPUs if there are any."""
+    """Device of the instances; auto uses the GPUs if there are any."""
     instances: int = 1
-    """Copies of the model, on each GPU or on the CPU."""
+    """Number of model instances, per GPU or on the CPU."""
     json: bool = False
     """Print the result as one JSON object on standard output."""
     quiet: bool = False

@@ -42,13 +42,13 @@ class PreflightOptions:
     """Options of `python -m distcls.launch.preflight`."""
 
     processes: int
-    """Processes that the job will have."""
+    """Number of processes of the job."""
     shared: Path
     """Folder on a shared file system, such as the one that will hold the run directory."""
     timeout: float = 120.0
-    """Seconds for the rendezvous, the all-reduce and the shared folder each."""
+    """Timeout in seconds of the rendezvous, the all-reduce and the shared folder, each."""
     free_gib: float = 10.0
-    """GiB that have to be free in the shared folder."""
+    """Free space in GiB that the shared folder must have."""
     json: bool = False
     """Print the reports as one JSON object on standard output."""
 
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> None:
             log.fail(line)
     if found:
         raise DistclsError(f"preflight: {len(found)} problem(s), listed by rank 0")
-    log.say(f"preflight: {len(reports)} process(es), nothing wrong")
+    log.say(f"preflight: {len(reports)} process(es), no problems")
 
 
 def run_checks(options: PreflightOptions) -> list[RankReport]:
@@ -288,7 +288,7 @@ class SharedFolderCheck:
         """Write this rank's file; returns the error, empty if there was none."""
         if not self.folder.is_dir():
             # created here, it would hide that a mount is missing
-            return f"{self.folder} is no folder; create it, or mount it"
+            return f"{self.folder} is not a folder; create it, or mount it"
         try:
             write_text(self._path(self.rank), self.token)
         except DistclsError as error:
@@ -396,7 +396,7 @@ def _failures_of(report: RankReport, shared: Path, free_gib: float) -> Iterable[
         )
     if report.free_gib < free_gib and not report.write_error:
         free = math.floor(report.free_gib)
-        yield f"{free} GiB free in {shared}, {free_gib:g} asked for (--free-gib)"
+        yield f"{free} GiB free in {shared}, {free_gib:g} required (--free-gib)"
 
 
 def _differing_versions(reports: list[RankReport]) -> list[str]:

@@ -29,7 +29,7 @@ def choose_device() -> tuple[torch.device, str]:
     if local >= torch.cuda.device_count():
         raise UsageError(
             f"{socket.gethostname()}: no GPU for its process number {local}, there are "
-            f"{torch.cuda.device_count()}; start one process a GPU"
+            f"{torch.cuda.device_count()}; start one process per GPU"
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local), f"cuda:{local} {torch.cuda.get_device_name(local)}"

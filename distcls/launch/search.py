@@ -151,7 +151,9 @@ def locked(folder: Path, signals: StopSignals) -> Iterator[int]:
                 break
             except BlockingIOError:
                 if not attempt:
-                    log.say(f"{folder}: another search, or a trial of one, still runs; waiting")
+                    log.say(
+                        f"{folder}: another search or one of its trials is still running; waiting"
+                    )
             except OSError:
                 break  # some network file systems have no locks
             if signals.received is not None:

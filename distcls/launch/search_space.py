@@ -69,28 +69,28 @@ class SearchConfig(TrainConfig):
     out: Path = dataclasses.field()
     """Folder of the search, with a run directory for each trial."""
     grid: tuple[str, ...] = repeated()
-    """Key and the values to try, such as `lr=1e-3,3e-3`; `;` separates values that hold
-    commas. Once for each key."""
+    """Key and the values to try, such as `lr=1e-3,3e-3`; use `;` between values that contain
+    commas. Repeat it for each key."""
     range: tuple[str, ...] = repeated()
-    """With random or tpe: key and the range to draw from, such as `lr=1e-4..1e-2`; all orders of
-    magnitude are equally likely. Once for each key."""
+    """With random or tpe: key and the range to draw from, log-uniformly, such as `lr=1e-4..1e-2`.
+    Repeat it for each key."""
     random: int | None = None
-    """This many random combinations by `seed`: short for sampler random and trials N."""
+    """Number of random combinations, drawn with `seed`: short for --sampler random --trials N."""
     sampler: Literal["grid", "random", "tpe"] | None = None
-    """How values are chosen: grid takes all combinations; random draws; tpe draws near the values
-    of the best trials so far (Bergstra et al.: Algorithms for Hyper-Parameter Optimization, 2011);
-    null: random with `random`, else grid."""
+    """How values are chosen: grid: all combinations; random: random ones; tpe: near the values of
+    the best trials so far (Bergstra et al.: Algorithms for Hyper-Parameter Optimization, 2011);
+    default: random with --random, else grid."""
     trials: int | None = None
-    """With random or tpe: the number of trials."""
+    """With random or tpe: number of trials."""
     pruner: Literal["none", "median", "hyperband"] = "none"
-    """Stops trials early: median those whose metric stays below the median of at least five
+    """Stops trials early: median stops those whose metric is below the median of at least five
     finished trials at the same epoch, hyperband (Li et al., 2018) all but the best third at epochs
     1, 3, 9 and so on."""
     folds: int | None = None
-    """Cross-validation: train each trial on this many dataset directories, which data names as
-    `{fold}`: datasets/fold{fold}; the score is their mean."""
+    """Cross-validation: train each trial on this many dataset directories, named by `{fold}` in
+    data: datasets/fold{fold}; the score is the mean."""
     jobs: int = 1
-    """Trials at a time; each gets an equal fraction of the cores and GPUs."""
+    """Number of trials at a time; each gets an equal share of the cores and GPUs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,14 +102,19 @@ class SearchConfig(TrainConfig):
         text = "none without --random N, or --sampler tpe and --trials N"
         require(not self.range or kind != "grid", "range", self.range, text)
         if kind == "grid":
-            require(self.trials is None, "trials", self.trials, "null with grid, which tries all")
+            require(
+                self.trials is None,
+                "trials",
+                self.trials,
+                "null with grid, which tries all combinations combinations",
+            )
         else:
             known = self.count is not None and self.count >= 1
             require(known, "trials", self.trials, f"at least 1 with {kind}")
         folds, resume = self.folds, self.resume
         require(folds is None or folds >= 2, "folds", folds, "at least 2, or null")
         require(self.jobs >= 1, "jobs", self.jobs, "at least 1")
-        require(resume in ("none", "auto"), "resume", resume, "none or auto: a search has no file")
+        require(resume in ("none", "auto"), "resume", resume, "none or auto")
 
     @property
     def kind(self) -> str:
@@ -259,7 +264,9 @@ class SearchSpace:
 
         possible = math.prod(map(len, self.choices.values())) if not self.ranges else math.inf
         if count > possible:
-            raise UsageError(f"random: {count} of only {possible} combinations; a grid trains all")
+            raise UsageError(
+                f"random: {count} of only {possible} combinations; --grid trains all of them"
+            )
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(self.config.seed % 2**32))
         space, found = self.distributions(), list[Values]()
         for _ in range(TRIES * count):
@@ -359,7 +366,7 @@ def read_ranges(texts: Sequence[str], taken: set[str]) -> dict[str, tuple[float,
                 f"range: {text!r} is not valid, expected 0 < LOW < HIGH: the logarithm is drawn"
             )
         if not {int, float} & set(members(_types()[key])):
-            raise UsageError(f"range: {key} is no number; give its values with --grid {key}=...")
+            raise UsageError(f"range: {key} is not a number; give its values with --grid {key}=...")
         if _is_whole(key) and math.ceil(span[0]) > math.floor(span[1]):
             raise UsageError(f"range: {text!r} holds no whole number")
         found[key] = span
@@ -381,7 +388,7 @@ def _key_and_rest(
     if key in RESERVED:
         raise UsageError(f"{flag}: {key} cannot be searched: {RESERVED[key]}")
     if key in taken:
-        raise UsageError(f"{flag}: {key} is given twice; name all of its values at once")
+        raise UsageError(f"{flag}: {key} is given twice; give all of its values at once")
     return key, rest
 
 
@@ -403,7 +410,7 @@ def check(trials: list[Trial]) -> None:
     for data in dict.fromkeys(config.data for config in configs):
         if data.exists() and not is_dataset(data):
             raise UsageError(
-                f"data: {data} is no dataset directory; prepare it once for all trials: "
+                f"data: {data} is not a dataset directory; prepare it once for all trials: "
                 f"distcls prepare {data} --out datasets/{data.name}"
             )
         Dataset.open(data)
@@ -415,8 +422,9 @@ def require_continuable(config: SearchConfig) -> None:
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not (out / LOCK).exists():
-        raise UsageError(f"{out} holds other files; choose another --out")
+        raise UsageError(f"{out} contains other files; choose another --out")
     if config.resume == "none":
         raise UsageError(
-            f"{out} holds a search already; choose another --out, or continue it with --resume auto"
+            f"{out} already contains a search; choose another --out, or continue it with "
+            "--resume auto"
         )

@@ -168,8 +168,9 @@ def load_tensors(path: Path) -> dict[str, Any]:
         found = UNKNOWN_TYPE.search(str(error))
         which = f" (first {found[1]})" if found else ""
         raise UsageError(
-            f"{path}: refused, it holds pickled objects other than tensors and plain values{which};"
-            " nothing of it was run; where its code is at hand, save `model.state_dict()` alone"
+            f"{path}: refused: it contains pickled objects other than tensors and plain values"
+            f"{which}; none of it was executed; where its code is available, save "
+            "`model.state_dict()` alone"
         ) from error
     except UsageError:
         raise

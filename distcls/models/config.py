@@ -34,43 +34,43 @@ class ModelConfig:
     and `torchvision:NAME` choose the library; `module:attribute` is one of your own: a class, or a
     function of the number of classes."""
     stem_stride: Literal["auto", 1, 2] = "auto"
-    """Stride of the first convolution; auto is the architecture's own, but 1 where that is 2 and
-    the input has up to 64 pixels, of which five halvings would leave too little detail."""
+    """Stride of the first convolution; auto is that of the architecture, but 1 instead of 2 for
+    inputs up to 64 pixels, which five halvings would leave with too little detail."""
     dropout: float | None = None
-    """Probability that a feature before the last layer is dropped in training; default: the
-    architecture's own (0.2 in MobileNets, none in ResNets)."""
+    """Dropout probability before the last layer; default: that of the architecture (0.2 in
+    MobileNets, none in ResNets)."""
     pool: Literal["avg", "columns"] = "avg"
-    """Pooling of the last feature map: avg is the mean over the image, columns the mean of each
-    column, concatenated: for texts, whose heads depend on the order from left to right. In
-    MobileNetV3, EfficientNet, ResNet, RegNet, torchvision's ConvNeXt, Swin, and more."""
+    """Pooling of the last feature map: avg is the mean over the image; columns is the mean of each
+    column, concatenated, for texts, whose heads depend on the order from left to right. For
+    MobileNetV3, EfficientNet, ResNet, RegNet, torchvision's ConvNeXt, Swin and others."""
     batch_norm_momentum: float = 0.1
-    """Momentum of batch norm's running statistics. torchvision's MobileNetV3 has 0.01, made for
-    600 epochs of ImageNet: after 100 steps its evaluation still sees mostly the initial zeros and
-    ones (FashionMNIST, 94 steps: val top-1 0.10; with 0.1 it is 0.72)."""
+    """Momentum of batch norm's running statistics. torchvision's MobileNetV3 has 0.01, made for 600
+    epochs of ImageNet: after 100 steps its running statistics are still mostly the initial zeros
+    and ones (FashionMNIST, 94 steps: val top-1 0.10; with 0.1 it is 0.72)."""
     batch_norm_bias_correction: bool = True
-    """Average batch norm's first batches evenly until `batch_norm_momentum` weighs less, as Adam
-    corrects its means. Without it the initial zeros and ones count for 60 to 80 steps, and small
-    sets end at chance (240 photographs of 4 classes, 60 steps: val top-1 0.75 at the end, 0.25 for
-    15 of 20 epochs; with it 1.0)."""
+    """Average the statistics of batch norm's first batches evenly until `batch_norm_momentum` is
+    the smaller weight, like Adam's bias correction. Without it the initial zeros and ones count for
+    60 to 80 steps, and small datasets end at chance (240 photographs of 4 classes, 60 steps: val
+    top-1 0.75 at the end, 0.25 for 15 of 20 epochs; with it 1.0)."""
     pretrained: str | None = AUTO
     """Pretrained weights, for transfer learning and fine-tuning: a file (.pth, .safetensors), a
     folder with `model.safetensors` and `config.json` (Hugging Face), a run directory, or `library`
-    for the best ones that the architecture's own library publishes (`torchvision`, `timm`: the
-    same, from that one only; `torchvision:IMAGENET1K_V1`, `timm:a1_in1k`: these); null trains from
+    for the best ones that the architecture's own library publishes (`torchvision`, `timm`: only
+    from that library; `torchvision:IMAGENET1K_V1`, `timm:a1_in1k`: these); null trains from
     scratch. auto is library for inputs of 64 pixels and more, if the weights are in the library's
-    cache or can be downloaded (DISTCLS_OFFLINE=1 forbids it), else null."""
+    cache or can be downloaded (DISTCLS_OFFLINE=1 prevents it), else null."""
     pretrained_sha256: str | None = None
-    """SHA-256 of the pretrained weights' file, which has to be this one; default: not checked."""
+    """Required SHA-256 of the file with the pretrained weights; default: not checked."""
     pretrained_match: Literal["auto", "name", "structure"] = "auto"
-    """How a file's tensors are matched to the network's: by their names, or by structure: the same
-    shapes in the same order under other names. auto is by name, by structure where names fit too
-    little."""
+    """How the tensors of a file are matched with the network's: by name, or by structure (the same
+    shapes in the same order under other names). auto: by name, by structure if too few names
+    match."""
     allow_partial: bool = False
     """Accept a file whose weights fill less than half of the network, which is otherwise refused as
     one of another architecture."""
     init: Literal["library", "xavier", "he"] = "library"
-    """Initialisation: the library's own, Xavier's (uniform) or He's (normal) for all convolutions
-    and linear layers."""
+    """Weight initialisation: the library's own, Xavier (uniform) or He (normal) for all
+    convolutions and linear layers."""
 
     def __post_init__(self) -> None:
         digest = self.pretrained_sha256

@@ -302,14 +302,14 @@ def _require_order(names: Sequence[str]) -> None:
         for module, child in _steps(name):
             new = module + child not in last
             if not new and last[module + child] != at - 1:
-                raise NoMatch(f"the tensors of {module + child} do not stand together")
+                raise NoMatch(f"the tensors of {module + child} are not contiguous")
             last[module + child] = at
             match = NUMBERED.fullmatch(child)
             if new and match is not None:
                 stem = (module, match[1])
                 if numbers.get(stem, -1) >= int(match[2]):
                     before = f"{module}{match[1]}{numbers[stem]}"
-                    raise NoMatch(f"{module}{child} stands after {before}, out of order")
+                    raise NoMatch(f"{module}{child} comes after {before}, out of order")
                 numbers[stem] = int(match[2])
 
 

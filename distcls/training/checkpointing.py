@@ -229,7 +229,9 @@ def _shown(value: object) -> str:
 
 
 def _forged(path: Path, what: str) -> UsageError:
-    return UsageError(f"{path}: its training state {what}; the file is damaged or forged")
+    return UsageError(
+        f"{path}: its training state {what}; the file is damaged or was tampered with"
+    )
 
 
 def _is_model_name(name: object) -> bool:
@@ -312,7 +314,7 @@ class CheckpointManager:
             newest = newest_intact(source)
             if newest is None:
                 if (self._config.out / RUN_FILES[0]).exists():
-                    say(f"{source} holds no state; the run starts anew")
+                    say(f"{source} holds no state; the run starts from the beginning")
                 return None
             found = self._read(*newest)
         else:
@@ -338,7 +340,7 @@ class CheckpointManager:
             or set(content) != set(parts)
             or not all(isinstance(content[name], kind) for name, kind in parts.items())
         ):
-            raise UsageError(f"{path}: not the state of a run; remove it to start anew")
+            raise UsageError(f"{path}: not the state of a run; remove it to start over")
         before = _saved_config(content["config"], path)
         state = TrainingState.from_plain(content["progress"], path)
         _require_plain(content["tensors"], path)
@@ -348,8 +350,8 @@ class CheckpointManager:
         begun = state.epoch + (state.epoch_step > 0)
         if chosen(self._config.epochs) < begun:
             raise UsageError(
-                f"epochs: {self._config.epochs} given, but {path} has begun epoch {begun}; give "
-                f"{begun} or more, or start anew in another --out"
+                f"epochs: {self._config.epochs} given, but {path} has started epoch {begun}; give "
+                f"{begun} or more, or start over in another --out"
             )
         return Resumption(state, content["tensors"], epochs, before, path)
 
@@ -372,7 +374,7 @@ class CheckpointManager:
         more = f" (changed, too: {', '.join(others)})" if others else ""
         if key == "data":
             more += " (by its path, as this state has no fingerprint of its data)"
-        anew = "start anew in another --out"
+        anew = "start over in another --out"
         if (weights := self._weights()) and key != "model.name":
             anew = f"start from its weights: --model.pretrained {weights} and another --out"
         raise UsageError(
@@ -393,7 +395,7 @@ class CheckpointManager:
                 raise UsageError(
                     f"{path}: {key} was edited to {values[key]!r}, but the run began with "
                     f"{found.before.get(key)!r}; a resumed run keeps its config: undo the edit, or "
-                    "start anew in another --out"
+                    "start over in another --out"
                 )
 
     def _require_same_data(self, state: TrainingState, before: dict[str, Any], path: Path) -> None:
@@ -402,12 +404,12 @@ class CheckpointManager:
             return
         if differences := state.data.differences(self._data):
             weights = self._weights()
-            leak = "which may have seen images that are for validation now"
+            leak = "which may have been trained on images that are for validation now"
             more = f" (--model.pretrained {weights} takes its weights, {leak})" if weights else ""
             raise UsageError(
                 f"data: {self._config.data} is not what {path} was trained on (then "
-                f"{before.get('data')}): {'; '.join(differences)}; bring that back, or "
-                f"start anew in another --out{more}"
+                f"{before.get('data')}): {'; '.join(differences)}; restore that data, or "
+                f"start over in another --out{more}"
             )
 
     def _weights(self) -> Path | None:
@@ -570,9 +572,9 @@ def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             problem = error.strerror or str(error)
         if not problem:
             return path, load_tensors(path)
-        warn(f"{path} is damaged ({problem}); the state before it is tried")
+        warn(f"{path} is damaged ({problem}); trying the one before it")
     if found:
-        raise DistclsError(f"{folder}: no state is intact; start anew in another --out")
+        raise DistclsError(f"{folder}: no state is intact; start over in another --out")
     return None
 
 
@@ -615,7 +617,7 @@ def _saved_config(text: str, path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError):
         before = {}
     if not _is_count(before.get("epochs")):
-        raise UsageError(f"{path}: its config is not that of a run; remove it to start anew")
+        raise UsageError(f"{path}: its config is not that of a run; remove it to start over")
     return before
 
 

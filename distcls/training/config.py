@@ -42,7 +42,7 @@ Value = TypeVar("Value")
 Auto = Literal["auto"]
 """A default that depends on the images; `training/recipe.py` decides."""
 Keys = Mapping[str, object]
-"""A section as a dict of its keys."""
+"""A section as a dict with its keys."""
 
 
 def chosen(value: Value | Auto) -> Value:
@@ -65,19 +65,20 @@ class InputConfig:
 
     size: tuple[int, int] | None = None
     """Height and width in pixels, such as 224 or 192x256; default: those of the pretrained weights,
-    else of the images up to 64, else 224."""
+    else the size of the images if it is at most 64, else 224."""
     resize: Resize | None = None
-    """squash ignores the aspect ratio; crop fills the frame and cuts the centre; pad shows all of
-    the image on black; default: that of the pretrained weights, else crop."""
+    """squash ignores the aspect ratio; crop fills the frame and crops the centre; pad fits the
+    whole image into the frame, padded with black; default: that of the pretrained weights, else
+    crop."""
     interpolation: Interpolation | None = None
-    """Resampling; area averages when shrinking and is linear when enlarging; default: that of the
-    pretrained weights, else area."""
+    """Resampling method; area averages when shrinking and is linear when enlarging; default: that
+    of the pretrained weights, else area."""
     crop_fraction: float | None = None
-    """crop: fraction of the resized image's sides that is cut out; default: that of the pretrained
-    weights, else 1."""
+    """crop: size of the centre crop as a fraction of the resized image; default: that of the
+    pretrained weights, else 1."""
     background: Background | None = None
     """Colour that transparent pixels are blended with, as red, green and blue from 0 to 255; ignore
-    shows the colours hidden below them; default: that of `distcls prepare`, white unless given."""
+    discards the alpha channel; default: that of `distcls prepare` (white)."""
 
     def __post_init__(self) -> None:
         size, fraction = self.size, self.crop_fraction
@@ -90,18 +91,18 @@ class InputConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """Data loading; none of it changes the result, but for `pack` where it says so."""
+    """Data loading. Except for `pack`, none of it changes the result."""
 
     pack: Literal["auto", "on", "off"] = "auto"
-    """Read decoded images from the dataset's pack: where there is one, always, or never. The same
-    images, but for JPEG files under `augment.resized_crop`: decoded at a reduced size where a crop
-    allows it, their pixels differ slightly from the pack's."""
+    """Read decoded images from the dataset's pack: auto if there is one, on, or off. The images are
+    the same, except JPEG files under `augment.resized_crop`: those are decoded at a reduced size
+    where a crop allows it, with slightly different pixels."""
     workers: int | None = None
-    """Decoding threads; default: the cores of this process."""
+    """Decoding threads; default: the number of cores of this process."""
     prefetch: int = 3
-    """Batches to prefetch."""
+    """Number of batches to prefetch."""
     timeout: float = 300.0
-    """Seconds without a batch after which the run stops and names the files it waits for."""
+    """Seconds without a batch after which the run stops and names the files being read."""
 
     def __post_init__(self) -> None:
         workers = self.workers
@@ -115,48 +116,48 @@ class AugmentConfig:
     """Data augmentation of training images, drawn per image from (seed, epoch, image)."""
 
     flip: float | Auto = "auto"
-    """Probability of a horizontal mirror image; auto: 0.5, but 0 where the classes are characters
-    or an image has several outputs."""
+    """Probability of a horizontal flip; auto: 0.5, or 0 if the classes are characters or an image
+    has several outputs."""
     crop_padding: int | Auto = "auto"
-    """Random crop: shift by up to this many pixels either way; auto: an eighth of
-    the side of inputs up to 64 pixels."""
+    """Random crop after padding: shift by up to this many pixels in each direction; auto: an eighth
+    of the side for inputs up to 64 pixels, else 0."""
     resized_crop: tuple[float, float] | Auto | None = "auto"
-    """Random resized crop: smallest and largest fraction of the area, such as 0.35,1, of an aspect
-    ratio of 3/4 to 4/3 of the input's. Cut out of the original pixels, whatever `input.resize`
-    says; of images up to 64 pixels and no larger than the input, out of the enlarged image. auto:
-    0.35,1 for inputs of more than 64 pixels, off for smaller ones."""
+    """Random resized crop: smallest and largest fraction of the area, such as 0.35,1, with an
+    aspect ratio of 3/4 to 4/3 of the input's. Cropped from the original pixels, whatever
+    `input.resize` says; images up to 64 pixels and no larger than the input are enlarged first.
+    auto: 0.35,1 for inputs above 64 pixels, else off."""
     rotate: float = 0.0
-    """Random rotation by up to this many degrees either way, after the crop; black moves in."""
+    """Random rotation by up to this many degrees in each direction, after the crop; corners are
+    filled with black."""
     erase: float = 0.0
-    """Probability of erasing a rectangle of 2 to 33 % of the area with one random colour
-    (Zhong et al.: Random Erasing Data Augmentation, 2017)."""
+    """Random erasing: probability of filling a rectangle of 2 to 33 % of the area with a random
+    colour (Zhong et al., 2017)."""
     policy: str | None = None
-    """Random operations, torchvision's: autoaugment (Cubuk et al., 2018) applies pairs that were
-    found on ImageNet, randaugment (Cubuk et al., 2019) multiple ones of one magnitude,
-    trivialaugment (Mueller, Hutter, 2021) one of a random one; or module:attribute of your own;
-    null is off."""
+    """Augmentation policy with torchvision's operations: autoaugment (Cubuk et al., 2018; the
+    ImageNet policy), randaugment (Cubuk et al., 2019), trivialaugment (Mueller, Hutter, 2021); or
+    module:attribute of your own; null is off."""
     randaugment_ops: int | None = None
-    """randaugment: operations applied one after the other; default 2."""
+    """randaugment: number of operations per image; default 2."""
     randaugment_magnitude: int | None = None
     """randaugment: magnitude of the operations, 0 to 30; default 9."""
     color_jitter: tuple[float, float, float, float] | None = None
-    """Colour jitter: how far brightness, contrast, saturation (0 or more, such as 0.4: factors of
-    0.6 to 1.4) and hue (0 to 0.5) change at most, such as 0.4,0.4,0.4,0.1; null is off."""
+    """Colour jitter: maximum change of brightness, contrast, saturation (0 or more; 0.4 means
+    factors of 0.6 to 1.4) and hue (0 to 0.5), such as 0.4,0.4,0.4,0.1; null is off."""
     transform: str | None = None
-    """A transform of your own, as module:attribute, beside what is above: a function of (image,
-    rng), or a transform of albumentations or torchvision (v2), of one image uint8 of the network's
-    size as it is read, before flips, shifts, rotation and all else but the resized crop; or an
-    object with `draws`, of a batch uint8, after all but erasing. docs/python.md has examples."""
+    """A transform of your own, as module:attribute, in addition to the above: a function of (image,
+    rng), or a transform of albumentations or torchvision (v2), of one uint8 image at the network's
+    size, before flips, shifts, rotation and all else but the resized crop; or an object with
+    `draws`, of a uint8 batch, after all but erasing. docs/python.md has examples."""
     mixup: float = 0.0
-    """Alpha of mixup (Zhang et al., 2017): each image becomes a mean of two, weighted by
-    Beta(alpha, alpha), and its label too; 0 is off, 0.2 is common."""
+    """Alpha of mixup (Zhang et al., 2017): images and labels are blended in pairs, weighted by
+    Beta(alpha, alpha); 0 is off, 0.2 is common."""
     cutmix: float = 0.0
-    """Alpha of CutMix (Yun et al., 2019): a box of another image is pasted over each, 1 minus
-    Beta(alpha, alpha) of its area, and the labels are weighted by area; 0 is off, 1 is common."""
+    """Alpha of CutMix (Yun et al., 2019): a box of another image is pasted into each, and labels
+    are weighted by area, from Beta(alpha, alpha); 0 is off, 1 is common."""
     mix_probability: float = 1.0
     """mixup, cutmix: probability that an image is mixed."""
     cutmix_probability: float | None = None
-    """With both: probability that a mixed image takes CutMix; default 0.5."""
+    """With both: probability that a mixed image uses CutMix instead of mixup; default 0.5."""
 
     def __post_init__(self) -> None:
         for name in ("flip", "erase"):
@@ -228,22 +229,22 @@ class LossConfig:
 
     name: str = "cross_entropy"
     """cross_entropy; focal, which gives hard images more weight (Lin et al.: Focal Loss for Dense
-    Object Detection, 2017); bce, binary cross-entropy of each class, the mean over the classes
+    Object Detection, 2017); bce, binary cross-entropy of each class, averaged over the classes
     (Wightman et al.: ResNet strikes back, 2021); or module:attribute of your own. Multi-head tasks
-    take the mean over the heads, without bce; multi-label ones bce, or focal of each sigmoid."""
+    average over the heads and exclude bce; multi-label tasks use bce, or focal of each sigmoid."""
     label_smoothing: float = 0.0
-    """Label smoothing: weight of each label that is spread over all classes."""
+    """Label smoothing: share of each label that is spread over all classes."""
     focal_gamma: float | None = None
-    """focal: exponent that lowers the weight of images classified right already; 0 is
+    """focal: exponent that lowers the weight of images that are classified correctly; 0 is
     cross-entropy; default 2."""
     class_weights: Literal["balanced"] | tuple[float, ...] | dict[str, float] | None = None
-    """Weight of each class in the loss, against class imbalance: `balanced` (inversely to the
-    class's training images, as scikit-learn has it), a list in label order, or some classes by
-    name, such as cat=2,dog=0.5, where all other weights are 1. Scaled to 1 on average over the
-    training images."""
+    """Weight of each class in the loss, against class imbalance: `balanced` (inversely proportional
+    to the class's training images, as in scikit-learn), a list in label order, or some classes by
+    name, such as cat=2,dog=0.5, with 1 for the others. Scaled to a mean of 1 over the training
+    images."""
     sample_weights: Literal["auto", "on", "off"] = "auto"
-    """Weigh each image by its weight in the dataset: auto where it has weights, always, or never.
-    Scaled to 1 on average over the training images."""
+    """Weigh each image by its weight in the dataset: auto if it has weights, on, or off. Scaled to
+    a mean of 1 over the training images."""
 
     def __post_init__(self) -> None:
         smoothing, gamma = self.label_smoothing, self.focal_gamma
@@ -262,17 +263,17 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Knowledge distillation (Hinton et al., 2015) from a trained model, beside the labels."""
+    """Knowledge distillation from a trained model (Hinton et al., 2015), in addition to the
+    labels."""
 
     teacher: Path | None = None
-    """Teacher, a trained model (best.pth, best.onnx, or their run directory) of the same classes;
+    """Teacher: a trained model (best.pth, best.onnx, or a run directory) with the same classes;
     null is off."""
     temperature: float | None = None
-    """With a teacher: both models' logits are divided by it, so that the small probabilities
-    matter more; default 4."""
+    """With a teacher: temperature, by which the logits of both models are divided; default 4."""
     weight: float | None = None
-    """With a teacher: weight of its term of the loss; the term of the labels has 1 minus it;
-    default 0.5."""
+    """With a teacher: weight of the distillation loss; the loss of the labels has the weight 1
+    minus it; default 0.5."""
 
     def __post_init__(self) -> None:
         temperature, weight = self.temperature, self.weight
@@ -304,28 +305,29 @@ class OptimizerConfig:
 
     name: str = "adamw"
     """adamw, adam, sgd, rmsprop, adabelief, ranger; any of timm's, such as `lamb` or `timm:adamw`
-    (timm's own where both have the name); or module:attribute of your own."""
+    (timm's version where both have the name); or module:attribute of your own."""
     weight_decay: float | None = None
-    """Weight decay, not of norms and biases. Decoupled, default 0.05, with adamw, adabelief and
-    ranger; added to the gradient with sgd (1e-4), rmsprop (1e-5) and adam (0); timm's: 0."""
+    """Weight decay, not applied to norms and biases. Decoupled for adamw, adabelief and ranger
+    (default 0.05); added to the gradient for sgd (1e-4), rmsprop (1e-5) and adam (0); timm's
+    optimisers: 0."""
     beta1: float | None = None
-    """Decay of the mean of gradients; default 0.9, of ranger 0.95."""
+    """Decay rate of the mean of the gradients; default 0.9, ranger: 0.95."""
     beta2: float | None = None
-    """Decay of the mean of squared gradients; default 0.999, of rmsprop (its alpha) 0.99."""
+    """Decay rate of the mean of the squared gradients; default 0.999, rmsprop (its alpha): 0.99."""
     eps: float | None = None
-    """Added to the divisor; default 1e-8, of adabelief 1e-16, of ranger 1e-5."""
+    """Term added to the denominator; default 1e-8, adabelief: 1e-16, ranger: 1e-5."""
     momentum: float | None = None
-    """Momentum of sgd (default 0.9) and rmsprop (0)."""
+    """Momentum of sgd (default 0.9) and rmsprop (default 0)."""
     nesterov: bool | None = None
-    """Nesterov's momentum with sgd; default false."""
+    """Nesterov momentum with sgd; default false."""
     layer_decay: float | None = None
-    """Layer-wise learning rate decay, for fine-tuning: each layer's learning rate is this times
-    that of the layer above it, the head's being `lr`; null: one for all."""
+    """Layer-wise learning rate decay, for fine-tuning: the learning rate of each layer is this
+    times that of the layer above it, starting with `lr` at the head; null: off."""
     head_lr_scale: float | Auto = "auto"
     """Learning rate of the head (the last layer), as a multiple of `lr`; auto: 4 with pretrained
     weights, else 1."""
     clip_norm: float | None = 1.0
-    """Gradient clipping: largest norm of all gradients, after unscaling; null is off."""
+    """Gradient clipping: maximum norm of all gradients, after unscaling; null is off."""
 
     def __post_init__(self) -> None:
         decay = self.weight_decay
@@ -349,11 +351,11 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    """Exponential moving average of the weights; where on, it is evaluated beside the weights
-    themselves, and the better of both is saved."""
+    """Exponential moving average (EMA) of the weights. It is evaluated beside the raw weights, and
+    the better of both is saved."""
 
     decay: float | None = None
-    """Decay of the average in each step, such as 0.999; null is off."""
+    """Decay of the average per step, such as 0.999; null is off."""
 
     def __post_init__(self) -> None:
         value = self.decay
@@ -362,14 +364,14 @@ class EmaConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FreezeConfig:
-    """Frozen layers, for transfer learning and fine-tuning; their batch norms keep their
-    statistics, too."""
+    """Frozen layers, for transfer learning and fine-tuning. Frozen batch norms keep their
+    statistics."""
 
     backbone: str | None = None
-    """Duration in which all but the head is frozen, such as `3 epochs` or `10%`; null: none."""
+    """How long all layers but the head are frozen, such as `3 epochs` or `10%`; null: never."""
     names: tuple[str, ...] = ()
-    """Layers or parameters that stay frozen, by their names in the backbone: `features.0`,
-    `layer[12]`, `*.bias`."""
+    """Layers or parameters that are frozen for the whole run, by their names in the backbone:
+    `features.0`, `layer[12]`, `*.bias`."""
 
     def __post_init__(self) -> None:
         if self.backbone is not None:
@@ -378,11 +380,11 @@ class FreezeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AverageConfig:
-    """Mean of the weights over the last epochs; it is evaluated and saved during them."""
+    """Mean of the weights over the last epochs, which is evaluated and saved in these epochs."""
 
     last_epochs: int | None = None
-    """Number of final epochs whose weights are averaged; null is off. A run that
-    stops early has no such mean."""
+    """Number of final epochs whose weights are averaged; null is off. A run that stops early does
+    not reach them."""
 
     def __post_init__(self) -> None:
         last = self.last_epochs
@@ -394,17 +396,19 @@ class MonitorConfig:
     """Which epoch is best, and early stopping."""
 
     metric: str = "top1"
-    """Validation metric of the best epoch; of equal epochs the one with the lower loss is best.
-    exact is the rate of images of a multi-output task with all labels right; module:attribute is
-    one of your own."""
+    """Validation metric that decides which epoch is best: top1, top5 (more than five classes),
+    loss, macro_f1, and the other columns of history.csv; for tasks with several outputs also exact,
+    the fraction of images with all labels right; or module:attribute of your own. Ties are broken
+    by the lower loss."""
     mode: Literal["auto", "min", "max"] = "auto"
-    """Whether less or more of it is better; auto: by the metric; of your own more, unless it is
-    registered otherwise."""
+    """Whether a lower (min) or a higher (max) value is better; auto: by the metric; max for your
+    own, unless it is registered otherwise."""
     patience: int | Auto | None = "auto"
     """Early stopping: epochs without improvement after which training stops; null is off; auto: a
     third of `epochs`, at least 10."""
     min_delta: float = 0.0
-    """Smallest change that counts as an improvement; above 0, a lower loss alone does not count."""
+    """Minimum change that counts as an improvement; if it is above 0, ties are not broken by the
+    loss."""
 
     def __post_init__(self) -> None:
         try:
@@ -443,24 +447,23 @@ class MonitorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """The training states in `last/`, which a resumed run starts from (each epoch ends with one),
-    and the best models by score, saved beside `best.pth`."""
+    """Training states in `last/`, from which a run resumes (one at the end of each epoch), and
+    copies of the best models beside `best.pth`."""
 
     every_steps: int | None = None
-    """Optimiser steps between two training states within an epoch; null: no limit by steps."""
+    """Optimiser steps between two training states within an epoch; null: not by steps."""
     every_minutes: float | None = 10.0
-    """Minutes between two training states within an epoch; null: no limit by time."""
+    """Minutes between two training states within an epoch; null: not by time."""
     keep_last: int = 2
-    """Number of training states to keep, the newest ones; a damaged one is skipped for the one
-    before."""
+    """Number of training states to keep; if the newest is damaged, the one before is used."""
     filename: str = "{model}_e{epoch}_{score:.5f}.pth"
-    """Name of such a model file, made from {model}, {epoch}, {step}, {metric} and {score}."""
+    """File name of these model files, built from {model}, {epoch}, {step}, {metric} and {score}."""
     save_top_k: int | None = 1
-    """Model files under such names: those of the best scores; 0: none, null: all."""
+    """Number of such model files to keep, those of the best scores; 0: none, null: all."""
     save_best_only: bool = True
-    """Save such a model only if it is the best so far."""
+    """Save such a file only if the model is the best so far."""
     save_training_state: bool = False
-    """Save the training state with the model; `--resume FILE` continues from it."""
+    """Save the training state in these files; `--resume FILE` continues from one."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "every_minutes"):
@@ -497,67 +500,68 @@ class TrainConfig:
     """
 
     data: Path
-    """Dataset directory, as `distcls prepare` writes it, or anything that it takes, such as a
-    folder with one folder per class: that is prepared into the run directory, by its defaults."""
+    """Dataset directory, as `distcls prepare` writes it, or anything that `distcls prepare` reads,
+    such as a folder with one folder per class: that is prepared into the run directory, with
+    default options."""
     out: Path = NEW_OUT
-    """Run directory to write; by default a new one, with the name of the data and the first free
+    """Run directory to write; by default a new one, with the name of the data and the next free
     number."""
     source: str | None = None
-    """What a run prepared `data` from, as config.yaml records it; prepared again where `data` is
-    gone."""
+    """Where `data` was prepared from, as recorded in config.yaml; used to prepare it again if
+    `data` is missing."""
     epochs: int | Auto = "auto"
-    """Passes over the training images; auto: 10, and more for small sets, whose epochs have few
+    """Passes over the training images; auto: 10, more for small datasets, whose epochs have few
     steps."""
     batch_size: int | Auto = "auto"
-    """Global batch: images per optimiser step, over all processes and accumulated batches; auto:
-    128, and less for sets of less than 1,280 images."""
+    """Global batch size: images per optimiser step, over all processes and accumulated batches;
+    auto: 128, less for datasets of less than 1,280 images."""
     lr: float | Auto = "auto"
     """Peak learning rate; auto: by the batch size, and lower for pretrained weights."""
     seed: int = 0
-    """Seed of the data order, the augmentation, the initialisation and dropout."""
+    """Seed of data order, augmentation, initialisation and dropout."""
     limit: int | None = None
     """Train and evaluate on at most this many images of each split, for quick trials."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Mixed precision (AMP): type of the forward pass; auto is bf16 on GPUs that have it, fp16 with
-    gradient scaling on other GPUs, fp32 on CPUs (where bf16 measured slower in training)."""
+    """Mixed precision (AMP): dtype of the forward pass; auto is bf16 on GPUs that support it, fp16
+    with gradient scaling on other GPUs, fp32 on CPUs (where bf16 measured slower in training)."""
     memory_format: Literal["channels_last", "contiguous"] = "channels_last"
     """Memory format of activations and weights; channels_last trains MobileNetV3 3 times as
     fast on CPUs. Sharded weights (FSDP) are contiguous."""
     compile: bool = False
-    """Compile the model with torch.compile; the start of the run prints its cost and gain (the
-    bare step of MobileNetV3-Large on 2 CPU cores: 445 to 463 img/s at 28 px after 52 s, 42 to 40 at
-    224 after 59 s)."""
+    """Compile the model with torch.compile; cost and gain are printed at the start of the run (a
+    step of MobileNetV3-Large on 2 CPU cores: 445 to 463 img/s at 28 px after 52 s, 42 to 40 at 224
+    after 59 s)."""
     accumulate: int = 1
-    """Gradient accumulation: micro-batches per optimiser step; each takes less memory."""
+    """Gradient accumulation: micro-batches per optimiser step; each needs less memory."""
     auto_micro_batch: bool = False
-    """Try a step before the first one and double `accumulate` until it fits into memory. Off by
-    default, as batch norm takes its statistics from each micro-batch: the result then depends on
-    the machine's memory."""
+    """Run a trial step first and double `accumulate` until it fits into memory. Off by default, as
+    batch norm computes its statistics on each micro-batch: the result then depends on the machine's
+    memory."""
     sync_batch_norm: bool = False
-    """Batch norm over the images of all processes instead of each one's own, so that the number of
+    """Synchronised batch norm: statistics over the images of all processes, so that the number of
     processes does not change the result; with `accumulate`, over one micro-batch at a time."""
     processes: int | None = None
-    """Number of processes that the run requires; null accepts any."""
+    """Number of processes that the run requires; null: any."""
     threads: int | None = None
-    """Compute threads per process on CPUs; null divides the cores between the processes."""
+    """CPU compute threads per process; null divides the cores among the processes."""
     resume: str = "none"
-    """auto continues the run in `out` from its last state, if there is one; a file's name continues
-    from that file, which `checkpoint.save_training_state` wrote. What shapes the result stays as it
-    was, but for `epochs` and `monitor.patience`, by which a finished run goes on."""
+    """auto continues the run in `out` from its last state, if there is one; a file name continues
+    from that file (see `checkpoint.save_training_state`). Options that affect the result must be
+    unchanged, except `epochs` and `monitor.patience`, which may extend a finished run."""
     max_nonfinite_steps: int = 20
-    """Steps in a row with a loss or gradient that is not finite, after which the run stops; each is
-    skipped by all processes."""
+    """Number of consecutive steps with a non-finite loss or gradient after which the run stops;
+    each such step is skipped by all processes."""
     collective_timeout: float = 600.0
-    """Timeout of collective operations in seconds, after which a process fails; a silent network
-    ends the run instead of blocking it."""
+    """Timeout of collective operations in seconds, after which a process fails, so that a broken
+    network ends the run instead of blocking it."""
     log_every: int = 50
-    """Steps between two lines in metrics.jsonl."""
+    """Steps between two log lines in metrics.jsonl."""
     callbacks: tuple[str, ...] = ()
     """Callbacks of your own, as module:attribute: objects with on_train_start(run),
     on_epoch_end(run, metrics) or on_train_end(run), or a function for the second; called on the
-    main process, and True from on_epoch_end ends the run."""
+    main process. If on_epoch_end returns True, the run ends."""
     tracker: str | None = None
-    """Experiment tracker that also gets the metrics: tensorboard, mlflow, wandb and more."""
+    """Experiment tracker to log the metrics to as well: tensorboard, mlflow, wandb and others."""
     quiet: bool = False
     """Print warnings and errors only."""
     json: bool = False
@@ -612,7 +616,7 @@ class TrainConfig:
         """
         if not isinstance(path, str | os.PathLike):
             raise UsageError(
-                f"config: {path!r} is no path, expected a YAML file or a recipe's name"
+                f"config: {path!r} is not a path, expected a YAML file or a recipe's name"
             )
         return build(cls, read_yaml(config_file(path)), options_layer(cls, overrides))
 
@@ -662,7 +666,7 @@ def require_free(out: Path, resume: str) -> None:
     found = [name for name in RUN_FILES if (out / name).exists()]
     if resume == "none" and found:
         raise UsageError(
-            f"{out} holds a run already ({found[0]}); choose another --out, or continue it with "
+            f"{out} already contains a run ({found[0]}); choose another --out, or continue it with "
             "--resume auto"
         )
 
@@ -688,7 +692,7 @@ def require_places(config: TrainConfig) -> None:
 
 
 def require_data(config: TrainConfig) -> None:
-    """Raise UsageError if `data` is no dataset directory and nothing that `prepare` reads."""
+    """Raise UsageError if `data` is not a dataset directory and nothing that `prepare` reads."""
     from distcls.data.dataset import IN_RUN, is_dataset  # `--help` needs none of it
     from distcls.data.formats.detect import format_of
 

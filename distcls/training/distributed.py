@@ -68,7 +68,7 @@ def start(config: TrainConfig) -> Accelerator:
     if accelerator.num_processes != world_size():
         raise DistclsError(
             f"{world_size()} processes were started, but accelerate sees "
-            f"{accelerator.num_processes}; each would train and write alone"
+            f"{accelerator.num_processes}; each would train and write on its own"
         )
     return accelerator
 
@@ -84,7 +84,7 @@ def check_processes(wanted: int | None) -> None:
     found = world_size()
     if wanted is not None and found != wanted:
         raise UsageError(
-            f"processes: {wanted} asked for, {found} running; start them with "
+            f"processes: {wanted} requested, {found} running; start them with "
             f"`accelerate launch --multi_gpu --num_processes {wanted} -m distcls.train ...` "
             "(with --multi_gpu also on CPUs)"
         )
@@ -123,7 +123,7 @@ def explain_lost_processes(limit: float) -> Iterator[None]:
             raise
         what = (str(error).splitlines() or [""])[0].strip()
         raise DistclsError(
-            f"another process is gone, or did not answer within {limit:.0f} s "
+            f"another process has died, or did not respond within {limit:.0f} s "
             f"(collective_timeout): {what}; --resume auto continues from the last state"
         ) from error
 

@@ -28,7 +28,7 @@ def freeze_by_name(config: FreezeConfig, model: nn.Module) -> None:
         for parameter in found:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise UsageError("freeze.names: nothing is left to train; leave out a pattern")
+        raise UsageError("freeze.names: nothing is left to train; remove a pattern")
 
 
 class FreezeSchedule:

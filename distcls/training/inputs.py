@@ -1,6 +1,6 @@
 """The input of a run: its places, dataset and preprocessing, and whether the config fits them.
 
-Data that is no dataset directory is prepared into the run directory, not into a cache of the user:
+Data other than a dataset directory is prepared into the run directory, not into a user's cache:
 a run holds all that it was trained on, and no disk fills where nobody looks. Preparing takes about
 as long as an epoch's decoding.
 """
@@ -145,7 +145,7 @@ def _prepared(config: C, text: str, images: ImageSource | UsageError, *, folder:
     absolute = str(Path(text).absolute()) if Path(text).exists() else text
     config = dataclasses.replace(config, data=folder, source=absolute)
     if is_dataset(folder) and _is_outdated(config, text, images):
-        log.say(f"data: {text} has changed since {folder} was prepared; prepared anew")
+        log.say(f"data: {text} has changed since {folder} was prepared; prepared again")
         shutil.rmtree(folder)
     if is_dataset(folder):
         _check_unchanged(config, text, images)
@@ -197,7 +197,7 @@ def _check_unchanged(config: TrainConfig, text: str, images: ImageSource | Usage
     if not change:
         log.say(f"data: {text}, as prepared before in {config.data}")
     elif resumed and not moved:
-        log.warn(f"{text} {change}; the run goes on with what was prepared in {config.data}")
+        log.warn(f"{text} {change}; the run continues with what was prepared in {config.data}")
     else:
         raise UsageError(
             f"data: {config.data} was prepared from {before}, and {text} "
@@ -253,8 +253,8 @@ def _warn_of_repeated(dataset: Dataset, images: int) -> None:
     count = repeated.get("val") if isinstance(repeated, dict) else None
     if isinstance(count, int) and count >= REPEATED * images:
         warn(
-            f"{dataset.folder}: {count:,} of {images:,} validation images are training images too "
-            "(the same pixels): the scores below are better than on new images"
+            f"{dataset.folder}: {count:,} of {images:,} validation images are also training images "
+            "(same pixels): the scores below will be too high"
         )
 
 

@@ -234,7 +234,7 @@ class Loader:
                 if isinstance(item, Exception):
                     raise item
                 if isinstance(item, BaseException):  # raised here, SystemExit would end in code 0
-                    raise DistclsError(f"a reading thread ended early: {item!r}") from item
+                    raise DistclsError(f"a reader thread ended early: {item!r}") from item
                 yield item
         finally:
             stopping.set()
@@ -251,14 +251,14 @@ class Loader:
                 return ready.get(timeout=max(0.0, min(left, CHECK_EVERY)))
             except queue.Empty:
                 if not reader.is_alive() and ready.empty():
-                    raise DistclsError(f"the thread that reads {self._place} has died") from None
+                    raise DistclsError(f"the reader thread of {self._place} has died") from None
                 if left > 0:
                     continue
             self._gave_up = True
             waiting = [self._split.image_ids[index] for index in list(self._reading.values())]
             names = ", ".join(waiting[:NAMED]) or self._place
             raise DistclsError(
-                f"no batch came for {self._timeout:.0f} s; still reading: {names} "
+                f"no batch arrived for {self._timeout:.0f} s; still reading: {names} "
                 "(loader.timeout sets the limit)"
             )
 
@@ -323,8 +323,8 @@ class Loader:
             return
         if size < self._pack_bytes:
             raise DistclsError(
-                f"{self._pack} was cut from {self._pack_bytes} to {size} bytes while it was read; "
-                "prepare it again"
+                f"{self._pack} was truncated from {self._pack_bytes:,} to {size:,} bytes while "
+                "it was read; prepare it again"
             )
 
     def _read(

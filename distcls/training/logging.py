@@ -248,7 +248,7 @@ class Records:
             self.line("skipped", step=step, epoch=epoch)
         for spike in found.spikes:
             if spike.first:
-                warn(f"step {spike.step}: loss {spike.loss:.3g}, usual lately {spike.usual:.3g}")
+                warn(f"step {spike.step}: loss {spike.loss:.3g}, recent median {spike.usual:.3g}")
             self.line("spike", step=spike.step, epoch=epoch, loss=spike.loss, usual=spike.usual)
 
     def curves(self, history: list[dict[str, float]]) -> None:
@@ -284,7 +284,7 @@ def _lines_up_to(step: int, path: Path) -> list[str]:
     complete = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     steps = [_step_of(line) for line in complete]
     if strange := steps.count(None):
-        warn(f"{path}: {strange} of {len(steps)} lines are not those of a run and are dropped")
+        warn(f"{path}: {strange} of {len(steps)} lines are not log lines and are dropped")
     return [line for line, at in zip(complete, steps, strict=True) if at is not None and at <= step]
 
 

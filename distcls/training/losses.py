@@ -267,7 +267,9 @@ def find_weights(
         if by_image is not None:
             weighed = weighed * by_image[used]
         if not weighed.any():
-            raise UsageError("loss.class_weights: with these every training image weighs 0")
+            raise UsageError(
+                "loss.class_weights: with these weights every training image has weight 0"
+            )
         by_class = by_class / weighed.mean()
     return by_class, by_image
 
@@ -314,8 +316,8 @@ def _by_image(config: LossConfig, split: Split, used: Indices) -> Weights | None
     mean = float(weights[used].mean())
     if mean == 0:
         raise UsageError(
-            f"loss.sample_weights: all training images of {split.folder} weigh 0; "
-            "--loss.sample-weights off leaves the weights aside"
+            f"loss.sample_weights: all training images of {split.folder} have weight 0; "
+            "--loss.sample-weights off ignores them"
         )
     return weights / mean
 

@@ -57,8 +57,8 @@ def fit_into_memory(engine: Engine) -> None:
         batching.accumulate = batching.doubled
     if batching.size != before:
         warn(
-            f"{before} images at a time do not fit into memory: now {batching.size}, in "
-            f"{batching.accumulate} micro-batches a step; the global batch stays "
+            f"{before} images at a time do not fit into memory: reduced to {batching.size}, in "
+            f"{batching.accumulate} micro-batches per step; the global batch stays "
             f"{batching.sampler.batch_size}"
         )
     while not _fits_everywhere(engine.trial_evaluation):
@@ -89,7 +89,7 @@ def _advice(config: TrainConfig, engine: Engine) -> str:
     if config.auto_micro_batch:
         return (
             f"{what}, which fitted before the first step: something else takes memory too; "
-            "--resume auto tries anew what fits"
+            "--resume auto searches again for what fits"
         )
     if batching.doubled is None:
         return f"{what}; choose a smaller --input.size or --model.name, or more processes"

@@ -141,7 +141,7 @@ def _refuse_old_ranger(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     if any("slow" in values for values in state["state"].values()):
         raise UsageError(
             "optimizer.name: this training state is of the ranger of distcls 0.1.0, which had "
-            "another Lookahead; resume it with that version, or start anew"
+            "another Lookahead; resume it with that version, or start over"
         )
 
 
@@ -215,7 +215,7 @@ def require_usable(config: OptimizerConfig) -> None:
     if plain in NOT_EXACT:
         raise UsageError(
             f"optimizer.name: {name} draws random numbers that its state does not hold: a resumed "
-            "run would go on differently; choose another, such as muon"
+            "run would differ; choose another, such as muon"
         )
     try:
         get_optimizer_class(plain)
@@ -243,7 +243,7 @@ def _require_read_by_timm(config: OptimizerConfig, name: str, info: Any) -> None
         if not reads[key]:
             raise UsageError(f"optimizer.{key}: {value!r} given, but {name} does not read it")
     if len({"beta1", "beta2"} & options.keys()) == 1:
-        raise UsageError(f"optimizer.beta1 and beta2: {name} takes both or none")
+        raise UsageError(f"optimizer.beta1 and beta2: {name} needs both or neither")
 
 
 def filled_optimizer(config: OptimizerConfig) -> OptimizerConfig:

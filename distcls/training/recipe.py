@@ -1,6 +1,6 @@
 """The recipe where the config leaves it open (`auto`): by the number and the kind of the images.
 
-Few images make few steps an epoch, so small sets take smaller batches and more epochs; what is
+Few images make few steps per epoch, so small sets take smaller batches and more epochs; what is
 pretrained learns slower and shorter. Photographs may be mirrored and cropped, characters may not.
 The figures behind the numbers are in benchmarks/README.md, "folders".
 """
@@ -26,7 +26,7 @@ C = TypeVar("C", bound=TrainConfig)
 BATCHES = (16, 128)
 """Smallest and largest batch that is chosen (of 8, batch norm's statistics say too little), ..."""
 STEPS_AN_EPOCH = 10
-"""... with at least this many steps an epoch, as far as the smallest allows."""
+"""... with at least this many steps per epoch, as far as the smallest allows."""
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 100
 """Epochs that are chosen, and the least patience."""
 STEPS, STEPS_PRETRAINED = 600, 300
@@ -99,7 +99,7 @@ def _optimizer(config: OptimizerConfig, pretrained: bool) -> OptimizerConfig:
 
 
 def chosen_batch(images: int) -> int:
-    """The largest power of two that leaves ten steps an epoch, within bounds."""
+    """The largest power of two that leaves ten steps per epoch, within bounds."""
     low, high = BATCHES
     size = high
     while size > low and size * STEPS_AN_EPOCH > images:

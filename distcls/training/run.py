@@ -417,7 +417,7 @@ def decide(run: Run, figures: dict[str, float], evaluation: Evaluation, seconds:
         )
     rate = run.engine.end_epoch(state.step, improved=best)
     if rate is not None:
-        say(f"no better {monitor.figure}: the learning rate falls to {rate:.3g}")
+        say(f"no better {monitor.figure}: learning rate reduced to {rate:.3g}")
     return best
 
 
@@ -501,7 +501,7 @@ def _resume(
     if state.epoch_step >= steps or state.step != state.epoch * steps + state.epoch_step:
         raise UsageError(
             f"{found.path}: its step {state.step} is not step {state.epoch_step} after "
-            f"{state.epoch} epochs of {steps} steps; the training images are others now, or the "
+            f"{state.epoch} epochs of {steps} steps; the training images have changed, or the "
             "file is damaged"
         )
     if state.data is None or state.data.pack is None:  # else the data of now, but for a pack
@@ -527,11 +527,11 @@ def _explain_unfitting(path: Path) -> Iterator[None]:
         raise
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise UsageError(f"{path}: its tensors are not those of this run: {reason}") from error
+        raise UsageError(f"{path}: its tensors do not fit this run: {reason}") from error
 
 
 def _change_length(config: TrainConfig, found: Resumption, steps: int) -> list[str]:
-    """Have a run of `steps` steps an epoch go on with another number of epochs than it began with;
+    """Have a run of `steps` steps per epoch go on with another number of epochs than it began with;
     what that changes, a line each.
 
     All that follows the length of the run (schedule, frozen layers, mean of the last epochs) is a

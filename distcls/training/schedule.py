@@ -20,7 +20,7 @@ register_schedule = SCHEDULES.register
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Learning rate schedule: a warm-up, then the schedule of that name.
+    """Learning rate schedule, after a warm-up.
 
     Null stands for the schedule's default; a key that the schedule does not read is refused.
     """
@@ -29,26 +29,26 @@ class ScheduleConfig:
     """cosine, restarts (SGDR), step, multistep, plateau, onecycle, constant, or module:attribute of
     your own."""
     warmup: str | None = None
-    """Duration of the warm-up to `lr`: steps, epochs or percent of the run; default `5%`. onecycle
-    warms up along half a cosine, by default for `30%`, all other schedules linearly."""
+    """Duration of the warm-up to `lr`: steps, epochs or percent of the run; default `5%`. Linear;
+    onecycle warms up along half a cosine, by default for `30%`."""
     start: float | None = None
-    """onecycle: learning rate of the first step, as a fraction of `lr`; default 0.04."""
+    """onecycle: initial learning rate, as a fraction of `lr`; default 0.04."""
     final: float | None = None
-    """Lowest learning rate, as a fraction of `lr`: at the end of cosine (default 0.01), of each
-    cycle of restarts (0) and of onecycle (4e-6); plateau never goes below it (0)."""
+    """Minimum learning rate, as a fraction of `lr`: at the end of cosine (default 0.01), of each
+    cycle of restarts (0) and of onecycle (4e-6); the lower bound of plateau (0)."""
     period: str | None = None
-    """restarts: duration of the first cycle, which begins after the warm-up; default `20%`."""
+    """restarts: duration of the first cycle, which starts after the warm-up; default `20%`."""
     multiplier: int | None = None
-    """restarts: length of each cycle as a multiple of the one before; default 1."""
+    """restarts: length of each cycle as a multiple of the previous one; default 1."""
     every: str | None = None
-    """step: duration between two reductions, from the start of the run on; default `30%`."""
+    """step: duration between two reductions, from the start of the run; default `30%`."""
     milestones: tuple[str, ...] | None = None
-    """multistep: durations from the start of the run to each reduction; default `50%,75%`."""
+    """multistep: time of each reduction, from the start of the run; default `50%,75%`."""
     factor: float | None = None
-    """step, multistep, plateau: factor of each learning rate reduction; default 0.1."""
+    """step, multistep, plateau: factor of each reduction of the learning rate; default 0.1."""
     patience: int | None = None
-    """plateau: epochs without improvement of `monitor.metric` before a reduction, those of the
-    warm-up not counted; default 3. (PyTorch counts one less.)"""
+    """plateau: epochs without improvement of `monitor.metric` before a reduction, not counting the
+    warm-up; default 3 (one more than PyTorch's `patience`)."""
 
     def __post_init__(self) -> None:
         SCHEDULES.check(self)

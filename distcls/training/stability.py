@@ -306,8 +306,8 @@ def _at_chance(history: Sequence[Mapping[str, float]], metrics: Metrics) -> str:
     if len(recent) < CHECKED_EPOCHS or best > luck or not learnt or informed:
         return ""
     return (
-        f"validation top-1 stands at {best:.2f}, which guessing reaches ({chance:.2f} for the most "
+        f"validation top-1 stays at {best:.2f}, the level of guessing ({chance:.2f} for the most "
         f"frequent class), while the training loss fell to {history[-1]['train_loss']:.2g}: the "
-        "model learns the training images by heart; more images, more augmentation or pretrained "
+        "model overfits; more images, more augmentation or pretrained "
         "weights help, and labels may be wrong"
     )

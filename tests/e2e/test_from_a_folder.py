@@ -67,7 +67,9 @@ def test_a_run_goes_on_with_it(photos: Path, capsys: pytest.CaptureFixture[str])
     train("runs/a/dataset", "--out", "runs/a", "--resume", "auto")  # its own name is the same
     put(photos / "red" / "new.png", coloured(1, size=16)[0][0])
     train(photos, "--out", "runs/a", "--resume", "auto")
-    assert "warning: photos has changed since; the run goes on with what" in capsys.readouterr().err
+    assert (
+        "warning: photos has changed since; the run continues with what" in capsys.readouterr().err
+    )
     shutil.rmtree(photos)
     train(photos, "--out", "runs/a", "--resume", "auto")
     assert "warning: photos cannot be read any more" in capsys.readouterr().err
@@ -133,7 +135,7 @@ def test_without_out_each_run_has_a_new_directory(
     ("data", "flags", "told"),
     [
         ("phtos", [], r"data: phtos: no such file or folder"),
-        ("photos/red", [], r"data: photos/red: its images lie in no class folder"),
+        ("photos/red", [], r"data: photos/red: its images are not in class folders"),
         (".", [], r"out: runs/\S+-1 lies inside \., the data; choose another --out"),
         ("photos", ["--model.pretrained", "nowhere.pth"], r"nowhere\.pth does not exist"),
         ("photos", ["--resume", "auto"], r"resume: 'auto' is not valid, expected none without"),

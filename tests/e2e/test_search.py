@@ -78,7 +78,7 @@ def test_trials_are_ranked_and_a_failed_one_is_a_row(
     assert json.loads(printed) == {"best": good, "trials": table}
     assert "1 of 2 trials failed" in said
     # what is there is not written over, and no other search is mixed in
-    with pytest.raises(UsageError, match="holds a search already; choose another --out"):
+    with pytest.raises(UsageError, match="already contains a search; choose another --out"):
         search(*arguments(digits, out, *flags))
     more = ["--resume", "auto", "--batch-size", "16"]
     with pytest.raises(UsageError, match=r"batch_size: 16 given, but .* begun with 32"):
@@ -87,7 +87,7 @@ def test_trials_are_ranked_and_a_failed_one_is_a_row(
         search(*arguments(digits, out, "--resume", "auto", "--grid", "lr=5"))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.txt").write_text("mine")
-    with pytest.raises(UsageError, match="photos holds other files"):
+    with pytest.raises(UsageError, match="photos contains other files"):
         search(*arguments(digits, tmp_path / "photos", *flags))
 
 

@@ -118,7 +118,7 @@ def test_a_resumed_run_keeps_its_config(trained: Path, digits: Path) -> None:
 
 def test_a_run_is_not_overwritten(trained: Path, digits: Path) -> None:
     before = (trained / "best.pth").stat().st_mtime_ns
-    assert "holds a run already" in train(digits, trained, code=2)
+    assert "already contains a run" in train(digits, trained, code=2)
     assert (trained / "best.pth").stat().st_mtime_ns == before
 
 
@@ -159,7 +159,7 @@ def test_two_processes_evaluate_as_one(trained: Path, digits: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_fewer_processes_than_asked_for_is_an_error(digits: Path, tmp_path: Path) -> None:
     said = train(digits, tmp_path / "run", "--processes", "2", code=2)
-    assert "2 asked for, 1 running" in said
+    assert "2 requested, 1 running" in said
     call = command("--data", digits, "--out", tmp_path / "run", module="distcls.train")
     launcher = [call[0], "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

@@ -36,7 +36,7 @@ PLATEAU = [
     *("--schedule.factor", "0.5", "--monitor.min-delta", "1"),
     *("--ema.decay", "null", "--average.last_epochs", "2"),
 ]
-"""Beside `OPTIONS`, 7 steps an epoch: none is better than the first, so that the rate falls after
+"""Beside `OPTIONS`, 7 steps per epoch: none is better than the first, so that the rate falls after
 the second; and the mean of the last two epochs' weights in place of the moving one."""
 ONE_AND_TWO = [pytest.param(1, marks=pytest.mark.slow), 2]
 """Processes of a test's run; two show what one does and more."""

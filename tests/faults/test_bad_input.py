@@ -175,7 +175,7 @@ def test_malicious_pickle_does_not_run(use: str, tmp_path: Path, digits: Path) -
         line = refused("predict", "--model", evil, digits, "--out", tmp_path / "pre.csv")
     else:
         line = refused("export", "--ckpt", evil)
-    assert "nothing of it was run" in line
+    assert "none of it was executed" in line
     assert not trace.exists()
 
 

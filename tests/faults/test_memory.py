@@ -30,7 +30,7 @@ LARGE = [
     *("--batch-size", "640", "--limit", "1259", "--accumulate", "1"),
     *("--checkpoint.every-steps", "1", "--threads", "1", "--loader.workers", "1"),
 ]
-"""Two steps an epoch; 630 images at a time take some 1,000 MiB on the CPU, 315 take 630."""
+"""Two steps per epoch; 630 images at a time take some 1,000 MiB on the CPU, 315 take 630."""
 AUTO = [*LARGE, "--auto-micro-batch", "true"]
 SCARCE = {"ROOM": "860", "MALLOC_ARENA_MAX": "1"}
 """An arena for each thread would take address space, though no memory."""
@@ -67,7 +67,7 @@ def test_fewer_images_at_a_time_in_the_same_global_batches(
     assert parts in (2, 4, 8)
     assert row["images"] == -(-630 // parts)
     (line,) = [line for line in said.splitlines() if "do not fit" in line]
-    assert f"now {row['images']}, in {parts} micro-batches a step" in line
+    assert f"now {row['images']}, in {parts} micro-batches per step" in line
     assert f"the global batch stays {640 * processes}" in line
     assert progress(tmp_path / "run")["accumulate"] == parts
     assert progress(tmp_path / "run")["step"] == 4 // processes
@@ -124,6 +124,6 @@ def test_gpu_memory(digits: Path, tmp_path: Path) -> None:
     (line,) = said.splitlines()
     assert "out of memory with 630 images at a time; --auto-micro-batch true" in line
     said = finish(start(digits, out, *AUTO, **environment))
-    assert "do not fit into memory: now" in said
+    assert "do not fit into memory: reduced to" in said
     assert chosen(out)["accumulate"] > 1
     assert progress(out)["step"] == 4

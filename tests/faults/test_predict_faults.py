@@ -158,7 +158,7 @@ def test_output_below_a_file_or_a_folder(tmp_path: Path, folder: Path, model: Pa
     (folder / "a.jpg").write_bytes(jpeg())
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "sub" / "pre.csv"
-    refused(predict(folder, "--model", model, "--out", out), "part of it is a file")
+    refused(predict(folder, "--model", model, "--out", out), "file is a file, expected a folder")
     (tmp_path / "folder.csv").mkdir()
     out = tmp_path / "folder.csv"
     refused(predict(folder, "--model", model, "--out", out), "is a folder")

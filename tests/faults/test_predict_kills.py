@@ -142,7 +142,7 @@ def test_a_changed_input_is_refused(folder: Path, model: Path, tmp_path: Path) -
     assert cv2.imwrite(str(last), np.full((8, 8, 3), 7, np.uint8))
     said = finish(start(folder, model, out, "--resume"), code=2)
     assert said.count("\n") == 1
-    assert "was begun with inputs" in said
+    assert "was started with inputs" in said
     assert not out.exists()
     last.write_bytes(before)
     os.utime(last, ns=(times.st_atime_ns, times.st_mtime_ns))

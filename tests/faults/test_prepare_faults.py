@@ -102,7 +102,7 @@ def test_disk_full(tmp_path: Path, limit: int, flags: tuple[str, ...]) -> None:
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     line = refused(run("digits", "--out", tmp_path / "file" / "data"))
-    assert "part of it is a file" in line
+    assert "file is a file, expected a folder" in line
     done = run("digits", "--out", "/proc/distcls/data")
     assert done.returncode in (1, 2)
     assert "/proc" in done.stderr

@@ -40,7 +40,7 @@ def test_when_one_process_dies_the_others_end(digits: Path, tmp_path: Path) -> N
     assert time.monotonic() - began < 30
     assert process.returncode != 0
     assert "SIGKILL" in said or "Signal 9" in said
-    assert "another process is gone" in said
+    assert "another process has died" in said
     assert "DistclsError" not in said  # a line of its own, no traceback
     assert not [worker for worker in family if worker.is_running()]
 
@@ -107,7 +107,7 @@ def test_the_rate_falls_on_the_same_step_everywhere(
     more = (*PLATEAU, "--monitor.min-delta", "0", "--limit", "100")
     environment = {"BLIND": str(blind), "TRACE": str(trace)}
     said = finish(start(digits, tmp_path / "run", *more, processes=2, **environment))
-    assert said.count("the learning rate falls to") == (2 if factor < 1 else 0)
+    assert said.count("learning rate reduced to") == (2 if factor < 1 else 0)
     rates = []
     for rank in (0, 1):
         rows = map(json.loads, (trace / f"{rank}.jsonl").read_text().splitlines())

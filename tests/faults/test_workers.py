@@ -72,7 +72,7 @@ def test_a_pack_that_is_cut_while_it_is_read_is_named(
     said = finish(process, code=1, timeout=60)
     assert time.monotonic() - began < 30
     ended(said, 1, processes)
-    assert f"{data / PACK} was cut from {size} to 4096 bytes" in said
+    assert f"{data / PACK} was truncated from {size:,} to 4,096 bytes" in said
 
 
 @pytest.mark.row(14)
@@ -91,7 +91,7 @@ def test_reading_threads_that_die_end_the_run(
     began = time.monotonic()
     said = finish(process, code=1, timeout=60)
     assert time.monotonic() - began < 40
-    told = ("a reading thread ended early", "has died", "no batch came for 5 s; still reading: ")
+    told = ("a reader thread ended early", "has died", "no batch arrived for 5 s; still reading: ")
     assert any(words in said for words in told), said
     # the state is that of a step before, and whole
     found = newest_intact(out / "last")
@@ -107,7 +107,7 @@ def test_a_file_that_hangs_is_named(tmp_path: Path) -> None:
     began = time.monotonic()
     said = finish(start(data, tmp_path / "run", "--loader.timeout", "3"), code=1)
     assert time.monotonic() - began < 60
-    assert "no batch came for 3 s; still reading: 3/" in said
+    assert "no batch arrived for 3 s; still reading: 3/" in said
     assert "Traceback" not in said
 
 

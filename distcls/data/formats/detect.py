@@ -161,7 +161,7 @@ def open_labelled(
     options = options or LabelOptions()
     if options.splits and not isinstance(source, FolderSource):
         given = ",".join(options.splits)
-        raise UsageError(f"splits: {given!r} names folders, but {location} is none")
+        raise UsageError(f"splits: {given!r} names folders, but {location} is not a folder")
     return source.labelled(options)
 
 
@@ -203,7 +203,7 @@ def _open_standard_input(_: str, options: OpenOptions) -> ImageSource:
     """The paths or URLs on standard input, one per line; empty lines are skipped."""
     names = Names.of(_lines())
     if not len(names):
-        raise UsageError("-: standard input lists no images, expected a path or URL a line")
+        raise UsageError("-: standard input lists no images, expected one path or URL per line")
     source = ListedSource("", names, options.timeout)
     source.location = "-"
     return source

@@ -98,7 +98,7 @@ class LeftOut:
             self.rows.append(Rejected(path, path, "picture drawn by distcls"))
 
     def add_other(self, path: str, *, examined: bool = False) -> None:
-        """Count a file that is no image: by its ending, or by its `examined` content."""
+        """Count a file that is not an image: by its ending, or by its `examined` content."""
         ending = ending_of_name(path)
         if not _ENDING.fullmatch(ending):  # such as .0001, another one for each file
             ending = "other ending" if ending else "no ending"
@@ -109,11 +109,11 @@ class LeftOut:
             self.rows.append(Rejected(path, path, reason))
 
     def say(self, where: str) -> None:
-        """Print a line for what is left out, and one for the files that are no images."""
+        """Print a line for what is left out, and one for the files that are not images."""
         texts = (
             (self.hidden_images, "hidden images"),
             (self.hidden_folders, "hidden folders"),
-            (self.circles, "links back into their own folder"),
+            (self.circles, "links to one of their own parent folders"),
             (self.pictures, "pictures drawn by distcls"),
         )
         counts = ", ".join(f"{count:,} {text}" for count, text in texts if count)
@@ -121,7 +121,7 @@ class LeftOut:
             log.say(f"{where}: left out {counts}, first {self.first}")
         if self.endings:
             number, kinds = sum(self.endings.values()), by_ending(self.endings)
-            plural = "files that are no images" if number > 1 else "file that is no image"
+            plural = "files that are not images" if number > 1 else "file that is not an image"
             log.say(f"{where}: left out {number:,} {plural} ({kinds}), first {self.first_other}")
 
 
@@ -321,7 +321,7 @@ class FolderSource(FileSource):
     def _check_found(self, records: list[ImageRecord], rejected: list[Rejected]) -> None:
         if not records:
             raise UsageError(
-                f"{self.folder}: its images lie in no class folder; make one folder per class, or "
+                f"{self.folder}: its images are not in class folders; use one folder per class, or "
                 "give a manifest"
             )
         outside = Counter(row.reason for row in rejected if row.reason != LOOSE)
@@ -329,7 +329,7 @@ class FolderSource(FileSource):
             log.warn(f"{self.folder}: left out {count:,} images {reason}")
         if loose := [row for row in rejected if row.reason == LOOSE]:
             log.warn(
-                f"{len(loose)} images lie in no class folder and are left out, first "
+                f"{len(loose)} images are not in a class folder and are left out, first "
                 f"{self.folder / str(loose[0].path)}"
             )
 
@@ -360,7 +360,7 @@ def complete_paths(folder: str, paths: Names, location: str) -> Names:
             several.append(index)
     if several:
         log.warn(
-            f"{location}: {len(several):,} paths without an ending fit several files, first "
+            f"{location}: {len(several):,} paths without an ending match several files, first "
             f"{missing[min(several)]!r}"
         )
     if not found:
@@ -415,7 +415,7 @@ def matching_files(pattern: str) -> tuple[Path, list[str]]:
     if not files and "[" in pattern:
         base, files = _matching(pattern.replace("[", "[[]"), lambda part: bool(_WILD.search(part)))
         if files:
-            log.say(f"{pattern}: matches nothing, so its brackets are taken as part of the names")
+            log.say(f"{pattern}: matches nothing; its brackets are taken literally")
     if not files:
         hint = "; [...] stands for one of its characters" if "[" in pattern else ""
         raise UsageError(f"{pattern}: no file matches{hint}")

@@ -75,8 +75,8 @@ def find_idx(folder: Path) -> dict[str, Path]:
         role = f"{'train' if match[2] == 'train' else 't10k'}-{match[3]}"
         if prefixes.setdefault(role, prefix) != prefix:
             raise UsageError(
-                f"{folder} holds more than one set of IDX files ({found[role].name}, {path.name}); "
-                "put each into a folder of its own"
+                f"{folder} contains several sets of IDX files ({found[role].name}, {path.name}); "
+                "put each set into its own folder"
             )
         found[role] = path
     return found
@@ -233,7 +233,7 @@ def _read_stream(path: Path, handle: BinaryIO, dimensions: int) -> IdxFile:
     if size == 0:
         raise UsageError(f"{path}: holds no values; its header says {'x'.join(map(str, shape))}")
     if size > path.stat().st_size * _DEFLATE_LIMIT:  # before so much memory is allocated
-        raise UsageError(f"{path}: truncated; its header promises {size:,} values")
+        raise UsageError(f"{path}: truncated; its header says {size:,} values")
     values = np.empty(size, np.uint8)
     md5 = hashlib.md5(header, usedforsecurity=False)
     filled = 0
@@ -242,9 +242,9 @@ def _read_stream(path: Path, handle: BinaryIO, dimensions: int) -> IdxFile:
         md5.update(chunk)
         filled += len(chunk)
     if filled < size:
-        raise UsageError(f"{path}: truncated: {filled:,} of {size:,} values are there")
+        raise UsageError(f"{path}: truncated after {filled:,} of {size:,} values")
     if handle.read(1):
-        raise UsageError(f"{path}: longer than the {size:,} values that its header promises")
+        raise UsageError(f"{path}: longer than the {size:,} values that its header says")
     return IdxFile(path=path, values=values.reshape(shape), md5=md5.hexdigest())
 
 
@@ -316,8 +316,7 @@ class DigitsSource(ImageSource):
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise UsageError(
-                "digits come with scikit-learn, which is not installed; pip install "
-                "'distcls[train]'"
+                "the digits need scikit-learn, which is not installed; pip install 'distcls[train]'"
             ) from error
         bunch = load_digits()
         # the values are counts from 0 to 16

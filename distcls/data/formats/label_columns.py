@@ -34,7 +34,9 @@ def encode_labels(
     rows = [tuple(cell.strip() for cell in row) for row in rows]
     if options.label_columns:
         if options.classes is not None:
-            raise UsageError("classes: one list of names does not tell which label column it is of")
+            raise UsageError(
+                "classes: one list of names does not say which label column it belongs to"
+            )
         return _column_heads(path, options.label_columns, rows)
     assert options.text_column is not None
     return _character_heads(path, options.text_column, rows, options.classes)
@@ -61,8 +63,8 @@ def _column_heads(path: Path, columns: Cells, rows: Sequence[Cells]) -> tuple[Ta
             if is_missing(cell):
                 what = f"{cell!r}, a missing value" if cell else "empty"
                 raise UsageError(
-                    f"{path}, row {number}: {column} is {what}; every image has a class in each "
-                    "head, if only `none`"
+                    f"{path}, row {number}: {column} is {what}; every image needs a class in each "
+                    "head, such as `none`"
                 )
     plain = [
         plain_numbers(cells, f"{path}: {column}")
@@ -89,7 +91,7 @@ def _character_heads(
                 "possible, one head per character"
             )
     if long := [name for name in names or () if len(name) != 1]:
-        raise UsageError(f"classes: {long[0]!r} is no character, as {column!r} has them")
+        raise UsageError(f"classes: {long[0]!r} is not a single character, as {column!r} needs")
     alphabet = names or natural_order(character for text in texts for character in text)
     longest = max(map(len, texts))
     if min(map(len, texts)) < longest:

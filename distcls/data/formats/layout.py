@@ -162,7 +162,7 @@ class _Reader:
             inside = [known for known in tops if f"{top}/".startswith(f"{known}/")]
             inside += [known for known in tops if f"{known}/".startswith(f"{top}/")]
             if inside:
-                raise UsageError(f"splits: {top!r} and {inside[0]!r} lie in each other")
+                raise UsageError(f"splits: {top!r} and {inside[0]!r} are inside each other")
             tops[top] = SPLIT_NAMES[split.lower()]
         return tops
 
@@ -242,7 +242,7 @@ class _Reader:
         return UsageError(
             f"{self._root / base}: {asked} Name those of the splits, as in "
             f"--splits train={_join(base, first)},test={_join(base, names[-1])}; --splits none "
-            "takes all folders for classes"
+            "makes all folders classes"
         )
 
     def _content(self, base: str) -> dict[str, _Content]:

@@ -84,7 +84,7 @@ class ManifestSource(ListedSource):
         self.location = name
         self._content, self._options = content, options
         if options.root is not None and not options.root.is_dir():
-            raise UsageError(f"root: {options.root} is no folder")
+            raise UsageError(f"root: {options.root} is not a folder")
         base = folder if options.root is None else str(options.root)
         wanted = (*FILE_COLUMNS, *LABEL_COLUMNS, *_named_columns(options))
         with open_table(name, content, wanted) as table, _uncollected():
@@ -164,7 +164,7 @@ class ManifestSource(ListedSource):
                     "them here first"
                 )
             if "\0" in name:
-                raise UsageError(f"{where}: path {name!r} holds a zero byte")
+                raise UsageError(f"{where}: path {name!r} contains a null byte")
 
     def _record(
         self, where: str, index: int, row: dict[str, str | None], weight: str
@@ -257,7 +257,7 @@ def _gather(
     if path is None:
         raise UsageError(
             f"{name}: no column for the image; expected one of {', '.join(FILE_COLUMNS)}, "
-            f"found {', '.join(table.columns.values())}; --path-column names it"
+            f"found {', '.join(table.columns.values())}; choose one with --path-column"
         )
     named = path != "image_id" and "image_id" in table.columns
     for column in (path, "image_id"):
@@ -311,7 +311,7 @@ def _label_column(path: Path, table: Table, options: OpenOptions) -> str:
     if found is None:
         raise UsageError(
             f"{path}: no column for the label; expected one of {', '.join(LABEL_COLUMNS)}, "
-            f"found {', '.join(table.columns.values())}; --label-column names it"
+            f"found {', '.join(table.columns.values())}; choose one with --label-column"
         )
     return found
 
@@ -350,7 +350,7 @@ def _require_unique(path: Path, records: list[ImageRecord]) -> None:
         earlier = first.setdefault(record.image_id, number)
         if earlier != number:
             raise UsageError(
-                f"{path}, row {number}: {record.image_id!r} stands in row {earlier} already; "
+                f"{path}, row {number}: {record.image_id!r} is already in row {earlier}; "
                 "each image may be listed once"
             )
 
@@ -365,7 +365,7 @@ def _columns(name: str, header: Sequence[str], wanted: Sequence[str]) -> dict[st
     for column in header:
         plain = _plain(column)
         if plain in found and plain in wanted:
-            raise UsageError(f"{name}: column {plain!r} stands there more than once")
+            raise UsageError(f"{name}: column {plain!r} occurs more than once")
         found.setdefault(plain, column)
     return found
 
@@ -410,7 +410,7 @@ def _header(name: str, reader: Iterator[list[str]]) -> list[str]:
     with _csv_errors(name, lambda: 0):
         header.extend(itertools.islice((row for row in reader if row), 1))
     if not header:
-        raise UsageError(f"{name}: the manifest is empty, expected a line of column names")
+        raise UsageError(f"{name}: the manifest is empty, expected a header with column names")
     return header[0]
 
 

@@ -106,7 +106,7 @@ def check(image: object, where: str = "image") -> None:
             with contextlib.suppress(ValueError):  # no URL: an error of this image
                 filesystem_of(image)
         elif not image:
-            raise UsageError(f"{where}: '' is no path; {EXPECTED}")
+            raise UsageError(f"{where}: '' is not a path; {EXPECTED}")
     elif not isinstance(image, os.PathLike | bytes | bytearray | memoryview):
         raise UsageError(f"{where}: {_text(image)} is no image; {_advice(image)}")
 

@@ -324,7 +324,7 @@ def _sorted(url: str, listed: Iterable[Listed], web: bool) -> list[Listed]:
     try:
         objects = sorted(listed, key=lambda item: unquote(item[0]) if web else item[0])
     except FileNotFoundError as error:
-        raise UsageError(f"{url}: there is nothing") from error
+        raise UsageError(f"{url}: nothing found") from error
     except DistclsError:
         raise
     except Exception as error:  # each library has a tree of errors of its own
@@ -364,7 +364,9 @@ def _walk(root: str, web: bool, depth: int | None = None) -> Iterator[Listed]:
                 yield name, _tag(info)
             elif depth is None or level < depth:
                 if level == DEEPEST:
-                    raise DistclsError(f"{folder}: more than {DEEPEST} folders deep; a circle?")
+                    raise DistclsError(
+                        f"{folder}: more than {DEEPEST} folders deep; do links form a cycle?"
+                    )
                 below = name.rstrip("/")
                 if below.startswith(root + "/") and below not in seen:
                     seen.add(below)

@@ -127,7 +127,7 @@ class TarSource(ImageSource):
         return LabelledImages(
             source=self,
             format="tar",
-            location=os.path.abspath(self.location),  # noqa: PTH100 - a pattern is no path
+            location=os.path.abspath(self.location),  # noqa: PTH100 - a pattern is not a path
             root=None,
             task=Task(classes=classes),
             records=records,
@@ -148,7 +148,7 @@ class TarSource(ImageSource):
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from error
         if len(data) != size:
-            raise BadImage("cannot be read: the shard has become shorter")
+            raise BadImage("cannot be read: the shard was truncated")
         return data
 
     def _index(self, number: int, path: Path, shard: str) -> list[str]:
@@ -201,7 +201,7 @@ def _check_unique(location: str, records: Sequence[ImageRecord]) -> None:
     for record in records:
         if record.image_id in seen:
             raise UsageError(
-                f"{location}: {record.image_id!r} is there twice; each image needs a key"
+                f"{location}: {record.image_id!r} occurs twice; each image needs its own key"
             )
         seen.add(record.image_id)
 
@@ -284,7 +284,7 @@ def _require_end(tar: tarfile.TarFile, path: Path, length: int) -> None:
 
 def _broken(path: Path, length: int, offset: int) -> UsageError:
     if offset >= length:
-        return UsageError(f"{path}: ends in the middle at byte {length:,}; was it cut?")
+        return UsageError(f"{path}: truncated at byte {length:,}")
     return UsageError(f"{path}: damaged at byte {offset:,}")
 
 

@@ -1,17 +1,17 @@
 #!/bin/bash
-# torchrun (bash script): restarts dead processes from the last state.
+# torchrun (bash script): restarts failed processes from the last state.
 #   launch/elastic.sh --config configs/mine.yaml --data DATA --out runs/mine
 #
 # It restarts them up to RESTARTS times. On multiple machines run it on each, with the same values and
 # --out on a shared file system:
 #   MACHINES=2 MEETING=host0:29400 RUN=mine launch/elastic.sh ...
-# A machine that died is waited for: start the same there again. The one that MEETING names hosts
-# the rendezvous; if it dies, all end, and all have to be started again.
+# If a machine dies, the others wait for it: start the same command on it again. The machine of MEETING hosts
+# the rendezvous; if it dies, all end, and have to be started again.
 #   MACHINES=1:4 ...
-# starts with one to four of them, and starts again with those left, or with one more that comes.
+# runs on one to four of them, and restarts when one leaves or joins.
 # From the environment:
 #   PROCESSES  per machine (default: gpu, which is one per GPU; 2, for example, on CPUs)
-#   RESTARTS   of all processes, when one has died (default: 3); each machine counts for itself
+#   RESTARTS   of all processes, when one has died (default: 3), counted on each machine
 #   MACHINES   how many, or MIN:MAX (default: 1)
 #   MEETING    HOST:PORT of one machine; port 0 is a free one, for a machine that is alone
 #   ADDRESS    of this machine, for all others (default: its host name, which they have to resolve);
