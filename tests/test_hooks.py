@@ -195,7 +195,7 @@ def test_names_that_files_hold() -> None:
         distcls.register_loss("focal")(own_hooks.loss)
     distcls.register_loss("odd", label_smothing=0.1)(lambda logits, targets: logits)
     with pytest.raises(UsageError, match="is no key of loss; did you mean 'label_smoothing'"):
-        distcls.fit(data="nowhere", loss="odd")
+        distcls.fit(data="digits", loss="odd")
 
 
 def test_a_network_registered_in_timm(digits: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distcls.imaging import Preprocess
 from distcls.log import say
 from distcls.plotting import shorten
 from distcls.system import available_cores
@@ -17,7 +18,7 @@ from distcls.task import Task
 from distcls.training.augment import Augment
 from distcls.training.config import DistillConfig, TrainConfig, chosen
 from distcls.training.hooks import make_transforms
-from distcls.training.inputs import choose_preprocess, choose_weights, open_input
+from distcls.training.inputs import TrainingInput, choose_preprocess, choose_weights, open_input
 from distcls.training.loader import Loader, make_crops
 from distcls.training.losses import Examples, Objective
 from distcls.training.recipe import fill_recipe
@@ -67,33 +68,12 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
         size=preprocess.size,
         pretrained=weights is not None,
     )
-    crops = make_crops(config.augment, data.train, preprocess.size, config.seed)
-    of_image, of_batch = make_transforms(config.augment)
-    augment = Augment(
-        config.augment,
-        preprocess.size,
-        cropped=crops is not None,
-        fill=data.fill,
-        transform=of_batch,
-    )
-    # a teacher sees the same images and changes none
-    config = dataclasses.replace(config, distill=DistillConfig())
-    objective = Objective(config, data, augment, _training_device())
+    loader, objective = _loader_and_objective(config, data, preprocess)
     sampler = EpochSampler(
         samples=len(data.train_samples), batch_size=chosen(config.batch_size), seed=config.seed
     )
     shards = ShardedSampler(rank=0, world_size=1, group_size=objective.group_size)
     micro_batches = shards.training(data.train_samples, sampler, epoch, 0, config.accumulate)
-    loader = Loader(
-        data.train,
-        augment.reading(preprocess),
-        workers=config.loader.workers or available_cores(),
-        prefetch=1,
-        timeout=config.loader.timeout,
-        crops=crops,
-        transform=of_image,
-        seed=config.seed,
-    )
     images: list[Tensor] = []
     labels: list[str] = []
     with contextlib.closing(loader.batches(filter(len, micro_batches), epoch)) as batches:
@@ -107,6 +87,35 @@ def preview(config: TrainConfig, *, epoch: int, count: int) -> Preview:
     ends = [sampler.bounds(step)[1] for step in range(sampler.steps)]
     steps = 1 + sum(end < len(first) for end in ends)
     return Preview(images=first, labels=labels[:count], steps=steps)
+
+
+def _loader_and_objective(
+    config: TrainConfig, data: TrainingInput, preprocess: Preprocess
+) -> tuple[Loader, Objective]:
+    """What reads the images, and what augments them."""
+    crops = make_crops(config.augment, data.train, preprocess.size, config.seed)
+    of_image, of_batch = make_transforms(config.augment)
+    augment = Augment(
+        config.augment,
+        preprocess.size,
+        cropped=crops is not None,
+        fill=data.fill,
+        transform=of_batch,
+    )
+    # a teacher sees the same images and changes none
+    config = dataclasses.replace(config, distill=DistillConfig())
+    objective = Objective(config, data, augment, _training_device())
+    loader = Loader(
+        data.train,
+        augment.reading(preprocess),
+        workers=config.loader.workers or available_cores(),
+        prefetch=1,
+        timeout=config.loader.timeout,
+        crops=crops,
+        transform=of_image,
+        seed=config.seed,
+    )
+    return loader, objective
 
 
 def label_text(target: Tensor, task: Task) -> str:
