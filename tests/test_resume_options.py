@@ -19,7 +19,7 @@ from distcls.commands.train import main
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.errors import UsageError
 from distcls.training import inputs, run
-from distcls.training.checkpointing import newest_intact
+from distcls.training.checkpointing import newest_intact, read_recorded
 from distcls.training.config import MonitorConfig, OptimizerConfig, TrainConfig
 from distcls.training.schedule import ScheduleConfig, make_schedule
 from tests.plain import plain_config
@@ -178,6 +178,12 @@ def test_edits_of_a_runs_config_are_not_ignored(
     capsys.readouterr()
     went_on(data, out, *flags)
     assert "ahead" not in capsys.readouterr().err
+
+
+def test_names_of_another_process_in_a_runs_config_are_no_edits(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("data: d\nmonitor: {metric: 'object:brier-1'}\nloss: {name: '__main__:loss'}\n")
+    assert read_recorded(path)["monitor.metric"].value == "object:brier-1"
 
 
 def test_the_same_data_elsewhere_goes_on(

@@ -33,7 +33,7 @@ from distcls.log import say, warn
 from distcls.model_card import ModelCard
 from distcls.models.checkpoint import load_tensors, save_checkpoint
 from distcls.models.registry import NETWORKS
-from distcls.registry import same_reference
+from distcls.registry import MAIN, OBJECT, same_reference
 from distcls.training.config import RUN_FILES, MonitorConfig, TrainConfig, chosen
 
 BEST, LAST, HISTORY, CONFIG = "best.pth", "last", "history.csv", "config.yaml"
@@ -387,11 +387,12 @@ class CheckpointManager:
         path = self._config.out / CONFIG
         if not path.exists():
             return
-        edited = read_recorded(path)
+        edited = _in_every_process(read_recorded(path))
         values = _dotted(build(TrainConfig, edited))
         known = [found.before, *map(_dotted, (self._config, self._given))]
         for key in edited.keys() & values.keys() - {"data"}:
-            if not _may_change(key) and values[key] not in [each.get(key) for each in known]:
+            same = any(same_reference(values[key], each.get(key)) for each in known)
+            if not _may_change(key) and not same:
                 raise UsageError(
                     f"{path}: {key} was edited to {values[key]!r}, but the run began with "
                     f"{found.before.get(key)!r}; a resumed run keeps its config: undo the edit, or "
@@ -553,8 +554,14 @@ def read_recorded(path: Path) -> dict[str, Given]:
     Raises UsageError, as for a `--config`, for an unknown key or a value that does not fit.
     """
     values = current_names(read_yaml(path))
-    build(TrainConfig, values)
+    build(TrainConfig, _in_every_process(values))
     return values
+
+
+def _in_every_process(values: dict[str, Given]) -> dict[str, Given]:
+    """The values without names of objects that another process may not have."""
+    own = (f"{MAIN}:", f"{OBJECT}:")
+    return {key: given for key, given in values.items() if not str(given.value).startswith(own)}
 
 
 def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
