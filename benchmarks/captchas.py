@@ -21,7 +21,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from benchmarks.common import finish
 from distcls import log
@@ -194,11 +193,13 @@ def write(options: CaptchaOptions) -> tuple[Path, ...]:
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["path", "text", "split"])
-    with atomic_folder(options.out) as part:
+    with (
+        atomic_folder(options.out) as part,
+        log.Progress("drawing", options.count) as progress,
+    ):
         (part / "images").mkdir()
-        for number, text in enumerate(
-            tqdm(texts(options), unit="img", disable=not log.show_progress(), leave=False)
-        ):
+        for number, text in enumerate(texts(options)):
+            progress.update()
             rng = np.random.default_rng([options.seed, 1, number])
             path = f"images/{number:06d}.jpg"
             right, jpeg = cv2.imencode(

@@ -94,7 +94,7 @@ def _serve(pipe: Connection, make: Callable[..., Contestant], arguments: tuple[A
 
 def table(rates: dict[str, list[float]], baseline: str) -> str:
     """Median, extremes and the median of the round-by-round ratio to the baseline."""
-    lines = [f"{'':<24}{'img/s':>9}{'min':>9}{'max':>9}{'ratio':>8}"]
+    lines = [f"{'':<24}{'images/s':>9}{'min':>9}{'max':>9}{'ratio':>8}"]
     for name, values in rates.items():
         middle = statistics.median(values)
         lines.append(

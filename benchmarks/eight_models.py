@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
     parser.add_argument("--out", type=Path, help="file for the JSON line, too")
     given = parser.parse_args()
-    heads = ("parameters", "MACs", "epoch, s", "img/s", "top-1", "agree", "largest")
+    heads = ("parameters", "MACs", "epoch, s", "images/s", "top-1", "agree", "largest")
     widths = (11, 11, 9, 9, 9, 9, 10)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -173,6 +173,14 @@ def _draw_text(figure: Figure, tile: Tile, center: float, top: float, height: fl
         figure.text(center, below, name, va="top", fontsize=7, color=GREY, **style)
 
 
+_SPOKEN = {"top1": "top-1", "top5": "top-5", "f1": "F1"}
+
+
+def metric_title(name: str) -> str:
+    """A metric in words for people, such as top-1 for `top1` and macro F1 for `macro_f1`."""
+    return " ".join(_SPOKEN.get(word, word) for word in name.split("_"))
+
+
 COUNTS_UP_TO = 20
 """With more classes than this a count no longer fits its cell."""
 
@@ -238,7 +246,7 @@ def _write_counts(axes: Axes, matrix: Integers, fractions: Floats) -> None:
 def curves(
     history: Sequence[Row], path: Path, monitor: str = "top1", mode: str | None = None
 ) -> None:
-    """Draw loss, accuracy and learning rate against epochs as a PNG.
+    """Draw loss, top-1 and the like, and learning rate against epochs as a PNG.
 
     `history` has one row per epoch with `epoch`, and where known `train_loss`, `val_loss`,
     `train_top1`, `val_top1`, `val_macro_f1`, `val_exact`, `lr`; the best epoch by `monitor`
@@ -251,13 +259,9 @@ def curves(
     left, middle, right = figure.subplots(1, 3)
     best = _best_row(history, monitor, mode)
     _panel(left, history, "loss", {"train_loss": ("train", ORANGE), "val_loss": ("val", BLUE)})
-    accuracies = {
-        "train_top1": ("train top-1", ORANGE),
-        "val_top1": ("val top-1", BLUE),
-        "val_macro_f1": ("val macro F1", GREEN),
-        "val_exact": ("val exact", RED),
-    }
-    _panel(middle, history, "accuracy", accuracies)
+    colors = {"train_top1": ORANGE, "val_top1": BLUE, "val_macro_f1": GREEN, "val_exact": RED}
+    scores = {name: (metric_title(name), color) for name, color in colors.items()}
+    _panel(middle, history, "scores", scores)
     middle.yaxis.set_major_formatter(lambda value, _: f"{value:.{_digits(middle)}%}")
     _panel(right, history, "learning rate", {"lr": ("learning rate", GREY)}, legend=False)
     right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
@@ -300,7 +304,7 @@ def _mark(panels: Sequence[Axes], history: Sequence[Row], best: Row, monitor: st
     value = best[name]
     shown = f"{value:.4f}" if monitor == "loss" else f"{value:.2%}"
     first.suptitle(
-        f"best (dashed): epoch {best['epoch']:.0f} of {len(history)}, {name} {shown}",
+        f"best (dashed): epoch {best['epoch']:.0f} of {len(history)}, {metric_title(name)} {shown}",
         fontsize=11,
         color="#374151",
     )

@@ -12,7 +12,7 @@ import collections
 import contextlib
 import functools
 import os
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence, Sized
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -74,6 +74,8 @@ class Predictor:
     yet give equal predictions, those of `distcls predict`. A PIL image that Pillow has decoded is
     equal for lossless files and near for JPEG and lossy WebP, as decoders differ in single pixel
     values. It is turned by the EXIF orientation that it still carries.
+
+    In a Jupyter notebook a list or a stream shows its progress, unless quiet.
     """
 
     def __init__(
@@ -83,11 +85,13 @@ class Predictor:
         batch_size: int | None = None,
         workers: int | None = None,
         paths: Sequence[Path] = (),
+        quiet: bool = False,
     ) -> None:
         """Made by `distcls.load`.
 
         `batch_size` and the number of decoding threads are the model's defaults unless given;
-        `paths` are the model's files, for display. Raises BadValue for numbers below 1.
+        `paths` are the model's files, for display; `quiet` shows no progress in a notebook. Raises
+        BadValue for numbers below 1.
         """
         if isinstance(model, str | os.PathLike):
             raise UsageError(f"model: {model!r} is a path; distcls.load opens it")
@@ -98,6 +102,7 @@ class Predictor:
         self.batch_size = batch_size or model.execution.batch_size
         """Maximum batch size of the model."""
         self._workers = workers
+        self._quiet = quiet
         self._closed = False
         self._process = os.getpid()
         self._queue = ImageQueue(
@@ -148,7 +153,7 @@ class Predictor:
             prediction.raise_error()
             return prediction
         found = Predictions()
-        for names, chunk in self._chunks_of(_checked_list(images), self.model):
+        for names, chunk in self._chunks_of(_checked_list(images), self.model, len(images)):
             found += predictions_of(chunk, names, self.task)
         return found
 
@@ -219,7 +224,8 @@ class Predictor:
         several: Any = images if isinstance(images, list | tuple) else [images]
         found: list[Floats] = []
         count = 0
-        for names, chunk in self._chunks_of(_checked_list(several), self._with_features):
+        chunks = self._chunks_of(_checked_list(several), self._with_features, len(several))
+        for names, chunk in chunks:
             for place, error in enumerate(chunk.errors):
                 if error is not None:
                     name = "" if names[place] is None else f" ({names[place]})"
@@ -307,8 +313,12 @@ class Predictor:
         return predictions_of(chunk, names, self.task)
 
     def _stream_source(self, source: ImageSource) -> Generator[Prediction, None, None]:
-        with contextlib.closing(self.chunks(source)) as chunks:
+        with (
+            contextlib.closing(self.chunks(source)) as chunks,
+            self._progress(len(source)) as progress,
+        ):
             for chunk in chunks:
+                progress.update(len(chunk.indices))
                 image_ids = [source.image_ids[index] for index in chunk.indices]
                 for prediction in predictions_of(chunk, image_ids, self.task):
                     self._require_open()
@@ -316,7 +326,9 @@ class Predictor:
 
     def _stream_images(self, images: Iterable[ImageInput]) -> Generator[Prediction, None, None]:
         empty = True
-        with contextlib.closing(self._chunks_of(self._checked(images), self.model)) as chunks:
+        total = len(images) if isinstance(images, Sized) else None
+        chunks = self._chunks_of(self._checked(images), self.model, total)
+        with contextlib.closing(chunks):
             for names, chunk in chunks:
                 empty = False
                 for prediction in predictions_of(chunk, names, self.task):
@@ -332,9 +344,9 @@ class Predictor:
             yield name_of(image), snapshot(image, self.card.preprocess.background)
 
     def _chunks_of(
-        self, images: Iterable[_Named], model: Model
+        self, images: Iterable[_Named], model: Model, total: int | None
     ) -> Generator[tuple[list[str | None], Chunk], None, None]:
-        """The output of `model` for images, a chunk for each batch, with the images' names."""
+        """The output of `model` for `total` images, a chunk for each batch, with their names."""
         self._require_open()
         waiting: collections.deque[list[str | None]] = collections.deque()
 
@@ -346,9 +358,14 @@ class Predictor:
                 yield ObjectSource([image for _, image in batch], background, names)
 
         chunks = stream_batches(sources(), model, batch_size=self.batch_size, workers=self._workers)
-        with contextlib.closing(chunks):
+        with contextlib.closing(chunks), self._progress(total) as progress:
             for chunk in chunks:
+                progress.update(len(chunk.indices))
                 yield waiting.popleft(), chunk
+
+    def _progress(self, total: int | None) -> log.Progress:
+        """Of a stream or a list, in a notebook; a script's own output would run into it."""
+        return log.Progress("predicting", total, shown=not self._quiet and log.in_notebook())
 
 
 def _open(location: str) -> ImageSource:
@@ -404,6 +421,7 @@ def load(
     device: str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
+    quiet: bool = False,
 ) -> Predictor:
     """Open a model for prediction: a `best.onnx`, a `best.pth` or a run directory.
 
@@ -422,6 +440,7 @@ def load(
         device: PyTorch's device for a best.pth, as in cuda:1; auto is the GPU if there is one.
         batch_size: the most images that are computed together; by default chosen with the provider.
         workers: decoding threads; by default one per core.
+        quiet: show no progress in a Jupyter notebook.
 
     Returns:
         The predictor.
@@ -444,7 +463,7 @@ def load(
     with log.hushed():
         models = [load_model(path, device, request) for path in paths]
     opened = models[0] if len(models) == 1 else Ensemble(models, [str(path) for path in paths])
-    return Predictor(opened, batch_size=batch_size, workers=workers, paths=paths)
+    return Predictor(opened, batch_size=batch_size, workers=workers, paths=paths, quiet=quiet)
 
 
 def _model_files(model: object) -> list[Path]:

@@ -57,7 +57,7 @@ def keep_freed_memory() -> None:
     """Have glibc keep freed memory: each step frees and allocates the same gigabyte again.
 
     Returned to the system, it comes back page by page. Measured on 2 cores, MobileNetV3-Large at
-    224 px, batch 32: 33.4 to 39.1 img/s, page faults 2.4 to 0.7 million; at 32 px no difference.
+    224 px, batch 32: 33.4 to 39.1 images/s, page faults 2.4 to 0.7 million; at 32 px no difference.
     """
     _set_malloc(mmap_threshold=1 << 30, trim_threshold=(1 << 31) - 1)
 

@@ -37,7 +37,7 @@ LAUNCHER = "accelerate.commands.launch"
 PRELOADED = (
     *("torch", "torch._dynamo", "torch.distributed.tensor", "torchvision.models", "timm"),
     *("accelerate", "accelerate.tracking", "scipy.special", "onnxruntime", "cv2", "PIL.Image"),
-    *("matplotlib.figure", "matplotlib.backends.backend_agg", "pyarrow.parquet", "yaml", "tqdm"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg", "pyarrow.parquet", "yaml"),
     "sklearn.datasets",
     *("distcls.commands.train", "distcls.training.run", "distcls.commands.predict"),
     *(LAUNCHER, "torch.distributed.run"),

@@ -130,10 +130,10 @@ def poison(engine: Engine) -> None:
         now[0] = step
         return step_of(epoch, step, *rest)
 
-    def losses(epoch: int, batch: Any) -> Tensor:
-        found = losses_of(epoch, batch)
+    def losses(epoch: int, batch: Any) -> tuple[Tensor, Tensor]:
+        found, right = losses_of(epoch, batch)
         bad = now[0] == POISON and dist.get_rank() == WORLD - 1
-        return found * math.nan if bad else found
+        return found * math.nan if bad else found, right
 
     engine._step, engine._losses = step, losses  # type: ignore[method-assign]
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distcls.errors import UsageError
 from distcls.models.classifier import Classifier
@@ -122,10 +125,36 @@ def test_reported_loss_is_the_mean_over_the_batch(digits: Path) -> None:
     samples = engine._data.train_samples[engine._sampler.permutation(0)[begin:end]]
     split, preprocess = engine._data.train, engine._preprocess
     images = torch.from_numpy(np.stack([preprocess(split.image(i)) for i in samples]))
-    expected = F.cross_entropy(engine._model(images), torch.from_numpy(split.labels[samples]))
+    logits, labels = engine._model(images), torch.from_numpy(split.labels[samples])
+    expected = F.cross_entropy(logits, labels)
     report = next(iter(engine.train_epoch(0)))
     assert report.images == end - begin
     assert sum_over_processes(report.loss) == pytest.approx(expected.item(), rel=1e-5)
+    assert report.recent_loss == pytest.approx(expected.item(), rel=1e-5)
+    hits = int((logits.argmax(1) == labels).sum())
+    assert 0 < hits < len(samples)
+    assert report.sums[1:].tolist() == [hits, len(samples)]
+
+
+def test_a_step_reads_nothing_from_the_device(digits: Path) -> None:
+    """Not even a count of what is right: with a GPU each reading would wait for it."""
+    engine = make_engine(digits)
+    micro_batches = engine._shards.training(engine._data.train_samples, engine._sampler, 0, 0, 1)
+    read: list[str] = []
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "_local_scalar_dense" in str(func):
+                read.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with contextlib.closing(engine._train_loader.batches(micro_batches)) as batches, Recording():
+        sums = engine._step(0, 0, 0.1, engine._sampler.bounds(0)[1], batches)
+        assert not read
+        assert float(sums[1]) > 0
+        assert read
 
 
 def test_evaluation_counts_every_sample_once(digits: Path) -> None:
@@ -174,7 +203,7 @@ def test_a_resumed_run_that_skips_its_first_step_keeps_its_statistics(digits: Pa
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for engine in (first, second):
         losses = engine._losses
-        engine._losses = lambda *batch, of=losses: of(*batch) * math.nan  # type: ignore[method-assign]
+        engine._losses = lambda *batch, of=losses: tuple(x * math.nan for x in of(*batch))  # type: ignore[method-assign]
         report = next(iter(engine.train_epoch(1)))
         assert report.anomalies.skipped == [4]
     one, other = first.state_dict()["model"], second.state_dict()["model"]

@@ -412,7 +412,8 @@ def test_a_state_that_names_files_elsewhere_is_refused(
 JUNK: list[tuple[str, object]] = [
     *((name, value) for name in ("epoch", "step", "epoch_step") for value in ("3", -1, 1.5, True)),
     *(("step", value) for value in (None, 2**60, torch.ones(3), [[1]])),
-    *(("loss_sum", value) for value in (None, "x", [1.0])),
+    *((name, value) for name in ("loss_sum", "right_sum") for value in (None, "x", [1.0])),
+    *(("counted", value) for value in (-1, 2.0)),
     *(("accumulate", value) for value in (0, "2", 2.0)),
     *(("evaluation_batch", value) for value in (-5, "x" * 500)),
     *(("seconds", value) for value in (math.inf, NAN, -1.0, "an hour")),

@@ -10,13 +10,12 @@ resumed; the finished parts become the output in one step.
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-
-from tqdm import tqdm
 
 from distcls import log
 from distcls.batch.loading import fingerprint_of
@@ -142,10 +141,10 @@ def _write_missing_parts(parts: Parts, writer: PartWriter, reopen: Reopen | None
             for record in parts.records:
                 writer.gallery.restore(record.picked)
             log.say(f"{parts.rows:,} of {writer.count:,} images are already done")
-        with tqdm(
-            total=writer.count, initial=parts.rows, unit="img", disable=not log.show_progress()
-        ) as bar:
-            for record in _new_records(parts, writer, fingerprint, bar.update, reopen):
+        # rows on the same terminal are progress enough
+        shown = not (options.to_standard_output and sys.stdout is not None and sys.stdout.isatty())
+        with log.Progress("predicting", writer.count, done=parts.rows, shown=shown) as progress:
+            for record in _new_records(parts, writer, fingerprint, progress.update, reopen):
                 if not parts.records:
                     parts.begin(fingerprint.result())
                 parts.finish(record)

@@ -205,7 +205,7 @@ class PredictResult:
     shown: Path | None
 
     @property
-    def images_per_second(self) -> float:
+    def images_per_s(self) -> float:
         """Images of this run over its seconds, decoding and writing included."""
         return (self.images - self.resumed) / max(self.seconds, 1e-9)
 
@@ -217,7 +217,7 @@ class PredictResult:
             "abstained": self.abstained,
             "resumed": self.resumed,
             "seconds": round(self.seconds, 3),
-            "images_per_second": round(self.images_per_second, 1),
+            "images_per_s": round(self.images_per_s, 1),
             "provider": self.provider,
             "profile": self.profile,
             "out": str(self.out),

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     out = "standard output" if options.to_standard_output else result.out
     log.say(
         f"{result.images:,} images, {result.errors:,} errors, {abstained}"
-        f"{result.images_per_second:,.0f} images/s on {result.provider}: {out}"
+        f"{result.images_per_s:,.0f} images/s on {result.provider}: {out}"
     )
     if result.features is not None:
         log.say(f"features: {result.features}")

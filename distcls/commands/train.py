@@ -28,6 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     config = COMMAND.parse(arguments)
     log.set_quiet(config.quiet)
     require_places(config)
+    from distcls.plotting import metric_title
     from distcls.training.run import train  # torch loads once the config is known to be right
 
     result = train(config)
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     minutes, best = result.seconds / 60, result.out / "best.pth"
     where = f"; best model: {best}" if best.exists() else ""  # none where a finished file went on
     log.say(
-        f"best epoch {result.best_epoch} of {result.epochs}: {config.monitor.figure} "
+        f"best epoch {result.best_epoch} of {result.epochs}: {metric_title(config.monitor.figure)} "
         f"{result.best_score:.4f}, {minutes:.1f} min{where}"
     )
     data = result.out / "dataset"

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from distcls import log
 from distcls.config import bare, positional
@@ -412,19 +411,18 @@ def _decode(
     reasons."""
     paths = None if copies is None else [folder / path for path in copies]
     images = load_all(blended, assignment.records, paths)
-    bar = tqdm(
-        images, total=len(assignment), unit="img", disable=not log.show_progress(), leave=False
-    )
     readable: dict[int, bytes] = {}
     rejected: list[Rejected] = []
-    for index, image in enumerate(bar):
-        if isinstance(image, BadImage):
-            record = assignment.records[index]
-            rejected.append(Rejected(record.image_id, record.path, str(image)))
-            continue
-        readable[index] = pixel_digest(image)
-        if pack is not None:
-            pack.add(image)
+    with log.Progress("reading", len(assignment)) as progress:
+        for index, image in enumerate(images):
+            progress.update()
+            if isinstance(image, BadImage):
+                record = assignment.records[index]
+                rejected.append(Rejected(record.image_id, record.path, str(image)))
+                continue
+            readable[index] = pixel_digest(image)
+            if pack is not None:
+                pack.add(image)
     if not readable:
         first = rejected[0]
         hint = f"; paths start from {source.root}, --root names another folder"

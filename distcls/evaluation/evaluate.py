@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from distcls import log, plotting
 from distcls.cli import import_pandas, packages_for
@@ -192,10 +191,9 @@ class EvaluationResult:
             means = [getattr(metrics, f"{kind}_{name}") for name in ("precision", "recall", "f1")]
             lines.append(_line([kind, *means, int(metrics.support.sum())], width))
         lines += ["", f"images  {metrics.count:,}"]
-        titles = {"top1": "top-1", "top5": "top-5"}
         for name, value in metrics.scalars().items():
             if not name.startswith(("macro_", "weighted_")):
-                lines.append(f"{titles.get(name, name):<7} {value:.4f}")
+                lines.append(f"{plotting.metric_title(name):<7} {value:.4f}")
         return "\n".join([*lines, *self._left_out()])
 
     def _left_out(self) -> list[str]:
@@ -459,7 +457,7 @@ def _evaluate_shard(predictor: Predictor, split: Split, indices: range) -> tuple
     state, spread, bad = metric_state(task), LogitSpread(task), []
     with (
         contextlib.closing(predictor.chunks(split, indices=indices)) as chunks,
-        tqdm(total=len(indices), unit="img", disable=not log.show_progress()) as bar,
+        log.Progress("evaluating", len(indices)) as progress,
     ):
         for chunk in chunks:
             good = np.array([error is None for error in chunk.errors])
@@ -468,7 +466,7 @@ def _evaluate_shard(predictor: Predictor, split: Split, indices: range) -> tuple
             for index, error in zip(chunk.indices, chunk.errors, strict=True):
                 if error is not None:
                     bad.append(f"{split.image_ids[index]}: {error}")
-            bar.update(len(chunk.indices))
+            progress.update(len(chunk.indices))
     return (state, spread), bad
 
 

@@ -255,9 +255,9 @@ class AccuracyCertificate:
     """Top-1 that was allowed to be lost, in percentage points."""
     min_agreement: float
     """Percent of images that had to keep their prediction."""
-    images_per_second: float
+    images_per_s: float
     """Of the file on this machine, ONNX Runtime's CPU provider, 32 images at a time."""
-    images_per_second_fp32: float
+    images_per_s_fp32: float
     """Of the same graph in fp32."""
     float_layers: tuple[str, ...]
     """Layers that were left in float because they lost too much."""
@@ -304,8 +304,8 @@ class AccuracyCertificate:
             f"{self.precision}: top-1 agreement {self.top1_agreement:.2%} (at least "
             f"{self.min_agreement:g}%), largest logit difference {self.max_logit_difference:.1e}",
             f"{self.precision}: {_distinct_line(self)}",
-            f"{self.precision}: {self.images_per_second:,.0f} images/s on this machine's CPU, "
-            f"fp32 {self.images_per_second_fp32:,.0f}",
+            f"{self.precision}: {self.images_per_s:,.0f} images/s on this machine's CPU, "
+            f"fp32 {self.images_per_s_fp32:,.0f}",
         ]
 
     @property
@@ -377,8 +377,8 @@ def certify_accuracy(
         max_logit_difference=float(np.abs(logits - expected.logits).max()),
         max_accuracy_drop=max_accuracy_drop,
         min_agreement=min_agreement,
-        images_per_second=speeds[0],
-        images_per_second_fp32=speeds[1],
+        images_per_s=speeds[0],
+        images_per_s_fp32=speeds[1],
         float_layers=float_layers,
         reference=expected.provider,
         provider=exported.provider,

@@ -1,6 +1,6 @@
 """Decoding an image file into uint8 RGB, or a short reason why it cannot be decoded.
 
-OpenCV decodes (measured on one core, 500x375 JPEG to 224: OpenCV 850 img/s, Pillow 240); it
+OpenCV decodes (measured on one core, 500x375 JPEG to 224: OpenCV 850 images/s, Pillow 240); it
 applies the EXIF orientation, turns CMYK and grey into RGB, scales 16 bits to 8 and drops alpha.
 Pillow reads the header first (16 us): the allow-list of formats, and the size before any
 pixel is decoded. OpenCV 5 refuses truncated JPEGs; older ones fill the rest with grey silently.

@@ -78,6 +78,10 @@ class TrainingState:
     """Those of them that belong to the unfinished epoch."""
     loss_sum: float = 0.0
     """Sum of the losses of the unfinished epoch's images so far."""
+    right_sum: float = 0.0
+    """Right decisions on them (see `right_decisions`)."""
+    counted: int = 0
+    """Those images, without skipped steps; in states of before 0.3, 0."""
     accumulate: int | None = None
     """Micro-batches of a step: the config's number, or what memory allowed."""
     evaluation_batch: int | None = None
@@ -210,6 +214,8 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "step": COUNT,
     "epoch_step": COUNT,
     "loss_sum": (_is_number, "a number"),
+    "right_sum": (_is_number, "a number"),
+    "counted": COUNT,
     "accumulate": COUNT_ABOVE_ZERO,
     "evaluation_batch": COUNT_ABOVE_ZERO,
     "seconds": (_is_duration, "a number of 0 or more"),
@@ -514,7 +520,6 @@ class CheckpointManager:
         state.top_models = ranking  # before writing: the file may carry the state itself
         if (model.score, name) in ranking:
             self._write_top_model(config.out / name, state, tensors, model)
-            say(f"saved {config.out / name} ({config.monitor.figure} {model.score:.5f})")
         for _, file in others:
             if file not in {ranked for _, ranked in ranking}:
                 (config.out / file).unlink(missing_ok=True)  # a killed run may have come so far

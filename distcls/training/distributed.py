@@ -189,4 +189,10 @@ def from_main(work: Callable[[], V]) -> V:
 
 def sum_over_processes(term: Tensor) -> float:
     """The sum of each process's term, []. All processes have to call this."""
-    return float(reduce(term, reduction="sum"))
+    return sums_over_processes(term[None])[0]
+
+
+def sums_over_processes(terms: Tensor) -> list[float]:
+    """The sums of each process's terms, [N]. All processes have to call this."""
+    sums: list[float] = reduce(terms, reduction="sum").tolist()
+    return sums

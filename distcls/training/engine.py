@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ from distcls.training.losses import Objective
 from distcls.training.optim import make_optimizer
 from distcls.training.sampler import EpochSampler, MicroBatching, ShardedSampler
 from distcls.training.schedule import make_schedule
-from distcls.training.stability import Anomalies, LossSpikeDetector, NonFiniteGuard
+from distcls.training.stability import POLL_EVERY, Anomalies, LossSpikeDetector, NonFiniteGuard
 from distcls.training.weight_averaging import WeightAverages
 
 MOMENTS = 3
@@ -59,6 +59,11 @@ class StepReport:
     """Images of its global batch."""
     loss: Tensor
     """This process's term of the batch's mean loss, [], on the device: reading it would wait."""
+    sums: Tensor
+    """Over this process's images: losses, right decisions, and the images themselves, [3], on the
+    device; all 0 for a skipped step."""
+    recent_loss: float | None
+    """Mean loss of this epoch's last steps, over all processes; None until they are read."""
     lr: float
     data_wait: float
     """Seconds that the step waited for its images."""
@@ -167,10 +172,16 @@ class Engine:
             config.max_nonfinite_steps,
             self._data.train.image_ids,
         )
-        self._spikes = LossSpikeDetector(chosen(config.batch_size))
+        free = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+        self._spikes = LossSpikeDetector(chosen(config.batch_size), 1 if free else POLL_EVERY)
         self._statistics = RunningStatistics(
             self._model, correct_bias=config.model.batch_norm_bias_correction
         )
+
+    @property
+    def decisions(self) -> int:
+        """Decisions on an image: 1, or its heads or labels."""
+        return self._objective.decisions
 
     @property
     def steps_per_epoch(self) -> int:
@@ -192,14 +203,17 @@ class Engine:
             for step in range(first, self.steps_per_epoch):
                 begin, end = self._sampler.bounds(step)
                 lr, waited = self._schedule.rate(done + step), self._train_loader.waited
-                loss = self._step(epoch, done + step, lr, end - begin, batches)
+                sums = self._step(epoch, done + step, lr, end - begin, batches)
+                anomalies = self.poll_anomalies(flush=step == self.steps_per_epoch - 1)
                 yield StepReport(
                     step=done + step + 1,
                     images=end - begin,
-                    loss=loss,
+                    loss=sums[0] / (end - begin),
+                    sums=sums,
+                    recent_loss=self._spikes.recent_mean(min(POLL_EVERY, step - first + 1)),
                     lr=lr,
                     data_wait=self._train_loader.waited - waited,
-                    anomalies=self.poll_anomalies(flush=step == self.steps_per_epoch - 1),
+                    anomalies=anomalies,
                 )
         self._averages.after_epoch(epoch, self._model)
 
@@ -213,10 +227,11 @@ class Engine:
             self._statistics.recount()
         return Anomalies(skipped=skipped, spikes=self._spikes.poll(flush=flush))
 
-    def evaluate(self) -> dict[str, Metrics]:
+    def evaluate(self, advance: Callable[[int], object] | None = None) -> dict[str, Metrics]:
         """Metrics on validation of each of the evaluated weights: raw, EMA, averaged.
 
         Every process evaluates its shard of the samples, none is padded, and the states are added.
+        `advance` is called with the number of images of each batch.
         """
         evaluated = self._averages.evaluated(self._model)
         broadcast_buffers(self._model, *evaluated.values())
@@ -230,6 +245,8 @@ class Engine:
                 outputs = forward(batch.images.to(self._accelerator.device))
                 for state, logits in zip(states.values(), outputs, strict=True):
                     state.update(logits.float().cpu().numpy(), batch.labels.numpy())
+                if advance is not None:
+                    advance(len(batch.labels))
         return {name: self._summed(state).compute() for name, state in states.items()}
 
     def end_epoch(self, step: int, *, improved: bool) -> float | None:
@@ -340,7 +357,7 @@ class Engine:
     ) -> Tensor:
         """One optimiser step over `accumulate` micro-batches of this process.
 
-        Returns this process's term of the mean loss, [].
+        Returns `StepReport.sums`.
         """
         world_size = self._accelerator.num_processes
         # dropout's randomness belongs to the step: nothing of it has to be saved for a resume
@@ -349,6 +366,7 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         losses: list[Tensor] = []
+        right: list[Tensor] = []
         samples: list[int] = []
         accumulate = self.micro_batching.accumulate
         for number in range(accumulate):
@@ -358,29 +376,34 @@ class Engine:
             local = self._accelerator.no_sync
             with contextlib.nullcontext() if synced else local(self._wrapped):
                 batch = next(batches)
-                micro_losses = self._losses(epoch, batch)
+                micro_losses, micro_right = self._losses(epoch, batch)
                 # DDP takes the mean over processes, so each has to count for all of them
                 self._accelerator.backward(micro_losses.sum() * (world_size / images))
             losses.append(micro_losses.detach())
+            right.append(micro_right.sum())
             samples += batch.indices.tolist()
         self._freezing.drop_gradients(step)
         bad = self._update()
         all_losses = torch.cat(losses)
         self._guard.record(step + 1, bad, all_losses, samples)
-        mean = all_losses.sum() / images
-        self._spikes.record(step + 1, mean)
-        # a skipped step does not count in the epoch's mean loss
-        return torch.where(bad, 0.0, mean)
+        total = all_losses.sum()
+        self._spikes.record(step + 1, total / images)
+        count = torch.full((), len(samples), device=total.device)
+        terms = (total, torch.stack(right).sum(), count)
+        exact = torch.promote_types(total.dtype, torch.float32)  # bf16 counts to 256
+        sums = torch.stack([term.to(exact) for term in terms])
+        # a skipped step does not count in the epoch's figures
+        return torch.where(bad, 0.0, sums)
 
-    def _losses(self, epoch: int, batch: Batch) -> Tensor:
-        """Loss of each image of a micro-batch, [B]."""
+    def _losses(self, epoch: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss of each image of a micro-batch, and its right decisions, [B] each."""
         examples = self._objective.examples(epoch, batch)
         settling = self._statistics.before_batch()
         # compiled code holds batch norm's momentum as a constant
         eager = settling and self._config.compile
         with torch.compiler.set_stance("force_eager" if eager else "default"):
             logits = self._wrapped(examples.images)
-        return self._objective.losses(logits, examples)
+        return self._objective.losses(logits, examples), self._objective.right(logits, examples)
 
     def _update(self) -> Tensor:
         """Clip the gradients and step optimiser and averages; whether it was skipped, bool []."""

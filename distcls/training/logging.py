@@ -1,8 +1,9 @@
-"""The output of a run: banner, progress bar, metrics.jsonl, curves.png, experiment trackers."""
+"""The output of a run: banner, progress, a line per epoch; metrics.jsonl, curves.png, trackers."""
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -14,7 +15,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils.dataclasses import LoggerType
-from tqdm import tqdm
 
 from distcls import log
 from distcls.config import dump_yaml, flatten
@@ -22,15 +22,19 @@ from distcls.errors import UsageError, did_you_mean
 from distcls.files import require_writable, write_text
 from distcls.imaging import Preprocess
 from distcls.log import warn
-from distcls.plotting import curves
+from distcls.plotting import curves, metric_title
 from distcls.task import class_list
-from distcls.training.checkpointing import TrainingState
 from distcls.training.config import TrainConfig, chosen
 from distcls.training.engine import EngineSummary, StepReport
 from distcls.training.inputs import TrainingInput
 from distcls.training.stability import Anomalies
 
-BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+NOTED_WAIT = 0.1
+"""Fraction of the time spent waiting for images from which it is shown."""
+REMEMBERED = 0.995
+"""Weight of a step's time beside that of the step after it."""
+HINT_AFTER, LONG = 10.0, 180.0
+"""Seconds after which a run says how it can be interrupted, if it has so many left."""
 
 
 class Stopwatch:
@@ -94,48 +98,185 @@ def _device(accelerator: Accelerator) -> str:
     return f"{accelerator.device.type} ({machine}, {torch.get_num_threads()} threads)"
 
 
-def epoch_line(row: dict[str, float], epochs: int, mark: str, monitored: str = "top1") -> str:
-    """One finished epoch, with the monitored metric, and its mark (`best`, or nothing)."""
+def epoch_line(
+    row: dict[str, float], epochs: int, mark: str, left: str, monitored: str = "top1"
+) -> str:
+    """One finished epoch: the monitored metric beside the usual ones, its mark (`best`, or nothing)
+    and the time `left` for the run.
+
+    On a terminal that is too narrow for it, what the bar shows as well is left out.
+    """
     names = dict.fromkeys(("exact", monitored))
     more = [name for name in names if name not in ("loss", "top1") and f"val_{name}" in row]
-    figures = "".join(f"  val {name} {row[f'val_{name}']:.4f}" for name in more)
-    return (
-        f"epoch {row['epoch']:>3.0f}/{epochs}  train loss {row['train_loss']:.4f}  "
-        f"val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:.4f}{figures}  "
-        f"{row['images_per_s']:,.0f} img/s  data wait {row['data_wait']:.0%}  "
-        f"{row['seconds']:.0f} s  {mark}"
-    ).rstrip()
+    figures = "".join(f" {metric_title(name)} {row[f'val_{name}']:.4f}" for name in more)
+    waited = row["data_wait"]
+    wait = f"data wait {waited:.0%}" if waited >= NOTED_WAIT else ""
+    parts = [
+        f"epoch {row['epoch']:>{len(str(epochs))}.0f}/{epochs}",
+        f"train loss {row['train_loss']:.4f} top-1 {row['train_top1']:.4f}",
+        f"val loss {row['val_loss']:.4f} top-1 {row['val_top1']:.4f}{figures}",
+        f"{row['images_per_s']:,.0f} images/s",
+        wait,
+        log.duration(row["seconds"]),
+        left,
+        mark,
+    ]
+    line = "  ".join(filter(None, parts))
+    width = log.columns()
+    if width is None or len(line) <= width:
+        return line
+    return "  ".join(filter(None, [*parts[:3], mark]))
 
 
-class Bar:
-    """The live bar of an epoch: step, loss, images/s, time left, fraction of waiting for data."""
+class StepRate:
+    """How fast the steps are, lately: the ones before count less and less.
 
-    def __init__(self, state: TrainingState, epochs: int, steps: int) -> None:
-        self._bar = tqdm(
-            total=steps,
-            initial=state.epoch_step,
-            desc=f"epoch {state.epoch + 1}/{epochs}",
-            disable=not log.show_progress(),
-            leave=False,
-            unit="step",
-            bar_format=BAR,
-        )
+    Measured from one reading of the losses to the next, as only then the host has waited for a GPU.
+    """
 
-    def __enter__(self) -> Bar:
-        return self
+    def __init__(self) -> None:
+        self._readings = 0
+        self._known = self._new = (0.0, 0.0, 0.0, 0.0)  # steps, images, seconds, waiting for data
+        self._read_at = 0.0
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+    def begin(self) -> None:
+        """Steps begin now, after something else."""
+        self._new, self._read_at = (0.0, 0.0, 0.0, 0.0), time.perf_counter()
 
-    def step(self) -> None:
+    def count(self, report: StepReport) -> None:
+        """Count a step."""
+        steps, images, _, waited = self._new
+        self._new = steps + 1, images + report.images, 0.0, waited + report.data_wait
+        if report.recent_loss is None:
+            return
+        seconds = time.perf_counter() - self._read_at
+        steps, images, _, waited = self._new
+        # the first time is that of the warm-up, and nothing before counts once more is known
+        kept = REMEMBERED**steps if self._readings > 1 else 0.0
+        new = (steps, images, seconds, waited)
+        known = (kept * before + more for before, more in zip(self._known, new, strict=True))
+        self._known = tuple(known)  # type: ignore[assignment]
+        self._readings += 1
+        self.begin()
+
+    @property
+    def step(self) -> float | None:
+        """Seconds of a step; None until enough are measured."""
+        steps, _, seconds, _ = self._known
+        return seconds / steps if self._readings > 1 else None
+
+    def words(self) -> list[str]:
+        """Images per second, and the fraction of waiting for data if it is worth a look."""
+        _, images, seconds, waited = self._known
+        if self._readings < 2:
+            return []
+        wait = min(1.0, waited / seconds)
+        speed = f"{images / seconds:,.0f} images/s"
+        return [speed, f"data wait {wait:.0%}"] if wait >= NOTED_WAIT else [speed]
+
+
+class RunProgress:
+    """What a run shows while it trains: step, time left for the whole run, loss, images/s.
+
+    All processes may call it, the main one shows something. Nothing is read from the device for it.
+    """
+
+    def __init__(self, config: TrainConfig, data: TrainingInput, steps: int) -> None:
+        """`steps` are those of an epoch."""
+        self._epochs, self._steps = chosen(config.epochs), steps
+        self._at_most = "at most " if chosen(config.monitor.patience) is not None else ""
+        self._validation, self._batch = max(1, len(data.val_samples)), chosen(config.batch_size)
+        self._live, self._rate = log.live(), StepRate()
+        self._epoch, self._step, self._validated = 0, 0, 0
+        self._loss = ""
+        self._ended: float | None = None
+        """When the epoch's last step ended."""
+        self._measured_pause: float | None = None
+        """Seconds between the steps of the last two epochs: evaluation and files."""
+        self._hint_at = time.perf_counter() + HINT_AFTER
+
+    def begin_epoch(self, epoch: int, step: int) -> None:
+        """Epoch `epoch` begins with its step `step`, both counted from 0."""
+        if self._ended is not None:
+            self._measured_pause = time.perf_counter() - self._ended
+        self._epoch, self._step, self._validated, self._ended = epoch, step, 0, None
+        self._rate.begin()
+        self._draw()
+
+    def step(self, report: StepReport) -> None:
         """One more step is done."""
-        self._bar.update()
+        self._step += 1
+        self._rate.count(report)
+        now = time.perf_counter()
+        if report.recent_loss is not None:
+            self._loss = f"loss {report.recent_loss:.4f}"
+        if self._step == self._steps:
+            self._ended = now
+        if self._live.due():
+            self._draw()
+        if now >= self._hint_at and (left := self._left()) is not None:
+            self._hint_at = math.inf
+            self._hint(left)
 
-    def rates(self, loss: float, images_per_s: float, data_wait: float) -> None:
-        """Show new figures."""
-        self._bar.set_postfix_str(
-            f"loss {loss:.3f}, {images_per_s:,.0f} img/s, data wait {data_wait:.0%}"
-        )
+    def evaluated(self, images: int) -> None:
+        """So many more of this process's images are evaluated."""
+        self._validated += images * log.world_size()
+        if self._live.due():
+            self._draw()
+
+    def left_after_epoch(self) -> str:
+        """The time left once this epoch is over, in words; empty if unknown or none."""
+        each, epochs = self._rate.step, self._epochs - self._epoch - 1
+        return self._words(epochs * (each * self._steps + self._pause(each))) if each else ""
+
+    def close(self) -> None:
+        """Show it no longer."""
+        self._live.close()
+
+    def _pause(self, each: float) -> float:
+        """Seconds between the steps of two epochs, measured or expected."""
+        if self._measured_pause is not None:
+            return self._measured_pause
+        expected = each / 3 * self._validation / self._batch  # a forward pass is a third of a step
+        so_far = 0.0 if self._ended is None else time.perf_counter() - self._ended
+        return max(expected, so_far)
+
+    def _left_in_epoch(self) -> float | None:
+        """Seconds until the next epoch; None if not known yet."""
+        if (each := self._rate.step) is None:
+            return None
+        left = each * (self._steps - self._step) + self._pause(each)
+        return left if self._ended is None else max(0.0, left - time.perf_counter() + self._ended)
+
+    def _left(self) -> float | None:
+        """Seconds until the end of the run; None if not known yet."""
+        if (each := self._rate.step) is None or (here := self._left_in_epoch()) is None:
+            return None
+        return here + (self._epochs - self._epoch - 1) * (each * self._steps + self._pause(each))
+
+    def _words(self, seconds: float) -> str:
+        return f"{self._at_most}{log.duration(seconds)} left" if seconds else ""
+
+    def _hint(self, left: float) -> None:
+        """Say once how a long run can be interrupted."""
+        if left < LONG:
+            return
+        how = "Ctrl-C saves the state, --resume auto continues"
+        if log.in_notebook():
+            how = 'interrupting the kernel saves the state, resume="auto" continues'
+        log.say(f"{self._words(left)} at this speed; {how}")
+
+    def _draw(self) -> None:
+        title = f"epoch {self._epoch + 1:>{len(str(self._epochs))}}/{self._epochs}"
+        fraction = self._step / self._steps
+        if self._ended is not None:
+            title += " validation"
+            fraction = min(1.0, self._validated / self._validation)
+        left = self._left()
+        details = [self._words(left)] if left is not None else []
+        if self._ended is None:
+            details += filter(None, [self._loss, *self._rate.words()])
+        self._live.draw(title, fraction, details, self._left_in_epoch())
 
 
 PROJECT = "distcls"

@@ -239,6 +239,28 @@ class LabelsLoss:
         return (yes + no).mean(1)
 
 
+def right_decisions(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
+    """How many of each image's decisions are right, float32 [B]: 0 or 1, or the number of its heads
+    or labels that are. Over all decisions it is `Metrics.top1`.
+
+    Logits and targets as the losses take them. Of a mixed image each decision counts with the
+    weight that the soft label gives it (as in the code of Zhang et al.: mixup, 2017); label
+    smoothing, and the weights of classes and images, do not enter.
+    """
+    if task.kind == "multi_label":
+        soft = targets.float()
+        return torch.where(logits >= 0, soft, 1 - soft).sum(1)
+    right = []
+    for index, head in enumerate(task.slices):
+        predicted = logits[:, head].argmax(1)
+        if targets.is_floating_point():
+            right.append(targets[:, head].gather(1, predicted[:, None])[:, 0].float())
+        else:
+            labels = targets if task.single else targets[:, index]
+            right.append((predicted == labels).float())
+    return torch.stack(right).sum(0)
+
+
 def multi_hot(labels: Tensor, task: Task) -> Tensor:
     """0 and 1 for each class, int64 [B, classes], from labels int64 as a split has them."""
     if task.kind == "multi_label":
@@ -392,6 +414,16 @@ class Objective:
         mixed = self._mixing(images, draws[:, -MIX_DRAWS:].to(self._device))
         targets = mixed.soft_labels(multi_hot(labels, self._task))
         return Examples(mixed.images, targets, None if weights is None else mixed.blend(weights))
+
+    @property
+    def decisions(self) -> int:
+        """Decisions on an image: 1, or its heads or labels."""
+        task = self._task
+        return len(task.classes) if task.kind == "multi_label" else len(task.slices)
+
+    def right(self, logits: Tensor, examples: Examples) -> Tensor:
+        """How many of them are right, float32 [B] (`right_decisions`)."""
+        return right_decisions(logits.detach(), examples.targets, self._task)
 
     def losses(self, logits: Tensor, examples: Examples) -> Tensor:
         """Loss of each image, [B], times its weight."""

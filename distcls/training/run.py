@@ -32,6 +32,7 @@ from distcls.models import factory
 from distcls.models.classifier import Classifier
 from distcls.models.config import AUTO, ModelConfig, is_published
 from distcls.models.matching import apply_weights
+from distcls.plotting import metric_title
 from distcls.registry import same_reference
 from distcls.training.checkpointing import (
     CheckpointManager,
@@ -48,6 +49,7 @@ from distcls.training.distributed import (
     set_project_folder,
     start,
     sum_over_processes,
+    sums_over_processes,
 )
 from distcls.training.engine import Engine
 from distcls.training.hooks import Callbacks
@@ -60,8 +62,8 @@ from distcls.training.inputs import (
     place,
 )
 from distcls.training.logging import (
-    Bar,
     Records,
+    RunProgress,
     Stopwatch,
     banner,
     epoch_line,
@@ -87,8 +89,6 @@ if TYPE_CHECKING:
 
 WITHOUT_WEIGHTS = {"pretrained": None, "pretrained_sha256": None}
 """What a model file's architecture has of the weights that its run started from."""
-LONG = 3
-"""Minutes from which on the start of a run says how long it will take."""
 POLL_EVERY = 10
 """Steps between two all-reduces by which processes agree whether to save or stop."""
 
@@ -141,6 +141,7 @@ class Run:
     state: TrainingState
     checkpoints: CheckpointManager
     records: Records
+    progress: RunProgress
     signals: StopSignals
     checks: EpochChecks
     callbacks: Callbacks | None
@@ -285,7 +286,8 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> TrainingState:
     if state.stopped_by:
         say(f"stopped by the callback {state.stopped_by} after epoch {state.epoch} of {epochs}")
     elif state.epoch < epochs:
-        say(f"stopped early: no better {config.monitor.figure} in {config.monitor.patience} epochs")
+        metric = metric_title(config.monitor.figure)
+        say(f"stopped early: no better {metric} in {config.monitor.patience} epochs")
     return state
 
 
@@ -294,10 +296,10 @@ def _why_at_its_end(config: TrainConfig, state: TrainingState) -> str:
     if state.epoch >= chosen(config.epochs):
         return f"all {state.epoch} epochs are done; --epochs N with more continues"
     if state.epoch and state.out_of_patience(config.monitor):
-        patience = config.monitor.patience
+        patience, metric = config.monitor.patience, metric_title(config.monitor.figure)
         return (
             f"stopped early after epoch {state.epoch} of {config.epochs}, no better "
-            f"{config.monitor.figure} in {state.epochs_since_best} epochs (monitor.patience "
+            f"{metric} in {state.epochs_since_best} epochs (monitor.patience "
             f"{patience}); --monitor.patience N with more than "
             f"{state.epochs_since_best}, or null, continues"
         )
@@ -331,32 +333,46 @@ def call_back(run: Run, event: str) -> None:
 
 
 def train_steps(run: Run) -> dict[str, float]:
-    """Train to the end of the epoch: learning rate, mean loss and speed."""
+    """Train to the end of the epoch: learning rate, mean loss, top-1 and speed."""
     config, engine, state = run.config, run.engine, run.state
-    own = state.loss_sum if run.accelerator.is_main_process else 0.0
-    loss_sum = torch.full((), own, device=run.accelerator.device)
+    sums = _sums_so_far(run)
     lap, epoch, number, lr = Stopwatch(), Stopwatch(), state.epoch + 1, 0.0
-    with Bar(state, chosen(config.epochs), engine.steps_per_epoch) as bar:
-        for report in engine.train_epoch(state.epoch, state.epoch_step):
-            state.step, lr = report.step, report.lr
-            state.epoch_step += 1
-            loss_sum += report.loss * report.images
-            lap.count(report)
-            epoch.count(report)
-            bar.step()
-            if report.step % config.log_every == 0:
-                loss, (speed, wait) = sum_over_processes(report.loss), lap.lap()
-                bar.rates(loss, speed, wait)
-                run.records.step(number, report, loss, speed, wait)
-            run.records.anomalies(number, report.anomalies)
-            if state.epoch_step < engine.steps_per_epoch:  # the end of the epoch saves, and stops
-                _save_or_stop(run, loss_sum)
+    run.progress.begin_epoch(state.epoch, state.epoch_step)
+    for report in engine.train_epoch(state.epoch, state.epoch_step):
+        state.step, lr = report.step, report.lr
+        state.epoch_step += 1
+        sums += report.sums
+        lap.count(report)
+        epoch.count(report)
+        run.progress.step(report)
+        if report.step % config.log_every == 0:
+            loss, (speed, wait) = sum_over_processes(report.loss), lap.lap()
+            run.records.step(number, report, loss, speed, wait)
+        run.records.anomalies(number, report.anomalies)
+        if state.epoch_step < engine.steps_per_epoch:  # the end of the epoch saves, and stops
+            _save_or_stop(run, sums)
     speed, wait = epoch.lap()
-    train_loss = sum_over_processes(loss_sum) / len(run.data.train_samples)
-    return {"lr": lr, "train_loss": train_loss, "images_per_s": speed, "data_wait": wait}
+    loss_sum, right, counted = sums_over_processes(sums)
+    return {
+        "lr": lr,
+        "train_loss": loss_sum / len(run.data.train_samples),
+        "train_top1": right / max(1.0, counted * engine.decisions),
+        "images_per_s": speed,
+        "data_wait": wait,
+    }
 
 
-def _save_or_stop(run: Run, loss_sum: torch.Tensor) -> None:
+def _sums_so_far(run: Run) -> torch.Tensor:
+    """`StepReport.sums` of the unfinished epoch's steps so far; the main process holds all."""
+    state, device = run.state, run.accelerator.device
+    so_far = [state.loss_sum, state.right_sum, float(state.counted)]
+    own = so_far if run.accelerator.is_main_process else [0.0, 0.0, 0.0]
+    # counts of images have to stay exact; Apple's GPUs have no float64
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    return torch.tensor(own, dtype=exact, device=device)
+
+
+def _save_or_stop(run: Run, sums: torch.Tensor) -> None:
     """Save or stop within the epoch, if any process has a reason to; all do it at the same step."""
     state, every = run.state, run.config.checkpoint.every_steps
     alone = run.accelerator.num_processes == 1
@@ -367,7 +383,8 @@ def _save_or_stop(run: Run, loss_sum: torch.Tensor) -> None:
     if stop or save:
         # the state must not hold a step that is not read yet
         run.records.anomalies(state.epoch + 1, run.engine.poll_anomalies())
-        state.loss_sum = sum_over_processes(loss_sum)
+        state.loss_sum, state.right_sum, counted = sums_over_processes(sums)
+        state.counted = round(counted)
         run.checkpoints.save(state, run.engine.state_dict())
     if stop:
         _stop(run)
@@ -376,7 +393,7 @@ def _save_or_stop(run: Run, loss_sum: torch.Tensor) -> None:
 def evaluate(run: Run) -> Evaluation:
     """Evaluate the weights at the end of the epoch and choose those to save."""
     monitor = run.config.monitor
-    metrics = run.engine.evaluate()
+    metrics = run.engine.evaluate(run.progress.evaluated)
     scores = {name: found.scalars()[monitor.figure] for name, found in metrics.items()}
     losses = {name: found.scalars()["loss"] for name, found in metrics.items()}
     best = monitor.best_of(scores, losses)
@@ -392,7 +409,7 @@ def decide(run: Run, figures: dict[str, float], evaluation: Evaluation, seconds:
     """
     config, state, monitor = run.config, run.state, run.config.monitor
     state.epoch += 1
-    state.epoch_step, state.loss_sum = 0, 0.0
+    state.epoch_step, state.loss_sum, state.right_sum, state.counted = 0, 0.0, 0.0, 0
     state.seconds += seconds
     several = len(evaluation.scores) > 1
     scalars = evaluation.metrics[evaluation.chosen].scalars() | {"loss": evaluation.loss}
@@ -404,20 +421,15 @@ def decide(run: Run, figures: dict[str, float], evaluation: Evaluation, seconds:
     state.history.append(row)
     best = state.judge(evaluation.score, monitor)
     mark = "" if not best else f"best ({evaluation.chosen})" if several else "best"
-    say(epoch_line(row, chosen(config.epochs), mark, monitor.figure))
+    left = run.progress.left_after_epoch()
+    say(epoch_line(row, chosen(config.epochs), mark, left, monitor.figure))
     for problem in run.checks.problems(
         state.history, evaluation.metrics[evaluation.chosen], chosen(config.lr)
     ):
         warn(problem)
-    minutes = chosen(config.epochs) * seconds / 60
-    if state.epoch == 1 and minutes >= LONG:
-        say(
-            f"about {minutes:.0f} min for all {config.epochs} epochs at this speed; Ctrl-C saves "
-            "the state, --resume auto continues"
-        )
     rate = run.engine.end_epoch(state.step, improved=best)
     if rate is not None:
-        say(f"no better {monitor.figure}: learning rate reduced to {rate:.3g}")
+        say(f"no better {metric_title(monitor.figure)}: learning rate reduced to {rate:.3g}")
     return best
 
 
@@ -610,6 +622,8 @@ def open_run(
         stack.enter_context(contextlib.closing(records))
         stack.enter_context(contextlib.closing(checkpoints))
         _remember_micro_batching(config, engine, state, records)
+        progress = RunProgress(config, data, engine.steps_per_epoch)
+        stack.enter_context(contextlib.closing(progress))
         yield Run(
             config=config,
             accelerator=accelerator,
@@ -619,6 +633,7 @@ def open_run(
             state=state,
             checkpoints=checkpoints,
             records=records,
+            progress=progress,
             signals=signals,
             checks=EpochChecks(data.classes if data.task.single else ()),
             callbacks=Callbacks(config) if main else None,

@@ -26,7 +26,7 @@ POLL_EVERY_ON_GPU = 16
 NAMED = 8
 """Images that a message names at most."""
 POLL_EVERY = 16
-"""Steps between two readings of the losses, which the processes add up."""
+"""Steps between two readings of the losses, which the processes add up; fewer at the start."""
 WINDOW = 64
 """Number of previous losses that a step's is compared with."""
 FEWEST = 10
@@ -167,9 +167,11 @@ class LossSpikeDetector:
     Whether a step is a spike depends on the losses before it alone, not on when they are read.
     """
 
-    def __init__(self, batch_size: int) -> None:
-        """`batch_size` is of a step, over all processes."""
+    def __init__(self, batch_size: int, poll_every: int = POLL_EVERY) -> None:
+        """`batch_size` is of a step, over all processes; `poll_every` 1 where reading is free."""
         self._least_rise = max(LEAST_RISE, HARD_IMAGES / batch_size)
+        # after steps 1, 2, 4, 8, ...: the first losses are shown at once
+        self._poll_every, self._poll_next = poll_every, 1
         self.recent = torch.empty(0, dtype=torch.float64)
         """Finite losses of the last steps that were read, on the host, [at most WINDOW]."""
         self._pending: list[tuple[int, Tensor]] = []
@@ -179,14 +181,21 @@ class LossSpikeDetector:
         """Record this process's term of a step's mean loss, [], left on its device."""
         self._pending.append((step, loss))
 
+    def recent_mean(self, most: int) -> float | None:
+        """Mean of the losses of the last steps, at most `most`; None unless all were just read."""
+        if self._pending or not len(self.recent):
+            return None
+        return float(self.recent[-most:].mean())
+
     def poll(self, *, flush: bool = False) -> list[LossSpike]:
         """The spikes of the steps recorded since the last reading, if they are enough of them or
         `flush` is set.
 
         All processes have to call this after the same steps: they add up their terms.
         """
-        if not self._pending or not (flush or len(self._pending) >= POLL_EVERY):
+        if not self._pending or not (flush or len(self._pending) >= self._poll_next):
             return []
+        self._poll_next = min(2 * self._poll_next, self._poll_every)
         steps = [step for step, _ in self._pending]
         losses = reduce(torch.stack([loss for _, loss in self._pending]), reduction="sum")
         self._pending.clear()

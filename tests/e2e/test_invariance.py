@@ -37,6 +37,12 @@ def losses(data: Path, out: Path, *more: object, processes: int) -> list[float]:
     return [line["loss"] for line in lines if line["kind"] == "step"]
 
 
+def train_top1(out: Path) -> float:
+    """Of the one epoch, in whose mixed images a part may be right."""
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    return float(last["train_top1"])
+
+
 def largest_difference(one: list[float], other: list[float]) -> float:
     """Of all steps, relative."""
     assert len(one) == len(other) == STEPS
@@ -57,6 +63,7 @@ def test_two_processes_with_synchronised_norm_take_the_same_losses(
 ) -> None:
     two = losses(digits, tmp_path / "two", "--sync-batch-norm", processes=2)
     assert largest_difference(alone[0], two) < NOISE
+    assert train_top1(tmp_path / "two") == pytest.approx(train_top1(alone[1]), rel=1e-6)
     # evaluated and saved is the average of the weights, which no loss tells of
     assert apart(average(alone[1]), average(tmp_path / "two")) < WEIGHT_NOISE
     # how it was trained is nothing that the model file has to know

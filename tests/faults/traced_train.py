@@ -73,19 +73,19 @@ def die(name: str) -> None:
         )
 
 
-def traced_losses(self: Engine, epoch: int, batch: Batch) -> torch.Tensor:
+def traced_losses(self: Engine, epoch: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Write down what the network is shown, and spoil it where asked."""
     if TRACE:
         line = {"epoch": epoch, "step": current["step"], "samples": batch.indices.tolist()}
         line["lr"] = self._optimizer.param_groups[0]["lr"]
         with (Path(TRACE) / f"{RANK}.jsonl").open("a") as handle:
             handle.write(json.dumps(line) + "\n")
-    losses = losses_of(self, epoch, batch)
+    losses, right = losses_of(self, epoch, batch)
     if POISON and f"{current['step']}:{RANK}" == POISON:
         losses = losses * torch.tensor([float("nan")] + [1.0] * (len(losses) - 1))
     if SPIKE and f"{current['step']}:{RANK}" == SPIKE:
         losses = losses * 50
-    return losses
+    return losses, right
 
 
 def limited_init(self: Engine, *rest: Any, **named: Any) -> None:
@@ -100,11 +100,11 @@ def limited_init(self: Engine, *rest: Any, **named: Any) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (taken + int(ROOM) * 2**20, resource.RLIM_INFINITY))
 
 
-def blinded_evaluate(self: Engine) -> dict[str, Metrics]:
+def blinded_evaluate(self: Engine, *rest: Any) -> dict[str, Metrics]:
     """Let the ranks come to different conclusions."""
     current["evaluations"] += 1
     top1 = 0.0 if BLIND == RANK else current["evaluations"] / 100
-    found = evaluate_of(self)
+    found = evaluate_of(self, *rest)
     return {name: dataclasses.replace(metrics, top1=top1) for name, metrics in found.items()}
 
 
