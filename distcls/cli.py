@@ -132,8 +132,18 @@ def _exit(code: int) -> NoReturn:
         # nothing is lost without the interpreter's finalisation.
         sys.stdout.flush()
         sys.stderr.flush()
+        if code == 0:
+            leave_process_group()
         os._exit(code)
     sys.exit(code)
+
+
+def leave_process_group() -> None:
+    """End the connections between the processes, if there are any; their threads may otherwise
+    outlive Python's."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _reader_hangs() -> bool:

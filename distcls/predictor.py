@@ -383,7 +383,7 @@ def _check_source(source: object) -> None:
     single = (np.ndarray, Image.Image, bytes, bytearray, memoryview, Mapping)
     what, advice = type(source).__name__, ""
     if isinstance(source, single) or not isinstance(source, Iterable | str | os.PathLike):
-        advice = "no folder and no iterable of images; one image is predicted by predictor(image)"
+        advice = "no folder and no iterable of images; predict one image with predictor(image)"
     elif callable(getattr(source, "read", None)):
         advice = "an open file; an image is predicted by predictor(file.read())"
     elif hasattr(source, "columns"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,35 @@ def test_the_examples_of_the_page(
     assert len(capsys.readouterr().out.splitlines()) == variables["result"].epochs
     assert found.history[0]["val_margin"] == found.best_score
     assert "name: hooks:tiny" in Path("runs/own/config.yaml").read_text()
+
+
+def test_two_processes_train_twice_and_evaluate(digits: Path, tmp_path: Path) -> None:
+    done = run(digits, tmp_path, module="tests.two_fits", processes=2)
+    # the same config: both runs and both processes have the same score, accuracy and count
+    figures = done.stdout.split()
+    assert len(figures) == 12
+    assert len(set(figures)) == 3
+    assert figures.count("179") == 4
+
+
+def test_one_thread_trains_at_a_time(digits: Path, tmp_path: Path) -> None:
+    first = threading.Event()
+
+    class Waiting:
+        def on_train_start(self, run: Any) -> None:
+            first.set()
+            assert refused.wait(60)
+
+    refused = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        options: dict[str, Any] = {"model": "simple_cnn", "epochs": 1, "limit": 32, "quiet": True}
+        one = pool.submit(fit, data=digits, out=tmp_path / "one", callbacks=[Waiting()], **options)
+        assert first.wait(60)
+        with pytest.raises(UsageError, match="another thread of this process trains"):
+            fit(data=digits, out=tmp_path / "two", **options)
+        refused.set()
+        assert one.result().epochs == 1
+    assert fit(data=digits, out=tmp_path / "two", **options).epochs == 1
 
 
 def test_train_and_fit_are_one(fitted: TrainResult, digits: Path, tmp_path: Path) -> None:

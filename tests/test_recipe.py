@@ -178,3 +178,20 @@ def test_a_loss_that_rises() -> None:
         "the training loss rose from 0.7 in epoch 1 to 0.9 in epoch 4: the learning rate (0.01) is "
         "too high, lower --lr"
     )
+
+
+def test_what_is_not_finite_is_said_once() -> None:
+    checks = EpochChecks(("cat", "dog"), "margin")
+    row = {
+        "epoch": 3.0,
+        "train_loss": np.inf,
+        "val_loss": 0.5,
+        "val_top1": 1.0,
+        "val_margin": np.nan,
+    }
+    found = metrics([0, 1], [0, 1])
+    (said,) = checks.problems([row], found, 0.1)
+    assert said.startswith("epoch 3: train_loss is inf, val_margin is nan; such an epoch is never")
+    assert checks.problems([row], found, 0.1) == []
+    (said,) = EpochChecks(("cat", "dog")).problems([row], found, 0.1)
+    assert said == "epoch 3: train_loss is inf"

@@ -6,6 +6,7 @@ Model and data meet by the names of their classes (see `match_classes`).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import time
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls import log, plotting
-from distcls.cli import import_pandas, packages_for
+from distcls.cli import import_pandas, leave_process_group, packages_for
 from distcls.config import build, options_layer
 from distcls.data.dataset import IN_RUN, Dataset, Split, is_dataset, prepare_command
 from distcls.data.image_dataset import ImageDataset, StrPath, split_of
@@ -439,10 +440,8 @@ def _processes(model: Path) -> Iterator[tuple[str, Sum]]:
         summed = reduce(torch.from_numpy(vector).to(state.device), "sum")
         return np.asarray(summed.cpu().numpy(), np.float64)
 
-    try:
-        yield str(state.device), total
-    finally:
-        state.destroy_process_group()
+    atexit.register(leave_process_group)  # not now: a script may go on with it
+    yield str(state.device), total
 
 
 Sums = tuple[MetricState, LogitSpread]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -22,6 +23,7 @@ from accelerate.utils import (
 )
 from torch import Tensor
 
+from distcls.cli import leave_process_group
 from distcls.errors import BadValue, DistclsError, Reported, UsageError
 from distcls.log import world_size
 from distcls.system import available_cores, hand_back_freed_memory, keep_freed_memory
@@ -62,6 +64,7 @@ def start(config: TrainConfig) -> Accelerator:
         log_with=config.tracker,
         project_dir=config.out,
     )
+    atexit.register(leave_process_group)
     # after accelerate, which takes all cores where the launcher left OMP_NUM_THREADS open, as
     # torchrun does with one process per machine
     set_threads(config.threads)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,6 +207,10 @@ def fit(
         return train(config)
 
 
+_one_at_a_time = threading.RLock()
+"""Held by the thread that trains."""
+
+
 def train(config: TrainConfig) -> TrainResult:
     """Train according to the config and write the run directory.
 
@@ -213,6 +218,18 @@ def train(config: TrainConfig) -> TrainResult:
     step, and where another run writes the run directory; Stopped when a signal ended the run and
     its state is saved.
     """
+    if not _one_at_a_time.acquire(blocking=False):
+        raise UsageError(
+            "another thread of this process trains at this moment, and both would share the random "
+            "numbers and threads of PyTorch; wait for its end, or use another process"
+        )
+    try:
+        return _train_alone(config)
+    finally:
+        _one_at_a_time.release()
+
+
+def _train_alone(config: TrainConfig) -> TrainResult:
     require_places(config)
     require_usable(config)
     require_tracker(config.tracker)
@@ -225,7 +242,9 @@ def train(config: TrainConfig) -> TrainResult:
         if accelerator.is_main_process:
             discard_unused(asked, config.out)
         raise
-    accelerator.end_training()
+    # not end_training(): it ends the process group, and whatever this process does next with it
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return TrainResult(
         out=config.out,
         best_epoch=state.best_epoch,
@@ -635,7 +654,7 @@ def open_run(
             records=records,
             progress=progress,
             signals=signals,
-            checks=EpochChecks(data.classes if data.task.single else ()),
+            checks=EpochChecks(data.classes if data.task.single else (), config.monitor.figure),
             callbacks=Callbacks(config) if main else None,
         )
 

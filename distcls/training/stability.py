@@ -246,9 +246,11 @@ class EpochChecks:
     Each problem is returned once, in words.
     """
 
-    def __init__(self, classes: Sequence[str]) -> None:
-        """`classes` are the names of the one output's classes; empty for multi-output tasks."""
+    def __init__(self, classes: Sequence[str], monitored: str = "top1") -> None:
+        """`classes` are the names of the one output's classes, empty for multi-output tasks;
+        `monitored` is the metric that finds the best epoch."""
         self._classes = classes
+        self._monitored = f"val_{monitored}"
         self._said: set[str] = set()
 
     def problems(
@@ -259,6 +261,7 @@ class EpochChecks:
         `history` has the epochs' rows so far, `metrics` are those of the last, `lr` is the peak.
         """
         found = {"loss": _loss_rises(history, lr), "still": _loss_stays(history, lr)}
+        found["not finite"] = _not_finite(history[-1], ("train_loss", "val_loss", self._monitored))
         if self._classes:
             found["one class"] = self._one_class(history, metrics)
             found["chance"] = "" if found["one class"] else _at_chance(history, metrics)
@@ -277,6 +280,15 @@ class EpochChecks:
             f"{actual:.0%} are: the predictions hardly depend on the image; train longer, or lower "
             "--lr, and look at the images and their labels"
         )
+
+
+def _not_finite(row: Mapping[str, float], names: Sequence[str]) -> str:
+    bad = [name for name in dict.fromkeys(names) if not math.isfinite(row.get(name, 0.0))]
+    if not bad:
+        return ""
+    values = ", ".join(f"{name} is {row[name]:g}" for name in bad)
+    never = "; such an epoch is never the best, and without another there is no best.pth"
+    return f"epoch {row['epoch']:.0f}: {values}{never if bad[-1] == names[-1] else ''}"
 
 
 def _loss_rises(history: Sequence[Mapping[str, float]], lr: float) -> str:
