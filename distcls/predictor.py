@@ -383,9 +383,11 @@ def _check_source(source: object) -> None:
     single = (np.ndarray, Image.Image, bytes, bytearray, memoryview, Mapping)
     what, advice = type(source).__name__, ""
     if isinstance(source, single) or not isinstance(source, Iterable | str | os.PathLike):
-        advice = "no folder and no iterable of images; predict one image with predictor(image)"
+        advice = (
+            "neither a folder nor an iterable of images; predict one image with predictor(image)"
+        )
     elif callable(getattr(source, "read", None)):
-        advice = "an open file; an image is predicted by predictor(file.read())"
+        advice = "an open file; predict an image with predictor(file.read())"
     elif hasattr(source, "columns"):
         advice = "a table; pass its column of paths or URLs, as in frame['path']"
     if advice:

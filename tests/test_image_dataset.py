@@ -177,7 +177,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ("photos", {"val_fraction": 0.1}, "options: unknown key 'val_fraction'"),
     ("photos", {"format": "jpg"}, "options: format: 'jpg' is not valid, expected one of auto"),
     ("photos", {"classes": "gone.txt"}, r"classes: gone\.txt cannot be read: No such file"),
-    ("photos", {"label_column": "x"}, "label_column: 'x' is for a manifest, but photos is none"),
+    ("photos", {"label_column": "x"}, "label_column: 'x' is for a manifest, but photos is not one"),
     ("photos", {"separator": ["|"]}, r"separator: \['\|'\] is not valid, expected text or null"),
     ("flat", {}, "flat: "),
     ("data", {"format": "folder"}, "format: 'folder' is for images, data is a dataset directory"),

@@ -231,7 +231,7 @@ def test_the_columns_that_are_there_are_listed(tmp_path: Path) -> None:
             open_labelled("digits", opening=options)
     with pytest.raises(UsageError, match=r"root: .*gone is not a folder"):
         open_labelled(str(path), opening=OpenOptions(root=tmp_path / "gone"))
-    with pytest.raises(UsageError, match="label_column: 'x' is not valid, expected none with"):
+    with pytest.raises(UsageError, match="label_column: 'x' is not valid, expected null with"):
         main([str(path), "--out", "o", "--label-column", "x", "--labels-column", "y"])
 
 
