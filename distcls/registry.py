@@ -31,7 +31,9 @@ MAIN, OBJECT = "__main__", "object"
 PACKAGE = "distcls"
 IMPORT_PATH = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([\w.-]+)")
 _objects: dict[str, Any] = {}
-"""What `reference` was given, by its text."""
+"""What `reference` was given, by its text, and by what another process recorded for it."""
+_TOKEN = re.compile(r"-[0-9a-f]{8}(?=-\d+$|$)")
+"""The process in the name of an object."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,12 +122,18 @@ class Registry(Generic[T]):
         entry = self._entries.get(attribute)
         if name in self._found or (entry is not None and path in (entry.module, MAIN)):
             return True
+        if path == OBJECT:  # the name that another process recorded for what was found here
+            value = _objects.get(name, self)
+            return any(_objects.get(each) is value for each in self._found)
         value = getattr(sys.modules.get(path), attribute, None)
         return any(each.value is value for each in self._entries.values())
 
     def short(self, name: str) -> str:
-        """The name that output shows: without the module, unless another is registered so."""
+        """The name that output shows: without the module, unless another is registered so; of an
+        object without its process, so that a resumed run shows the same."""
         path, _, inside = name.partition(":")
+        if path == OBJECT:
+            return _TOKEN.sub("", inside)
         entry = self._entries.get(inside)
         clash = entry is not None and path not in (entry.module, MAIN)
         return name if clash or not self.is_import_path(name) else inside
@@ -223,29 +231,45 @@ def attribute_of(name: str, key: str) -> Any:
 def reference(value: object) -> str:
     """The text that stands for an object in a config: `module:attribute` where that leads to it.
 
-    `__main__:attribute` and `object:NAME` (numbered where there are several: `object:NAME-2`) stand
-    for what no other process finds. `attribute_of` gives the object back.
+    `__main__:attribute` and `object:NAME-PROCESS` (numbered where there are several:
+    `object:NAME-PROCESS-2`) stand for what no other process finds; PROCESS is random, so that
+    another's object of the same name is not taken for it. `attribute_of` gives the object back.
     """
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
     if module in sys.modules and getattr(sys.modules[module], name, None) is value:
         return f"{module}:{name}"
     plain = re.sub(r"\W+", "_", name.rpartition(".")[2] or type(value).__name__).strip("_")
-    text, number = f"{OBJECT}:{plain}", 1
+    first = text = f"{OBJECT}:{plain}-{_token(os.getpid())}"
+    number = 1
     while _objects.get(text, value) is not value:
         number += 1
-        text = f"{OBJECT}:{plain}-{number}"
+        text = f"{first}-{number}"
     _objects[text] = value
     return text
 
 
+@functools.cache
+def _token(process: int) -> str:
+    """What tells a process from all others; a forked one has its own."""
+    return os.urandom(4).hex()
+
+
 def same_reference(one: object, other: object) -> bool:
-    """Whether two recorded names may mean the same: they are equal, but for the number of an
-    object, or one is of a script or notebook whose definition has moved into a module since."""
+    """Whether two recorded names may mean the same: they are equal, but for the process and number
+    of an object, or one is of a script or notebook whose definition has moved into a module since.
+
+    An object that is given again, to the run of another process, has that one's name from here on:
+    it opens what the run has written.
+    """
     if one == other or not (isinstance(one, str) and isinstance(other, str)):
         return one == other
     (first, _, name), (second, _, moved) = one.partition(":"), other.partition(":")
     if first == second == OBJECT:
-        return re.sub(r"-\d+$", "", name) == re.sub(r"-\d+$", "", moved)
+        same = name.partition("-")[0] == moved.partition("-")[0]
+        for known, unknown in ((one, other), (other, one)):
+            if same and known in _objects:
+                _objects.setdefault(unknown, _objects[known])
+        return same
     return name == moved != "" and MAIN in (first, second)
 
 

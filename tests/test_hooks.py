@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from distcls.errors import UsageError
 from distcls.evaluation.metrics import METRICS, metric_state
 from distcls.models.checkpoint import load_tensors
 from distcls.models.registry import NETWORKS, recorded_name, require_loaded, resolve
-from distcls.registry import IMPORTS, _objects
+from distcls.registry import IMPORTS, _objects, _token, reference
 from distcls.task import Task
-from distcls.training.config import LOSSES, OPTIMIZERS, AugmentConfig
+from distcls.training.config import LOSSES, OPTIMIZERS, AugmentConfig, OptimizerConfig
 from distcls.training.hooks import BatchTransform, ImageTransform, make_transforms
+from distcls.training.optim import make_optimizer
 from distcls.training.sampler import seeds
 from distcls.training.schedule import SCHEDULES
 from tests.conftest import registered_here
@@ -169,7 +171,7 @@ def test_objects_twice_in_one_process(digits: Path, tmp_path: Path) -> None:
     # what a module holds is named by it, what none does has to be given again
     names = ("Linear", "loss", "optimizer", "schedule")
     assert all(f"name: {HERE}:{name}" in text for name in names)
-    assert "transform: object:Compose" in text
+    assert "transform: object:Compose-" in text
     again = {"data": digits, "out": tmp_path / "1", "resume": "auto", **SMALL, **OBJECTS}
     with pytest.raises(UsageError, match=r"augment\.transform: None given, but .* 'object:C"):
         distcls.fit(**again, callbacks=[note])
@@ -177,7 +179,9 @@ def test_objects_twice_in_one_process(digits: Path, tmp_path: Path) -> None:
     assert (more.epochs, seen) == (2, [1, 1, 2])
     _objects.clear()
     config = distcls.TrainConfig.from_yaml(tmp_path / "1" / "config.yaml")
-    with pytest.raises(UsageError, match=r"'object:Compose-2' was an object given to distcls\.fit"):
+    with pytest.raises(
+        UsageError, match=r"'object:Compose-\w{8}-2' was an object given to distcls\.fit"
+    ):
         distcls.fit(config)
 
 
@@ -222,8 +226,10 @@ def test_a_model_file_gets_no_code_called(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(UsageError, match=f"set {IMPORTS}=") as caught:
             require_loaded(name, "best.pth")
         assert "\n" not in str(caught.value)
-    for name in ("__main__:main", "object:Net"):
-        with pytest.raises(UsageError, match="was defined in a script or notebook: run its def"):
+    with pytest.raises(UsageError, match="was defined in a script or notebook: run its def"):
+        require_loaded("__main__:main", "best.pth")
+    for name in ("object:Net", "object:lambda-0123abcd"):
+        with pytest.raises(UsageError, match="was an object that another process gave"):
             require_loaded(name, "best.pth")
     require_loaded(f"{HERE}:own-net", "best.pth")
     require_loaded(f"{HERE}:Linear", "best.pth")
@@ -262,6 +268,42 @@ def test_a_script_and_what_other_processes_say_of_its_model(digits: Path, tmp_pa
     said = run("export", "--ckpt", tmp_path / "run", code=2).stderr
     assert "its network 'here' was defined in a script or notebook" in said
     assert len(said.splitlines()) == 1
+
+
+def test_another_lambda_opens_no_file(digits: Path, tmp_path: Path) -> None:
+    """Of the same number in another process; given again to the run, it opens what that wrote."""
+
+    def lambdas() -> tuple[Any, Any]:
+        return (
+            lambda classes: own_hooks.Linear(classes, (28, 28)),
+            lambda classes: nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, classes)),
+        )
+
+    def fit_it(out: str, model: Any, **more: Any) -> Any:
+        return distcls.fit(data=digits, out=tmp_path / out, model=model, **{**SMALL, **more})
+
+    def as_another_process() -> None:
+        _objects.clear()
+        NETWORKS._found.clear()
+        resolve.cache_clear()
+        _token.cache_clear()
+
+    assert fit_it("a", lambdas()[0]).load().classes[3] == "3"
+    as_another_process()
+    fit_it("b", lambdas()[1])
+    for work in (
+        lambda: distcls.load(tmp_path / "a"),
+        lambda: distcls.evaluate_model(tmp_path / "a", digits),
+        lambda: distcls.export_onnx(tmp_path / "a"),
+    ):
+        with pytest.raises(UsageError, match="'lambda' was an object that another process") as said:
+            work()
+        assert "\n" not in str(said.value)
+    as_another_process()
+    written = (tmp_path / "a" / "best.pth").read_bytes()
+    again = fit_it("a", lambdas()[0], resume="auto", epochs=3)
+    (tmp_path / "a" / "best.pth").write_bytes(written)  # of the name that the first one gave it
+    assert again.load().classes[3] == "3"
 
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
@@ -418,7 +460,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a network that exists already": (
         {"model": own_hooks.Linear(10, (8, 8))},
-        "model.name: object:Linear is of the type Linear; expected a class, or a function",
+        r"model.name: object:Linear-\w{8} is of the type Linear; expected a class, or a function",
     ),
     "a network that is none": (
         {"model": lambda classes: classes},
@@ -475,6 +517,41 @@ def test_a_callback_that_fails_ends_all_processes(digits: Path, tmp_path: Path) 
     assert "RuntimeError: the callback of the user's failed" in said
     assert 'own_hooks.py", line' in said
     assert time.monotonic() - began < 120  # not the timeout of a collective operation
+
+
+def test_what_metrics_and_callbacks_write_into_is_theirs() -> None:
+    def scores(*metrics: Any) -> dict[str, float]:
+        beside = [reference(each) for each in metrics]
+        state = metric_state(Task(classes=("a", "b")), beside)
+        state.update(np.eye(2, dtype=np.float32), np.array([0, 0]))
+        found = state.compute()
+        figures = found.scalars()
+        assert found.confusion.sum() == 2
+        return figures
+
+    def spoils(logits: Any, labels: Any) -> Any:
+        logits.fill(0)
+        labels.fill(1)
+        return np.ones(len(labels))
+
+    def clean(logits: Any, labels: Any) -> Any:
+        return logits[:, 0] + labels
+
+    assert scores(spoils, lambda m: m.confusion.fill(0) or 0, clean)["clean"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.SGD, momentum=0.9),
+        lambda params, lr: torch.optim.SGD(params, lr=lr),
+        torch.optim.Adagrad,
+        lambda groups, lr, config: torch.optim.SGD(groups, lr=lr),
+    ],
+)
+def test_optimisers_by_what_they_take(make: Any) -> None:
+    made = make_optimizer(OptimizerConfig(name=reference(make)), nn.Linear(2, 2), lr=0.5)
+    assert made.param_groups[0]["lr"] == 0.5
 
 
 def test_a_metric_of_images_adds_up_over_processes() -> None:

@@ -16,6 +16,7 @@ the same lines.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, TypeVar
@@ -186,7 +187,7 @@ def _figure(name: str, metrics: Metrics) -> float | None:
     function = METRICS.find(name).value
     if _of_images(function):
         return metrics.image_means.get(METRICS.short(name))
-    found = function(metrics)
+    found = function(copy.deepcopy(metrics) if METRICS.find(name).own else metrics)
     if found is None:
         return None
     try:
@@ -259,7 +260,7 @@ class StateWithImages:
         """See `MetricState`. Raises UsageError unless a metric is a number for each image."""
         self._state.update(logits, labels)
         for name in self._sums:
-            found = np.asarray(METRICS.find(name).value(logits, labels))
+            found = np.asarray(METRICS.find(name).value(logits.copy(), labels.copy()))
             if found.shape != (len(labels),) or found.dtype.kind not in "biuf":
                 raise UsageError(
                     f"metric: {name} returned {found.dtype} {list(found.shape)} for {len(labels)} "

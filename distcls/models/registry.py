@@ -253,7 +253,13 @@ def require_loaded(name: str, path: object) -> None:
     if not NETWORKS.is_import_path(name):
         return
     module, _, attribute = name.partition(":")
-    if module in (MAIN, OBJECT) and not NETWORKS.knows(name):
+    if module == OBJECT and not NETWORKS.knows(name):
+        raise UsageError(
+            f"{path}: its network {NETWORKS.short(name)!r} was an object that another process gave "
+            "to distcls.fit, which no file can hold: resume that run with it, or put it into a "
+            f"module and set {IMPORTS}=MODULE; the exported best.onnx needs no code"
+        )
+    if module == MAIN and not NETWORKS.knows(name):
         raise UsageError(
             f"{path}: its network {attribute!r} was defined in a script or notebook: run its "
             f"definition first, or put it into a module and set {IMPORTS}=MODULE; the exported "

@@ -301,7 +301,6 @@ class Callbacks:
         `facts` are what `CallbackRun` has besides the config. Raises UsageError for one that
         returns anything but a bool or None; what it raises itself is left as it is.
         """
-        vars(self._run).update(facts)
         asked = None
         for name, callback in self._made:
             method = getattr(callback, event, None)
@@ -309,7 +308,8 @@ class Callbacks:
                 method = callback
             if method is None:
                 continue
-            self._run.stopping = False
+            history = [dict(row) for row in facts.get("history", ())]  # theirs to change
+            vars(self._run).update(facts, history=history, stopping=False)
             figures = [dict(self._run.history[-1])] if event == "on_epoch_end" else []
             found = method(self._run, *figures)
             if found is not None and not isinstance(found, bool | np.bool_):

@@ -390,7 +390,8 @@ class Objective:
     def _try_loss(self, name: str, data: TrainingInput) -> None:
         """Have a loss of the user's show its mistakes before the first step."""
         classes = len(data.classes)
-        labels = torch.from_numpy(data.train.labels[: 2 if classes == 3 else 3]).to(self._device)
+        labels = torch.from_numpy(data.train.labels[: 2 if classes == 3 else 3].copy())
+        labels = labels.to(self._device)
         targets = multi_hot(labels, self._task).float() if self._mixing.active else labels
         logits = torch.zeros(len(labels), classes, device=self._device, requires_grad=True)
         if not self._loss(logits, targets).requires_grad:

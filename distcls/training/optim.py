@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from distcls.errors import UsageError, did_you_mean
 from distcls.models.classifier import depths, head_parameters
-from distcls.registry import kind_of
+from distcls.registry import kind_of, parameters_of, positional
 from distcls.training.config import OPTIMIZERS, OptimizerConfig
 
 
@@ -175,21 +176,31 @@ def make_optimizer(
     if config.name not in OPTIMIZERS:
         return _from_timm(config, groups, lr)
     make, filled = OPTIMIZERS.find(config.name).value, OPTIMIZERS.filled(config)
-    if isinstance(make, type) and issubclass(make, torch.optim.Optimizer):
-        return make(groups, lr=lr)  # type: ignore[call-arg]
     if not callable(make):
         raise UsageError(
             f"optimizer.name: {config.name} is {kind_of(make)}, expected a function of (groups, "
-            "lr, config), or a class of torch.optim.Optimizer"
+            "lr, config) or (params, lr), or a class of torch.optim.Optimizer"
         )
     more = {"sharded": sharded} if make is sgd else {}
-    made = make(groups, lr, filled, **more)
+    made = make(groups, lr, filled, **more) if _takes_config(make) else make(groups, lr=lr)
     if isinstance(made, torch.optim.Optimizer):
         return made
     raise UsageError(
         f"optimizer.name: {config.name} returned a value {kind_of(made)}, expected a "
         "torch.optim.Optimizer"
     )
+
+
+def _takes_config(make: Any) -> bool:
+    """Whether it is a function of (groups, lr, config), not of (groups, lr) as PyTorch's classes
+    are, and what `functools.partial` makes of them."""
+    if isinstance(make, functools.partial):
+        return _takes_config(make.func) and "config" not in make.keywords
+    if isinstance(make, type) and issubclass(make, torch.optim.Optimizer):
+        return False
+    least, most = positional(make)
+    named = any(each.name == "config" for each in parameters_of(make))
+    return least <= 3 <= most and (least == 3 or named)
 
 
 def require_usable(config: OptimizerConfig) -> None:
