@@ -484,6 +484,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"callbacks": ["tests.plain_hooks:LARGE"]},
         "is of the type float, expected an",
     ),
+    "a callback of one": (
+        {"callbacks": [lambda run: None]},
+        r"takes 1 .*expected \(run, metrics\)",
+    ),
     "a callback that returns a score": (
         {"callbacks": [lambda run, metrics: metrics["val_top1"]]},
         "callbacks: on_epoch_end of object:lambda.* returned 0.* expected True to stop the run",

@@ -15,6 +15,7 @@ processes or threads changes what the network sees. That of an image runs in the
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -322,6 +323,22 @@ class Callbacks:
         return asked
 
 
+def _require_arguments(name: str, value: Any, *, has_any: bool) -> None:
+    """Raise UsageError for a callback that cannot be called with what its event gives."""
+    for event in EVENTS if has_any else ("on_epoch_end",):
+        method = getattr(value, event, None) if has_any else value
+        given = ("run", "metrics") if event == "on_epoch_end" else ("run",)
+        unbound = isinstance(value, type) and inspect.isfunction(
+            inspect.getattr_static(value, event, None)
+        )
+        least, most = positional(method)
+        if callable(method) and not least <= len(given) + unbound <= most:
+            raise UsageError(
+                f"callbacks: {event} of {name} takes {least - unbound} argument(s), expected "
+                f"({', '.join(given)})"
+            )
+
+
 def require_callback(name: str) -> Any:
     """The callback of that name: an object or class with any of `EVENTS`, or a function.
 
@@ -338,6 +355,7 @@ def require_callback(name: str) -> Any:
             f"{name.partition(':')[2].lower()} = {name.partition(':')[2]}(...)"
         )
     if has_any or (callable(value) and not isinstance(value, type)):
+        _require_arguments(name, value, has_any=has_any)
         return value
     raise UsageError(
         f"callbacks: {name} is {kind_of(value)}, expected an object with any of "

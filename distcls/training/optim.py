@@ -182,7 +182,11 @@ def make_optimizer(
             "lr, config) or (params, lr), or a class of torch.optim.Optimizer"
         )
     more = {"sharded": sharded} if make is sgd else {}
-    made = make(groups, lr, filled, **more) if _takes_config(make) else make(groups, lr=lr)
+    if _takes_config(make):
+        made = make(groups, lr, filled, **more)
+    else:
+        named = any(each.name == "lr" for each in parameters_of(make))
+        made = make(groups, lr=lr) if named else make(groups, lr)
     if isinstance(made, torch.optim.Optimizer):
         return made
     raise UsageError(
