@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ import pytest
 import timm
 import torch
 from timm.models import register_model as register_in_timm
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.transforms import v2
 
 import distcls
@@ -32,7 +33,12 @@ from distcls.models.registry import NETWORKS, recorded_name, require_loaded, res
 from distcls.registry import IMPORTS, _objects, _token, reference
 from distcls.task import Task
 from distcls.training.config import LOSSES, OPTIMIZERS, AugmentConfig, OptimizerConfig
-from distcls.training.hooks import BatchTransform, ImageTransform, make_transforms
+from distcls.training.hooks import (
+    BatchTransform,
+    ImageTransform,
+    _SeededDraws,
+    make_transforms,
+)
 from distcls.training.optim import make_optimizer
 from distcls.training.sampler import seeds
 from distcls.training.schedule import SCHEDULES
@@ -308,6 +314,27 @@ def test_another_lambda_opens_no_file(digits: Path, tmp_path: Path) -> None:
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
 MANY = np.arange(40)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda ones: ones.bernoulli_(0.3),
+        lambda ones: F.dropout(ones, 0.5),
+        lambda ones: torch.normal(0.0, ones),
+        lambda ones: torch.normal(ones, ones),
+        torch.randn_like,
+        lambda ones: torch.multinomial(ones, 3),
+        lambda ones: torch.randperm(ones.numel()),
+    ],
+)
+def test_random_operations_of_torch_follow_the_seed(draw: Callable[[Tensor], Tensor]) -> None:
+    found = []
+    for seed in (1, 1, 2):
+        with _SeededDraws(seed):
+            found.append(draw(torch.ones(8, 8)))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize(

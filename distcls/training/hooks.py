@@ -214,18 +214,22 @@ class _SeededDraws(TorchDispatchMode):
 
 
 def _with_generator(function: Any) -> Any:
-    """The overload of a random operation that takes a generator."""
-    names = [each.name for each in function._schema.arguments]
-    for overload in function.overloadpacket.overloads():
-        other = getattr(function.overloadpacket, overload)
-        others = [each.name for each in other._schema.arguments]
-        if "generator" in others and [*filter("generator".__ne__, others)] == [
-            *filter("generator".__ne__, names)
-        ]:
+    """The overload of a random operation that takes a generator: its own, if it does."""
+    wanted = _arguments(function)
+    wanted.pop("generator", None)
+    packet = function.overloadpacket
+    for other in (function, *(getattr(packet, name) for name in packet.overloads())):
+        others = _arguments(other)
+        if others.pop("generator", None) is not None and others == wanted:
             return other
     raise UsageError(
         f"{KEY}: {function} takes no generator, so its random numbers cannot be those of the image"
     )
+
+
+def _arguments(function: Any) -> dict[str, str]:
+    """The arguments of an operation, by name, with their types."""
+    return {each.name: str(each.type) for each in function._schema.arguments}
 
 
 def _unusable(name: str, found: Any, shape: Sequence[int]) -> UsageError:
