@@ -44,7 +44,7 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(digits: Path, tmp_path: Path
 def test_a_tracker_that_cannot_be_is_refused(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         require_tracker(name)
-    config = TrainConfig(data=tmp_path / "none", out=tmp_path / "run")
+    config = TrainConfig(data=Path("digits"), out=tmp_path / "run")
     with pytest.raises(UsageError, match=message):
         train(dataclasses.replace(config, tracker=name))
     assert not (tmp_path / "run").exists()
