@@ -86,14 +86,47 @@ def is_count(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
+SYNONYMS = {
+    **dict.fromkeys(("accuracy", "acc", "acc1", "val_accuracy", "val_acc", "val_top1"), "top1"),
+    **dict.fromkeys(("top5_accuracy", "acc5", "val_top5"), "top5"),
+    **dict.fromkeys(("f1", "f1_score", "f1_macro", "val_f1"), "macro_f1"),
+    "val_loss": "loss",
+    **dict.fromkeys(("ce", "crossentropy", "crossentropyloss", "nll"), "cross_entropy"),
+    **dict.fromkeys(("categorical_crossentropy", "softmax"), "cross_entropy"),
+    "sparse_categorical_crossentropy": "cross_entropy",
+    **dict.fromkeys(("binary_crossentropy", "binary_cross_entropy", "bcewithlogitsloss"), "bce"),
+    **dict.fromkeys(("16", "16-mixed", "float16", "half", "amp"), "fp16"),
+    **dict.fromkeys(("bf16-mixed", "bfloat16"), "bf16"),
+    **dict.fromkeys(("32", "32-true", "float32", "no"), "fp32"),
+    **dict.fromkeys(("fit", "finetune"), "train"),
+    **dict.fromkeys(("val", "validate", "test", "eval"), "evaluate"),
+    **dict.fromkeys(("inference", "infer"), "predict"),
+}
+"""Other frameworks' words, in lower case, for names that a config or a command line takes."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice that an unknown name may mean, in whatever case it is written; None if none is
+    near."""
+    lowered: dict[str, str] = {}
+    for each in choices:
+        lowered.setdefault(each.lower(), each)
+    word = name.lower()
+    meant = SYNONYMS.get(word, "") if word not in lowered else word
+    if meant in lowered:
+        return lowered[meant]
+    # `triton` is meant for `export-triton`, though `train` is spelt more like it
+    near = [each for each in lowered if len(word) > 2 and word in re.split("[-_.]", each)]
+    near = near or difflib.get_close_matches(word, lowered, n=1, cutoff=0.6)
+    return lowered[near[0]] if near else None
+
+
 def did_you_mean(name: str, choices: Iterable[str], most: int = 12) -> str:
     """A clause to follow an unknown name: the nearest choice, and the choices if they are few; of
     many the first ones."""
     known = list(choices)
-    # `triton` is meant for `export-triton`, though `train` is spelt more like it
-    near = [each for each in known if len(name) > 2 and name in re.split("[-_.]", each)]
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    clause = f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, known)
+    clause = "" if near is None else f"; did you mean {near!r}?"
     if known and (len(known) <= most or not near):
         shown = ", ".join(known[:most]) + (", ..." if len(known) > most else "")
         clause += f" (choices: {shown})"

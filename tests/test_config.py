@@ -37,7 +37,8 @@ from distcls.export.onnx import ExportOptions
 from distcls.files import RECIPES
 from distcls.launch import preflight, ray_train, search
 from distcls.registry import Registry
-from distcls.training.config import OPTIMIZERS, TrainConfig
+from distcls.training.config import OPTIMIZERS, InputConfig, TrainConfig
+from distcls.training.resolve import resolved_without_data
 from distcls.training.schedule import SCHEDULES
 
 MODULES = (
@@ -668,6 +669,7 @@ SPECIAL = {
     "augment.color_jitter": st.none() | st.tuples(*[st.floats(0, 2)] * 3, st.floats(0, 0.5)),
     # these belong to one choice alone
     "augment.policy": st.just("randaugment"),
+    "threads": st.none() | st.integers(1, 4096),
     "augment.randaugment_ops": st.integers(1, 14),
     "augment.randaugment_magnitude": st.integers(0, 30),
     "loss.name": st.just("focal"),
@@ -703,3 +705,61 @@ def read_back(config: TrainConfig) -> TrainConfig:
         path = Path(folder) / "config.yaml"
         path.write_text(dump_yaml(config), encoding="utf-8")
         return build(TrainConfig, read_yaml(path))
+
+
+@pytest.mark.parametrize("text", ["64x", "x64", "64x64x64", "64xx64"])
+def test_half_a_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"input.size: {text!r} is not valid")):
+        build(TrainConfig, {k: Given(v, "f") for k, v in {"data": "d", "input.size": text}.items()})
+
+
+def test_sizes_as_they_are_written() -> None:
+    for text in (
+        "192x256",
+        "192, 256",
+        "(192, 256)",
+        "192 x 256",
+        "[192,256]",
+        "192 256",
+        "192,256,",
+    ):
+        assert InputConfig(size=convert(text, tuple[int, int])).size == (192, 256)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meant"),
+    [
+        ("optimizer.name", "AdamW", "adamw"),
+        *[("monitor.metric", word, "top1") for word in ("accuracy", "acc", "val_accuracy")],
+        *[("loss.name", word, "cross_entropy") for word in ("crossentropy", "CrossEntropyLoss")],
+        ("loss.name", "sparse_categorical_crossentropy", "cross_entropy"),
+        *[("precision", "16-mixed", "fp16"), ("precision", "bf16-mixed", "bf16")],
+        ("precision", "FP16", "fp16"),
+    ],
+)
+def test_other_frameworks_words_lead_to_ours(key: str, value: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"did you mean '{meant}'"):
+        resolved_without_data(TrainConfig.from_yaml("digits", **{"data": "d", key: value}))
+
+
+def test_there_is_no_option_for_stochastic_depth() -> None:
+    with pytest.raises(UsageError, match=r"--drop-path'; stochastic depth is .* no option") as told:
+        train_command.COMMAND.parse(["--data=d", "--drop-path", "0.1"])
+    assert "choices" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"nosuch": 1}, "TrainConfig: unknown key 'nosuch'"),
+        ({"epoch": 1, "data": "d"}, "unknown key 'epoch'; did you mean 'epochs'"),
+        ({}, "TrainConfig: data is missing"),
+        ({"data": "d", "threads": 10**6}, "threads: 1000000 is not valid, expected 1 to 4,096"),
+        ({"data": "d", "collective_timeout": 1e300}, "collective_timeout: 1e.300 is not valid"),
+        ({"data": "d", "collective_timeout": float("inf")}, "collective_timeout: inf is not valid"),
+        ({"data": "d", "lr": float("inf")}, "lr: inf is not valid"),
+    ],
+)
+def test_what_python_code_gives_wrong_is_told(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        TrainConfig(**options)

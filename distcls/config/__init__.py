@@ -9,6 +9,7 @@ from distcls.config.load import (
     options_layer,
     read_yaml,
     take_plain_values,
+    told,
 )
 from distcls.config.schema import Leaf, leaves
 
@@ -27,4 +28,5 @@ __all__ = [
     "read_yaml",
     "repeated",
     "take_plain_values",
+    "told",
 ]

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from distcls.config.schema import Mismatch, convert, describe, leaves, members
+from distcls.config.schema import Mismatch, choices, convert, describe, leaves, members
 from distcls.config.suggest import suggestion
-from distcls.errors import BadValue, UsageError, did_you_mean
+from distcls.errors import BadValue, UsageError, did_you_mean, nearest
 from distcls.files import RECIPES
 from distcls.log import warn
 
@@ -150,8 +150,10 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
             values[key] = convert(raw, known[key].type)
         except Mismatch:
             expected = describe(known[key].type)
+            near = nearest(str(raw), choices(known[key].type))
+            hint = "" if near is None else f"; did you mean {near!r}?"
             raise UsageError(
-                f"{source}: {key}: {raw!r} is not valid, expected {expected}"
+                f"{source}: {key}: {raw!r} is not valid, expected {expected}{hint}"
             ) from None
     return typing.cast(C, _construct(cls, "", values, given))
 
@@ -196,6 +198,31 @@ def take_plain_values(config: object) -> None:
             given = {key: Given(each, field.name) for key, each in flatten(dict(inside)).items()}
             value = build(typing.cast(type, kind), given)
         object.__setattr__(config, field.name, value)  # frozen for everybody else
+
+
+def told(cls: type[C]) -> type[C]:
+    """Decorate a config dataclass: its call raises UsageError, not TypeError, for a keyword that is
+    no key, with the nearest, and for a key that is missing."""
+    make = cls.__init__
+    fields = dataclasses.fields(typing.cast(Any, cls))
+    known = {field.name: field.name for field in fields}
+    needed = [
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+
+    @functools.wraps(make)
+    def checked(self: C, *positional: Any, **options: Any) -> None:
+        if strange := next((key for key in options if key not in known), None):
+            keys = {leaf.key: leaf.key for leaf in leaves(cls)} | known
+            raise UsageError(f"{cls.__name__}: unknown key {strange!r}{suggestion(strange, keys)}")
+        if missing := [key for key in needed if key not in options]:
+            raise UsageError(f"{cls.__name__}: {', '.join(missing)} is missing")
+        make(self, *positional, **options)
+
+    setattr(cls, "__init__", checked)  # noqa: B010 - mypy refuses the assignment
+    return cls
 
 
 @functools.cache

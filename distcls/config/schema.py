@@ -233,8 +233,11 @@ def _text(raw: Any) -> str:
 
 def _tuple(raw: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     if isinstance(raw, str):
-        between = r"\s*,\s*" if kinds[0] is str else r"[,x\s]+"  # texts hold spaces: `2 epochs`
-        raw = [part for part in re.split(between, raw.strip("[]() ")) if part]
+        between = r"\s*,\s*" if kinds[0] is str else r"\s*[,x]\s*|\s+"  # texts hold spaces
+        inside = raw.strip("[]() ")
+        if kinds[0] is not str and re.search(r"^x|x$|x\s*x", inside):
+            raise Mismatch  # `64x` is half of a size
+        raw = [part for part in re.split(between, inside) if part]
     if isinstance(raw, int | float) and not isinstance(raw, bool):
         raw = [raw]
     if not isinstance(raw, list | tuple):

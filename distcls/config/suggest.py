@@ -126,6 +126,10 @@ NO_FLAG = {
     **dict.fromkeys(
         ("half", "fp16", "int8"), "the precision is the exported file's: distcls export --precision"
     ),
+    **dict.fromkeys(
+        ("drop-path", "drop-path-rate", "stochastic-depth"),
+        "stochastic depth is that of the network; there is no option for it",
+    ),
     "recursive": "a folder is searched with all folders below it",
     "dynamic": "the batch axis of an exported graph is always dynamic",
     "deterministic": "on CPUs runs are bit-equal; GPU kernels may add in any order",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from distcls.config import build, config_file, options_layer, read_yaml, take_plain_values
+from distcls.config import build, config_file, options_layer, read_yaml, take_plain_values, told
 from distcls.config.schema import require_duration
 from distcls.errors import BadValue, UsageError, require
 from distcls.evaluation.metrics import METRICS, default_mode
@@ -51,6 +51,10 @@ def chosen(value: Value | Auto) -> Value:
     return value
 
 
+MOST_THREADS = 4096
+"""More crash the libraries of operations: one million ends in a segmentation fault."""
+LONGEST_TIMEOUT = 365 * 24 * 3600
+"""Seconds; PyTorch's timeouts overflow at 2^63 nanoseconds."""
 NEW_OUT = Path("runs/NAME-N")
 """The default of `out`, which stands for a new run directory."""
 SMALL_IMAGE = 64
@@ -489,6 +493,7 @@ class CheckpointConfig:
         require(alone, "filename", self.filename, expected)
 
 
+@told
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The config of a training run: the keys of `distcls train` and of its YAML files.
@@ -629,12 +634,16 @@ class TrainConfig:
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
             require(value == "auto" or value >= 1, name, value, "at least 1, or auto")
-        for name in ("limit", "processes", "threads"):
+        for name in ("limit", "processes"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1, or null")
+        valid = self.threads is None or 1 <= self.threads <= MOST_THREADS
+        require(valid, "threads", self.threads, f"1 to {MOST_THREADS:,}, or null")
         limit = self.collective_timeout
-        require(limit > 0, "collective_timeout", limit, "a number of seconds above 0")
-        require(self.lr == "auto" or self.lr > 0, "lr", self.lr, "a number above 0, or auto")
+        expected = f"a number of seconds above 0 and at most {LONGEST_TIMEOUT:,} (a year)"
+        require(0 < limit <= LONGEST_TIMEOUT, "collective_timeout", limit, expected)
+        valid = self.lr == "auto" or 0 < self.lr < math.inf
+        require(valid, "lr", self.lr, "a number above 0, or auto")
         last = self.average.last_epochs
         fits = last is None or self.epochs == "auto" or last <= self.epochs
         require(fits, "average.last_epochs", last, f"at most epochs ({self.epochs})")
