@@ -141,6 +141,19 @@ def duration(seconds: float) -> str:
     return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
 
 
+def amount(number: int, digits: int) -> str:
+    """A number of parameters or operations in millions, with `digits`, or in thousands where these
+    would be few: `4.20 M`, `1.5 k`, `286`."""
+    if number >= 2 * 10 ** (6 - digits):
+        return f"{number / 1e6:,.{digits}f} M"
+    return f"{number / 1e3:,.1f} k" if number >= 1000 else str(number)
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: `1 error`, `2 errors`, `2 processes`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 class Live:
     """One line that says how far a job is. This one is shown nowhere; see `live`."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,16 @@ def best_model(path: Path, *, exported: bool = True, key: str = "model") -> Path
     raise UsageError(
         f"{key}: {path} is a folder without {wanted}; a run directory has one after its first epoch"
     )
+
+
+def require_model(path: Path) -> None:
+    """Raise UsageError, with the nearest name beside it, for a model that is not there."""
+    if path.exists():
+        return
+    beside = os.listdir(path.parent) if path.parent.is_dir() else []  # noqa: PTH208 - names only
+    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.6)
+    hint = f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
+    raise UsageError(f"model: {path} does not exist{hint}")
 
 
 def model_choice(path: Path, found: Path) -> str:

@@ -35,7 +35,7 @@ from distcls.data.formats.objects import (
 )
 from distcls.data.source import ImageSource
 from distcls.errors import BadImage, BadValue, DistclsError, UsageError, is_count, require
-from distcls.model_card import ModelCard, best_model, model_paths
+from distcls.model_card import ModelCard, best_model, model_paths, require_model
 from distcls.prediction import Prediction, Predictions, predictions_of
 from distcls.runtime.ensemble import Ensemble
 from distcls.runtime.model import Model, WithFeatures
@@ -498,10 +498,11 @@ def load_model(
     on the fastest one here, measured on images of `source`; without, on the CPU. Raises UsageError
     for a file that is missing, another format or damaged, and for a provider that is not installed.
     """
+    require_model(path)
     if path.suffix.lower() not in (".onnx", ".pth"):
         raise UsageError(f"model: {str(path)!r} has no known ending, expected .onnx or .pth")
     if not path.is_file():
-        raise UsageError(f"model: {path} does not exist")
+        raise UsageError(f"model: {path} is not a file")
     if path.suffix.lower() == ".onnx":
         from distcls.runtime.autotune import open_fastest
         from distcls.runtime.model import OnnxModel

@@ -241,7 +241,7 @@ def test_bad_images_stop_both_processes(checkpoint: Path, tmp_path: Path) -> Non
     flags = ["--model", checkpoint, "--data", data]
     done = run(*flags, module="distcls.evaluate", processes=2, code=1)
     assert "[rank 1] error: image 0003" in done.stderr
-    assert "error: 1 images cannot be read" in done.stderr
+    assert "error: 1 image cannot be read" in done.stderr
 
 
 # --- from Python

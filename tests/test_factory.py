@@ -175,3 +175,16 @@ def test_the_librarys_own_weights_stay() -> None:
     theirs = get_model("resnet18", num_classes=10)
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(ours.backbone.state_dict()[name], tensor), name
+
+
+def strided(classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes)
+    )
+
+
+def test_auto_leaves_a_network_of_the_users_own_alone() -> None:
+    model = build(ModelConfig(name=f"{__name__}:strided"), 5, Preprocess(size=(32, 32)))
+    assert stem_stride(model.backbone) == 2
+    config = ModelConfig(name=f"{__name__}:strided", stem_stride=1)
+    assert stem_stride(build(config, 5, Preprocess(size=(32, 32))).backbone) == 1

@@ -87,7 +87,7 @@ def test_loose_images_are_said_to_be_left_out(
     root = tree(tmp_path / "root", 20)
     put(root / "loose.png", digits(1)[0][0])
     assert len(open_labelled(str(root)).records) == 20
-    assert "1 images are not in a class folder and are left out" in capsys.readouterr().err
+    assert "1 image is not in a class folder and left out" in capsys.readouterr().err
 
 
 def test_a_source_that_holds_no_classes(tmp_path: Path) -> None:
@@ -106,7 +106,9 @@ def test_a_class_without_training_images(tmp_path: Path) -> None:
     root = tree(tmp_path / "root", 60, split="train")
     put(root / "test" / "owl" / "a.png", digits(1)[0][0])
     source = open_labelled(str(root))
-    with pytest.raises(UsageError, match="class 'owl' has no training images; its 1 images are in"):
+    with pytest.raises(
+        UsageError, match="class 'owl' has no training images; its only image is in"
+    ):
         split_images(source, val_fraction=0.1, test_fraction=0.2, limit=None, seed=0)
 
 

@@ -48,5 +48,5 @@ def test_two_workers_train_together(digits: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stdout + done.stderr
+    assert "2 processes" in done.stdout + done.stderr
     assert (tmp_path / "run" / "best.pth").is_file()

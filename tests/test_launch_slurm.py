@@ -130,7 +130,7 @@ def test_the_tasks_have_ranks_of_their_own_and_form_one_run(tmp_path: Path) -> N
     code, said = job.end()
     assert code == 0, said
     # the real preflight: two processes met at that port, and an all-reduce counted both
-    assert "preflight: 2 process(es), no problems" in said
+    assert "preflight: 2 processes, no problems" in said
     tasks = job.tasks("distcls.train")
     assert [task["RANK"] for task in tasks] == ["0", "1"]
     for task in tasks:

@@ -176,7 +176,7 @@ def test_two_pods_with_the_variables_that_kubeflow_sets_form_one_run(tmp_path: P
         )
     said = [pod.communicate(timeout=60)[0] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], said
-    assert "preflight: 2 process(es), no problems" in said[0]
+    assert "preflight: 2 processes, no problems" in said[0]
     for node in range(2):
         arguments = (tmp_path / f"pod-{node}").read_text().splitlines()
         own = ["--processes", "2", "--resume", "auto"]

@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torchvision
 
 from distcls.errors import UsageError
-from distcls.models.registry import ALIASES, Origin, catalogue, known, listed, matching, resolve
+from distcls.models.registry import (
+    ALIASES,
+    Origin,
+    catalogue,
+    import_settings,
+    known,
+    listed,
+    matching,
+    resolve,
+)
 
 
 @pytest.mark.parametrize(
@@ -119,3 +129,19 @@ def test_the_names_are_those_of_the_libraries_though_none_is_loaded() -> None:
     assert dict(found) == {name: resolve(name).library for name in known()} == catalogue()
     assert [name for name, _ in found] == list(known())
     assert tuple(short) == listed()
+
+
+def test_the_settings_that_import_a_users_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each not in ("", ".")])
+    assert import_settings("own_hooks_here").startswith("PYTHONPATH=FOLDER DISTCLS_IMPORT=own_")
+    (tmp_path / "own_hooks_here.py").write_text("raise ValueError('imported')")
+    assert import_settings("own_hooks_here") == "PYTHONPATH=. DISTCLS_IMPORT=own_hooks_here"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", ".")
+    assert import_settings("own_hooks_here") == "DISTCLS_IMPORT=own_hooks_here"
+    again = import_settings("own_hooks_here", path_stays=False)
+    assert again == "PYTHONPATH=. DISTCLS_IMPORT=own_hooks_here"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from distcls import log
 from distcls.data.dataset import Dataset
 from distcls.export.certificate import load_images
 from distcls.export.onnx import ExportOptions, export
@@ -66,3 +67,12 @@ def test_exported_it_answers_as_its_checkpoint(name: str, digits: Path, tmp_path
     assert export(options).holds
     found = OnnxModel(tmp_path / "best.onnx").logits(images)
     np.testing.assert_allclose(found, expected, atol=tolerance)
+
+
+def test_sizes_of_small_networks_are_told_in_thousands() -> None:
+    assert [log.amount(number, 2) for number in (286, 1506, 42_000, 4_204_594)] == [
+        *("286", "1.5 k", "0.04 M", "4.20 M")
+    ]
+    assert log.amount(48_600, 1) == "48.6 k"
+    assert [log.counted(1, "error"), log.counted(0, "error")] == ["1 error", "0 errors"]
+    assert log.counted(2, "process", "processes") == "2 processes"

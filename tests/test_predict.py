@@ -122,7 +122,7 @@ def test_summary_and_json(
     result = json.loads(output.out)
     assert (result["images"], result["errors"]) == (23, 1)
     assert result["provider"].endswith("ExecutionProvider")
-    assert "23 images, 1 errors" in output.err
+    assert "23 images, 1 error" in output.err
     run(folder, model, tmp_path / "pre2.csv", "--quiet")
     output = capsys.readouterr()
     assert output.out == output.err == ""
@@ -168,7 +168,7 @@ def test_show_is_chosen_by_the_seed(folder: Path, model: Path, tmp_path: Path) -
         (["--top-k", "0"], "top_k: 0 is not valid, expected at least 1"),
         (["--batch-size", "many"], "batch_size: 'many' is not valid, expected an integer"),
         (["--out", "pre.xlsx"], "expected one of .csv, .jsonl, .parquet"),
-        (["--model", "m.pt"], "expected .onnx or .pth"),
+        (["--model", __file__], "expected .onnx or .pth"),
         (["--model", "missing.onnx"], "missing.onnx does not exist"),
         (["--split", "test"], "is not a dataset directory"),
         (["--limt", "3"], "did you mean '--limit'"),
@@ -279,7 +279,7 @@ def test_rows_on_standard_output_are_those_of_a_file(
     main([str(folder), "--model", str(model), "--out", "-", *parts, *flags])
     printed = capsys.readouterr()
     assert printed.out == (tmp_path / f"a.{ending}").read_text()
-    assert "23 images, 1 errors" in printed.err
+    assert "23 images, 1 error" in printed.err
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -354,3 +354,11 @@ def test_a_run_directory_means_its_best_model(
     os.utime(place / "best.pth", (1, 1))
     assert best_model(place) == place / "best.onnx"
     assert best_model(place, exported=False) == place / "best.pth"
+
+
+def test_a_model_that_is_missing_is_told_before_all_else(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "pre.csv").touch()
+    words = [str(tmp_path / "none"), "--out", str(tmp_path / "pre.csv")]
+    with pytest.raises(UsageError, match=r"model: .*photo does not exist; did you mean '.*photos'"):
+        main([*words, "--model", str(tmp_path / "photo")])

@@ -114,7 +114,7 @@ def test_pictures_that_distcls_drew_are_left_out(
     draw_grid([Tile(image=np.zeros((8, 8, 3), np.uint8), text="cat 99 %")], tmp_path / "pre.png")
     source = open_source(str(tmp_path))
     assert source.image_ids == ["a.png", "b.png"]
-    assert "left out 1 pictures drawn by distcls, first pre.png" in capsys.readouterr().err
+    assert "left out 1 picture drawn by distcls, first pre.png" in capsys.readouterr().err
     assert [tuple(row) for row in source.left_out] == [
         ("pre.png", "pre.png", "picture drawn by distcls")
     ]

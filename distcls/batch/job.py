@@ -184,9 +184,8 @@ def _deliver(parts: Parts, writer: PartWriter) -> None:
     if not _any_readable(parts):
         first = next(record.first_error for record in parts.records)
         parts.records.clear()  # nothing worth resuming
-        raise UsageError(
-            f"{' '.join(options.inputs[:3])}: none of {writer.count} images is readable; {first}"
-        )
+        count = log.counted(writer.count, "image")
+        raise UsageError(f"{' '.join(options.inputs[:3])}: none of {count} is readable; {first}")
     if options.features is not None:
         parts.deliver(FEATURES, options.features)
     if not options.to_standard_output:

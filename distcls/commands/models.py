@@ -71,8 +71,8 @@ class ModelEntry:
             return f"{self.name:<40} {self.library:<12} {self.note}".rstrip()
         height, width = self.size
         return (
-            f"{self.name:<40} {self.library:<12} {self.parameters / 1e6:>9.2f} M "
-            f"{self.macs / 1e6:>9,.1f} M  {height}x{width}"
+            f"{self.name:<40} {self.library:<12} {log.amount(self.parameters, 2):>11} "
+            f"{log.amount(self.macs, 1):>11}  {height}x{width}"
         )
 
 

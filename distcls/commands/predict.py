@@ -16,6 +16,7 @@ from distcls.batch.loading import (
 from distcls.batch.options import PredictOptions
 from distcls.cli import run
 from distcls.config import Command
+from distcls.model_card import require_model
 
 COMMAND = Command(
     options=PredictOptions,
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, predict, print."""
     options = COMMAND.parse(arguments)
     log.set_quiet(options.quiet)
+    for model_file in options.models:
+        require_model(model_file)  # before a million inputs are listed
     source = open_inputs(options)
     check_output(options)
     for line in options.model_choices():
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     abstained = f"{result.abstained:,} abstained, " if options.threshold is not None else ""
     out = "standard output" if options.to_standard_output else result.out
     log.say(
-        f"{result.images:,} images, {result.errors:,} errors, {abstained}"
+        f"{log.counted(result.images, 'image')}, {log.counted(result.errors, 'error')}, {abstained}"
         f"{result.images_per_s:,.0f} images/s on {result.provider}: {out}"
     )
     if result.features is not None:

@@ -74,7 +74,8 @@ def main(arguments: Sequence[str]) -> None:
         found = preview(drawn, epoch=config.epoch - 1, count=config.count)
     steps = "step 1" if found.steps == 1 else f"steps 1 to {found.steps}"
     height, width = found.images.shape[1:3]
-    title = f"epoch {config.epoch}, {steps}: {len(found.labels)} images of {height}x{width}"
+    count = log.counted(len(found.labels), "image")
+    title = f"epoch {config.epoch}, {steps}: {count} of {height}x{width}"
     images = zip(found.pixels(), found.labels, strict=True)
     tiles = [Tile(image=image, text=label) for image, label in images]
     draw_grid(tiles, config.out, title=title)

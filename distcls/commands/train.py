@@ -28,6 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     config = COMMAND.parse(arguments)
     log.set_quiet(config.quiet)
     require_places(config)
+    from distcls.models.registry import import_settings, own_module
     from distcls.plotting import metric_title
     from distcls.training.run import train  # torch loads once the config is known to be right
 
@@ -41,10 +42,13 @@ def main(arguments: Sequence[str]) -> None:
         f"{result.best_score:.4f}, {minutes:.1f} min{where}"
     )
     data = result.out / "dataset"
-    tested = f"; distcls evaluate --model {result.out} --data {data}" if data.exists() else ""
+    # another process imports the code of a network of one's own only where it is told to
+    module = own_module(config.model.name)
+    command = f"{import_settings(module, path_stays=False)} distcls" if module else "distcls"
+    tested = f"; {command} evaluate --model {result.out} --data {data}" if data.exists() else ""
     log.say(
-        f"next: distcls predict --model {result.out} IMAGES; distcls export --ckpt {result.out}"
-        f"{tested}"
+        f"next: {command} predict --model {result.out} IMAGES; "
+        f"{command} export --ckpt {result.out}{tested}"
     )
     if config.json:
         log.print_json(result.to_json())

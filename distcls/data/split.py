@@ -444,7 +444,9 @@ def check_training_images(assignment: SplitAssignment, source: LabelledImages) -
     found = Counter(record.label for record in assignment.records)
     for label, name in enumerate(source.classes):
         if label not in trained:
-            others = f"; its {found[label]} images are in val or test" if found[label] else ""
+            count = found[label]
+            those = "only image is" if count == 1 else f"{count:,} images are"
+            others = f"; its {those} in val or test" if count else ""
             raise UsageError(f"{source.location}: class {name!r} has no training images{others}")
 
 

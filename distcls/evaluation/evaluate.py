@@ -477,7 +477,7 @@ def _sum_over_ranks(own: Sums, bad: list[str], task: Task, total: Sum) -> Sums:
     vector = total(np.concatenate([*parts, [len(bad)]]))
     all_bad = round(float(vector[-1]))
     if all_bad:
-        raise DistclsError(f"{all_bad:,} images cannot be read; repair the data first")
+        raise DistclsError(f"{log.counted(all_bad, 'image')} cannot be read; repair the data first")
     state, spread = metric_state(task), LogitSpread(task)
     state.merge(vector[: len(parts[0])])
     spread.merge(vector[len(parts[0]) : -1])

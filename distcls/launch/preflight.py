@@ -108,8 +108,8 @@ def main(arguments: Sequence[str]) -> None:
         for line in found:
             log.fail(line)
     if found:
-        raise DistclsError(f"preflight: {len(found)} problem(s), listed by rank 0")
-    log.say(f"preflight: {len(reports)} process(es), no problems")
+        raise DistclsError(f"preflight: {log.counted(len(found), 'problem')}, listed by rank 0")
+    log.say(f"preflight: {log.counted(len(reports), 'process', 'processes')}, no problems")
 
 
 def run_checks(options: PreflightOptions) -> list[RankReport]:

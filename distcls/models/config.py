@@ -35,7 +35,8 @@ class ModelConfig:
     function of the number of classes."""
     stem_stride: Literal["auto", 1, 2] = "auto"
     """Stride of the first convolution; auto is that of the architecture, but 1 instead of 2 for
-    inputs up to 64 pixels, which five halvings would leave with too little detail."""
+    inputs up to 64 pixels, which five halvings would leave with too little detail; networks of
+    your own keep theirs."""
     dropout: float | None = None
     """Dropout probability before the last layer; default: that of the architecture (0.2 in
     MobileNets, none in ResNets)."""

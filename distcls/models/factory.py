@@ -16,7 +16,7 @@ from distcls.errors import UsageError
 from distcls.imaging import Preprocess
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
-from distcls.models.registry import NETWORKS, Origin, resolve
+from distcls.models.registry import NETWORKS, Origin, own_module, resolve
 from distcls.registry import kind_of, parameters_of
 
 
@@ -203,9 +203,9 @@ def drop_before_last(network: nn.Module, classes: int, dropout: float) -> None:
 
 
 def stem_stride(backbone: nn.Module) -> int | None:
-    """Stride of the first convolution; None where there is none."""
+    """Stride of the first convolution; None where there is none, or its height and width differ."""
     stem = _stem(backbone)
-    return None if stem is None else int(stem.stride[0])
+    return int(stem.stride[0]) if stem is not None and len(set(stem.stride)) == 1 else None
 
 
 def set_stem_stride(backbone: nn.Module, stride: int) -> None:
@@ -336,7 +336,7 @@ def _fit_to_size(
     if config.stem_stride != "auto":
         require_stride(model.backbone, config.stem_stride)
         set_stem_stride(model.backbone, config.stem_stride)
-    elif wanted == 1 and stem_stride(model.backbone) == 2:
+    elif wanted == 1 and stem_stride(model.backbone) == 2 and own_module(config.name) is None:
         set_stem_stride(model.backbone, 1)
         if _failure(model, classes, size) is None:
             return

@@ -7,13 +7,14 @@ import functools
 import importlib.util
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from distcls.errors import UsageError, did_you_mean
-from distcls.registry import IMPORTS, MAIN, OBJECT, Registry, import_modules
+from distcls.registry import IMPORTS, MAIN, OBJECT, PACKAGE, Registry, import_modules
 
 Library = Literal["distcls", "torchvision", "timm"]
 
@@ -270,8 +271,36 @@ def require_loaded(name: str, path: object) -> None:
     if not (trusted or _is_network_class(value)):
         raise UsageError(
             f"{path}: its network is {name}, code that is not part of distcls; if you trust it, "
-            f"set {IMPORTS}={module}"
+            f"set {import_settings(module)}"
         )
+
+
+def import_settings(module: str, *, path_stays: bool = True) -> str:
+    """The environment variables, as a shell takes them, with which another command imports a
+    module of the user's: `PYTHONPATH=. DISTCLS_IMPORT=hooks`. Nothing is imported for it.
+
+    What is on the PYTHONPATH of this process needs no other one where that path stays."""
+    top = module.partition(".")[0]
+    setting = f"{IMPORTS}={module}"
+    path = "" if path_stays else os.environ.get("PYTHONPATH", "")
+    for entry in filter(None, path.split(os.pathsep)):
+        if (Path(entry) / top).is_dir() or (Path(entry) / f"{top}.py").is_file():
+            return f"PYTHONPATH={shlex.quote(entry)} {setting}"
+    if top in sys.modules or importlib.util.find_spec(top) is not None:
+        return setting
+    here = Path(top).is_dir() or Path(f"{top}.py").is_file()
+    return f"PYTHONPATH={'.' if here else 'FOLDER'} {setting}" + (
+        "" if here else f", FOLDER being the one with {top}"
+    )
+
+
+def own_module(name: str) -> str | None:
+    """The module of a network of the user's own, registered or not; None for one of the libraries
+    and of distcls."""
+    recorded = recorded_name(name)
+    module = recorded.partition(":")[0]
+    own = NETWORKS.is_import_path(recorded) and module.partition(".")[0] != PACKAGE
+    return module if own else None
 
 
 def _is_network_class(value: object) -> bool:

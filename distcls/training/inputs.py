@@ -40,6 +40,7 @@ from distcls.imaging.preprocess import background_color
 from distcls.log import say, warn, world_size
 from distcls.models.config import AUTO, SMALLEST_PRETRAINED
 from distcls.models.pretrained import Weights, find_weights
+from distcls.models.registry import own_module
 from distcls.task import Task, class_list
 from distcls.training.config import (
     LARGE_INPUT,
@@ -308,6 +309,8 @@ def choose_weights(config: TrainConfig, split: Split, *, download: bool = True) 
     if model.pretrained != AUTO or model.pretrained_sha256 is not None:
         raise problem or DistclsError(f"{reason} (on another process)")
     reason = reason.removeprefix("model.pretrained: ").partition("; ")[0]
+    if own_module(model.name) is not None:
+        return None  # nobody publishes weights for a network of the user's own
     (say if isinstance(problem, UsageError) else warn)(SCRATCH.format(reason=reason))
     return None
 

@@ -22,6 +22,7 @@ from distcls.errors import UsageError, did_you_mean
 from distcls.files import require_writable, write_text
 from distcls.imaging import Preprocess
 from distcls.log import warn
+from distcls.models.registry import own_module
 from distcls.plotting import curves, metric_title
 from distcls.task import class_list
 from distcls.training.config import TrainConfig, chosen
@@ -69,21 +70,23 @@ def banner(
     height, width = preprocess.size
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     store = "pack" if data.train.packed else "files"
-    processes = f"{accelerator.num_processes} process(es)"
+    processes = log.counted(accelerator.num_processes, "process", "processes")
+    batches = log.counted(model.accumulate, "micro-batch", "micro-batches")
     layout = "contiguous, weights sharded (FSDP)" if model.sharded else config.memory_format
     counts = f"{len(data.train_samples):,} train, {len(data.val_samples):,} val"
-    stride = model.stem_stride or "none"
+    own_network = own_module(config.model.name) is not None
+    stride = "" if own_network else f" stem stride {model.stem_stride or 'none'},"
     start = f"from {config.model.pretrained or 'scratch'}"
     own = [config.augment.transform or "", *config.callbacks]
     yours = [f"yours      {', '.join(filter(None, own))}"] if any(own) else []
-    cost = f"{model.parameters / 1e6:.2f} M parameters, {model.macs / 1e6:.1f} M MACs"
+    cost = f"{log.amount(model.parameters, 2)} parameters, {log.amount(model.macs, 1)} MACs"
     return [
         f"device     {_device(accelerator)}, {processes}, {precision}, {layout}",
-        f"model      {config.model.name} {start}, stem stride {stride}, {cost} at {height}x{width}",
+        f"model      {config.model.name} {start},{stride} {cost} at {height}x{width}",
         f"data       {config.data}: {counts}, {data.task.summary()}, from {store}",
         f"classes    {class_list(data.classes)}",
-        f"steps      {config.epochs} epochs of {model.steps_per_epoch}, "
-        f"global batch {config.batch_size} = {processes} x {model.accumulate} micro-batch(es)",
+        f"steps      {log.counted(chosen(config.epochs), 'epoch')} of {model.steps_per_epoch}, "
+        f"global batch {config.batch_size} = {processes} x {batches}",
         f"optimiser  {config.optimizer.name}, {config.schedule.name} schedule, "
         f"learning rate up to {chosen(config.lr):g}",
         *yours,

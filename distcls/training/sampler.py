@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls.errors import UsageError
+from distcls.log import counted
 
 Indices = NDArray[np.int64]
 
@@ -133,10 +134,11 @@ class MicroBatching:
     def require_possible(self) -> None:
         """Raise UsageError if batch norm would get a micro-batch of fewer than two images."""
         if not self._possible(self.accumulate):
+            processes = counted(self.world_size, "process", "processes")
+            batches = counted(self.accumulate, "micro-batch", "micro-batches")
             raise UsageError(
-                f"batch_size: {self.sampler.batch_size} is too small for {self.world_size} "
-                f"process(es) with {self.accumulate} micro-batch(es) each: batch normalisation "
-                "needs two images in every micro-batch"
+                f"batch_size: {self.sampler.batch_size} is too small for {processes} with "
+                f"{batches} each: batch normalisation needs two images in every micro-batch"
             )
 
     @property

@@ -132,5 +132,5 @@ def test_trials_on_two_processes(digits: Path, tmp_path: Path) -> None:
     flags = ["--grid", "lr=1e-3", "--processes", "2"]
     done = run(*arguments(digits, out, *flags), module="launch.search")
     assert [row["exit_code"] for row in rows(out)] == ["0"]
-    assert "2 process(es)" in (out / "001-lr=1e-3.log").read_text()
+    assert "2 processes" in (out / "001-lr=1e-3.log").read_text()
     assert done.stdout.splitlines()[1].split()[0] == "1"

@@ -35,7 +35,7 @@ def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     (folder / "trace").mkdir()
     trace = str(folder / "trace")
     said = finish(start(digits, folder / "run", processes=2, TRACE=trace, **SMALL_UNITS))
-    assert "2 process(es), fp32, contiguous, weights sharded (FSDP)" in said
+    assert "2 processes, fp32, contiguous, weights sharded (FSDP)" in said
     return folder / "run", folder / "trace"
 
 

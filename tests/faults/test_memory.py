@@ -111,7 +111,7 @@ def test_a_resumed_run_takes_as_many_images_at_a_time(digits: Path, tmp_path: Pa
     assert 0 < progress(out)["step"] < 4
     said = finish(start(digits, out, *AUTO, "--auto-micro-batch", "false"))  # with memory again
     assert "do not fit" not in said
-    assert f"1 process(es) x {chosen(out)['accumulate']} micro-batch(es)" in said
+    assert f"1 process x {chosen(out)['accumulate']} micro-batches" in said
     assert_bit_equal(tmp_path / "unbroken", out)
 
 

@@ -141,7 +141,7 @@ def test_a_failed_run_leaves_the_old_output(tmp_path: Path, folder: Path, model:
     out = tmp_path / "pre.csv"
     out.write_text("precious")
     done = predict(folder, "--model", model, "--out", out, "--overwrite")
-    refused(done, "none of 1 images")
+    refused(done, "none of 1 image is")
     assert out.read_text() == "precious"
 
 

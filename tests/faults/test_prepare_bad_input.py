@@ -67,7 +67,7 @@ def bad_training_images(source: Path) -> None:
         (missing, "", "no such file or folder"),
         (empty, "", "no images in this folder (searched for .avif, .bmp"),
         (one_class, "", "one class only ('0'); a classifier needs at least two"),
-        (untrained_class, "", "class '3' has no training images; its 1 images are in val or test"),
+        (untrained_class, "", "class '3' has no training images; its only image is in val or test"),
         (truncated_gz, "", "truncated or damaged gzip file"),
         (too_few_labels, "", "holds 100 images, but train-labels-idx1-ubyte.gz 98 labels"),
         (idx_folder, "--format=mnist", "expected 6bbc9ace898e44ae57da46a324031adb (mnist)"),

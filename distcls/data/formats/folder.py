@@ -111,12 +111,12 @@ class LeftOut:
     def say(self, where: str) -> None:
         """Print a line for what is left out, and one for the files that are not images."""
         texts = (
-            (self.hidden_images, "hidden images"),
-            (self.hidden_folders, "hidden folders"),
-            (self.circles, "links to one of their own parent folders"),
-            (self.pictures, "pictures drawn by distcls"),
+            (self.hidden_images, "hidden image", "hidden images"),
+            (self.hidden_folders, "hidden folder", "hidden folders"),
+            (self.circles, "link to its own parent folder", "links to their own parent folders"),
+            (self.pictures, "picture drawn by distcls", "pictures drawn by distcls"),
         )
-        counts = ", ".join(f"{count:,} {text}" for count, text in texts if count)
+        counts = ", ".join(log.counted(*each) for each in texts if each[0])
         if counts:
             log.say(f"{where}: left out {counts}, first {self.first}")
         if self.endings:
@@ -326,10 +326,11 @@ class FolderSource(FileSource):
             )
         outside = Counter(row.reason for row in rejected if row.reason != LOOSE)
         for reason, count in outside.items():
-            log.warn(f"{self.folder}: left out {count:,} images {reason}")
+            log.warn(f"{self.folder}: left out {log.counted(count, 'image')} {reason}")
         if loose := [row for row in rejected if row.reason == LOOSE]:
+            images = "1 image is" if len(loose) == 1 else f"{len(loose):,} images are"
             log.warn(
-                f"{len(loose)} images are not in a class folder and are left out, first "
+                f"{images} not in a class folder and left out, first "
                 f"{self.folder / str(loose[0].path)}"
             )
 
