@@ -1076,6 +1076,7 @@ def test_a_run_directory_means_its_best_model(tmp_path: Path) -> None:
 
 def test_models_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no model")
+    (tmp_path / "model.h5").write_bytes(b"of another framework")
     wrong: list[tuple[Any, dict[str, Any], str]] = [
         (tmp_path / "none.onnx", {}, r"none\.onnx does not exist"),
         (tmp_path / "broken.onnx", {}, r"broken\.onnx"),

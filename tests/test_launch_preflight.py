@@ -116,7 +116,7 @@ def test_folders_that_only_have_the_same_name_are_noticed(tmp_path: Path) -> Non
     assert [rank.returncode for rank in ranks] == [1, 1], said
     assert f"rank 0 ({socket.gethostname()}): " in said[0]
     assert "does not show the files of rank 1; it has to be one folder" in said[0]
-    assert "preflight: 2 problem(s), listed by rank 0" in said[1]
+    assert "preflight: 2 problems, listed by rank 0" in said[1]
     assert not [path for folder in folders for path in folder.iterdir()]
 
 
