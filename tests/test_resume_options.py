@@ -307,7 +307,7 @@ def test_a_run_stopped_early_goes_on_with_more_patience(
     capsys.readouterr()
     went_on(digits, out, *flags, "1")
     assert (
-        "nothing to do: stopped early after epoch 2 of 9, no better top-1 in 1 epochs "
+        "nothing to do: stopped early after epoch 2 of 9, no better top-1 in 1 epoch "
         "(monitor.patience 1); --monitor.patience N with more than 1, or null, "
         "continues\n" in capsys.readouterr().err
     )

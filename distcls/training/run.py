@@ -306,7 +306,8 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> TrainingState:
         say(f"stopped by the callback {state.stopped_by} after epoch {state.epoch} of {epochs}")
     elif state.epoch < epochs:
         metric = metric_title(config.monitor.figure)
-        say(f"stopped early: no better {metric} in {config.monitor.patience} epochs")
+        waited = log.counted(chosen(config.monitor.patience) or 0, "epoch")
+        say(f"stopped early: no better {metric} in {waited}")
     return state
 
 
@@ -318,7 +319,7 @@ def _why_at_its_end(config: TrainConfig, state: TrainingState) -> str:
         patience, metric = config.monitor.patience, metric_title(config.monitor.figure)
         return (
             f"stopped early after epoch {state.epoch} of {config.epochs}, no better "
-            f"{metric} in {state.epochs_since_best} epochs (monitor.patience "
+            f"{metric} in {log.counted(state.epochs_since_best, 'epoch')} (monitor.patience "
             f"{patience}); --monitor.patience N with more than "
             f"{state.epochs_since_best}, or null, continues"
         )
