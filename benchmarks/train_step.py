@@ -76,6 +76,7 @@ def tutorial(folder: Path, side: int, batch: int, steps: int) -> Contestant:
         drop_last=True,
         num_workers=available_cores(),
         persistent_workers=True,
+        multiprocessing_context="fork",
     )
     device = torch.device("cuda" if GPU else "cpu")
     model = models.get_model(MODEL, weights=None, num_classes=CLASSES).to(device)
