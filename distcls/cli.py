@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import io
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from distcls import __version__, log
-from distcls.errors import DistclsError, Reported, Stopped, UsageError, did_you_mean
+from distcls.errors import DistclsError, Reported, Stopped, UsageError, did_you_mean, shown
 
 Main = Callable[[Sequence[str]], None]
 
@@ -62,9 +64,11 @@ def _open_standard_streams() -> None:
 
 
 def _exit_code(main: Main, arguments: Sequence[str]) -> int:
+    interrupted = threading.Event()
     try:
-        main(arguments)
-        sys.stdout.flush()
+        with _recording_interrupts(interrupted):
+            main(arguments)
+            sys.stdout.flush()
     except Stopped as stopped:
         log.say(str(stopped))
         return stopped.exit_code
@@ -80,17 +84,49 @@ def _exit_code(main: Main, arguments: Sequence[str]) -> int:
         # the reader of our output is gone (`| head`); keep the interpreter from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except ModuleNotFoundError as error:
-        advice = missing_package(error)
-        if advice is not None:
-            log.fail(advice)
+    except Exception as error:
+        if interrupted.is_set():
+            # an extension module being imported (NumPy, PyArrow) turns KeyboardInterrupt into
+            # another error
+            log.fail("interrupted")
+            return INTERRUPTED
+        message = _explained(error)
+        if message is not None:
+            log.fail(message)
             return UsageError.exit_code
         traceback.print_exc()
         return 1
-    except Exception:
-        traceback.print_exc()
-        return 1
     return 0
+
+
+def _explained(error: Exception) -> str | None:
+    """The line for an error of Python or a library that is not a bug; None for any other."""
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(error)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{shown(error.filename)}: {error.strerror}"
+    if "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return f"out of memory: {str(error).partition('DefaultCPUAllocator: ')[2]}"
+    return None
+
+
+@contextlib.contextmanager
+def _recording_interrupts(interrupted: threading.Event) -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as Python has it, and sets the event, too."""
+
+    def interrupt(*_: object) -> NoReturn:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def missing_package(error: ModuleNotFoundError) -> str | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable
 from numbers import Integral
 
@@ -42,7 +43,7 @@ class BadValue(UsageError):
     # came from; `distcls.config.load` adds them
 
     def __init__(self, field: str, value: object, expected: str) -> None:
-        super().__init__(f"{field}: {value!r} is not valid, expected {expected}")
+        super().__init__(f"{field}: {shown(value)} is not valid, expected {expected}")
         self.field = field
         """Name of the argument or key."""
         self.value = value
@@ -73,6 +74,20 @@ class Stopped(DistclsError):
     """
 
     exit_code = 75
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 160
+
+
+def shown(value: object) -> str:
+    """The `repr` of a value for a message, shortened: a value of a file may be of any size, or
+    hold itself."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # an integer of more digits than Python turns into text
+        return "an integer of thousands of digits"
 
 
 def require(condition: bool, field: str, value: object, expected: str) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from distcls.errors import DistclsError, UsageError, did_you_mean
+from distcls.errors import DistclsError, UsageError, did_you_mean, require
 
 HERE = Path(__file__).parent
 
@@ -56,6 +58,42 @@ def given_path(path: object, key: str) -> str:
     return os.path.expanduser(os.fsdecode(path))  # noqa: PTH111 - Path's raises for unknown users
 
 
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The bytes of a file of at most `limit` bytes; of a pipe, too, as the shell's `<(...)` gives.
+
+    Raises OSError, EFBIG for what is larger.
+    """
+    with path.open("rb") as handle:
+        content = handle.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes", str(path))
+    return content
+
+
+def require_distinct(
+    writes: Mapping[str, Path | None], reads: Mapping[str, Iterable[Path]]
+) -> None:
+    """Raise BadValue if two of the files that are written are one, or one of them is read, under
+    whatever name: a link, another spelling."""
+    known: dict[object, str] = {}
+    for key, paths in reads.items():
+        known |= {name: key for path in paths for name in _identities(path)}
+    for key, path in writes.items():
+        names = [] if path is None else _identities(path)
+        other = next((known[name] for name in names if name in known), None)
+        require(other is None, key, str(path), f"a file other than {other}")
+        known |= dict.fromkeys(names, key)
+
+
+def _identities(path: Path) -> list[object]:
+    """What two names of one file have in common: its place, and its inode if it exists."""
+    names: list[object] = [os.path.realpath(path)]
+    with contextlib.suppress(OSError, ValueError):
+        found = path.stat()
+        names.append((found.st_dev, found.st_ino))
+    return names
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries (or a file's bytes), so that they outlive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -69,17 +107,13 @@ def sync_folder(folder: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to; renamed to `path` if the block succeeds.
 
-    Raises DistclsError, naming the path and the free space, if the disk cannot take the file.
+    What a killed process has left of the same file is removed. Raises DistclsError, naming the path
+    and the free space, if the disk cannot take the file.
     """
     path = Path(path)
     with writable(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(
-            prefix=f".{path.name}.", suffix=".part", dir=path.parent
-        )
-        os.close(descriptor)
-        temporary = Path(name)
-        try:
+        with _unfinished(path, folder=False) as temporary:
             yield temporary
             with temporary.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -88,8 +122,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
             )  # mkstemp's 0600 would keep colleagues from reading it
             temporary.replace(path)
             sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def second_name(source: Path, path: Path) -> None:
@@ -109,23 +141,74 @@ def second_name(source: Path, path: Path) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; renamed to `path` if the block succeeds.
 
-    Raises UsageError if `path` exists: nothing is ever replaced silently.
+    What a killed process has left of the same folder is removed. Raises UsageError if `path`
+    exists: nothing is ever replaced silently.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path} exists already; choose another folder or remove it")
     with writable(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-        try:
+        with _unfinished(path, folder=True) as temporary:
             yield temporary
             with ThreadPoolExecutor(16) as pool:  # 1,800 files: 6 s one by one, 0.2 s at once
                 list(pool.map(sync_folder, [*temporary.rglob("*"), temporary]))
             temporary.chmod(0o777 & ~_umask())
             temporary.replace(path)  # an empty folder at the path is replaced, as rename(2) allows
             sync_folder(path.parent)
-        finally:
+
+
+@contextlib.contextmanager
+def _unfinished(path: Path, *, folder: bool) -> Iterator[Path]:
+    """A new temporary file or folder beside `path`, locked for this process and removed at the end
+    if it is still there; others of that name that no process holds are removed first."""
+    remove_unfinished(path)
+    prefix, suffix = f".{path.name}.", ".part"
+    while True:
+        if folder:
+            name = tempfile.mkdtemp(suffix, prefix, path.parent)
+            descriptor = os.open(name, os.O_RDONLY)
+        else:
+            descriptor, name = tempfile.mkstemp(suffix, prefix, path.parent)
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.lexists(name):
+            break
+        os.close(descriptor)  # another process took it for a killed one's before it was locked
+    temporary = Path(name)
+    try:
+        yield temporary
+    finally:
+        if folder:
             shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove the `.NAME.*.part` beside `path` that no process writes any more."""
+    with contextlib.suppress(OSError):
+        for each in os.scandir(path.parent):
+            if each.name.startswith(f".{path.name}.") and each.name.endswith(".part"):
+                _remove_unclaimed(Path(each.path))
+
+
+def _remove_unclaimed(temporary: Path) -> None:
+    try:
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+    except OSError:
+        pass  # claimed, or no way to know
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -231,28 +314,6 @@ def claimed_output(folder: Path, busy: str) -> Iterator[None]:
             with contextlib.suppress(OSError):  # no longer empty
                 for each in missing:
                     each.rmdir()
-
-
-def remove_stale_parts(out: Path) -> None:
-    """Remove the unfinished `.NAME.*.part` folders beside `out` that no process claims any more."""
-    with contextlib.suppress(OSError):
-        for temporary in out.parent.iterdir():
-            if temporary.name.startswith(f".{out.name}.") and temporary.name.endswith(".part"):
-                _remove_unclaimed(temporary)
-
-
-def _remove_unclaimed(temporary: Path) -> None:
-    try:
-        descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(temporary, ignore_errors=True)
-    except OSError:
-        pass  # claimed, or no way to know
-    finally:
-        os.close(descriptor)
 
 
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]')

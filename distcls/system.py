@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -78,3 +79,13 @@ def _set_malloc(*, mmap_threshold: int, trim_threshold: int) -> None:
     if mallopt is not None:
         mallopt(-3, mmap_threshold)  # M_MMAP_THRESHOLD of malloc.h
         mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD
+
+
+def end_with_parent() -> None:
+    """Have Linux send this process SIGTERM once the process that started it has ended."""
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG of sys/prctl.h
+    if os.getppid() != parent:  # it has ended meanwhile
+        os.kill(os.getpid(), signal.SIGTERM)

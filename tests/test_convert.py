@@ -24,7 +24,6 @@ CONVERTS: list[tuple[Any, Any, Any]] = [
     ("on", bool, True),
     ("null", int | None, None),
     ("None", str | None, None),
-    ("", float | None, None),
     (None, str | None, None),
     ("4", int | None, 4),
     ("1", Literal["auto", 1, 2], 1),

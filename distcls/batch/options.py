@@ -9,6 +9,7 @@ from typing import Any, Literal
 from distcls.config import positional
 from distcls.data.source import TIMEOUT, OpenOptions
 from distcls.errors import require
+from distcls.files import require_distinct
 from distcls.model_card import best_model, model_choice, model_paths
 from distcls.runtime.providers import ExecutionRequest, require_provider
 
@@ -104,7 +105,9 @@ class PredictOptions:
         for name in ("top_k", "part_rows"):
             value = getattr(self, name)
             require(value >= 1, name, value, "at least 1")
-        require(self.show >= 0, "show", self.show, "at least 0")
+        for name in ("show", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, name, value, "at least 0")
         for name in ("batch_size", "limit", "workers"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
@@ -118,13 +121,24 @@ class PredictOptions:
         require(bool(self.inputs), "input", self.input, "at least one")
         parquet = table is None or table.suffix.lower() == ".parquet"
         require(parquet, "features", str(table), "the name of a .parquet file")
-        require(table is None or table != self.out, "features", str(table), "a file other than out")
         alone = table is None or (self.tta == "none" and len(self.models) == 1)
         require(alone, "features", str(table), "one model and no --tta")
         require(bool(self.models), "model", self.model, "the name of a model file")
+        self._check_files()
         for name in ("size", "mean", "std"):
             given = getattr(self, name) is not None
             require(not given or self.classes is not None, name, getattr(self, name), _GENERIC)
+
+    def _check_files(self) -> None:
+        writes = {
+            "out": None if self.to_standard_output else self.out,
+            "features": self.features,
+            "show_out": self.picture if self.show else None,
+            "profile": self.profile,
+        }
+        inputs = [Path(text) for text in self.inputs if "://" not in text]
+        classes = [] if self.classes is None else [self.classes]
+        require_distinct(writes, {"model": self.models, "input": inputs, "classes": classes})
 
     def _check_standard_output(self) -> None:
         known = self.to_standard_output or self.out_format is None

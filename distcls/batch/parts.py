@@ -30,7 +30,7 @@ from distcls.files import (
     atomic_path,
     claimed,
     digest,
-    remove_stale_parts,
+    remove_unfinished,
     sync_folder,
     writable,
     write_json,
@@ -216,7 +216,7 @@ def open_parts(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Parts]:
     nor `overwrite` is given, or if the folder holds something else.
     """
     parts = Parts(out)
-    remove_stale_parts(parts.folder)
+    remove_unfinished(parts.folder)
     with _locked(parts.folder, out):
         unexpected = [
             path

@@ -213,6 +213,16 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
+class _Once(argparse.Action):
+    """Stores the value of a flag; one given before is replaced, and that is said."""
+
+    def __call__(self, parser: Any, options: Any, value: Any, flag: str | None = None) -> None:
+        before = getattr(options, self.dest)
+        if before is not None and before != value:
+            log.warn(f"{flag} is given twice; {value} counts, not {before}")
+        setattr(options, self.dest, value)
+
+
 class _Formatter(argparse.HelpFormatter):
     """Help as wide as the terminal, which keeps the lines of the examples."""
 
@@ -276,8 +286,7 @@ def _add(group: Any, leaf: Leaf) -> None:
 
 def _add_flag(group: Any, leaf: Leaf, text: str) -> None:
     extra: dict[str, Any] = {"nargs": "?", "const": leaf.bare} if leaf.bare else {}
-    if leaf.repeated:
-        extra = {"action": "append"}
+    extra["action"] = "append" if leaf.repeated else _Once
     group.add_argument(_shown(leaf), dest=leaf.key, metavar=_placeholder(leaf), help=text, **extra)
 
 

@@ -8,14 +8,14 @@ import os
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import yaml
 
 from distcls.config.schema import Mismatch, choices, convert, describe, leaves, members
 from distcls.config.suggest import suggestion
-from distcls.errors import BadValue, UsageError, did_you_mean, nearest
-from distcls.files import RECIPES
+from distcls.errors import BadValue, UsageError, did_you_mean, nearest, shown
+from distcls.files import RECIPES, read_bounded
 from distcls.log import warn
 
 C = TypeVar("C")
@@ -38,6 +38,14 @@ RENAMED = {
 }
 """Training's config keys by their names in 0.1.0. A user of such a name gets a deprecation warning;
 files that are read without a user's doing (saved states, model cards) keep it."""
+
+
+MAX_BYTES = 1 << 20
+"""Largest config file that is read."""
+MAX_DEPTH = 20
+"""Levels that a config file may nest."""
+MAX_NODES = 100_000
+"""Values that a config file may hold once its aliases are unfolded; class weights may be many."""
 
 
 class Given(NamedTuple):
@@ -67,19 +75,91 @@ def config_file(name: str | os.PathLike[str]) -> Path:
 def read_yaml(path: Path) -> dict[str, Given]:
     """Read a YAML file of nested keys into dotted ones. Raises UsageError if it cannot be read."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = read_bounded(path, MAX_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read config {path}: {_reason(error)}") from error
+    content = parse_yaml(text, str(path))
+    return {key: Given(value, str(path)) for key, value in flatten(content).items()}
+
+
+def parse_yaml(text: str, source: str) -> dict[Any, Any]:
+    """The mapping that a YAML text holds, {} if it is empty.
+
+    Raises UsageError, with `source` in its message, for what is not valid, for a key that is there
+    twice, and for what unfolds without bound (`MAX_DEPTH`, `MAX_NODES`).
+    """
+    loader = _Loader(text)
+    try:
+        content = loader.get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "it does not parse"
-        raise UsageError(f"{path}{where}: not valid YAML: {problem}") from error
+        raise UsageError(f"{source}{where}: not valid YAML: {problem}") from error
+    finally:
+        loader.dispose()
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: expected a mapping of keys to values")
-    return {key: Given(value, str(path)) for key, value in flatten(content).items()}
+        raise UsageError(f"{source}: expected a mapping of keys to values")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with bounds; its errors are all of YAMLError, with the line.
+
+    Aliases are references: nested ones unfold to more than memory holds ("billion laughs"), so
+    nodes are counted as often as they are referred to.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            self._refuse(f"nested deeper than {MAX_DEPTH} levels")
+        alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if alias and id(node) not in self._sizes:
+            self._refuse("an alias to what it is part of")
+        if not alias:
+            self._sizes[id(node)] = size = 1 + sum(self._sizes[id(n)] for n in _parts(node))
+            if size > MAX_NODES:
+                self._refuse(f"more than {MAX_NODES:,} values, aliases unfolded")
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError, IndexError) as error:
+            # of a number or date that is none, such as 2024-13-45 or 0x_
+            problem = f"{shown(node.value)} is not a value of its kind"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                problem = f"the key {shown(key.value)} is there twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                keys.add(key.value)
+        return node
+
+    def _refuse(self, problem: str) -> NoReturn:
+        parser: Any = self  # of a library without types
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=parser.peek_event().start_mark)
+
+
+def _parts(node: Any) -> list[Any]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
 def flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -143,17 +223,16 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
     for key, (raw, source) in given.items():
         if key not in known:
             _refuse_section(key, source, known)
-            raise UsageError(
-                f"{source}: unknown key {key!r}{suggestion(key, {each: each for each in known})}"
-            )
+            meant = suggestion(key, {each: each for each in known})
+            raise UsageError(f"{source}: unknown key {shown(key)}{meant}")
         try:
             values[key] = convert(raw, known[key].type)
         except Mismatch:
             expected = describe(known[key].type)
-            near = nearest(str(raw), choices(known[key].type))
+            near = nearest(shown(raw).strip("'"), choices(known[key].type))
             hint = "" if near is None else f"; did you mean {near!r}?"
             raise UsageError(
-                f"{source}: {key}: {raw!r} is not valid, expected {expected}{hint}"
+                f"{source}: {key}: {shown(raw)} is not valid, expected {expected}{hint}"
             ) from None
     return typing.cast(C, _construct(cls, "", values, given))
 
@@ -269,7 +348,7 @@ def _construct(cls: type, prefix: str, values: dict[str, Any], given: dict[str, 
         key = prefix + error.field
         source = given[key].source + ": " if key in given else ""
         raise UsageError(
-            f"{source}{key}: {error.value!r} is not valid, expected {error.expected}"
+            f"{source}{key}: {shown(error.value)} is not valid, expected {error.expected}"
         ) from None
 
 

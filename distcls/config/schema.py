@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 import os
 import re
 import textwrap
@@ -146,6 +147,11 @@ def describe(kind: Any) -> str:
     return " or ".join(parts)
 
 
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+LARGEST = 1 << 63
+"""Integers are below it: whatever counts with them takes no more."""
+
+
 class Mismatch(Exception):
     """The raw value does not fit the type."""
 
@@ -170,7 +176,7 @@ def convert(raw: Any, kind: Any) -> Any:
 
 def _convert_one(raw: Any, kind: Any) -> Any:
     if kind is type(None):
-        if raw is None or (isinstance(raw, str) and raw.lower() in ("none", "null", "")):
+        if raw is None or (isinstance(raw, str) and raw.lower() in ("none", "null")):
             return None
         raise Mismatch
     if typing.get_origin(kind) is Literal:
@@ -211,17 +217,26 @@ def _boolean(raw: Any) -> bool:
 def _number(raw: Any, kind: type) -> Any:
     if isinstance(raw, bool) or not isinstance(raw, int | float | str):
         raise Mismatch
+    if isinstance(raw, str) and not NUMBER.fullmatch(raw.strip()):
+        raise Mismatch  # Python takes 1_0, inf and the digits of other scripts, too
     try:
         number = kind(raw)
     except (ValueError, OverflowError) as error:
         raise Mismatch from error
     if isinstance(raw, float) and number != raw:  # int(0.5) would cut silently
         raise Mismatch
+    if not (math.isfinite(number) if kind is float else -LARGEST < number < LARGEST):
+        raise Mismatch
     return number
 
 
 def _text(raw: Any) -> str:
-    """A text; of a function, class or object, as Python hands them over, its `reference`."""
+    """A text; of a function, class or object, as Python hands them over, its `reference`.
+
+    An empty one is most likely a variable of the shell that is not set.
+    """
+    if raw == "" or (isinstance(raw, str) and "\0" in raw):
+        raise Mismatch
     if isinstance(raw, os.PathLike):
         return os.fsdecode(raw)
     if isinstance(raw, str | int | float) and not isinstance(raw, bool):

@@ -43,7 +43,7 @@ from distcls.data.split import (
 )
 from distcls.data.writer import PackWriter, load_all
 from distcls.errors import BadImage, BadValue, UsageError, require
-from distcls.files import atomic_folder, claimed, remove_stale_parts
+from distcls.files import atomic_folder
 from distcls.imaging import Color, decode
 from distcls.imaging.decode import may_be_transparent
 from distcls.imaging.preprocess import (
@@ -245,8 +245,7 @@ def prepare(options: PrepareOptions) -> Prepared:
         seed=options.seed,
         resampling=options.resampling,
     )
-    remove_stale_parts(options.out)
-    with atomic_folder(options.out) as folder, claimed(folder):
+    with atomic_folder(options.out) as folder:
         info, rejected = _fill(folder, source, assignment, options)
     prepared = Prepared(
         out=str(options.out),
@@ -285,7 +284,7 @@ def _move(options: PrepareOptions, root: Path, started: float) -> Prepared:
     missing = [path for path in paths if not (root / path).is_file()]
     if len(missing) == len(paths):
         raise UsageError(f"root: none of {len(paths)} images exists, first {root / paths[0]}")
-    with atomic_folder(options.out) as folder, claimed(folder):
+    with atomic_folder(options.out) as folder:
         near = writer.relative_root(options.out, root)
         info = writer.write_moved(folder, dataset, root, near)
     if missing:

@@ -453,20 +453,24 @@ class OpenOptions:
                 )
 
 
-_UNKNOWN = (-1, -1)
-"""Size and time of a file whose status cannot be read."""
+_UNKNOWN = (-1, -1, -1)
+"""Size and times of a file whose status cannot be read."""
 
 
 def state_of(paths: Iterable[str]) -> str:
-    """SHA-256 of the sizes and modification times of files, hexadecimal."""
+    """SHA-256 of the sizes and times of files, hexadecimal.
+
+    The time of change is one of them: no program sets it, so that new content which keeps size and
+    modification time is seen, for a tenth of a second for 100,000 files instead of reading them.
+    """
     total = hashlib.sha256()
     for path in paths:
         try:
             status = os.stat(path)  # noqa: PTH116 - half the time of Path's, a million times
-            known = (status.st_size, status.st_mtime_ns)
+            known = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         except (OSError, ValueError):  # gone, or a name that no file can have
             known = _UNKNOWN
-        total.update(struct.pack("<qq", *known))
+        total.update(struct.pack("<qqq", *known))
     return total.hexdigest()
 
 

@@ -16,7 +16,7 @@ from distcls import log
 from distcls.cli import packages_for
 from distcls.config import build, options_layer
 from distcls.errors import DistclsError, UsageError, require
-from distcls.files import given_path
+from distcls.files import given_path, require_distinct
 from distcls.model_card import best_model
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class ExportOptions:
             0 <= drop <= 100,
             "max_accuracy_drop",
             drop,
-            "a number of percentage a number of percentage points from 0 to 100",
+            "a number of percentage points from 0 to 100",
         )
         same = self.min_agreement
         require(0 <= same <= 100, "min_agreement", same, "a percentage from 0 to 100")
@@ -184,6 +184,7 @@ def export(options: ExportOptions) -> Certificate | AccuracyCertificate:
     Raises UsageError for wrong input; DistclsError if the two models disagree, or reduced precision
     loses too much accuracy, and writes nothing.
     """
+    require_distinct({"out": options.target}, {"ckpt": [options.checkpoint]})
     if options.target.exists() and not options.overwrite:
         raise UsageError(f"{options.target} exists already; --overwrite replaces it")
     if options.target.is_dir():

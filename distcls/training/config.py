@@ -41,6 +41,8 @@ register_optimizer = OPTIMIZERS.register
 Value = TypeVar("Value")
 Auto = Literal["auto"]
 """A default that depends on the images; `training/recipe.py` decides."""
+LARGEST_SIDE = 8192
+"""Of an input: what one image takes in a network of that size already fills most GPUs."""
 Keys = Mapping[str, object]
 """A section as a dict with its keys."""
 
@@ -86,7 +88,8 @@ class InputConfig:
 
     def __post_init__(self) -> None:
         size, fraction = self.size, self.crop_fraction
-        require(size is None or min(size) >= 1, "size", size, "height and width of at least 1")
+        valid = size is None or (min(size) >= 1 and max(size) <= LARGEST_SIDE)
+        require(valid, "size", size, f"height and width of 1 to {LARGEST_SIDE:,}")
         valid = fraction is None or 0 < fraction <= 1
         require(valid, "crop_fraction", fraction, "a number above 0 and at most 1, or null")
         if self.background is not None:
@@ -169,8 +172,8 @@ class AugmentConfig:
             valid = value == "auto" or 0 <= value <= 1
             require(valid, name, value, "a probability from 0 to 1")
         padding = self.crop_padding
-        valid = padding == "auto" or padding >= 0
-        require(valid, "crop_padding", padding, "0 or more pixels")
+        valid = padding == "auto" or 0 <= padding <= LARGEST_SIDE
+        require(valid, "crop_padding", padding, f"0 to {LARGEST_SIDE:,} pixels")
         require(0 <= self.rotate <= 180, "rotate", self.rotate, "0 to 180 degrees")
         if self.resized_crop is not None and self.resized_crop != "auto":
             low, high = self.resized_crop

@@ -26,7 +26,12 @@ from torch import Tensor
 from distcls.cli import leave_process_group
 from distcls.errors import BadValue, DistclsError, Reported, UsageError
 from distcls.log import world_size
-from distcls.system import available_cores, hand_back_freed_memory, keep_freed_memory
+from distcls.system import (
+    available_cores,
+    end_with_parent,
+    hand_back_freed_memory,
+    keep_freed_memory,
+)
 from distcls.training.config import TrainConfig
 from distcls.training.fsdp import require_shardable
 
@@ -43,6 +48,9 @@ def start(config: TrainConfig) -> Accelerator:
     precision, or if the weights are to be sharded with options that exclude it.
     """
     check_processes(config.processes)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # a launcher killed alone (kill -9) leaves its workers, and they would train to the end
+        end_with_parent()
     precision = choose_precision(config.precision)
     require_shardable(config, precision)
     if config.auto_micro_batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from accelerate.utils.dataclasses import LoggerType
 
 from distcls import log
 from distcls.config import dump_yaml, flatten
-from distcls.errors import UsageError, did_you_mean
+from distcls.errors import DistclsError, UsageError, did_you_mean
 from distcls.files import require_writable, write_text
 from distcls.imaging import Preprocess
 from distcls.log import warn
@@ -394,6 +395,21 @@ class Records:
             if spike.first:
                 warn(f"step {spike.step}: loss {spike.loss:.3g}, recent median {spike.usual:.3g}")
             self.line("spike", step=spike.step, epoch=epoch, loss=spike.loss, usual=spike.usual)
+
+    def require_in_place(self) -> None:
+        """Raise DistclsError if the run directory is not the one that this run writes any more."""
+        if self._metrics is None:
+            return
+        path = self.folder / METRICS
+        try:
+            same = os.path.samestat(path.stat(), os.fstat(self._metrics.fileno()))
+        except OSError:
+            same = False
+        if not same:
+            raise DistclsError(
+                f"{path} was removed or replaced while the run was writing it; what is left of the "
+                "run directory is incomplete, start over"
+            )
 
     def curves(self, history: list[dict[str, float]]) -> None:
         """Redraw curves.png from all epochs so far, unless it was drawn recently."""

@@ -456,6 +456,7 @@ def decide(run: Run, figures: dict[str, float], evaluation: Evaluation, seconds:
 def save_epoch(run: Run, evaluation: Evaluation, *, best: bool) -> None:
     """Write the files of the epoch just finished, and call the callbacks; the training state comes
     last, with what they asked for."""
+    run.records.require_in_place()
     tensors = run.engine.state_dict()
     run.records.line("epoch", **run.state.history[-1])
     weights = select_weights(tensors, evaluation.chosen)
