@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import difflib
 import re
+import textwrap
+import traceback
 from collections.abc import Iterable
 from numbers import Integral
+from pathlib import PurePath
 
 
 class DistclsError(Exception):
@@ -42,7 +45,7 @@ class BadValue(UsageError):
     # came from; `distcls.config.load` adds them
 
     def __init__(self, field: str, value: object, expected: str) -> None:
-        super().__init__(f"{field}: {value!r} is not valid, expected {expected}")
+        super().__init__(f"{field}: {shown(value)} is not valid, expected {expected}")
         self.field = field
         """Name of the argument or key."""
         self.value = value
@@ -79,6 +82,25 @@ def require(condition: bool, field: str, value: object, expected: str) -> None:
     """Raise BadValue for `field` unless `condition` holds."""
     if not condition:
         raise BadValue(field, value, expected)
+
+
+def shown(value: object, most: int = 120) -> str:
+    """A value in one line of at most `most` characters, for a message."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def reason_of(error: BaseException) -> str:
+    """An error of the user's code, or of a library that it calls, in one line: its type, the first
+    line of its text, and where it was raised, in the user's code if that has a part in it."""
+    lines = str(error).strip().splitlines()
+    text = f": {textwrap.shorten(lines[0], 200, placeholder=' ...')}" if lines else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    others = ("site-packages", str(PurePath(__file__).parent))
+    own = [each for each in frames if not any(part in each.filename for part in others)]
+    at = (own or frames)[-1:]
+    place = f" ({PurePath(at[0].filename).name}, line {at[0].lineno})" if at else ""
+    return f"{type(error).__name__}{text}{place}"
 
 
 def is_count(value: object) -> bool:
