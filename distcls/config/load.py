@@ -14,7 +14,7 @@ import yaml
 
 from distcls.config.schema import Mismatch, choices, convert, describe, leaves, members
 from distcls.config.suggest import suggestion
-from distcls.errors import BadValue, UsageError, did_you_mean, nearest
+from distcls.errors import BadValue, UsageError, did_you_mean, nearest, shown
 from distcls.files import RECIPES
 from distcls.log import warn
 
@@ -142,7 +142,7 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
     values: dict[str, Any] = {}
     for key, (raw, source) in given.items():
         if key not in known:
-            _refuse_section(key, source, known)
+            _refuse_section(key, raw, source, known)
             raise UsageError(
                 f"{source}: unknown key {key!r}{suggestion(key, {each: each for each in known})}"
             )
@@ -153,7 +153,7 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
             near = nearest(str(raw), choices(known[key].type))
             hint = "" if near is None else f"; did you mean {near!r}?"
             raise UsageError(
-                f"{source}: {key}: {raw!r} is not valid, expected {expected}{hint}"
+                f"{source}: {key}: {shown(raw)} is not valid, expected {expected}{hint}"
             ) from None
     return typing.cast(C, _construct(cls, "", values, given))
 
@@ -243,11 +243,14 @@ def _gather(layer: dict[str, Given], mappings: list[str]) -> dict[str, Given]:
     return gathered
 
 
-def _refuse_section(key: str, source: str, known: Iterable[str]) -> None:
+def _refuse_section(key: str, raw: object, source: str, known: Iterable[str]) -> None:
     """Add a hint if `key` is a section, such as one left empty in YAML."""
     inside = [name for name in known if name.startswith(key + ".")]
     if inside:
-        raise UsageError(f"{source}: {key!r} is a section with the keys {', '.join(inside)}")
+        raise UsageError(
+            f"{source}: {key}: {shown(raw)} is not valid: {key!r} is a section with the keys "
+            f"{', '.join(inside)}"
+        )
 
 
 def _construct(cls: type, prefix: str, values: dict[str, Any], given: dict[str, Given]) -> Any:
@@ -269,7 +272,7 @@ def _construct(cls: type, prefix: str, values: dict[str, Any], given: dict[str, 
         key = prefix + error.field
         source = given[key].source + ": " if key in given else ""
         raise UsageError(
-            f"{source}{key}: {error.value!r} is not valid, expected {error.expected}"
+            f"{source}{key}: {shown(error.value)} is not valid, expected {error.expected}"
         ) from None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distcls.evaluation.metrics import Metrics, MetricState, metric_state, require_metrics
 from distcls.imaging import Preprocess
+from distcls.log import counted, say
 from distcls.models.classifier import Classifier, count_macs, count_parameters
 from distcls.models.factory import stem_stride
 from distcls.training.augment import Augment
@@ -161,6 +162,8 @@ class Engine:
         optimizer = make_optimizer(
             config.optimizer, self._model, chosen(config.lr), sharded=self._sharding.on
         )
+        if accelerator.num_processes > 1 and not self._sharding.on:
+            self._find_unused()
         # `_wrapped` is the model in its DDP or FSDP and autocast wrappers; `_model` the bare one
         self._wrapped, self._optimizer = self._sharding.prepare(
             self._model, optimizer, self._averages.models
@@ -177,6 +180,24 @@ class Engine:
         self._statistics = RunningStatistics(
             self._model, correct_bias=config.model.batch_norm_bias_correction
         )
+
+    def _find_unused(self) -> None:
+        """Have DDP, which waits for the gradient of every parameter, look for those that get none:
+        in each step, if a trial on two images leaves any without."""
+        model, device = self._model, self._accelerator.device
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        with _trial(model, device):
+            logits = model(_random_pixels(2, self._preprocess.size, device))
+            found = torch.autograd.grad(logits.sum(), [p for _, p in named], allow_unused=True)
+        unused = [name for (name, _), each in zip(named, found, strict=True) if each is None]
+        if unused:
+            names = ", ".join(name.removeprefix("backbone.") for name in unused[:3])
+            say(
+                f"model.name: {counted(len(unused), 'parameter')} get no gradient ({names}"
+                f"{', ...' * (len(unused) > 3)}): not trained, as in one process"
+            )
+            assert self._accelerator.ddp_handler is not None
+            self._accelerator.ddp_handler.find_unused_parameters = True
 
     @property
     def decisions(self) -> int:
@@ -202,7 +223,7 @@ class Engine:
         with contextlib.closing(batches):
             for step in range(first, self.steps_per_epoch):
                 begin, end = self._sampler.bounds(step)
-                lr, waited = self._schedule.rate(done + step), self._train_loader.waited
+                lr, waited = self._schedule.checked_rate(done + step), self._train_loader.waited
                 sums = self._step(epoch, done + step, lr, end - begin, batches)
                 anomalies = self.poll_anomalies(flush=step == self.steps_per_epoch - 1)
                 yield StepReport(
@@ -255,7 +276,7 @@ class Engine:
         Returns the learning rate if it falls because the monitored metric did not improve.
         """
         reduced = self._schedule.after_evaluation(step, improved)
-        return self._schedule.rate(step) if reduced else None
+        return self._schedule.checked_rate(step) if reduced else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes in training, for `load_state_dict` of a later run.
@@ -310,11 +331,7 @@ class Engine:
         put back, and no gradient stays.
         """
         model, device = self._model, self._accelerator.device
-        with _unchanged(model, device):
-            model.train()
-            for module in model.modules():
-                if isinstance(module, nn.SyncBatchNorm | CpuSyncBatchNorm):
-                    module.eval()  # in training it would wait for a process out of memory
+        with _trial(model, device):
             reserved = self._reserve()
             began = time.perf_counter()
             pixels = _random_pixels(images, self._augment.canvas, device)
@@ -441,6 +458,17 @@ def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, saved in buffers:
                     buffer.copy_(saved)
+
+
+@contextlib.contextmanager
+def _trial(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model in training mode for a pass of this process alone; see `_unchanged`."""
+    with _unchanged(model, device):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.SyncBatchNorm | CpuSyncBatchNorm):
+                module.eval()  # in training it would wait for a process out of memory
+        yield
 
 
 def _random_pixels(count: int, size: tuple[int, int], device: torch.device) -> Tensor:
