@@ -107,8 +107,7 @@ def test_killed_and_resumed_it_is_the_unbroken_run(
     assert diary(reference)[-1].startswith("end 2 ")  # it asked to stop after two epochs of three
     assert [line for line in diary(out) if line.startswith("epoch")] == diary(reference)[1:-1]
     said = finish(start(digits, out, *OWN, processes=processes))
-    unused = "2 parameters get no gradient (spare.weight, spare.bias)"
-    assert (unused in first) is (processes > 1)
+    assert "(spare.weight, spare.bias) get no gradient and are not trained" in first
     assert f"the callback {HERE}:Diary stopped it after epoch 2 of 3" in said
     agrees_everywhere(out, digits, monkeypatch)
 
@@ -507,6 +506,17 @@ class SevenLogits(own_hooks.Linear):
         super().__init__(7, size)
 
 
+class TwoInTraining(own_hooks.Linear):
+    def forward(self, pixels: Tensor) -> Any:
+        logits = super().forward(pixels)
+        return (logits, logits) if self.training else logits
+
+
+class Detached(own_hooks.Linear):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels).detach()
+
+
 class WithoutParameters(nn.Module):
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -639,6 +649,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         r"model.name: .*SevenLogits: its output for one image has the shape \[1, 7\], expected "
         r"\[1, 10\]: a logit for each of the 10 classes",
     ),
+    "a network of two outputs in training": (
+        {"model": TwoInTraining},
+        r"TwoInTraining: in training mode its output for two images is tuple, expected \(2, 10\)",
+    ),
+    "a network that is detached": (
+        {"model": Detached},
+        "Detached: its output does not depend on its parameters: it is detached",
+    ),
     "a transform that is a number": (
         {"transform": 5},
         "augment.transform: '5' is not valid, expected module:attribute",
@@ -691,7 +709,10 @@ def test_one_process_that_fails_before_the_first_step(digits: Path, tmp_path: Pa
     options = ("--data", digits, "--out", tmp_path / "run", "--model", f"{HERE}:failing_on_one")
     said = run(*options, "--epochs", 1, module="distcls.train", processes=2, code=1).stderr
     assert "RuntimeError: the network of the user's failed" in said
-    assert said.count("error: another process failed before the first step, and its error") == 1
+    assert (
+        said.count("error: another process failed, or cannot be reached, before the first step")
+        == 1
+    )
     assert "gloo" not in said.replace(said[said.index("error: another") :].splitlines()[0], "")
     assert not (tmp_path / "run" / "config.yaml").exists()
 

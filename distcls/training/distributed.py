@@ -138,8 +138,8 @@ def explain_lost_processes(limit: float, *, begun: bool = True) -> Iterator[None
         what = (str(error).splitlines() or [""])[0].strip()
         if not begun:
             raise DistclsError(
-                "another process failed before the first step, and its error above or below says "
-                f"why; or it did not respond within {limit:.0f} s (collective_timeout): {what}"
+                "another process failed, or cannot be reached, before the first step; its own "
+                f"error says why (collective_timeout {limit:.0f} s): {what}"
             ) from error
         raise DistclsError(
             f"another process has died, or did not respond within {limit:.0f} s "

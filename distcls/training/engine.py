@@ -15,11 +15,13 @@ from accelerate import Accelerator
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from distcls.errors import UsageError
 from distcls.evaluation.metrics import Metrics, MetricState, metric_state, require_metrics
 from distcls.imaging import Preprocess
 from distcls.log import counted, say
 from distcls.models.classifier import Classifier, count_macs, count_parameters
 from distcls.models.factory import stem_stride
+from distcls.models.registry import own_module
 from distcls.training.augment import Augment
 from distcls.training.batch_norm import (
     CpuSyncBatchNorm,
@@ -162,8 +164,9 @@ class Engine:
         optimizer = make_optimizer(
             config.optimizer, self._model, chosen(config.lr), sharded=self._sharding.on
         )
-        if accelerator.num_processes > 1 and not self._sharding.on:
-            self._find_unused()
+        own = own_module(config.model.name) is not None
+        if (own or accelerator.num_processes > 1) and not self._sharding.on:
+            self._try_model()
         # `_wrapped` is the model in its DDP or FSDP and autocast wrappers; `_model` the bare one
         self._wrapped, self._optimizer = self._sharding.prepare(
             self._model, optimizer, self._averages.models
@@ -181,22 +184,38 @@ class Engine:
             self._model, correct_bias=config.model.batch_norm_bias_correction
         )
 
-    def _find_unused(self) -> None:
-        """Have DDP, which waits for the gradient of every parameter, look for those that get none:
-        in each step, if a trial on two images leaves any without."""
-        model, device = self._model, self._accelerator.device
+    def _try_model(self) -> None:
+        """A pass over two images in training mode, which shows what one in evaluation did not.
+
+        DDP waits for the gradient of every parameter: if some get none, it has to look for them in
+        each step. Raises UsageError for an output that cannot be trained.
+        """
+        model, device, name = self._model, self._accelerator.device, self._config.model.name
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        expected = (2, len(self._data.classes))
         with _trial(model, device):
             logits = model(_random_pixels(2, self._preprocess.size, device))
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            if shape != expected:
+                raise UsageError(
+                    f"model.name: {name}: in training mode its output for two images is {shape}, "
+                    f"expected {expected}: a logit for each class"
+                )
+            if not logits.requires_grad:
+                raise UsageError(
+                    f"model.name: {name}: its output does not depend on its parameters: it is "
+                    "detached, or computed outside of PyTorch"
+                )
             found = torch.autograd.grad(logits.sum(), [p for _, p in named], allow_unused=True)
-        unused = [name for (name, _), each in zip(named, found, strict=True) if each is None]
-        if unused:
-            names = ", ".join(name.removeprefix("backbone.") for name in unused[:3])
-            say(
-                f"model.name: {counted(len(unused), 'parameter')} get no gradient ({names}"
-                f"{', ...' * (len(unused) > 3)}): not trained, as in one process"
-            )
-            assert self._accelerator.ddp_handler is not None
+        unused = [key for (key, _), each in zip(named, found, strict=True) if each is None]
+        if not unused:
+            return
+        names = ", ".join(key.removeprefix("backbone.") for key in unused[:3])
+        say(
+            f"model.name: {counted(len(unused), 'parameter')} of {name} ({names}"
+            f"{', ...' * (len(unused) > 3)}) get no gradient and are not trained"
+        )
+        if self._accelerator.ddp_handler is not None:
             self._accelerator.ddp_handler.find_unused_parameters = True
 
     @property
