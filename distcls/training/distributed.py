@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import datetime
 import os
+import re
 import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -136,6 +137,8 @@ def explain_lost_processes(limit: float, *, begun: bool = True) -> Iterator[None
         if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()):
             raise
         what = (str(error).splitlines() or [""])[0].strip()
+        # gloo's line begins with the place in its source and ends in general advice
+        what = re.sub(r"^\[\S+\] ", "", what).partition(". This is typically")[0]
         if not begun:
             raise DistclsError(
                 "another process failed, or cannot be reached, before the first step; its own "
