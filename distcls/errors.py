@@ -16,8 +16,11 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
+import textwrap
+import traceback
 from collections.abc import Iterable
 from numbers import Integral
+from pathlib import PurePath
 
 
 class DistclsError(Exception):
@@ -81,19 +84,33 @@ _SHORT.maxlevel = 3
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 160
 
 
-def shown(value: object) -> str:
-    """The `repr` of a value for a message, shortened: a value of a file may be of any size, or
-    hold itself."""
+def shown(value: object, most: int = 160) -> str:
+    """The `repr` of a value in one line of at most `most` characters, for a message: a value that
+    was read may be of any size, or hold itself."""
     try:
-        return _SHORT.repr(value)
+        text = " ".join(_SHORT.repr(value).split())
     except ValueError:  # an integer of more digits than Python turns into text
         return "an integer of thousands of digits"
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
 def require(condition: bool, field: str, value: object, expected: str) -> None:
     """Raise BadValue for `field` unless `condition` holds."""
     if not condition:
         raise BadValue(field, value, expected)
+
+
+def reason_of(error: BaseException) -> str:
+    """An error of the user's code, or of a library that it calls, in one line: its type, the first
+    line of its text, and where it was raised, in the user's code if that has a part in it."""
+    lines = str(error).strip().splitlines()
+    text = f": {textwrap.shorten(lines[0], 200, placeholder=' ...')}" if lines else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    others = ("site-packages", str(PurePath(__file__).parent))
+    own = [each for each in frames if not any(part in each.filename for part in others)]
+    at = (own or frames)[-1:]
+    place = f" ({PurePath(at[0].filename).name}, line {at[0].lineno})" if at else ""
+    return f"{type(error).__name__}{text}{place}"
 
 
 def is_count(value: object) -> bool:

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
-from distcls.errors import BadValue, UsageError, did_you_mean, require
+from distcls.errors import BadValue, UsageError, did_you_mean, require, shown
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -30,6 +30,8 @@ MAIN, OBJECT = "__main__", "object"
 """In place of a module: this process's script or notebook; an object that no module holds."""
 PACKAGE = "distcls"
 IMPORT_PATH = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([\w.-]+)")
+NAME = re.compile(r"[\w.-]+")
+"""What may be registered; `IMPORT_PATH` ends in it."""
 _objects: dict[str, Any] = {}
 """What `reference` was given, by its text, and by what another process recorded for it."""
 _TOKEN = re.compile(r"-[0-9a-f]{8}(?=-\d+$|$)")
@@ -62,33 +64,68 @@ class Registry(Generic[T]):
     """
 
     def __init__(
-        self, noun: str, key: str, *, home: str | None = None, prefixes: tuple[str, ...] = ()
+        self,
+        noun: str,
+        key: str,
+        *,
+        home: str | None = None,
+        prefixes: tuple[str, ...] = (),
+        library_of: Callable[[str], str | None] = lambda name: None,
     ) -> None:
         """`home` is the module that registers the built-in ones, imported when first needed;
-        `prefixes` are libraries, so that `timm:NAME` is no import path."""
+        `prefixes` are libraries, so that `timm:NAME` is no import path; `library_of` tells whose a
+        name is that is found without being registered."""
         self.noun, self.key = noun, key
-        self._home, self._prefixes = home, prefixes
+        self._home, self._prefixes, self._library_of = home, prefixes, library_of
         self._field = key.rpartition(".")[2]
         self._entries: dict[str, Entry[T]] = {}
         self._found: set[str] = set()
         """Import paths that configs of this process have named."""
 
     def register(self, name: str, **defaults: Any) -> Callable[[C], C]:
-        """Decorate an implementation; `defaults` are the options it reads. Raises ValueError for a
-        name that is taken by another."""
+        """Decorate an implementation; `defaults` are the options it reads.
+
+        Raises UsageError for what is no name, for a name of a library's, and for one that is taken
+        by another: what is defined anew under the same name, as in a cell of a notebook that is run
+        again, is none.
+        """
+        self._require_name(name)
 
         def add(value: C) -> C:
             module = sys._getframe(1).f_globals.get("__name__", MAIN)
-            if self._home is not None and module.partition(".")[0] != PACKAGE:
-                importlib.import_module(self._home)  # the built-in names are taken
-            taken = self._entries.get(name)
-            if taken is not None and _origin(taken.value) != _origin(value):
-                raise ValueError(f"{self.noun} {name!r} is registered already: {taken.value!r}")
+            if module.partition(".")[0] != PACKAGE:
+                self._require_free(name, value)
             entry: Entry[Any] = Entry(value=value, defaults=defaults, module=module)
             self._entries[name] = entry
             return value
 
         return add
+
+    def _require_name(self, name: object) -> None:
+        """Raise UsageError unless files can hold `module:name` and it is found by that again."""
+        if isinstance(name, str) and NAME.fullmatch(name):
+            return
+        decorator = f"@distcls.register_{self.noun.replace('iser', 'izer')}"
+        if isinstance(name, str):
+            why = f"{shown(name)} is no name; letters, digits, '_', '-' and '.' make one"
+        else:
+            why = f"{shown(name)} is no text; the decorator takes the name"
+        raise UsageError(f'{decorator}: {why}, as in {decorator}("mine")')
+
+    def _require_free(self, name: str, value: object) -> None:
+        """Raise UsageError if the name is that of something else."""
+        if self._home is not None:
+            importlib.import_module(self._home)  # the built-in names are taken
+        taken = self._entries.get(name)
+        library = self._library_of(name)
+        if taken is not None and _origin(taken.value) != _origin(value):
+            whose = f"already: {shown(taken.value)}" if taken.own else "by distcls"
+            raise UsageError(f"{self.noun} {name!r} is registered {whose}; choose another name")
+        if library is not None:
+            raise UsageError(
+                f"{self.noun} {name!r} is a name of {library}'s, by which it would not be found "
+                "any more; choose another name"
+            )
 
     def names(self) -> tuple[str, ...]:
         """All registered names, in their order."""
@@ -211,6 +248,8 @@ def attribute_of(name: str, key: str) -> Any:
     path, _, attribute = name.partition(":")
     if name in _objects:
         return _objects[name]
+    if not attribute:
+        raise UsageError(f"{key}: {name!r} is not valid, expected module:attribute")
     if path == OBJECT:
         raise UsageError(
             f"{key}: {name!r} was an object given to distcls.fit, which no file can hold; give it "
@@ -299,9 +338,35 @@ def positional(function: Any) -> tuple[int, int]:
     return (least, 99) if anything else (least, len(found)) if parameters else (0, 99)
 
 
-def _origin(value: Any) -> tuple[str, str]:
-    """Where a class or function is defined, the same if its module is loaded once more."""
-    return getattr(value, "__module__", ""), getattr(value, "__qualname__", repr(value))
+def require_takes(
+    key: str, name: str, function: Any, arguments: str, *given: Any, **named: Any
+) -> None:
+    """Raise UsageError for a callable of the user's that cannot be called with what it is given;
+    `arguments` says that in words."""
+    try:
+        inspect.signature(function).bind(*given, **named)
+    except TypeError as error:
+        raise UsageError(f"{key}: {name} cannot be called with {arguments}: {error}") from None
+    except ValueError:  # one written in C does not say
+        return
+
+
+def _origin(value: Any) -> tuple[Any, ...]:
+    """Where a class or function is defined, the same if its module is loaded once more.
+
+    What the place of its definition does not tell from others has more: a lambda its code, a
+    function within another what it has from there, any other object its attributes.
+    """
+    if isinstance(value, functools.partial):
+        return functools.partial, _origin(value.func), repr((value.args, value.keywords))
+    place = getattr(value, "__module__", ""), getattr(value, "__qualname__", None)
+    if place[1] is None:
+        return place[0], type(value).__qualname__, repr(getattr(value, "__dict__", value))
+    if not inspect.isfunction(value) or "<" not in value.__qualname__:
+        return place
+    code = value.__code__ if value.__name__ == "<lambda>" else None
+    held = [cell.cell_contents for cell in value.__closure__ or ()]
+    return *place, code, repr((held, value.__defaults__, value.__kwdefaults__))
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,27 @@ import distcls
 @distcls.register_model("own-net")
 def network(classes: int) -> nn.Module:
     """Of torchvision, in other clothes."""
-    return nn.Sequential(mobilenet_v3_small(num_classes=classes, width_mult=0.5))
+    return Clothed(mobilenet_v3_small(num_classes=classes, width_mult=0.5))
+
+
+class Clothed(nn.Sequential):
+    """With a layer that its forward pass leaves out."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__(inside)
+        self.spare = nn.Linear(2, 2)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits: Tensor = self[0](pixels)
+        return logits
+
+
+def failing_on_one(classes: int, size: tuple[int, int]) -> nn.Module:
+    """A network that one process of two cannot make, when the other waits for it."""
+    if os.environ["RANK"] == "1":
+        time.sleep(2)
+        raise RuntimeError("the network of the user's failed")
+    return Linear(classes, size)
 
 
 @distcls.register_model("own-linear")

@@ -22,6 +22,7 @@ VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
     "ACCELERATE_MIXED_PRECISION",
+    "TORCHELASTIC_RUN_ID",
 )
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
 
@@ -74,6 +75,21 @@ def test_accelerate_that_silently_started_one(monkeypatch: pytest.MonkeyPatch) -
 
 def test_accelerate_told_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, ACCELERATE_MIXED_PRECISION="no")
+    check_processes(None)
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    launched(monkeypatch, WORLD_SIZE="4", LOCAL_WORLD_SIZE="2", TORCHELASTIC_RUN_ID="none")
+    with pytest.raises(UsageError, match=r"^2 processes on this machine and 1 GPU, but") as caught:
+        check_processes(None)
+    assert "start 1, or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)" in str(caught.value)
+    for gpus in (0, 2, 3):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        check_processes(None)
+    # of processes that srun has started each may see a GPU of its own
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     check_processes(None)
 
 

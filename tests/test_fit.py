@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,9 +61,16 @@ def test_it_runs_again_in_the_same_process(fitted: TrainResult, tmp_path: Path) 
     """With another precision too, which accelerate holds for the whole process."""
     config = TrainConfig.from_yaml(fitted.out / "config.yaml", out=tmp_path / "again")
     assert config.ema.decay == 0.9
+    states = random_states()
     assert fit(config, epochs=1, precision="bf16").epochs == 1
+    assert random_states() == states  # what a notebook draws is not the same after every run
     assert "precision: bf16" in (tmp_path / "again" / "config.yaml").read_text()
     assert fit(config, out=tmp_path / "third", precision="fp32").best_score == fitted.best_score
+
+
+def random_states() -> tuple[Any, ...]:
+    ours = np.random.get_state(legacy=False)
+    return torch.get_rng_state().tolist(), repr(ours), random.getstate()
 
 
 @pytest.mark.parametrize("quiet", [True, False])

@@ -96,7 +96,7 @@ def test_killed_and_resumed_it_is_the_unbroken_run(
     processes: int, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference, out = tmp_path / "unbroken", tmp_path / "run"
-    finish(start(digits, reference, *OWN, processes=processes))
+    first = finish(start(digits, reference, *OWN, processes=processes))
     process = start(digits, out, *OWN, processes=processes, SLOW="0.1")
     wait_for(lambda: steps_done(out) >= 10, process)
     kill_all(process)
@@ -107,6 +107,7 @@ def test_killed_and_resumed_it_is_the_unbroken_run(
     assert diary(reference)[-1].startswith("end 2 ")  # it asked to stop after two epochs of three
     assert [line for line in diary(out) if line.startswith("epoch")] == diary(reference)[1:-1]
     said = finish(start(digits, out, *OWN, processes=processes))
+    assert "(spare.weight, spare.bias) get no gradient and are not trained" in first
     assert f"the callback {HERE}:Diary stopped it after epoch 2 of 3" in said
     agrees_everywhere(out, digits, monkeypatch)
 
@@ -201,11 +202,76 @@ def test_names_that_files_hold() -> None:
         assert LOSSES.find(name).value is own_hooks.loss
     assert METRICS.short(f"{HERE}:brier") == "brier"
     assert METRICS.short("somewhere:top1") == "somewhere:top1"
-    with pytest.raises(ValueError, match="loss 'focal' is registered already"):
+    with pytest.raises(UsageError, match="loss 'focal' is registered by distcls; choose another"):
         distcls.register_loss("focal")(own_hooks.loss)
     distcls.register_loss("odd", label_smothing=0.1)(lambda logits, targets: logits)
     with pytest.raises(UsageError, match="is no key of loss; did you mean 'label_smoothing'"):
         distcls.fit(data="digits", loss="odd")
+
+
+def test_names_that_cannot_be_registered() -> None:
+    decorators: dict[str, Any] = {
+        "model": distcls.register_model,
+        "loss": distcls.register_loss,
+        "metric": distcls.register_metric,
+        "optimizer": distcls.register_optimizer,
+        "schedule": distcls.register_schedule,
+    }
+    for name, decorator in decorators.items():
+        for wrong in (own_hooks.loss, "", " ", "a name", "hooks:mine", ":", None, 3):
+            with pytest.raises(UsageError, match=f"^@distcls.register_{name}: ") as caught:
+                decorator(wrong)
+            assert f'as in @distcls.register_{name}("mine")' in str(caught.value)
+    for name, noun, library in (
+        ("resnet18", "model", "torchvision"),
+        ("vit_tiny_patch16_224", "model", "timm"),
+        ("resnet50.a1_in1k", "model", "torchvision"),
+        ("xception", "model", "timm"),
+        ("lamb", "optimizer", "timm"),
+    ):
+        with pytest.raises(UsageError, match=f"{name!r} is a name of {library}'s, by which it"):
+            decorators[noun](name)(own_hooks.loss)
+    with pytest.raises(UsageError, match="model 'simple_cnn' is registered by distcls"):
+        distcls.register_model("simple_cnn")(own_hooks.Linear)
+
+
+CELL = "def twice(logits, targets):\n    return logits.sum(1) * {}\n"
+
+
+def test_a_name_registered_again() -> None:
+    """By the same definition, as in a cell of a notebook that is run again; never by another."""
+
+    def cell(number: int) -> Any:
+        variables: dict[str, Any] = {"__name__": "__main__"}
+        exec(CELL.format(number), variables)
+        return variables["twice"]
+
+    def within(factor: int) -> Any:
+        return lambda logits, targets: logits.sum(1) * factor
+
+    def by_default(factor: int) -> Any:
+        return lambda logits, targets, factor=factor: logits.sum(1) * factor
+
+    register = distcls.register_loss("mine")
+    register(cell(2))
+    register(again := cell(3))
+    assert LOSSES.find("mine").value is again
+    pairs: tuple[tuple[Any, Any], ...] = (
+        (cell(2), own_hooks.loss),
+        (lambda logits, targets: logits.sum(1), lambda logits, targets: logits.mean(1)),
+        (within(2), within(3)),
+        (by_default(2), by_default(3)),
+        (partial(own_hooks.loss, factor=2), partial(own_hooks.loss, factor=3)),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(label_smoothing=0.2)),
+    )
+    for number, (one, other) in enumerate(pairs):
+        register = distcls.register_loss(f"mine{number}")
+        register(one)
+        register(one)
+        with pytest.raises(UsageError, match=f"'mine{number}' is registered already: .*another"):
+            register(other)
+    distcls.register_loss("mine2")(within(2))
+    distcls.register_loss("mine5")(nn.CrossEntropyLoss(label_smoothing=0.1))
 
 
 def test_a_network_registered_in_timm(digits: Path, tmp_path: Path) -> None:
@@ -421,6 +487,41 @@ def test_a_batch_is_no_argument_of_an_image(monkeypatch: pytest.MonkeyPatch) -> 
         made.try_on((8, 8), torch.device("cpu"))
 
 
+class NeedsClosure(torch.optim.Optimizer):
+    """One that says so in its step, as those of Sharpness-Aware Minimization do."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        assert closure is not None, "a closure is required"
+
+
+def of_own_groups(groups: Any, lr: float, config: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for group in groups for p in group["params"]], lr=lr)
+
+
+class SevenLogits(own_hooks.Linear):
+    def __init__(self, classes: int, size: tuple[int, int]) -> None:
+        super().__init__(7, size)
+
+
+class TwoInTraining(own_hooks.Linear):
+    def forward(self, pixels: Tensor) -> Any:
+        logits = super().forward(pixels)
+        return (logits, logits) if self.training else logits
+
+
+class Detached(own_hooks.Linear):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels).detach()
+
+
+class WithoutParameters(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+
+
 class Misspelt:
     def on_epoch_ends(self, run: Any, metrics: Any) -> None:
         pass
@@ -500,8 +601,68 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a schedule that is none": (
         {"schedule": lambda step, total: -1},
-        "schedule.name: .* returned -1 for step 0, expected a fraction",
+        "schedule.name: .* returned -1 for step 0, expected a finite number of 0 or more",
     ),
+    "a schedule that is wrong at its end": (
+        {"schedule": lambda step, total: 1.0 if step + 1 < total else float("nan"), "limit": 60},
+        "schedule.name: .* returned nan for step 2, expected a finite number",
+    ),
+    "a schedule of words": ({"schedule": lambda step, total: "0.1"}, "returned '0.1' for step 0"),
+    "a schedule of the step alone": (
+        {"schedule": lambda step: 1.0},
+        r"cannot be called with \(step, total_steps\): too many",
+    ),
+    "a schedule of torch's": (
+        {"schedule": torch.optim.lr_scheduler.StepLR},
+        "schedule.name: .* is the class StepLR, expected a function of",
+    ),
+    "an optimiser with a closure": (
+        {"optimizer": torch.optim.LBFGS},
+        "optimizer.name: .*LBFGS needs a closure, which computes the loss several times",
+    ),
+    "an optimiser with a closure of its own": (
+        {"optimizer": NeedsClosure},
+        r"cannot take a step: AssertionError: a closure is required \(test_hooks.py, line \d+\)",
+    ),
+    "an optimiser of sparse gradients": (
+        {"optimizer": torch.optim.SparseAdam},
+        "SparseAdam cannot take a step: RuntimeError: SparseAdam does not support dense gradients",
+    ),
+    "an optimiser of matrices": (
+        {"optimizer": torch.optim.Muon},
+        "Muon cannot be made: ValueError: Muon only supports 2D parameters",
+    ),
+    "an optimiser with groups of its own": (
+        {"optimizer": of_own_groups},
+        "optimizer.name: .*of_own_groups has parameter groups of its own, without lr_scale",
+    ),
+    "an optimiser of one": (
+        {"optimizer": lambda params: None},
+        r"cannot be called with \(params, lr\): too many positional arguments",
+    ),
+    "a network without parameters": (
+        {"model": WithoutParameters},
+        "model.name: .*WithoutParameters has no parameters, so there is nothing to train",
+    ),
+    "a network of seven logits": (
+        {"model": SevenLogits},
+        r"model.name: .*SevenLogits: its output for one image has the shape \[1, 7\], expected "
+        r"\[1, 10\]: a logit for each of the 10 classes",
+    ),
+    "a network of two outputs in training": (
+        {"model": TwoInTraining},
+        r"TwoInTraining: in training mode its output for two images is tuple, expected \(2, 10\)",
+    ),
+    "a network that is detached": (
+        {"model": Detached},
+        "Detached: its output does not depend on its parameters: it is detached",
+    ),
+    "a transform that is a number": (
+        {"transform": 5},
+        "augment.transform: '5' is not valid, expected module:attribute",
+    ),
+    "a transform that is a list": ({"transform": [print]}, r"augment.transform: \[<built-in"),
+    "no loss": ({"loss": None}, "loss: None is not valid: 'loss' is a section with the keys"),
     "a callback of another name": ({"callbacks": [Misspelt()]}, "'on_epoch_ends'; did you mean"),
     "a callback with arguments": (
         {"callbacks": [WithArguments]},
@@ -529,14 +690,31 @@ def test_a_mistake_is_one_line(name: str, digits: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=why) as caught:
         distcls.fit(**{"data": digits, "out": tmp_path / "run", **small, **keys})
     assert "\n" not in str(caught.value)
-    begun = (tmp_path / "run" / "best.pth").exists()
+    begun = (tmp_path / "run" / "config.yaml").exists()
     assert begun is (name == "a callback that returns a score")
 
 
 def test_what_a_callback_raises_is_left_as_it_is(digits: Path, tmp_path: Path) -> None:
     small = {**SMALL, "model": "own-linear", "limit": 20}
+    run: dict[str, Any] = {"data": digits, "out": tmp_path / "run", **small}
     with pytest.raises(RuntimeError, match="the callback of the user's failed"):
-        distcls.fit(data=digits, out=tmp_path / "run", callbacks=[own_hooks.failing], **small)
+        distcls.fit(callbacks=[own_hooks.failing], **run)
+    # the epoch is done, and is not trained again
+    seen: list[int] = []
+    more = distcls.fit(resume="auto", callbacks=lambda run, metrics: seen.append(run.epoch), **run)
+    assert (seen, more.epochs) == ([2], 2)
+
+
+def test_one_process_that_fails_before_the_first_step(digits: Path, tmp_path: Path) -> None:
+    options = ("--data", digits, "--out", tmp_path / "run", "--model", f"{HERE}:failing_on_one")
+    said = run(*options, "--epochs", 1, module="distcls.train", processes=2, code=1).stderr
+    assert "RuntimeError: the network of the user's failed" in said
+    assert (
+        said.count("error: another process failed, or cannot be reached, before the first step")
+        == 1
+    )
+    assert "gloo" not in said.replace(said[said.index("error: another") :].splitlines()[0], "")
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,13 +47,37 @@ def test_it_is_a_sequence(tmp_path: Path) -> None:
     assert data[-1].image_id == data[np.int64(29)].image_id == rows[-1][0]
     assert read_rows(data[3:9:2]) == rows[3:9:2]
     assert isinstance(data[:2], distcls.ImageDataset)
-    with pytest.raises(IndexError):
-        data[30]
-    with pytest.raises(UsageError, match="'3' is no index of images"):
-        data["3"]  # type: ignore[call-overload]
+    assert data[-30].image_id == rows[0][0]
+    for far in (30, -31, np.int64(30)):
+        with pytest.raises(IndexError, match=f"index {far} of 30 images"):
+            data[far]
+    wrong: Any
+    for wrong in ("3", [1, 2], np.array([1, 2]), np.array([True]), 1.0, None):
+        with pytest.raises(
+            UsageError, match=r"is no index of images.*\[data\[i\] for i in"
+        ) as told:
+            data[wrong]
+        assert "\n" not in str(told.value)
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda example: example.image().sum(), data))
     assert found == [example.image().sum() for example in data]
+
+
+def test_it_is_pickled_without_its_images(tmp_path: Path) -> None:
+    """As for the workers of a DataLoader that are spawned."""
+    source = tree(tmp_path / "photos", 40)
+    rows = [[example.image_id, example.label] for example in distcls.open_dataset(source)]
+    manifest = write_manifest(source / "rows.csv", [["path", "label"], *rows])
+    prepared = distcls.prepare_dataset(source, tmp_path / "data", quiet=True)
+    for data in (*map(distcls.open_dataset, (source, manifest)), prepared, prepared.split("val")):
+        before = len(pickle.dumps(data))
+        pixels = data[1].image()  # a pack is open
+        written = pickle.dumps(data)
+        assert len(written) < before + 100
+        again = pickle.loads(written)
+        assert read_rows(again) == read_rows(data)
+        np.testing.assert_array_equal(again[1].image(), pixels)
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(data[1])).image(), pixels)
 
 
 @pytest.mark.parametrize("options", [{}, {"pack": "off"}])

@@ -176,7 +176,7 @@ def test_a_registered_metric_is_computed_and_monitored() -> None:
     expected = matthews_corrcoef(labels, logits.argmax(axis=1))
     assert state.compute().scalars()["matthews"] == pytest.approx(expected, rel=1e-12)
     assert MonitorConfig(metric="matthews").resolved_mode == "max"
-    with pytest.raises(ValueError, match="'matthews' is registered already"):
+    with pytest.raises(UsageError, match="'matthews' is registered already"):
         register_metric("matthews")(softmax)
 
 

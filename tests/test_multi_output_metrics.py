@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,15 +18,19 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
+from distcls.errors import UsageError
 from distcls.evaluation.metrics import (
     METRICS,
     Metrics,
     MetricState,
     default_mode,
     metric_state,
+    require_metrics,
 )
+from distcls.registry import reference
 from distcls.task import Task
 from tests import multi_output
+from tests.conftest import registered_here
 
 SIZES = (3, 8, 2)
 HEADS = multi_output.heads(*SIZES)
@@ -176,3 +182,30 @@ def test_a_nan_is_seen_in_the_loss() -> None:
 
 def test_exact_may_be_watched() -> None:
     assert default_mode("exact") == "max"
+
+
+def test_a_metric_of_ones_own_for_another_task() -> None:
+    labels = Task(classes=("a", "b", "c"), kind="multi_label")
+    single = Task(classes=("a", "b", "c"))
+
+    def of_one_class(logits: Any, labels: Any) -> Any:
+        return logits[np.arange(len(labels)), labels]
+
+    def of_labels(logits: Any, labels: Any) -> Any:
+        return (labels.sum(1) > 0).astype(float)
+
+    def of_exact(metrics: Metrics) -> float:
+        return 2 * metrics.exact  # type: ignore[operator]
+
+    with registered_here():
+        for metric, own, other in (
+            (of_one_class, single, labels),
+            (of_labels, labels, single),
+            (of_exact, labels, single),
+        ):
+            require_metrics(own, [reference(metric)])
+            with pytest.raises(UsageError, match=rf"^metric: object:{metric.__name__}") as caught:
+                require_metrics(other, [reference(metric)])
+            text = str(caught.value)
+            assert "\n" not in text
+            assert "test_multi_output_metrics.py, line" in text or "a number for each" in text

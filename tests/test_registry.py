@@ -62,7 +62,7 @@ def test_what_is_refused(section: Section, field: str, why: str) -> None:
 
 
 def test_a_name_is_taken_once() -> None:
-    with pytest.raises(ValueError, match="shape 'plain' is registered already"):
+    with pytest.raises(UsageError, match="shape 'plain' is registered already"):
         registry().register("plain")("another")
 
 

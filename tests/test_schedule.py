@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.lr_scheduler import (
@@ -20,10 +21,11 @@ from torch.optim.lr_scheduler import (
 )
 
 from distcls.config.schema import duration_in_steps
-from distcls.errors import BadValue
+from distcls.errors import BadValue, UsageError
 from distcls.training.checkpointing import TrainingState
 from distcls.training.config import MonitorConfig
 from distcls.training.schedule import SCHEDULES, Schedule, ScheduleConfig, make_schedule
+from tests.conftest import registered_here
 
 PEAK = 0.3
 
@@ -259,6 +261,22 @@ def test_a_warmup_longer_than_the_run_is_cut() -> None:
     assert [one.rate(step) for step in (0, 7)] == [1 / 8, 1.0]
 
 
+@pytest.mark.parametrize("number", [1, np.float32(0.5), np.float64(0.5), torch.tensor(0.5)])
+def test_numbers_that_a_schedule_of_ones_own_may_return(number: Any) -> None:
+    with registered_here():
+        SCHEDULES.register("own")(lambda step, total: number)
+        made = schedule(2, 2, name="own")
+        assert (made.checked_rate(3), type(made.checked_rate(3))) == (PEAK * float(number), float)
+
+        class Own(Schedule):
+            def rate(self, step: int) -> float:
+                return number if step < 3 else -1.0
+
+        SCHEDULES.register("of-a-class")(Own)
+        with pytest.raises(UsageError, match=r"Own\.rate returned -1\.0 for step 3, expected a"):
+            schedule(2, 2, name="of-a-class")
+
+
 @pytest.mark.parametrize(
     ("options", "field", "why"),
     [
@@ -281,6 +299,9 @@ def test_a_warmup_longer_than_the_run_is_cut() -> None:
         ({"name": "plateau", "patience": 0}, "patience", "at least 1"),
         ({"name": "onecycle", "start": 0.0}, "start", "above 0"),
         ({"final": 1.5}, "final", "from 0 to 1"),
+        ({"warmup": "200%"}, "warmup", "a duration of at most 100%"),
+        ({"name": "step", "every": "101 %"}, "every", "a duration of at most 100%"),
+        ({"warmup": "9" * 400 + " epochs"}, "warmup", "at most 1,000,000,000 epochs"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], field: str, why: str) -> None:

@@ -125,11 +125,27 @@ def test_the_default_name_tells_model_epoch_and_score(tmp_path: Path) -> None:
         ("best.pth", 1),
         ("{score:.3f}.pth", 3),
         ("{}.pth", 1),
+        ("{epoch!r}.pth", 1),
+        ("{epoch:c}.pth", 1),
+        ("{epoch:>1000000000}.pth", 1),
+        ("{score:.1000000000f}.pth", 1),
+        ("{epoch:{step}}.pth", 1),
+        ("{model.__class__}.pth", 1),
+        ("{epoch:/>3}.pth", 1),
+        ("a\\{epoch}.pth", 1),
+        ("a\0.pth", 1),
+        ("\n.pth", 1),
+        ("a" * 300 + ".pth", 1),
     ],
 )
 def test_names_that_cannot_work_are_refused(name: str, number: int) -> None:
-    with pytest.raises(BadValue, match=r"^filename: "):
+    with pytest.raises(BadValue, match=r"^filename: ") as caught:
         CheckpointConfig(filename=name, save_top_k=number)
+    assert len(str(caught.value)) < 300
+
+
+def test_formats_of_names() -> None:
+    CheckpointConfig(filename="{model:_>20}-{epoch:03d}-{step:,}-{metric}-{score:+.2%}.pth")
 
 
 @pytest.fixture(scope="module")

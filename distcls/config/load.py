@@ -222,7 +222,7 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
     values: dict[str, Any] = {}
     for key, (raw, source) in given.items():
         if key not in known:
-            _refuse_section(key, source, known)
+            _refuse_section(key, raw, source, known)
             meant = suggestion(key, {each: each for each in known})
             raise UsageError(f"{source}: unknown key {shown(key)}{meant}")
         try:
@@ -322,11 +322,14 @@ def _gather(layer: dict[str, Given], mappings: list[str]) -> dict[str, Given]:
     return gathered
 
 
-def _refuse_section(key: str, source: str, known: Iterable[str]) -> None:
+def _refuse_section(key: str, raw: object, source: str, known: Iterable[str]) -> None:
     """Add a hint if `key` is a section, such as one left empty in YAML."""
     inside = [name for name in known if name.startswith(key + ".")]
     if inside:
-        raise UsageError(f"{source}: {key!r} is a section with the keys {', '.join(inside)}")
+        raise UsageError(
+            f"{source}: {key}: {shown(raw)} is not valid: {key!r} is a section with the keys "
+            f"{', '.join(inside)}"
+        )
 
 
 def _construct(cls: type, prefix: str, values: dict[str, Any], given: dict[str, Given]) -> Any:

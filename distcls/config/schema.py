@@ -253,7 +253,8 @@ def _tuple(raw: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
         if kinds[0] is not str and re.search(r"^x|x$|x\s*x", inside):
             raise Mismatch  # `64x` is half of a size
         raw = [part for part in re.split(between, inside) if part]
-    if isinstance(raw, int | float) and not isinstance(raw, bool):
+    single = isinstance(raw, int | float) and not isinstance(raw, bool)
+    if single or (kinds[0] is str and hasattr(raw, "__dict__")):  # a function, class or object
         raw = [raw]
     if not isinstance(raw, list | tuple):
         raise Mismatch
@@ -277,6 +278,8 @@ def _mapping(raw: Any, kind: Any) -> dict[str, Any]:
 
 
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(%|epochs?|steps?)")
+MOST = 10**9
+"""Epochs or steps of a duration."""
 EXPECTED = "a duration: '100 steps', '2 epochs' or '5%'"
 
 
@@ -287,6 +290,9 @@ def require_duration(field: str, text: str, *, above_zero: bool = False) -> None
         raise BadValue(field, text, EXPECTED)
     if above_zero and float(match[1]) == 0:
         raise BadValue(field, text, "a duration above 0")
+    most, unit = (100, "%") if match[2] == "%" else (MOST, f" {match[2]}")
+    if float(match[1]) > most:
+        raise BadValue(field, text, f"a duration of at most {most:,}{unit}")
 
 
 def duration_in_steps(text: str, steps_per_epoch: int, total_steps: int) -> int:

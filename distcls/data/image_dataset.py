@@ -16,7 +16,7 @@ from distcls.data.dataset import IN_RUN, LABELS, MANIFEST, Dataset, Split, is_da
 from distcls.data.formats.detect import open_labelled
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.data.source import SPLITS, ImageRecord, Images, ImageSource, read_class_names
-from distcls.errors import BadImage, UsageError, did_you_mean
+from distcls.errors import BadImage, UsageError, did_you_mean, shown
 from distcls.files import given_path
 from distcls.imaging.preprocess import background_color
 from distcls.task import Task
@@ -77,7 +77,8 @@ class ImageDataset(Sequence[Example]):
     """Labelled images, as `open_dataset` returns them: a sequence of `Example`.
 
     `len`, iteration, an index and slices work as those of a list; a slice is an `ImageDataset`. The
-    images themselves stay on the disk. May be used by any number of threads.
+    images themselves stay on the disk. May be used by any number of threads, and is pickled for
+    other processes, such as a DataLoader's workers, without any image.
     """
 
     def __init__(
@@ -154,9 +155,16 @@ class ImageDataset(Sequence[Example]):
     def __getitem__(self, index: SupportsIndex | slice) -> Example | ImageDataset:
         if isinstance(index, slice):
             return self._of(self._records[index])
-        if not isinstance(index, SupportsIndex):
-            raise UsageError(f"{index!r} is no index of images, expected an integer or a slice")
-        return self._example(self._records[index.__index__()])
+        try:
+            place = index.__index__()
+        except (AttributeError, TypeError):  # arrays and tensors of several numbers have it, too
+            raise UsageError(
+                f"{shown(index)} is no index of images, expected an integer or a slice; for "
+                "several images: [data[i] for i in indices]"
+            ) from None
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"index {place} of {len(self):,} images ({self.location})")
+        return self._example(self._records[place])
 
     def __iter__(self) -> Iterator[Example]:
         return map(self._example, self._records)
@@ -285,6 +293,33 @@ def split_of(data: ImageDataset, name: str | None) -> Split:
     return dataclasses.replace(whole, table=whole.table.take(indices))
 
 
+@dataclasses.dataclass(frozen=True)
+class _OnlySource:
+    """The source of images that are not divided."""
+
+    source: ImageSource
+
+    def __call__(self, split: str | None) -> ImageSource:
+        return self.source
+
+
+class _SplitSources:
+    """The sources of a dataset directory, by split; each process opens its own."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self._opened: dict[str, Split] = {}
+
+    def __call__(self, split: str | None) -> ImageSource:
+        name = str(split)
+        if name not in self._opened:
+            self._opened[name] = self._dataset.split(name)
+        return self._opened[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _SplitSources, (self._dataset,)
+
+
 def _of_source(location: str, options: Mapping[str, Any]) -> ImageDataset:
     given = {**options, "source": location, "out": "."}
     parsed = build(PrepareOptions, options_layer(PrepareOptions, given))
@@ -294,7 +329,7 @@ def _of_source(location: str, options: Mapping[str, Any]) -> ImageDataset:
     source = found.source.on_background(background_color(parsed.background))
     return ImageDataset(
         found.records,
-        lambda _: source,
+        _OnlySource(source),
         task=found.task,
         location=location,
         root=found.root,
@@ -335,7 +370,7 @@ def _of_directory(dataset: Dataset, location: str) -> ImageDataset:
     left_out = dataset.info.get("rejected", 0) + sum(dataset.info.get("left_out", {}).values())
     return ImageDataset(
         records,
-        functools.cache(lambda split: dataset.split(str(split))),
+        _SplitSources(dataset),
         task=task,
         location=location,
         root=_files_of(dataset, paths),

@@ -94,7 +94,7 @@ class ImageSource(abc.ABC):
         """
         if color is None or not self.encoded:
             return self
-        return with_decoder(self, lambda data: decode(data, background=color))
+        return with_decoder(self, functools.partial(decode, background=color))
 
     @property
     def true_labels(self) -> Sequence[str | None] | None:
@@ -289,6 +289,10 @@ def to_rgb(pixels: Images) -> Images:
     return np.repeat(pixels, 3, axis=-1)
 
 
+def _decoded(source: ImageSource, decoder: Callable[[bytes], Images], index: int) -> Images:
+    return decoder(source.read(index))
+
+
 def with_decoder(source: ImageSource, decoder: Callable[[bytes], Images]) -> ImageSource:
     """The same images, their files decoded by `decoder` instead of `imaging.decode`.
 
@@ -296,7 +300,7 @@ def with_decoder(source: ImageSource, decoder: Callable[[bytes], Images]) -> Ima
     """
     return FunctionSource(
         source.image_ids,
-        lambda index: decoder(source.read(index)),
+        functools.partial(_decoded, source, decoder),
         read=source.read,
         true_labels=source.true_labels,
         state=source.state,

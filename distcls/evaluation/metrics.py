@@ -16,15 +16,16 @@ the same lines.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distcls.errors import UsageError
+from distcls.errors import DistclsError, UsageError, reason_of
 from distcls.registry import Registry, kind_of, positional
 from distcls.task import THRESHOLD, Task, sigmoid, softplus
 
@@ -136,8 +137,8 @@ image, [N]: then the figure is their mean."""
 def register_metric(name: str, *, higher_is_better: bool = True) -> Callable[[F], F]:
     """Decorate a metric of your own, see `METRICS`: `@distcls.register_metric("name")`.
 
-    Every evaluation then has the figure, and training may monitor it. Raises ValueError if the name
-    is taken.
+    Every evaluation then has the figure, and training may monitor it. Raises UsageError for a name
+    that is taken or none.
     """
     return METRICS.register(name, higher_is_better=higher_is_better)
 
@@ -187,7 +188,9 @@ def _figure(name: str, metrics: Metrics) -> float | None:
     function = METRICS.find(name).value
     if _of_images(function):
         return metrics.image_means.get(METRICS.short(name))
-    found = function(copy.deepcopy(metrics) if METRICS.find(name).own else metrics)
+    own = METRICS.find(name).own
+    with _explained(name, "the figures of the evaluation"):
+        found = function(copy.deepcopy(metrics) if own else metrics)
     if found is None:
         return None
     try:
@@ -197,6 +200,19 @@ def _figure(name: str, metrics: Metrics) -> float | None:
         raise UsageError(
             f"metric: {name} returned {what}, expected a number, or None where there is none"
         ) from None
+
+
+@contextlib.contextmanager
+def _explained(name: str, given: str) -> Iterator[None]:
+    """Turn what a metric of the user's raises into a UsageError: it may be for another task."""
+    try:
+        yield
+    except DistclsError:
+        raise
+    except Exception as error:
+        if not METRICS.find(name).own:
+            raise
+        raise UsageError(f"metric: {name} failed on {given}: {reason_of(error)}") from error
 
 
 class MetricState(Protocol):
@@ -260,7 +276,9 @@ class StateWithImages:
         """See `MetricState`. Raises UsageError unless a metric is a number for each image."""
         self._state.update(logits, labels)
         for name in self._sums:
-            found = np.asarray(METRICS.find(name).value(logits.copy(), labels.copy()))
+            given = f"logits {list(logits.shape)} and labels {list(labels.shape)}"
+            with _explained(name, given):
+                found = np.asarray(METRICS.find(name).value(logits.copy(), labels.copy()))
             if found.shape != (len(labels),) or found.dtype.kind not in "biuf":
                 raise UsageError(
                     f"metric: {name} returned {found.dtype} {list(found.shape)} for {len(labels)} "

@@ -17,7 +17,7 @@ from distcls.imaging import Preprocess
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
 from distcls.models.registry import NETWORKS, Origin, own_module, resolve
-from distcls.registry import kind_of, parameters_of
+from distcls.registry import kind_of, parameters_of, require_takes
 
 
 class Built(NamedTuple):
@@ -80,18 +80,17 @@ def _ours(name: str, classes: int, size: tuple[int, int], dropout: float | None)
         for key, value in options.items()
         if value is not None and (key in names or anything)
     }
-    try:
-        inspect.signature(make).bind(classes, **taken)
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"model.name: {name} cannot be called with the number of classes"
-            f"{''.join(f', {key}' for key in taken)}: {error}"
-        ) from None
+    arguments = ", ".join(["the number of classes", *taken])
+    require_takes("model.name", name, make, arguments, classes, **taken)
     network = make(classes, **taken)
     if not isinstance(network, nn.Module):
         raise UsageError(
             f"model.name: {name} returned a value {kind_of(network)}, expected an nn.Module"
         )
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        some = any(True for _ in network.parameters())
+        what = "only parameters that need no gradient" if some else "no parameters"
+        raise UsageError(f"model.name: {name} has {what}, so there is nothing to train")
     return Built(network, "dropout" in names or anything)
 
 
@@ -323,6 +322,9 @@ def build(config: ModelConfig, classes: int, preprocess: Preprocess) -> Classifi
     return model
 
 
+OUTPUT = "its output for one image"
+
+
 def require_known(name: str) -> None:
     """Raise UsageError unless `name` is a network that distcls can build."""
     resolve(name)
@@ -343,6 +345,8 @@ def _fit_to_size(
         set_stem_stride(model.backbone, 2)  # a hybrid, whose attention supports one resolution only
     if reason := _failure(model, classes, size):
         height, width = size
+        if reason.startswith(OUTPUT):
+            raise UsageError(f"model.name: {config.name}: {reason}")
         raise UsageError(
             f"model.name: {config.name} cannot take images of {height}x{width} pixels: {reason}; "
             "choose another input.size or model"
@@ -358,6 +362,11 @@ def _failure(model: nn.Module, classes: int, size: tuple[int, int]) -> str | Non
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     finally:
         model.train()
-    if not isinstance(logits, Tensor) or logits.shape != (1, classes):
-        return "its output is not one logit per class"
+    if not isinstance(logits, Tensor):
+        return f"{OUTPUT} is {kind_of(logits)}, expected a tensor, a logit for each class"
+    if logits.shape != (1, classes):
+        return (
+            f"{OUTPUT} has the shape {list(logits.shape)}, expected "
+            f"{[1, classes]}: a logit for each of the {classes} classes"
+        )
     return None

@@ -18,14 +18,29 @@ from distcls.registry import IMPORTS, MAIN, OBJECT, PACKAGE, Registry, import_mo
 
 Library = Literal["distcls", "torchvision", "timm"]
 
+
+def _library_of(name: str) -> str | None:
+    """The library that has a network of that name, be it with a tag of weights."""
+    plain = name.partition(".")[0]
+    if plain in ALIASES:
+        return "timm"
+    if plain in _names_in("torchvision"):
+        return "torchvision"
+    return "timm" if plain in _names_in("timm") and not _is_registered_by_user(plain) else None
+
+
 NETWORKS: Registry[Any] = Registry(
-    "model", "model.name", home="distcls.models.simple", prefixes=("torchvision", "timm")
+    "model",
+    "model.name",
+    home="distcls.models.simple",
+    prefixes=("torchvision", "timm"),
+    library_of=_library_of,
 )
 """Networks of neither library: called with the number of classes, and with `size` and `dropout`
 where they take them, they return an nn.Module from float [N, 3, H, W] to logits [N, classes]."""
 register_model = NETWORKS.register
 """Decorate a class or function that makes a network of your own: `@distcls.register_model("name")`.
-See `NETWORKS`."""
+See `NETWORKS`. Raises UsageError for a name that is taken, torchvision's or timm's, or none."""
 ALIASES = {
     "adv-efficientnet-b0": "timm:tf_efficientnet_b0.ap_in1k",
     "adv-efficientnet-b1": "timm:tf_efficientnet_b1.ap_in1k",
@@ -200,6 +215,15 @@ def _timm_names() -> tuple[str, ...]:
 
     import_modules(os.environ.get(IMPORTS, ""))
     return tuple(timm.list_models())
+
+
+def _is_registered_by_user(name: str) -> bool:
+    """Whether one of timm's names is of a module of the user's."""
+    if "timm" not in sys.modules:
+        return False
+    from timm.models import model_entrypoint
+
+    return str(model_entrypoint(name).__module__).partition(".")[0] != "timm"
 
 
 def _is_registered_in_timm(name: str, value: Any) -> bool:

@@ -13,7 +13,6 @@ import hashlib
 import io
 import math
 import re
-import textwrap
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +26,7 @@ from torch import Tensor
 from distcls.config import build, dump_yaml
 from distcls.config.load import Given, current_names, flatten, read_yaml
 from distcls.data.dataset import DataFingerprint
-from distcls.errors import DistclsError, UsageError
+from distcls.errors import DistclsError, UsageError, shown
 from distcls.files import atomic_path, second_name, writable, write_text
 from distcls.log import say, warn
 from distcls.model_card import ModelCard
@@ -155,12 +154,12 @@ class TrainingState:
         for name, value in values.items():
             valid, expected = EXPECTED.get(name, (_is_anything, ""))
             if not valid(value):
-                raise _forged(path, f"has {name}: {_shown(value)}, expected {expected}")
+                raise _forged(path, f"has {name}: {shown(value, 60)}, expected {expected}")
         state = cls(**{names[name]: value for name, value in values.items()})
         for _, name in state.top_models:
             if not _is_model_name(name):
                 expected = "expected a plain file name ending in .pth"
-                raise _forged(path, f"names {_shown(name)} as a model of the run, {expected}")
+                raise _forged(path, f"names {shown(name, 60)} as a model of the run, {expected}")
         if max(state.best_epoch, state.epochs_since_best, len(state.history)) > state.epoch:
             raise _forged(path, f"has scores of more epochs than its {state.epoch}")
         if state.data is not None:
@@ -227,11 +226,6 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kept": (_is_ranking, "a list of scores with file names"),
 }
 """What the fields of a stored `TrainingState` have to be, each by a check and in words."""
-
-
-def _shown(value: object) -> str:
-    """A value out of a file in one short line."""
-    return textwrap.shorten(repr(value), 60, placeholder=" ...")
 
 
 def _forged(path: Path, what: str) -> UsageError:
@@ -436,15 +430,18 @@ class CheckpointManager:
 
         The state comes last: a resume starts from it and rewrites the other files. `tensors` are
         `Engine.state_dict()` at the end of the epoch. `before_state` may change the state when the
-        other files are there; it is called on all processes.
+        other files are there; it is called on all processes. If it raises, the state is written all
+        the same: the epoch is done.
         """
         if self._main_process:
             if model.best:
                 save_checkpoint(self._config.out / BEST, model.weights, model.card)
             self._save_top_k(state, tensors, model)
             _write_history(self._config.out / HISTORY, state.history)
-        before_state()
-        self.save(state, tensors)
+        try:
+            before_state()
+        finally:
+            self.save(state, tensors)
 
     def due(self, step: int) -> bool:
         """Whether a state within the epoch is due after `step` steps."""
@@ -648,7 +645,7 @@ def _require_plain(tensors: dict[str, Any], path: Path) -> None:
     }
     for name, found in valid.items():
         if not found:
-            raise _forged(path, f"has {name}: {_shown(tensors[name])}, which is none")
+            raise _forged(path, f"has {name}: {shown(tensors[name], 60)}, which is none")
 
 
 def _write_history(path: Path, history: list[dict[str, float]]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import re
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -27,16 +28,33 @@ from distcls.training.schedule import ScheduleConfig
 
 # filled by the modules that implement them, which load torch
 LOSSES: Registry[Any] = Registry("loss", "loss.name", home="distcls.training.losses")
+
+
+def _library_of_optimizer(name: str) -> str | None:
+    from timm.optim import list_optimizers
+
+    return "timm" if name in list_optimizers() else None
+
+
 OPTIMIZERS: Registry[Any] = Registry(
-    "optimiser", "optimizer.name", home="distcls.training.optim", prefixes=("timm",)
+    "optimiser",
+    "optimizer.name",
+    home="distcls.training.optim",
+    prefixes=("timm",),
+    library_of=_library_of_optimizer,
 )
 POLICIES: Registry[Any] = Registry("policy", "augment.policy", home="distcls.training.augment")
 register_loss = LOSSES.register
 """Decorate a loss of your own: a function of (logits, targets) that returns the loss of each image,
-`@distcls.register_loss("name")`. See `distcls.training.losses.OwnLoss`."""
+`@distcls.register_loss("name")`. See `distcls.training.losses.OwnLoss`. Raises UsageError for a
+name that is taken or none."""
 register_optimizer = OPTIMIZERS.register
-"""Decorate a function of (groups, lr, config) that makes an optimiser, or a class of (groups, lr):
-`@distcls.register_optimizer("name", momentum=0.9)`; the options are the config keys it reads."""
+"""Decorate what makes an optimiser: a function of (groups, lr, config), or a function or class of
+(params, lr), as those of `torch.optim` are. Both are given the parameter groups, dicts with
+`params`, `lr_scale` and `weight_decay`; `config` is the `optimizer` section.
+`@distcls.register_optimizer("name", momentum=0.9)`; the options are the config keys that it reads.
+Raises UsageError for a name that is taken or none. An optimiser whose `step` needs a closure or
+sparse gradients is refused before a run begins."""
 
 Value = TypeVar("Value")
 Auto = Literal["auto"]
@@ -452,6 +470,12 @@ class MonitorConfig:
         return max(scores, key=rank)
 
 
+FORMAT = re.compile(r"(?:[^/\\{}]?[<>=^])?[-+ ]?0?\d{0,2}[,_]?(?:\.\d{1,2})?[sdeEfFgGn%]?")
+"""How a field of `checkpoint.filename` may be formatted."""
+LONGEST_NAME = 180
+"""Bytes; file systems take 255, and a file being written has a longer name."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Training states in `last/`, from which a run resumes (one at the end of each epoch), and
@@ -481,16 +505,31 @@ class CheckpointConfig:
         require(top is None or top >= 0, "save_top_k", top, "0 or more, or null")
         self._check_filename()
 
-    def _check_filename(self) -> None:
-        fields = {"model": "m", "metric": "top1"}
+    def _formatted(self, **values: object) -> str:
+        """The name with these values; empty where it has other fields or formats than those of
+        `FORMAT`, of which none reads a field's attributes or fills gigabytes with blanks."""
         try:
-            first = self.filename.format(**fields, epoch=1, step=1, score=0.5)
-            second = self.filename.format(**fields, epoch=2, step=2, score=0.5)
-        except (KeyError, IndexError, ValueError, AttributeError):
-            first = second = ""
-        plain = first == Path(first).name and first.endswith(".pth") and first != "best.pth"
+            parts = list(string.Formatter().parse(self.filename))
+            known = all(
+                name is None
+                or (name in values and conversion is None and FORMAT.fullmatch(spec or ""))
+                for _, name, spec, conversion in parts
+            )
+            return self.filename.format(**values) if known else ""
+        except ValueError:
+            return ""
+
+    def _check_filename(self) -> None:
+        values = {"model": "m", "metric": "top1", "score": 0.5}
+        first, second = (self._formatted(**values, epoch=n, step=n) for n in (1, 2))
+        plain = (
+            first == Path(first).name and first.endswith(".pth") and first != "best.pth"
+        ) and "\\" not in first
         expected = "a file name ending in .pth, of {model} {epoch} {step} {metric} {score:.5f}"
-        require(plain, "filename", self.filename, expected)
+        require(plain and first.isprintable(), "filename", self.filename, expected)
+        expected = f"a file name of at most {LONGEST_NAME} bytes"
+        short = len(os.fsencode(first)) <= LONGEST_NAME
+        require(short, "filename", self.filename, expected)
         alone = self.save_top_k in (0, 1) or first != second
         expected = "a name with {epoch} or {step}: several files are saved"
         require(alone, "filename", self.filename, expected)

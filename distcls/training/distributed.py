@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import datetime
 import os
+import re
 import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from distcls.cli import leave_process_group
 from distcls.errors import BadValue, DistclsError, Reported, UsageError
-from distcls.log import world_size
+from distcls.log import counted, world_size
 from distcls.system import (
     available_cores,
     end_with_parent,
@@ -44,8 +45,9 @@ MEETING = 1.0
 def start(config: TrainConfig) -> Accelerator:
     """Join the other processes and set up device, precision and threads.
 
-    Raises UsageError if the number of processes is not the configured one, if the device lacks the
-    precision, or if the weights are to be sharded with options that exclude it.
+    Raises UsageError if the number of processes is not the configured one or exceeds that of the
+    GPUs, if the device lacks the precision, or if the weights are to be sharded with options that
+    exclude it.
     """
     check_processes(config.processes)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -91,13 +93,22 @@ def set_project_folder(accelerator: Accelerator, folder: Path) -> None:
 
 
 def check_processes(wanted: int | None) -> None:
-    """Raise UsageError if the number of processes is not the one that the config requires."""
+    """Raise UsageError if the number of processes is not the one that the config requires, or if
+    this machine has GPUs, but not one for each of its processes."""
     found = world_size()
     if wanted is not None and found != wanted:
         raise UsageError(
             f"processes: {wanted} requested, {found} running; start them with "
             f"`accelerate launch --multi_gpu --num_processes {wanted} -m distcls.train ...` "
             "(with --multi_gpu also on CPUs)"
+        )
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    # what starts processes itself, as srun does, may let each see one GPU of its own
+    shared = gpus > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+    if here > gpus > 0 and shared:
+        raise UsageError(
+            f"{here} processes on this machine and {counted(gpus, 'GPU')}, but each process needs "
+            f"one of its own: start {gpus}, or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
         )
     # accelerate's launcher sets a rendezvous address for N processes, then starts a single one
     # where it finds neither GPUs nor mpirun (1.15: --cpu --num_processes 2)
@@ -121,10 +132,11 @@ def process_group_timeout(seconds: float) -> InitProcessGroupKwargs:
 
 
 @contextlib.contextmanager
-def explain_lost_processes(limit: float) -> Iterator[None]:
+def explain_lost_processes(limit: float, *, begun: bool = True) -> Iterator[None]:
     """Turn the failure of a collective operation into a DistclsError.
 
-    Its cause is another process, which may have printed an error of its own.
+    Its cause is another process, which may have printed an error of its own. `begun`: whether the
+    run has, and can be continued.
     """
     try:
         yield
@@ -133,6 +145,13 @@ def explain_lost_processes(limit: float) -> Iterator[None]:
         if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()):
             raise
         what = (str(error).splitlines() or [""])[0].strip()
+        # gloo's line begins with the place in its source and ends in general advice
+        what = re.sub(r"^\[\S+\] ", "", what).partition(". This is typically")[0]
+        if not begun:
+            raise DistclsError(
+                "another process failed, or cannot be reached, before the first step; its own "
+                f"error says why (collective_timeout {limit:.0f} s): {what}"
+            ) from error
         raise DistclsError(
             f"another process has died, or did not respond within {limit:.0f} s "
             f"(collective_timeout): {what}; --resume auto continues from the last state"
@@ -153,6 +172,18 @@ def choose_precision(wanted: str) -> str:
     if wanted == "fp16" and not cuda:
         raise BadValue("precision", wanted, "auto, fp32 or bf16: fp16 needs a GPU")
     return wanted
+
+
+@contextlib.contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """Put PyTorch's random numbers back afterwards: a run seeds them anew in each step, and what a
+    notebook draws after it would be the same after every run."""
+    begun: Callable[[], bool] = torch.cuda.is_initialized
+    seed, there = torch.initial_seed(), begun()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if there else []):
+        yield
+    if not there and begun():  # nothing was drawn there before
+        torch.cuda.manual_seed_all(seed)
 
 
 def set_threads(wanted: int | None) -> None:

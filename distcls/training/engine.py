@@ -15,10 +15,13 @@ from accelerate import Accelerator
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from distcls.errors import UsageError
 from distcls.evaluation.metrics import Metrics, MetricState, metric_state, require_metrics
 from distcls.imaging import Preprocess
+from distcls.log import counted, say
 from distcls.models.classifier import Classifier, count_macs, count_parameters
 from distcls.models.factory import stem_stride
+from distcls.models.registry import own_module
 from distcls.training.augment import Augment
 from distcls.training.batch_norm import (
     CpuSyncBatchNorm,
@@ -161,6 +164,9 @@ class Engine:
         optimizer = make_optimizer(
             config.optimizer, self._model, chosen(config.lr), sharded=self._sharding.on
         )
+        own = own_module(config.model.name) is not None
+        if (own or accelerator.num_processes > 1) and not self._sharding.on:
+            self._try_model()
         # `_wrapped` is the model in its DDP or FSDP and autocast wrappers; `_model` the bare one
         self._wrapped, self._optimizer = self._sharding.prepare(
             self._model, optimizer, self._averages.models
@@ -177,6 +183,40 @@ class Engine:
         self._statistics = RunningStatistics(
             self._model, correct_bias=config.model.batch_norm_bias_correction
         )
+
+    def _try_model(self) -> None:
+        """A pass over two images in training mode, which shows what one in evaluation did not.
+
+        DDP waits for the gradient of every parameter: if some get none, it has to look for them in
+        each step. Raises UsageError for an output that cannot be trained.
+        """
+        model, device, name = self._model, self._accelerator.device, self._config.model.name
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        expected = (2, len(self._data.classes))
+        with _trial(model, device):
+            logits = model(_random_pixels(2, self._preprocess.size, device))
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            if shape != expected:
+                raise UsageError(
+                    f"model.name: {name}: in training mode its output for two images is {shape}, "
+                    f"expected {expected}: a logit for each class"
+                )
+            if not logits.requires_grad:
+                raise UsageError(
+                    f"model.name: {name}: its output does not depend on its parameters: it is "
+                    "detached, or computed outside of PyTorch"
+                )
+            found = torch.autograd.grad(logits.sum(), [p for _, p in named], allow_unused=True)
+        unused = [key for (key, _), each in zip(named, found, strict=True) if each is None]
+        if not unused:
+            return
+        names = ", ".join(key.removeprefix("backbone.") for key in unused[:3])
+        say(
+            f"model.name: {counted(len(unused), 'parameter')} of {name} ({names}"
+            f"{', ...' * (len(unused) > 3)}) get no gradient and are not trained"
+        )
+        if self._accelerator.ddp_handler is not None:
+            self._accelerator.ddp_handler.find_unused_parameters = True
 
     @property
     def decisions(self) -> int:
@@ -202,7 +242,7 @@ class Engine:
         with contextlib.closing(batches):
             for step in range(first, self.steps_per_epoch):
                 begin, end = self._sampler.bounds(step)
-                lr, waited = self._schedule.rate(done + step), self._train_loader.waited
+                lr, waited = self._schedule.checked_rate(done + step), self._train_loader.waited
                 sums = self._step(epoch, done + step, lr, end - begin, batches)
                 anomalies = self.poll_anomalies(flush=step == self.steps_per_epoch - 1)
                 yield StepReport(
@@ -255,7 +295,7 @@ class Engine:
         Returns the learning rate if it falls because the monitored metric did not improve.
         """
         reduced = self._schedule.after_evaluation(step, improved)
-        return self._schedule.rate(step) if reduced else None
+        return self._schedule.checked_rate(step) if reduced else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes in training, for `load_state_dict` of a later run.
@@ -310,11 +350,7 @@ class Engine:
         put back, and no gradient stays.
         """
         model, device = self._model, self._accelerator.device
-        with _unchanged(model, device):
-            model.train()
-            for module in model.modules():
-                if isinstance(module, nn.SyncBatchNorm | CpuSyncBatchNorm):
-                    module.eval()  # in training it would wait for a process out of memory
+        with _trial(model, device):
             reserved = self._reserve()
             began = time.perf_counter()
             pixels = _random_pixels(images, self._augment.canvas, device)
@@ -441,6 +477,17 @@ def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, saved in buffers:
                     buffer.copy_(saved)
+
+
+@contextlib.contextmanager
+def _trial(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model in training mode for a pass of this process alone; see `_unchanged`."""
+    with _unchanged(model, device):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.SyncBatchNorm | CpuSyncBatchNorm):
+                module.eval()  # in training it would wait for a process out of memory
+        yield
 
 
 def _random_pixels(count: int, size: tuple[int, int], device: torch.device) -> Tensor:

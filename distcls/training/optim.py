@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from distcls.errors import UsageError, did_you_mean
+from distcls.errors import DistclsError, UsageError, did_you_mean, reason_of
 from distcls.models.classifier import depths, head_parameters
-from distcls.registry import kind_of, parameters_of, positional
+from distcls.registry import kind_of, parameters_of, positional, require_takes
 from distcls.training.config import OPTIMIZERS, OptimizerConfig
 
 
@@ -157,6 +159,10 @@ def _eps(config: OptimizerConfig) -> float:
     return config.eps
 
 
+EXPECTED = (
+    "expected a function of (groups, lr, config) or (params, lr), or a class of "
+    "torch.optim.Optimizer"
+)
 TIMM = "timm:"
 LOOKAHEAD = "lookahead_"
 """timm's prefix to a name that wraps that optimiser in Lookahead."""
@@ -175,24 +181,69 @@ def make_optimizer(
     groups = parameter_groups(config, model)
     if config.name not in OPTIMIZERS:
         return _from_timm(config, groups, lr)
-    make, filled = OPTIMIZERS.find(config.name).value, OPTIMIZERS.filled(config)
+    entry, filled = OPTIMIZERS.find(config.name), OPTIMIZERS.filled(config)
+    if entry.own:
+        return _make_own(filled, entry.value, groups, lr)
+    more = {"sharded": sharded} if entry.value is sgd else {}
+    made: torch.optim.Optimizer = entry.value(groups, lr, filled, **more)
+    return made
+
+
+def _make_own(
+    config: OptimizerConfig, make: Any, groups: Groups, lr: float
+) -> torch.optim.Optimizer:
+    """An optimiser of the user's. Raises UsageError where it cannot be made, or is none."""
+    key, name = "optimizer.name", config.name
     if not callable(make):
-        raise UsageError(
-            f"optimizer.name: {config.name} is {kind_of(make)}, expected a function of (groups, "
-            "lr, config) or (params, lr), or a class of torch.optim.Optimizer"
-        )
-    more = {"sharded": sharded} if make is sgd else {}
+        raise UsageError(f"{key}: {name} is {kind_of(make)}, {EXPECTED}")
+    options: dict[str, Any] = {}
+    given: tuple[Any, ...] = (groups, lr)
     if _takes_config(make):
-        made = make(groups, lr, filled, **more)
-    else:
-        named = any(each.name == "lr" for each in parameters_of(make))
-        made = make(groups, lr=lr) if named else make(groups, lr)
-    if isinstance(made, torch.optim.Optimizer):
-        return made
-    raise UsageError(
-        f"optimizer.name: {config.name} returned a value {kind_of(made)}, expected a "
-        "torch.optim.Optimizer"
-    )
+        given = groups, lr, config
+    elif any(each.name == "lr" for each in parameters_of(make)):
+        given, options = (groups,), {"lr": lr}
+    arguments = "(groups, lr, config)" if len(given) == 3 else "(params, lr)"
+    require_takes(key, name, make, arguments, *given, **options)
+    with _explained(f"{key}: {name} cannot be made"):
+        made = make(*given, **options)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise UsageError(
+            f"{key}: {name} returned a value {kind_of(made)}, expected a torch.optim.Optimizer"
+        )
+    if positional(made.step)[0]:
+        raise UsageError(
+            f"{key}: {name} needs a closure, which computes the loss several times in a step; here "
+            "a step computes the gradients once"
+        )
+    if any("lr_scale" not in group for group in made.param_groups):
+        raise UsageError(
+            f"{key}: {name} has parameter groups of its own, without lr_scale, by which each "
+            "group's learning rate is multiplied; give it the groups, or take the scale over"
+        )
+    return made
+
+
+def _try_own(config: OptimizerConfig) -> None:
+    """Have an optimiser of the user's take a step, as a run does: two layers' gradients are there,
+    dense, and no closure computes them again. Raises UsageError where it cannot."""
+    with torch.random.fork_rng([]):
+        model = nn.Sequential(nn.Conv2d(3, 2, 2), nn.Flatten(), nn.Linear(2, 2))
+        made = make_optimizer(config, model, lr=1e-3)
+        with torch.enable_grad():
+            model(torch.ones(1, 3, 2, 2)).sum().backward()
+        with _explained(f"optimizer.name: {config.name} cannot take a step"):
+            made.step()
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn what the user's code and its libraries raise into a UsageError."""
+    try:
+        yield
+    except DistclsError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{what}: {reason_of(error)}") from error
 
 
 def _takes_config(make: Any) -> bool:
@@ -208,10 +259,12 @@ def _takes_config(make: Any) -> bool:
 
 
 def require_usable(config: OptimizerConfig) -> None:
-    """Raise UsageError for an unknown optimiser, naming the nearest, for one of timm's that cannot
-    work here, and for an option that one of timm's does not read."""
+    """Raise UsageError for an unknown optimiser, naming the nearest, for one of timm's or of the
+    user's that cannot work here, and for an option that one of timm's does not read."""
     if config.name in OPTIMIZERS:
         OPTIMIZERS.check(config)
+        if OPTIMIZERS.find(config.name).own:
+            _try_own(config)
         return
     from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
 

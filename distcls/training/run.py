@@ -47,6 +47,7 @@ from distcls.training.distributed import (
     any_process,
     explain_lost_processes,
     from_main,
+    random_numbers_kept,
     set_project_folder,
     start,
     sum_over_processes,
@@ -173,8 +174,8 @@ def fit(
         result = distcls.fit(data="photos/", out="runs/photos", epochs=20)
         print(result.best_score, result.load()("photo.jpg"))
 
-    May be called again in the same process. In a script that `accelerate launch` starts, every
-    process calls it.
+    May be called again in the same process, whose random numbers of PyTorch stay as they are. In a
+    script that `accelerate launch` starts, every process calls it.
 
     Args:
         config: the config; by default `options` are all there is.
@@ -203,7 +204,7 @@ def fit(
     layers = [] if config is None else [options_layer(TrainConfig, vars(config))]
     config = build(TrainConfig, *layers, options_layer(TrainConfig, options))
     require(not config.json, "json", config.json, "false: the result is returned")
-    with log.hushed(config.quiet):
+    with log.hushed(config.quiet), random_numbers_kept():
         return train(config)
 
 
@@ -233,15 +234,16 @@ def _train_alone(config: TrainConfig) -> TrainResult:
     require_places(config)
     require_usable(config)
     require_tracker(config.tracker)
-    accelerator = start(config)
-    asked, config = config, from_main(lambda: place(config))
-    try:
-        with claim_run_directory(config, accelerator):
-            state = _train(config, accelerator)
-    except BaseException:
-        if accelerator.is_main_process:
-            discard_unused(asked, config.out)
-        raise
+    with explain_lost_processes(config.collective_timeout, begun=False):
+        accelerator = start(config)
+        asked, config = config, from_main(lambda: place(config))
+        try:
+            with claim_run_directory(config, accelerator):
+                state = _train(config, accelerator)
+        except BaseException:
+            if accelerator.is_main_process:
+                discard_unused(asked, config.out)
+            raise
     # not end_training(): it ends the process group, and whatever this process does next with it
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -576,7 +578,7 @@ def _change_length(config: TrainConfig, found: Resumption, steps: int) -> list[s
         schedule = make_schedule(config.schedule, chosen(config.lr), steps, epochs)
         with _explain_unfitting(found.path):
             schedule.load_state_dict(found.tensors["schedule"])
-        rates.append(schedule.rate(step))
+        rates.append(schedule.checked_rate(step))
     lines = [
         f"epochs: {now} instead of {before}; from step {state.step + 1} on the learning rate is "
         f"that of the {config.schedule.name} schedule of {now} epochs ({now * steps} steps): "

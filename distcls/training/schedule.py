@@ -5,17 +5,20 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from distcls.config.schema import duration_in_steps, require_duration
-from distcls.errors import UsageError, require
-from distcls.registry import Registry, kind_of
+from distcls.errors import UsageError, require, shown
+from distcls.registry import Registry, kind_of, require_takes
 
 SCHEDULES: Registry[Any] = Registry("schedule", "schedule.name")
 register_schedule = SCHEDULES.register
-"""Decorate a function of (step, total_steps) that returns a fraction of `lr`, or a `Schedule`:
-`@distcls.register_schedule("name", warmup="5%")`; the options are the config keys that it reads."""
+"""Decorate a function of (step, total_steps) that returns a fraction of `lr`, a finite number of 0
+or more (a Python, NumPy or 0-dimensional tensor's), or a subclass of `Schedule`:
+`@distcls.register_schedule("name", warmup="5%")`; the options are the config keys that it reads.
+Raises UsageError for a name that is taken or none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,10 @@ class Schedule:
     def fraction(self, step: int) -> float:
         """Learning rate of step `step`, after the warm-up, as a fraction of `peak`."""
         return 1.0
+
+    def checked_rate(self, step: int) -> float:
+        """`rate` as a float. Raises UsageError for anything but a finite number of 0 or more."""
+        return _number(self.rate(step), f"{type(self).__qualname__}.rate", step)
 
     def after_evaluation(self, step: int, improved: bool) -> bool:
         """Take whether the evaluation after `step` steps was the best so far, the same on all
@@ -242,19 +249,34 @@ class OfFunction(Schedule):
     def fraction(self, step: int) -> float:
         """See `Schedule`. Raises UsageError for anything but a finite number of 0 or more."""
         found = self.function(step, self.total_steps, **self.options)
-        valid = isinstance(found, int | float) and not isinstance(found, bool)
-        if not (valid and 0 <= found < math.inf):
-            raise UsageError(
-                f"schedule.name: {self.name} returned {found!r} for step {step}, expected a "
-                "fraction of lr, a number of 0 or more"
-            )
-        return float(found)
+        return _number(found, self.name, step)
+
+
+def _number(found: Any, name: str, step: int) -> float:
+    """What `name` returned for `step`, as a float. Raises UsageError unless it is finite and 0 or
+    more."""
+    if getattr(found, "ndim", None) == 0 and hasattr(found, "item"):  # NumPy's, or a tensor
+        found = found.item()
+    valid = isinstance(found, numbers.Real) and not isinstance(found, bool)
+    if not (valid and 0 <= found < math.inf):
+        raise UsageError(
+            f"schedule.name: {name} returned {shown(found)} for step {step}, expected a finite "
+            "number of 0 or more"
+        )
+    return float(found)
+
+
+EXPECTED = "expected a function of (step, total_steps) or a subclass of Schedule"
 
 
 def make_schedule(
     config: ScheduleConfig, peak: float, steps_per_epoch: int, epochs: int
 ) -> Schedule:
-    """The schedule of a run of `epochs` times `steps_per_epoch` steps."""
+    """The schedule of a run of `epochs` times `steps_per_epoch` steps.
+
+    One of the user's is asked for the first, a middle and the last step. Raises UsageError for what
+    is none, and for a rate that is no finite number of 0 or more.
+    """
     total = steps_per_epoch * epochs
     entry, filled = SCHEDULES.find(config.name), SCHEDULES.filled(config)
     options = {"warmup": "0%"} | {key: getattr(filled, key) for key in entry.defaults}
@@ -266,16 +288,21 @@ def make_schedule(
         options["milestones"] = tuple(sorted(steps))
     length: dict[str, Any] = {"peak": peak, "total_steps": total, "warmup_steps": warmup}
     if isinstance(entry.value, type):
-        made = entry.value(**length, **options)
-        if isinstance(made, Schedule):
-            return made
-        raise UsageError(f"schedule.name: {config.name} is {kind_of(made)}, expected a Schedule")
-    if not callable(entry.value):
-        raise UsageError(
-            f"schedule.name: {config.name} is {kind_of(entry.value)}, expected a function of "
-            "(step, total_steps) or a subclass of Schedule"
-        )
-    return OfFunction(**length, name=config.name, function=entry.value, options=options)
+        if not issubclass(entry.value, Schedule):
+            raise UsageError(
+                f"schedule.name: {config.name} is the class {entry.value.__qualname__}, {EXPECTED}"
+            )
+        made: Schedule = entry.value(**length, **options)
+    elif callable(entry.value):
+        arguments = ", ".join(["(step, total_steps)", *options])
+        require_takes("schedule.name", config.name, entry.value, arguments, 0, total, **options)
+        made = OfFunction(**length, name=config.name, function=entry.value, options=options)
+    else:
+        raise UsageError(f"schedule.name: {config.name} is {kind_of(entry.value)}, {EXPECTED}")
+    if entry.own:
+        for step in sorted({0, warmup, total // 2, total - 1}):
+            made.checked_rate(min(step, total - 1))
+    return made
 
 
 def _falling(progress: float, final: float) -> float:

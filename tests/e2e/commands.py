@@ -31,6 +31,17 @@ def command(*arguments: object, module: str = "distcls.cli", processes: int = 1)
     return [call[0], *launcher, "--num_processes", str(processes), *call[1:]]
 
 
+def environment(processes: int = 1, **more: str) -> dict[str, str]:
+    """The variables of a command on so many processes; on CPUs if there are fewer GPUs."""
+    found = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    if processes > 1:
+        import torch  # not for the commands that work without
+
+        if torch.cuda.device_count() < processes:
+            found["CUDA_VISIBLE_DEVICES"] = ""
+    return found | more
+
+
 Process = forked.Forked | subprocess.Popen[str]
 """A command that was started."""
 FROM_SCRATCH = ("LD_PRELOAD", "ROOM")
@@ -58,7 +69,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and check its exit code."""
     call = command(*arguments, module=module, processes=processes)
-    process = start(call, {**os.environ, "PYTHONWARNINGS": "ignore"})
+    process = start(call, environment(processes))
     try:
         out, err = process.communicate(timeout=300)
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import time
 from collections import defaultdict
@@ -48,11 +47,11 @@ def all_options(data: Path) -> list[object]:
     return [*OPTIONS, "--distill.teacher", teacher(data)]
 
 
-def start(data: Path, out: Path, *more: object, processes: int = 1, **environment: str) -> Process:
+def start(data: Path, out: Path, *more: object, processes: int = 1, **variables: str) -> Process:
     """Start a run in a process group of its own."""
     arguments = ["--data", data, "--out", out, *all_options(data), *more]
     call = command(*arguments, module="tests.faults.traced_train", processes=processes)
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", **environment}
+    environment = commands.environment(processes, **variables)
     process = commands.start(call, environment, new_session=True)
     _started.append(process)
     return process

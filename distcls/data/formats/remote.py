@@ -163,6 +163,9 @@ class Prefetcher:
                 self._waiting[place] = self._pool.submit(read, url, self._timeout)
         self._next = max(self._next, until)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Prefetcher, (self._url_of, self._count, self._timeout)
+
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):
             self._pool.shutdown(wait=False, cancel_futures=True)
