@@ -5,6 +5,7 @@
     │   └── BadValue      one field of a config is wrong      exit code 2
     ├── Reported          another process prints its error    that error's
     ├── BadImage          one image cannot be decoded         caught by its caller
+    ├── MachineError      an image, by the machine's fault    exit code 1
     └── Stopped           stopped by a signal, resumable      exit code 75
 
 A command prints such an error as one line. Every other exception is a bug in distcls and keeps its
@@ -64,6 +65,11 @@ class BadImage(DistclsError):
 
     The text is the reason, with the image's name where it is known.
     """
+
+
+class MachineError(DistclsError):
+    """An image could not be read or decoded because the machine lacks memory, descriptors or a
+    working file system, after several attempts. The image may be good, so it is not left out."""
 
 
 class Stopped(DistclsError):

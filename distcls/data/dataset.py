@@ -29,8 +29,9 @@ from distcls import log
 from distcls.data.source import SPLITS, Images, ImageSource, Names, state_of, to_rgb
 from distcls.errors import BadImage, BadValue, UsageError, did_you_mean
 from distcls.imaging import Color, decode_file
-from distcls.imaging.decode import Downscale, read_file
+from distcls.imaging.decode import Downscale
 from distcls.imaging.preprocess import background_text, require_color
+from distcls.imaging.reading import read_file
 from distcls.task import Task
 
 Value = TypeVar("Value")

@@ -33,7 +33,8 @@ from distcls.data.source import (
     state_of,
 )
 from distcls.errors import BadImage, DistclsError, UsageError, did_you_mean
-from distcls.imaging.decode import SUFFIXES, read_file
+from distcls.imaging.decode import SUFFIXES
+from distcls.imaging.reading import read_file
 
 SCHEMES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
 """What can be read, and the library that reads it."""
