@@ -426,6 +426,9 @@ class LabelOptions:
                 )
 
 
+FEW_BAD = 5
+"""Unreadable images that end no command, whatever their fraction."""
+
 TIMEOUT = 30.0
 """Seconds that one attempt to fetch an object may take."""
 

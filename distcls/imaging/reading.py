@@ -2,8 +2,9 @@
 
 Only regular files are read, and no more than DISTCLS_MAX_BYTES of one: a pipe would wait for ever,
 a device or a sparse file fills the memory. What the machine lacks for a moment (memory, file
-descriptors, a network file system that answers with an error) is tried again, then ends the run: an
-image that could not be read because of it would silently be missing.
+descriptors, a network file system that answers with an error) is tried again, then ends the run:
+an image that could not be read because of it would silently be missing. A read that hangs, as on a
+dead network file system, cannot be ended, but whoever waits for it can: see `result_of`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -44,6 +46,16 @@ _OF_THE_IMAGE = frozenset(
     )
 )
 """What opening or reading says of the file itself. Without permission see `_is_forbidden`."""
+READ_TIMEOUT = 300
+"""Seconds that reading one file may take, unless DISTCLS_READ_TIMEOUT is set."""
+READ_LIMIT = "DISTCLS_READ_TIMEOUT"
+MOST_SECONDS = 1 << 20
+CHECK_EVERY = 0.5
+"""Seconds between two looks at how long files have been read."""
+LEAVE_AFTER = 5.0
+
+_reading: dict[int, tuple[str | os.PathLike[str], float]] = {}
+"""The file that each thread reads, and since when."""
 _ALLOCATE = re.compile(r"allocate (\d+) bytes")
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -80,12 +92,45 @@ def read_file(path: str | os.PathLike[str], offset: int = 0, size: int | None = 
     Raises BadImage with the reason for a file that is missing, not regular or larger than
     DISTCLS_MAX_BYTES; MachineError where the machine fails.
     """
+    thread = threading.get_ident()
+    _reading[thread] = path, time.monotonic()
     try:
         return patiently(lambda: _read_once(path, offset, size))
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror}") from error
     except ValueError as error:  # a zero byte in the name
         raise BadImage(f"cannot be read: {error}") from error
+    finally:
+        _reading.pop(thread, None)
+
+
+def result_of(future: Future[T]) -> T:
+    """The result of a future that reads files, in any thread, and what else it does.
+
+    Raises MachineError, naming a file, once one has been read for more than DISTCLS_READ_TIMEOUT.
+    """
+    while not future.done() and not wait((future,), CHECK_EVERY).done:
+        now, limit = time.monotonic(), limit_of(READ_LIMIT, READ_TIMEOUT, MOST_SECONDS)
+        for path, began in list(_reading.values()):
+            if now - began > limit:
+                raise MachineError(
+                    f"{os.fsdecode(path)}: not read within {limit} s, the storage hangs; the "
+                    f"environment variable {READ_LIMIT} sets the limit"
+                )
+    return future.result()
+
+
+def leave(pool: ThreadPoolExecutor, pending: Iterable[Future[Any]], error: object) -> None:
+    """End a pool after an error of its owner: what has not begun is dropped.
+
+    Reads under way get 5 s, on Ctrl-C nothing; one that hangs is left behind. Its thread has to be
+    called distcls-..., so that the command does not wait for it at its end.
+    """
+    pool.shutdown(wait=False, cancel_futures=True)
+    hurry = isinstance(error, KeyboardInterrupt)
+    under_way = [future for future in pending if not future.cancelled()]
+    if not wait(under_way, 0 if hurry else LEAVE_AFTER).not_done:
+        pool.shutdown()
 
 
 def _read_once(path: str | os.PathLike[str], offset: int, size: int | None) -> bytes:
@@ -146,19 +191,19 @@ def patiently(call: Callable[[], T], pixels: int | None = None) -> T:
     Raises MachineError then, and at once whatever else `call` raises. `pixels` are those of the
     image that is decoded: asking for far more memory than these is a fault of the image.
     """
-    for wait in (*WAITS, None):
+    for pause in (*WAITS, None):
         try:
             return call()
         except (OSError, MemoryError, cv2.error) as error:
             reason = _machine_fault(error, pixels)
             if reason is None:
                 raise
-            if wait is None:
+            if pause is None:
                 raise MachineError(
                     f"{reason} ({len(WAITS) + 1} attempts); this is a fault of the machine, not of "
                     "the image, so the run ends"
                 ) from error
-        time.sleep(wait)
+        time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
 
