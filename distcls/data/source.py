@@ -508,7 +508,8 @@ def _json_list(text: str, path: Path) -> object:
         return None
 
 
-_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,400}(\.[0-9]{1,400})?")
+"""Longer ones are names: Python refuses to convert them."""
 
 
 def natural_order(names: Iterable[str]) -> tuple[str, ...]:

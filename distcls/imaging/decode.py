@@ -331,6 +331,17 @@ def _read_header(data: bytes, max_pixels: int) -> _Header:
     if not data:
         raise BadImage("empty file")
     check_structure(data)
+    header = _webp_header(data) or _pillow_header(data)
+    width, height = header.width, header.height
+    if width * height > max_pixels:
+        raise BadImage(
+            f"too large: {width}x{height} pixels, at most {max_pixels:,} are decoded; the "
+            f"environment variable {LIMIT} sets the limit"
+        )
+    return header
+
+
+def _pillow_header(data: bytes) -> _Header:
     try:
         with open_header(data) as image:
             if image.format == "PPM" and image.mode == "F":
@@ -338,7 +349,7 @@ def _read_header(data: bytes, max_pixels: int) -> _Header:
             transparent = image.mode in ALPHA_MODES or "transparency" in image.info
             kind = str(image.format)
             compressed = kind == "TIFF" and image.info.get("compression", "raw") != "raw"
-            header = _Header(image.height, image.width, kind, transparent, compressed)
+            return _Header(image.height, image.width, kind, transparent, compressed)
     except (BadImage, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -347,14 +358,28 @@ def _read_header(data: bytes, max_pixels: int) -> _Header:
         wide = _wide_tiff(data)
         if wide is None:
             raise BadImage(_unknown(data)) from error
-        header = wide
-    width, height = header.width, header.height
-    if width * height > max_pixels:
-        raise BadImage(
-            f"too large: {width}x{height} pixels, at most {max_pixels:,} are decoded; the "
-            f"environment variable {LIMIT} sets the limit"
-        )
-    return header
+        return wide
+
+
+def _webp_header(data: bytes) -> _Header | None:
+    """The header of a WebP, which Pillow would take the memory of the whole picture to read.
+
+    None for another format, and for what is none.
+    """
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return None
+    kind = data[12:16]
+    if kind == b"VP8X":
+        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+        return _Header(height, width, "WEBP", bool(data[20] & 16))
+    if kind == b"VP8L" and data[20] == 0x2F:
+        bits = int.from_bytes(data[21:25], "little")
+        sides = 1 + (bits >> 14 & 0x3FFF), 1 + (bits & 0x3FFF)
+        return _Header(*sides, "WEBP", bool(bits >> 28 & 1))
+    if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+        width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+        return _Header(height, width, "WEBP", False)
+    return None
 
 
 def open_header(data: bytes) -> Image.Image:

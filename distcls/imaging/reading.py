@@ -123,11 +123,12 @@ def result_of(future: Future[T]) -> T:
 def leave(pool: ThreadPoolExecutor, pending: Iterable[Future[Any]], error: object) -> None:
     """End a pool after an error of its owner: what has not begun is dropped.
 
-    Reads under way get 5 s, on Ctrl-C nothing; one that hangs is left behind. Its thread has to be
-    called distcls-..., so that the command does not wait for it at its end.
+    Reads under way get 5 s, on Ctrl-C and faults of the machine none; one that hangs is left
+    behind. Its thread has to be called distcls-..., so that the command does not wait for it at its
+    end.
     """
     pool.shutdown(wait=False, cancel_futures=True)
-    hurry = isinstance(error, KeyboardInterrupt)
+    hurry = isinstance(error, KeyboardInterrupt | MachineError)
     under_way = [future for future in pending if not future.cancelled()]
     if not wait(under_way, 0 if hurry else LEAVE_AFTER).not_done:
         pool.shutdown()
