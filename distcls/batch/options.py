@@ -89,7 +89,7 @@ class PredictOptions:
     """With --classes: standard deviation of each RGB channel, likewise; default: 1,1,1."""
     max_bad: float = 0.5
     """Fraction of the images that may have an error in place of a prediction. The output is written
-    in any case; above it, and above 5 images, the exit code is 1."""
+    in any case; above it, and above 10 images, the exit code is 1."""
     part_rows: int = 4096
     """Rows per part; an interrupted run resumes after its last finished part. Rounded up to whole
     batches."""

@@ -30,7 +30,7 @@ COMMAND = Command(
     ),
     groups={
         "essential options": ("input", "model", "out", "overwrite", "resume", "provider", "show"),
-        "input": ("split", "path_column", "root", "limit", "fetch_timeout"),
+        "input": ("split", "path_column", "root", "limit", "fetch_timeout", "max_bad"),
         "output": (
             *("out_format", "top_k", "probabilities", "threshold", "tta", "features"),
             *("show_out", "seed"),

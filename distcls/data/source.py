@@ -426,7 +426,7 @@ class LabelOptions:
                 )
 
 
-FEW_BAD = 5
+FEW_BAD = 10
 """Unreadable images that end no command, whatever their fraction."""
 
 TIMEOUT = 30.0
