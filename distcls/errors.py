@@ -5,6 +5,7 @@
     │   └── BadValue      one field of a config is wrong      exit code 2
     ├── Reported          another process prints its error    that error's
     ├── BadImage          one image cannot be decoded         caught by its caller
+    ├── MachineError      an image, by the machine's fault    exit code 1
     └── Stopped           stopped by a signal, resumable      exit code 75
 
 A command prints such an error as one line. Every other exception is a bug in distcls and keeps its
@@ -14,6 +15,7 @@ traceback.
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import reprlib
 import textwrap
@@ -68,6 +70,11 @@ class BadImage(DistclsError):
 
     The text is the reason, with the image's name where it is known.
     """
+
+
+class MachineError(DistclsError):
+    """An image could not be read or decoded because the machine lacks memory, descriptors or a
+    working file system, after several attempts. The image may be good, so it is not left out."""
 
 
 class Stopped(DistclsError):
@@ -137,11 +144,15 @@ SYNONYMS = {
 """Other frameworks' words, in lower case, for names that a config or a command line takes."""
 
 
+MOST_COMPARED = 2000
+"""Names that an unknown one is compared with; each takes 20 us."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice that an unknown name may mean, in whatever case it is written; None if none is
     near."""
     lowered: dict[str, str] = {}
-    for each in choices:
+    for each in itertools.islice(choices, MOST_COMPARED):
         lowered.setdefault(each.lower(), each)
     word = name.lower()
     meant = SYNONYMS.get(word, "") if word not in lowered else word

@@ -382,10 +382,20 @@ class Progress:
         self._live.draw(self._what, self._done / self._total, details, left)
 
 
+_DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_CONTROLS = {
+    **{code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code != ord("\t")},
+    **{code: f"\\u{code:04x}" for code in (0x2028, 0x2029, *_DIRECTIONS)},
+    **{ord("\n"): "\\n", ord("\r"): "\\r"},
+}
+"""Characters of paths and files that would end a line, move the cursor or turn text around."""
+
+
 def _write(line: str, *, plain: bool = False) -> None:
     """Print a line; a `plain` one is neither a warning nor an error."""
     global _last_line
     _last_line = time.monotonic()
+    line = line.translate(_CONTROLS)
     if _live is not None:
         _live.hide()
     _put(f"{line}\n", sys.stdout if plain and in_notebook() else sys.stderr)

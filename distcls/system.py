@@ -17,6 +17,19 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def memory_limit() -> int:
+    """Bytes that this process may use: the machine's memory, or a container's or ulimit's limit."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text(encoding="utf-8")))
+    with contextlib.suppress(ImportError):  # POSIX alone has it
+        import resource
+
+        limits.append(resource.getrlimit(resource.RLIMIT_AS)[0])
+    return min(limit for limit in limits if limit > 0)
+
+
 CACHE_VARIABLE = "DISTCLS_CACHE"
 """Environment variable that names another folder for the cache."""
 

@@ -120,7 +120,9 @@ def test_a_bug_in_loading_is_raised_and_leaves_no_thread(model: OnnxModel) -> No
 def working() -> list[str]:
     """Names of the pipeline's threads that live."""
     names = [thread.name for thread in threading.enumerate()]
-    return [name for name in names if name.startswith(("decode", "infer", "predict"))]
+    return [
+        name for name in names if name.startswith(("distcls-decode", "distcls-infer", "predict"))
+    ]
 
 
 def test_a_reader_that_leaves_early_leaves_no_thread(model: OnnxModel) -> None:

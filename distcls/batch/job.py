@@ -96,6 +96,7 @@ def predict(
     return PredictResult(
         images=writer.count,
         errors=sum(record.errors for record in records),
+        first_error=next((r.first_error for r in records if r.first_error), ""),
         abstained=sum(record.abstained for record in records),
         resumed=resumed,
         seconds=seconds,

@@ -88,6 +88,9 @@ class PredictOptions:
     """With --classes: mean of each RGB channel, of values scaled to 0..1; default: 0,0,0."""
     std: tuple[float, float, float] | None = None
     """With --classes: standard deviation of each RGB channel, likewise; default: 1,1,1."""
+    max_bad: float = 0.5
+    """Fraction of the images that may have an error in place of a prediction. The output is written
+    in any case; above it, and above 10 images, the exit code is 1."""
     part_rows: int = 4096
     """Rows per part; an interrupted run resumes after its last finished part. Rounded up to whole
     batches."""
@@ -114,6 +117,8 @@ class PredictOptions:
         chance = self.threshold
         require(chance is None or 0 < chance <= 1, "threshold", chance, "above 0 and at most 1")
         require(self.fetch_timeout > 0, "fetch_timeout", self.fetch_timeout, "seconds above 0")
+        bad = self.max_bad
+        require(0 <= bad <= 1, "max_bad", bad, "at least 0 and at most 1")
         both = self.resume and self.overwrite
         require(not both, "resume", True, "false with --overwrite, which starts over")
         self._check_standard_output()
@@ -207,6 +212,8 @@ class PredictResult:
 
     images: int
     errors: int
+    first_error: str
+    """The first image with an error, and its reason; empty if there is none."""
     abstained: int
     resumed: int
     """Images that an earlier run, which was interrupted, had predicted."""

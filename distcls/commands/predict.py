@@ -16,6 +16,8 @@ from distcls.batch.loading import (
 from distcls.batch.options import PredictOptions
 from distcls.cli import run
 from distcls.config import Command
+from distcls.data.source import FEW_BAD
+from distcls.errors import DistclsError
 from distcls.model_card import require_model
 
 COMMAND = Command(
@@ -28,7 +30,7 @@ COMMAND = Command(
     ),
     groups={
         "essential options": ("input", "model", "out", "overwrite", "resume", "provider", "show"),
-        "input": ("split", "path_column", "root", "limit", "fetch_timeout"),
+        "input": ("split", "path_column", "root", "limit", "fetch_timeout", "max_bad"),
         "output": (
             *("out_format", "top_k", "probabilities", "threshold", "tta", "features"),
             *("show_out", "seed"),
@@ -66,6 +68,11 @@ def main(arguments: Sequence[str]) -> None:
         log.say(f"drawn: {result.shown}")
     if options.json:
         log.print_json(result.to_json())
+    if result.errors > max(FEW_BAD, options.max_bad * result.images):
+        raise DistclsError(
+            f"{result.errors:,} of {result.images:,} images have an error in place of a "
+            f"prediction, first {result.first_error}; {out} is complete, --max-bad 1 accepts it"
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,14 @@ COMMAND = Command(
         "distcls prepare digits --out datasets/digits --val-fraction 0.2",
     ),
     groups={
-        "essential options": ("source", "out", "format", "val_fraction", "test_fraction"),
+        "essential options": (
+            "source",
+            "out",
+            "format",
+            "val_fraction",
+            "test_fraction",
+            "max_bad",
+        ),
         "splits": ("splits", "folds", "fold", "bootstrap", "seed", "limit"),
         "manifests": ("path_column", "label_column", "weight_column", "root"),
         "several outputs per image": (

@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 
 from distcls import log
 from distcls.data.source import SPLITS, Images, ImageSource, Names, state_of, to_rgb
-from distcls.errors import BadImage, BadValue, UsageError, did_you_mean
+from distcls.errors import BadImage, BadValue, MachineError, UsageError, did_you_mean
 from distcls.imaging import Color, decode_file
-from distcls.imaging.decode import Downscale, read_file
+from distcls.imaging.decode import Downscale
 from distcls.imaging.preprocess import background_text, require_color
+from distcls.imaging.reading import read_file
 from distcls.task import Task
 
 Value = TypeVar("Value")
@@ -245,8 +246,8 @@ class Split(ImageSource):
         path = self.root / self._paths[index]
         try:
             return read(path)
-        except BadImage as error:
-            raise BadImage(f"{path}: {error}") from error
+        except (BadImage, MachineError) as error:
+            raise type(error)(f"{path}: {error}") from error
 
     @functools.cached_property
     def _pack(self) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ from distcls.data.dataset import IN_RUN, LABELS, MANIFEST, Dataset, Split, is_da
 from distcls.data.formats.detect import open_labelled
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.data.source import SPLITS, ImageRecord, Images, ImageSource, read_class_names
-from distcls.errors import BadImage, UsageError, did_you_mean, shown
+from distcls.errors import BadImage, MachineError, UsageError, did_you_mean, shown
 from distcls.files import given_path
 from distcls.imaging.preprocess import background_color
 from distcls.task import Task
@@ -64,9 +64,9 @@ class Example:
         """
         try:
             return self._read()
-        except BadImage as error:
+        except (BadImage, MachineError) as error:
             name = "" if self.image_id in str(error) else f"{self.image_id}: "
-            raise BadImage(f"{name}{error}") from error
+            raise type(error)(f"{name}{error}") from error
 
     def __repr__(self) -> str:
         split = "" if self.split is None else f", split={self.split!r}"

@@ -22,6 +22,7 @@ from distcls.data.dataset import INFO, PACK, Dataset
 from distcls.data.formats.detect import format_names, open_labelled
 from distcls.data.formats.folder import by_ending, ending_of_name
 from distcls.data.source import (
+    FEW_BAD,
     ImageSource,
     LabelledImages,
     LabelOptions,
@@ -126,6 +127,9 @@ class PrepareOptions:
     pack: Literal["auto", "on", "off"] = "auto"
     """Store the decoded images in one file; auto: if they take at most 4 GiB and have at most
     256x256 pixels on average."""
+    max_bad: float = 0.1
+    """Fraction of the images that may be unreadable; they are left out and listed in rejected.csv.
+    Above it nothing is written, but for up to 10 of them. 1 allows any number."""
     background: Background = WHITE
     """Colour that transparent pixels are blended with, as red, green and blue from 0 to 255; ignore
     discards the alpha channel. Training and predictions use the same."""
@@ -145,6 +149,8 @@ class PrepareOptions:
         rest = "together with test_fraction below 1, training gets the rest"
         alone = test == 1 and total == 1 and self.resampling is None
         require(total < 1 or alone, "val_fraction", self.resolved_val_fraction, rest)
+        bad = self.max_bad
+        require(0 <= bad <= 1, "max_bad", bad, "at least 0 and at most 1")
         require_color("background", background_color(self.background))
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
@@ -339,7 +345,9 @@ def _fill(
     with ExitStack() as stack:
         pack = _open_pack(stack, folder, source, len(assignment), options)
         blended, transparent = _blended(source.source, background_color(options.background))
-        digests, rejected = _decode(folder, source, assignment, pack, copies, blended=blended)
+        digests, rejected = _decode(
+            folder, source, assignment, pack, copies, blended=blended, max_bad=options.max_bad
+        )
         readable = list(digests)
     opened, pack = pack, _finish_pack(pack, len(readable), source, options)
     before = assignment.take(readable)
@@ -405,9 +413,10 @@ def _decode(
     copies: list[str] | None,
     *,
     blended: ImageSource,
+    max_bad: float,
 ) -> tuple[dict[int, bytes], list[Rejected]]:
     """Digests of the readable images, which are then in the pack, by index; and the bad ones with
-    reasons."""
+    reasons. Raises UsageError once more are bad than the fraction `max_bad`."""
     paths = None if copies is None else [folder / path for path in copies]
     images = load_all(blended, assignment.records, paths)
     readable: dict[int, bytes] = {}
@@ -418,6 +427,9 @@ def _decode(
             if isinstance(image, BadImage):
                 record = assignment.records[index]
                 rejected.append(Rejected(record.image_id, record.path, str(image)))
+            if readable and len(rejected) > max(FEW_BAD, max_bad * len(assignment)):
+                raise UsageError(_too_many_bad(source, rejected, index + 1, len(assignment)))
+            if isinstance(image, BadImage):
                 continue
             readable[index] = pixel_digest(image)
             if pack is not None:
@@ -430,6 +442,20 @@ def _decode(
             f"first {first.image_id!r}: {first.reason}{hint * (source.format == 'manifest')}"
         )
     return readable, rejected
+
+
+def _too_many_bad(
+    source: LabelledImages, rejected: Sequence[Rejected], done: int, images: int
+) -> str:
+    first: dict[str, str] = {}
+    for row in rejected:
+        first.setdefault(row.reason, row.image_id)
+    counts = Counter(row.reason for row in rejected).most_common(3)
+    reasons = "; ".join(f"{count:,} {reason}, first {first[reason]!r}" for reason, count in counts)
+    return (
+        f"{source.location}: {len(rejected):,} of the first {done:,} of {images:,} images cannot "
+        f"be read ({reasons}); nothing is written: --max-bad 1 leaves out any number of them"
+    )
 
 
 def pixel_digest(image: NDArray[np.uint8]) -> bytes:

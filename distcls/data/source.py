@@ -430,6 +430,9 @@ class LabelOptions:
                 )
 
 
+FEW_BAD = 10
+"""Unreadable images that end no command, whatever their fraction."""
+
 TIMEOUT = 30.0
 """Seconds that one attempt to fetch an object may take."""
 
@@ -513,7 +516,8 @@ def _json_list(text: str, path: Path) -> object:
         return None
 
 
-_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,400}(\.[0-9]{1,400})?")
+"""Longer ones are names: Python refuses to convert them."""
 
 
 def natural_order(names: Iterable[str]) -> tuple[str, ...]:

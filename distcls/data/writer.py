@@ -30,9 +30,10 @@ from distcls.data.source import (
     Rejected,
 )
 from distcls.data.split import SplitAssignment
-from distcls.errors import BadImage
+from distcls.errors import BadImage, MachineError
 from distcls.files import digest, safe_names
 from distcls.imaging import Color
+from distcls.imaging.reading import leave, result_of
 from distcls.system import available_cores
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def load_all(
 ) -> Iterator[Loaded]:
     """Yield each record's image, grey [height, width] or RGB [height, width, 3], or what is wrong.
 
-    With `copies` each image is also written there as PNG. Raises OSError if one cannot be.
+    With `copies` each image is also written there as PNG. Raises OSError if one cannot be, and
+    MachineError where the machine cannot read or decode.
     """
     if copies is None and not source.encoded:
         yield from (load(source, record, None) for record in records)
@@ -56,18 +58,23 @@ def load_all(
     workers = min(available_cores(), 16)
     places: Sequence[Path | None] = copies or [None] * len(records)
     tasks = iter(zip(records, places, strict=True))
-    with ThreadPoolExecutor(workers) as pool:  # OpenCV decodes without holding the GIL
-        waiting: deque[Future[Loaded]] = deque()
-        try:
-            for record, copy in islice(tasks, 2 * workers):
+    # OpenCV decodes without holding the GIL
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="distcls-decode")
+    waiting: deque[Future[Loaded]] = deque()
+    try:
+        for record, copy in islice(tasks, 2 * workers):
+            waiting.append(pool.submit(load, source, record, copy))
+        while waiting:
+            loaded = result_of(waiting[0])
+            waiting.popleft()
+            for record, copy in islice(tasks, 1):
                 waiting.append(pool.submit(load, source, record, copy))
-            while waiting:
-                loaded = waiting.popleft().result()
-                for record, copy in islice(tasks, 1):
-                    waiting.append(pool.submit(load, source, record, copy))
-                yield loaded
-        finally:
-            pool.shutdown(cancel_futures=True)
+            yield loaded
+            del loaded  # a large one makes room for the next
+    except BaseException as error:
+        leave(pool, waiting, error)
+        raise
+    pool.shutdown()
 
 
 def load(source: ImageSource, record: ImageRecord, copy: Path | None) -> Loaded:
@@ -85,6 +92,8 @@ def load(source: ImageSource, record: ImageRecord, copy: Path | None) -> Loaded:
             pixels = source.image(record.index)
         except BadImage as error:
             return error
+        except MachineError as error:
+            raise MachineError(f"{record.image_id}: {error}") from error
     if copy is not None:
         write_png(copy, pixels)
     return pixels

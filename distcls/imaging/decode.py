@@ -3,7 +3,8 @@
 OpenCV decodes (measured on one core, 500x375 JPEG to 224: OpenCV 850 images/s, Pillow 240); it
 applies the EXIF orientation, turns CMYK and grey into RGB, scales 16 bits to 8 and drops alpha.
 Pillow reads the header first (16 us): the allow-list of formats, and the size before any
-pixel is decoded. OpenCV 5 refuses truncated JPEGs; older ones fill the rest with grey silently.
+pixel is decoded. OpenCV 5 refuses truncated JPEGs; of those with a hole libjpeg says so, where it
+fills the rest with grey, and of compressed TIFFs Pillow does, which decodes them a second time.
 Pillow also decodes what OpenCV reads wrongly or not at all: PNM whose white is another number than
 255 or 65535, AVIF, HEIC, and images with transparency that are shown on a background colour.
 """
@@ -25,8 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, TiffImagePlugin
 
-from distcls.errors import BadImage, UsageError
-from distcls.imaging.silence import silent_stderr
+from distcls.errors import BadImage
+from distcls.imaging.reading import limit_of, memory_budget, patiently, read_file
+from distcls.imaging.silence import hear_damage, silent_stderr
+from distcls.imaging.structure import check_structure
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PNM", "AVIF", "HEIC")
 """Formats that are decoded, by content, not by file ending. Pillow counts MPO as JPEG; PNM are the
@@ -48,11 +51,21 @@ LIMIT = "DISTCLS_MAX_PIXELS"
 MOST_PIXELS = 1 << 30
 """OpenCV decodes no more."""
 
+ACCEPT_DAMAGED = "DISTCLS_ACCEPT_DAMAGED"
+"""Environment variable; 1 takes images with a hole as the decoder fills it."""
+
+BYTES_PER_PIXEL = 9
+"""Memory that decoding takes at most (measured: 6 to 9), the RGB array included; with animated WebP
+16."""
+SMALL_BYTES = 1 << 22
+"""Images that take less do not wait for room."""
+
 Color = tuple[int, int, int]
 """Red, green and blue, 0 to 255."""
 
 PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 """The same in Pillow's names, but for AVIF and HEIF, which an older Pillow does not know."""
+JPEGS = frozenset(("JPEG", "MPO"))
 PILLOWS = frozenset(("PPM", "AVIF", "HEIF"))
 """Decoded by Pillow."""
 ALPHA_MODES = frozenset(("RGBA", "RGBa", "LA", "La", "PA"))
@@ -120,25 +133,72 @@ def decode(
     and 32-bit integers, have no agreed white and are refused with that reason.
 
     `max_pixels` is by default MAX_PIXELS, or DISTCLS_MAX_PIXELS. Raises BadImage with the reason:
-    empty, no known format, too large, corrupt or truncated; UsageError for a bad
-    DISTCLS_MAX_PIXELS.
+    empty, no known format, too large, corrupt, damaged or truncated; MachineError where memory is
+    short after several attempts; UsageError for a bad DISTCLS_MAX_PIXELS.
     """
     _silence_libraries()
-    header = _read_header(data, pixel_limit() if max_pixels is None else max_pixels)
+    most = pixel_limit() if max_pixels is None else max_pixels
+    header = patiently(lambda: _read_header(data, most))
     flags = cv2.IMREAD_COLOR_RGB
-    if downscale is not None and header.kind in ("JPEG", "MPO"):
+    if downscale is not None and header.kind in JPEGS:
         height, width = header.height, header.width
         flags = _reduction(min(downscale(height, width), downscale(width, height)))
+    pixels = header.height * header.width
+    try:
+        size = pixels * (16 if header.kind == "WEBP" else BYTES_PER_PIXEL)
+        if size < SMALL_BYTES:
+            return patiently(lambda: _pixels(data, header, flags, background), pixels)
+        with memory_budget().reserve(size) as keep:
+            image = patiently(lambda: _pixels(data, header, flags, background), pixels)
+            keep(image)
+            return image
+    except cv2.error as error:
+        reason = " ".join(getattr(error, "err", "").split()) or "OpenCV cannot decode it"
+        raise BadImage(f"corrupt: {reason}") from error
+
+
+def _pixels(
+    data: bytes, header: _Header, flags: int, background: Color | None
+) -> NDArray[np.uint8]:
     blend = background if header.transparent else None
-    with silent_stderr():
-        if header.kind in PILLOWS or blend is not None:
+    if header.kind in PILLOWS or blend is not None:
+        with silent_stderr():
             return _by_pillow(data, blend)
-        image = _by_opencv(data, flags)
-        if image is None and header.kind == "TIFF":
-            return _from_wide(data, background)
+    damage = ""
+    if header.kind in JPEGS:
+        again = functools.partial(_by_opencv, data, cv2.IMREAD_REDUCED_GRAYSCALE_8)
+        image, damage = hear_damage(lambda: _by_opencv(data, flags), again)
+    else:
+        with silent_stderr():
+            image = _by_opencv(data, flags)
+            if image is None and header.kind == "TIFF":
+                return _from_wide(data, background)
+            if header.compressed:
+                damage = _damage_of_tiff(data)
     if image is None:
+        _require_memory(header)
         raise BadImage("corrupt or truncated")
+    if damage and os.environ.get(ACCEPT_DAMAGED) != "1":
+        raise BadImage(f"damaged: {damage}; the environment variable {ACCEPT_DAMAGED}=1 takes it")
     return np.asarray(image, np.uint8)
+
+
+def _require_memory(header: _Header) -> None:
+    """Raise MemoryError where there is none for an image that could not be decoded: libpng, libjpeg
+    and libwebp do not say which it was."""
+    np.empty(header.height * header.width * BYTES_PER_PIXEL, np.uint8)
+
+
+def _damage_of_tiff(data: bytes) -> str:
+    """What Pillow says of a compressed TIFF that OpenCV has decoded; empty if nothing."""
+    try:
+        with open_header(data) as image:
+            image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # as many types as Pillow's decoders raise
+        return str(error) if "decoder error" in str(error) else ""
+    return ""
 
 
 def decode_file(
@@ -158,28 +218,10 @@ def may_be_transparent(data: bytes) -> bool:
 
 def pixel_limit() -> int:
     """The largest width times height that is decoded. Raises UsageError if it is set wrongly."""
-    text = os.environ.get(LIMIT)
-    return MAX_PIXELS if not text else _parse_limit(text)
-
-
-@functools.lru_cache(1)
-def _parse_limit(text: str) -> int:
-    limit = int(text.replace("_", "")) if text.replace("_", "").isdecimal() else 0
-    if not 1 <= limit <= MOST_PIXELS:
-        raise UsageError(f"{LIMIT}: {text!r}, expected a whole number from 1 to {MOST_PIXELS:,}")
-    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow has a limit of its own
+    limit = limit_of(LIMIT, MAX_PIXELS, MOST_PIXELS)
+    if limit > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:  # Pillow has a limit of its own
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limit)
     return limit
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of a file. Raises BadImage if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror}") from error
-    except ValueError as error:  # a zero byte in the name
-        raise BadImage(f"cannot be read: {error}") from error
 
 
 def _reduction(factor: float) -> int:
@@ -189,14 +231,9 @@ def _reduction(factor: float) -> int:
 
 def _by_opencv(data: bytes, flags: int) -> Any:
     """RGB [height, width, 3], or with IMREAD_UNCHANGED what the file holds; None if it cannot."""
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-        if image is not None and flags in _REDUCTIONS:  # OpenCV has no flag for both
-            image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    except cv2.error as error:
-        raise BadImage(
-            "corrupt: " + (getattr(error, "err", "") or "OpenCV cannot decode it")
-        ) from error
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if image is not None and flags in _REDUCTIONS:  # OpenCV has no flag for both
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     return image
 
 
@@ -208,7 +245,7 @@ def _by_pillow(data: bytes, background: Color | None) -> NDArray[np.uint8]:
                 return _without_key(data, image.info["transparency"], background)
             image.load()
             return from_pillow(image, background)
-    except BadImage:
+    except (BadImage, MemoryError, cv2.error):
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
         raise BadImage("corrupt or truncated") from error
@@ -235,6 +272,8 @@ def from_pillow(image: Image.Image, background: Color | None) -> NDArray[np.uint
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception:  # damaged EXIF; OpenCV ignores it, too
         return image
 
@@ -283,27 +322,16 @@ class _Header(NamedTuple):
     """Pillow's name of the format."""
     transparent: bool
     """Whether some pixels may be transparent."""
+    compressed: bool = False
+    """Whether it is a compressed TIFF."""
 
 
 def _read_header(data: bytes, max_pixels: int) -> _Header:
     """What a file says of itself. Raises BadImage."""
     if not data:
         raise BadImage("empty file")
-    try:
-        with open_header(data) as image:
-            if image.format == "PPM" and image.mode == "F":
-                raise BadImage("PFM is not read: convert its floats to 8 or 16 bits")
-            transparent = image.mode in ALPHA_MODES or "transparency" in image.info
-            header = _Header(image.height, image.width, str(image.format), transparent)
-    except BadImage:
-        raise
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"too large: {error}; {LIMIT} sets the limit") from error
-    except Exception as error:  # Pillow's parsers raise a dozen types on hostile headers
-        wide = _wide_tiff(data)
-        if wide is None:
-            raise BadImage(_unknown(data)) from error
-        header = wide
+    check_structure(data)
+    header = _webp_header(data) or _pillow_header(data)
     width, height = header.width, header.height
     if width * height > max_pixels:
         raise BadImage(
@@ -311,6 +339,47 @@ def _read_header(data: bytes, max_pixels: int) -> _Header:
             f"environment variable {LIMIT} sets the limit"
         )
     return header
+
+
+def _pillow_header(data: bytes) -> _Header:
+    try:
+        with open_header(data) as image:
+            if image.format == "PPM" and image.mode == "F":
+                raise BadImage("PFM is not read: convert its floats to 8 or 16 bits")
+            transparent = image.mode in ALPHA_MODES or "transparency" in image.info
+            kind = str(image.format)
+            compressed = kind == "TIFF" and image.info.get("compression", "raw") != "raw"
+            return _Header(image.height, image.width, kind, transparent, compressed)
+    except (BadImage, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"too large: {error}; {LIMIT} sets the limit") from error
+    except Exception as error:  # Pillow's parsers raise a dozen types on hostile headers
+        wide = _wide_tiff(data)
+        if wide is None:
+            raise BadImage(_unknown(data)) from error
+        return wide
+
+
+def _webp_header(data: bytes) -> _Header | None:
+    """The header of a WebP, which Pillow would take the memory of the whole picture to read.
+
+    None for another format, and for what is none.
+    """
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return None
+    kind = data[12:16]
+    if kind == b"VP8X":
+        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+        return _Header(height, width, "WEBP", bool(data[20] & 16))
+    if kind == b"VP8L" and data[20] == 0x2F:
+        bits = int.from_bytes(data[21:25], "little")
+        sides = 1 + (bits >> 14 & 0x3FFF), 1 + (bits & 0x3FFF)
+        return _Header(*sides, "WEBP", bool(bits >> 28 & 1))
+    if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+        width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+        return _Header(height, width, "WEBP", False)
+    return None
 
 
 def open_header(data: bytes) -> Image.Image:

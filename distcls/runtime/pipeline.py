@@ -22,6 +22,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import threading
 import time
@@ -33,8 +34,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls.data.source import ImageSource
-from distcls.errors import BadImage, DistclsError
+from distcls.errors import BadImage, DistclsError, MachineError
 from distcls.imaging import Preprocess
+from distcls.imaging.reading import leave, patiently, result_of
 from distcls.runtime.model import Floats, Model
 from distcls.system import available_cores
 
@@ -121,7 +123,8 @@ def stream(
 
     Yields chunks in the order of `indices`. An image that cannot be decoded, or for which the model
     gives no finite numbers, is an error in its chunk; nothing is raised for it. The batch size is
-    by default that of the model's execution config, and so is the number of threads.
+    by default that of the model's execution config, and so is the number of threads. Raises
+    MachineError, with the image's name, where the machine cannot read or decode.
     """
     indices = range(len(source)) if indices is None else indices
     size = batch_size or model.execution.batch_size
@@ -161,13 +164,17 @@ def _run(
                 yield from _next_chunk(pending, profiler)
         while pending:
             yield from _next_chunk(pending, profiler)
+    except BaseException as error:
+        pool.leave(pending, error)
+        raise
     finally:
         pool.shutdown()
         profiler.seconds = time.perf_counter() - began
 
 
 def _next_chunk(pending: collections.deque[Future[Chunk]], profiler: Profiler) -> Iterator[Chunk]:
-    chunk = pending.popleft().result()
+    chunk = result_of(pending[0])
+    pending.popleft()
     profiler.images += len(chunk.indices)
     with profiler.measure("write"):
         yield chunk
@@ -221,7 +228,9 @@ class _WorkerPool:
         self._preprocess = model.card.preprocess
         self._profiler = profiler
         self._local = threading.local()
-        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="distcls-decode")
+        self._pools = [self._decoders]
+        self._left = False
         profiler.threads = threads
         self.prefetch = 2 * threads
         """Batches under way; one a thread, and as many finished or about to begin."""
@@ -232,7 +241,14 @@ class _WorkerPool:
 
     def shutdown(self) -> None:
         """Finish work in progress, drop work that has not begun."""
-        self._decoders.shutdown(cancel_futures=True)
+        for pool in self._pools:
+            pool.shutdown(wait=not self._left, cancel_futures=True)
+
+    def leave(self, pending: Iterable[Future[Chunk]], error: BaseException) -> None:
+        """The same after an error, but a read that hangs is left behind."""
+        for pool in self._pools:
+            leave(pool, pending, error)
+        self._left = True
 
     def _run(self, batch: _Batch) -> Chunk:
         number = len(batch.indices)
@@ -256,10 +272,17 @@ class _WorkerPool:
                 images[run] = batch.ready[run]  # repeats a grey channel
                 return
             for position in positions:
+                load = functools.partial(self._load, batch, position)
                 try:
-                    images[position] = self._preprocess(batch.load(position))
+                    images[position] = patiently(load)
                 except BadImage as error:
                     errors[position] = str(error)
+                except MachineError as error:
+                    name = batch.source.image_ids[batch.indices[position]]
+                    raise MachineError(f"{name}: {error}") from error
+
+    def _load(self, batch: _Batch, position: int) -> Images:
+        return self._preprocess(batch.load(position))
 
 
 class _StagedPool(_WorkerPool):
@@ -269,7 +292,9 @@ class _StagedPool(_WorkerPool):
         self, model: Model, profiler: Profiler, threads: int, streams: int, size: int
     ) -> None:
         super().__init__(model, profiler, threads)
-        self._streams = ThreadPoolExecutor(streams, thread_name_prefix="infer")
+        self._streams = ThreadPoolExecutor(streams, thread_name_prefix="distcls-infer")
+        # the decoders first: a stream may be waiting for them, or be cancelled
+        self._pools.append(self._streams)
         profiler.threads = threads + streams
         self.prefetch = streams + math.ceil(2 * threads * DECODE_TASK / size)
 
@@ -285,10 +310,6 @@ class _StagedPool(_WorkerPool):
             for start in range(0, number, step)
         ]
         return self._streams.submit(self._gather, tasks, batch, images, errors)
-
-    def shutdown(self) -> None:
-        super().shutdown()  # first: a stream may be waiting for decoders, or be cancelled, here
-        self._streams.shutdown(cancel_futures=True)
 
     def _gather(
         self, tasks: list[Future[None]], batch: _Batch, images: Images, errors: list[str | None]
@@ -395,6 +416,10 @@ class ImageQueue(Generic[T]):
                 request.image = self._model.card.preprocess(request.load())
         except BadImage as error:
             request.error = str(error)
+        except MachineError as error:
+            name = "" if request.image_id is None else f"{request.image_id}: "
+            request.fail(MachineError(f"{name}{error}"))
+            return False
         except Exception as error:  # a bug, and only in this image: its neighbours continue
             request.fail(error)
             return False

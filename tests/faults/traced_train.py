@@ -9,6 +9,7 @@ SLOW=SECONDS      each step takes at least so long, so that a signal can hit it
 SLOW_SAVE=SECONDS each state takes so long to write, half before its bytes and half after
 BLIND=RANK        top-1 stands still on that rank and rises on the others
 DIE=STEP:RANK:NAME  at that step the threads of that name die on that rank
+HANG=FIFO:PART    once the pipe exists, opening files with PART in their paths waits for its writer
 CLOCK_LOG=FILE    appends the wall clock's seconds at each step
 """
 
@@ -45,9 +46,20 @@ SLOW_SAVE = float(os.environ.get("SLOW_SAVE", "0"))
 
 SPIKE, ROOM, GPU_ROOM = (os.environ.get(name) for name in ("SPIKE", "ROOM", "GPU_ROOM"))
 
+HANG = os.environ.get("HANG")
+
+open_of = os.open
 init_of = Engine.__init__
 losses_of, step_of, evaluate_of = Engine._losses, Engine._step, Engine.evaluate
 current = {"step": 0, "evaluations": 0}
+
+
+def hanging_open(path: Any, *rest: Any, **named: Any) -> int:
+    """A file of a file system that does not answer."""
+    pipe, _, part = str(HANG).partition(":")
+    if part in str(path) and Path(pipe).exists():
+        open_of(pipe, os.O_RDONLY)
+    return open_of(path, *rest, **named)
 
 
 def traced_step(self: Engine, epoch: int, step: int, *rest: Any) -> Any:
@@ -123,6 +135,8 @@ if ROOM or GPU_ROOM:
     Engine.__init__ = limited_init
 if BLIND:
     Engine.evaluate = blinded_evaluate  # type: ignore[method-assign]
+if HANG:
+    os.open = hanging_open
 if SLOW_SAVE:
     checkpointing.atomic_path = slow_path  # type: ignore[attr-defined]
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ from distcls.data.source import (
     real_paths,
     state_of,
 )
-from distcls.errors import UsageError
-from distcls.imaging.decode import SUFFIXES, looks_like_image, read_file
+from distcls.errors import BadImage, UsageError
+from distcls.imaging.decode import SUFFIXES, looks_like_image
+from distcls.imaging.reading import open_regular, read_file
 from distcls.task import Task
 
 JUNK_FOLDERS = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"))
@@ -212,9 +213,12 @@ def _head(entry: os.DirEntry[str]) -> bytes:
 
 def _read_head(path: str) -> bytes:
     try:
-        with open(path, "rb", buffering=0) as handle:  # noqa: PTH123 - twice Path's speed
-            return handle.read(HEAD) or b""
-    except OSError:  # reading it as an image fails with the reason
+        handle = open_regular(path)  # a pipe would wait
+        try:
+            return os.read(handle, HEAD)
+        finally:
+            os.close(handle)
+    except (OSError, BadImage):  # reading it as an image fails with the reason
         return b""
 
 

@@ -37,6 +37,7 @@ from distcls.data.source import (
     to_rgb,
 )
 from distcls.errors import UsageError
+from distcls.imaging.reading import BYTES_LIMIT, byte_limit
 from distcls.task import Task
 
 NAME = re.compile(r"(.+-)?(train|t10k|test)-(images|labels)[-.]idx([13])-ubyte(\.gz)?")
@@ -47,6 +48,9 @@ IdxFormat = Literal["auto", "idx", "mnist", "fashion-mnist"]
 _CHUNK = 1 << 22
 _DEFLATE_LIMIT = 1040
 """No gzip file unpacks to more than 1,032 times its size."""
+
+_PACKED_LIMIT = 64
+"""Large files that unpack to more times their size are not unpacked into memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,6 +238,11 @@ def _read_stream(path: Path, handle: BinaryIO, dimensions: int) -> IdxFile:
         raise UsageError(f"{path}: holds no values; its header says {'x'.join(map(str, shape))}")
     if size > path.stat().st_size * _DEFLATE_LIMIT:  # before so much memory is allocated
         raise UsageError(f"{path}: truncated; its header says {size:,} values")
+    if size > max(byte_limit(), _PACKED_LIMIT * path.stat().st_size):
+        raise UsageError(
+            f"{path}: {path.stat().st_size:,} bytes that unpack to {size:,}, more than images do; "
+            f"unpack it, or set the environment variable {BYTES_LIMIT}"
+        )
     values = np.empty(size, np.uint8)
     md5 = hashlib.md5(header, usedforsecurity=False)
     filled = 0

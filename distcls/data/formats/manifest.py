@@ -54,6 +54,9 @@ ENDINGS = (".csv", ".parquet")
 FILE_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_id")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 
+MOST_NAMED = 30
+"""Columns that a message names."""
+
 Block = dict[str, list[str | None]]
 """Some rows by column (as it is called in `Table.columns`); None where a cell is empty."""
 
@@ -249,6 +252,12 @@ def _find_column(
     return _plain(named)
 
 
+def _found(table: Table) -> str:
+    """The columns of a table in a message, of many the first ones."""
+    more = ", ..." if len(table.columns) > MOST_NAMED else ""
+    return ", ".join(itertools.islice(table.columns.values(), MOST_NAMED)) + more
+
+
 def _gather(
     name: str, base: str, table: Table, options: OpenOptions
 ) -> tuple[Names, Names | None, TextColumn | None]:
@@ -257,7 +266,7 @@ def _gather(
     if path is None:
         raise UsageError(
             f"{name}: no column for the image; expected one of {', '.join(FILE_COLUMNS)}, "
-            f"found {', '.join(table.columns.values())}; choose one with --path-column"
+            f"found {_found(table)}; choose one with --path-column"
         )
     named = path != "image_id" and "image_id" in table.columns
     for column in (path, "image_id"):
@@ -311,7 +320,7 @@ def _label_column(path: Path, table: Table, options: OpenOptions) -> str:
     if found is None:
         raise UsageError(
             f"{path}: no column for the label; expected one of {', '.join(LABEL_COLUMNS)}, "
-            f"found {', '.join(table.columns.values())}; choose one with --label-column"
+            f"found {_found(table)}; choose one with --label-column"
         )
     return found
 

@@ -35,7 +35,8 @@ from distcls.data.formats.remote import Prefetcher, filesystem_of, is_url, read
 from distcls.data.source import TIMEOUT, Images, ImageSource, to_rgb
 from distcls.errors import BadImage, UsageError
 from distcls.imaging import Color, decode
-from distcls.imaging.decode import FORMATS, from_pillow, open_header, read_file
+from distcls.imaging.decode import FORMATS, from_pillow, open_header
+from distcls.imaging.reading import read_file
 
 ImageInput: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | NDArray[np.uint8] | Image.Image

@@ -1,8 +1,9 @@
 """Images behind http://, https://, s3:// and gs://, read through fsspec.
 
-An object that cannot be read is an error of that image, after three more attempts. Objects are
-prefetched, 16 at a time: one response takes longer than one decoding. fsspec fetches one object or
-a whole list; prefetching in order, in bounded memory, with a time limit and retries, is done here.
+An object that cannot be read is an error of that image, after three more attempts; so is one that
+is larger than DISTCLS_MAX_BYTES, unpacked if the server has packed it. Objects are prefetched, 16
+at a time: one response takes longer than one decoding. fsspec fetches one object or a whole list;
+prefetching in order, in bounded memory, with a time limit and retries, is done here.
 
 Credentials, endpoints and the like are read from the libraries' default locations; any option of
 a file system can be set by FSSPEC_S3_ANON=true and the like (fsspec's documentation, "config").
@@ -33,7 +34,8 @@ from distcls.data.source import (
     state_of,
 )
 from distcls.errors import BadImage, DistclsError, UsageError, did_you_mean
-from distcls.imaging.decode import SUFFIXES, read_file
+from distcls.imaging.decode import SUFFIXES
+from distcls.imaging.reading import byte_limit, read_file, require_bytes
 
 SCHEMES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
 """What can be read, and the library that reads it."""
@@ -45,7 +47,12 @@ CONCURRENT = 16
 """Objects fetched at a time."""
 
 PREFETCH = 64
-"""Objects prefetched beyond the one that is requested."""
+"""Objects prefetched beyond the one that is requested, fewer where they are large."""
+
+LARGE_BYTES, LARGE_AT_A_TIME = 1 << 24, 4
+"""Answers of a web server that are larger are received four at a time."""
+LISTING_TIMEOUT = 300.0
+"""Seconds that one folder's listing may take, however steadily it comes."""
 
 _TRANSIENT = (408, 425, 429)
 """Statuses below 500 after which another attempt makes sense."""
@@ -57,16 +64,20 @@ def is_url(text: str) -> bool:
 
 
 @functools.cache
-def filesystem(scheme: str) -> Any:
+def filesystem(scheme: str, timeout: float | None = None) -> Any:
     """fsspec's file system of a scheme; nothing is connected yet.
 
-    Raises UsageError for an unknown scheme or a library that is missing.
+    With http, `timeout` are the seconds that a server may be silent. Raises UsageError for an
+    unknown scheme or a library that is missing.
     """
     if scheme not in SCHEMES:
         raise UsageError(f"unknown scheme {scheme + '://'!r}{did_you_mean(scheme, SCHEMES)}")
     try:
         import fsspec
 
+        if SCHEMES[scheme] == "aiohttp":
+            opened = functools.partial(_open_session, timeout)
+            return fsspec.filesystem(scheme, get_client=opened)
         return fsspec.filesystem(scheme)
     except ImportError as error:
         raise UsageError(
@@ -75,9 +86,49 @@ def filesystem(scheme: str) -> Any:
         ) from error
 
 
-def filesystem_of(url: str) -> Any:
+def filesystem_of(url: str, timeout: float | None = None) -> Any:
     """The file system that a URL belongs to; raises as `filesystem` does."""
-    return filesystem(urlsplit(url).scheme.lower())
+    return filesystem(urlsplit(url).scheme.lower(), timeout)
+
+
+async def _open_session(silence: float | None, **options: Any) -> Any:
+    """An aiohttp session whose answers are bounded, also where they are packed."""
+    import asyncio
+
+    import aiohttp
+
+    turn = asyncio.Semaphore(LARGE_AT_A_TIME)
+
+    class BoundedResponse(aiohttp.ClientResponse):
+        """A response whose body is no larger than an image may be."""
+
+        async def read(self) -> bytes:
+            """Read the body, once. Raises BadImage if it is too large."""
+            if self._body is None:
+                self._body = await _bounded(self, turn)
+            return self._body
+
+    total = None if silence is None else max(silence, LISTING_TIMEOUT)
+    limits = aiohttp.ClientTimeout(total=total, sock_connect=silence, sock_read=silence)
+    given = {"timeout": limits, **options, "response_class": BoundedResponse}
+    return aiohttp.ClientSession(**given)
+
+
+async def _bounded(response: Any, turn: Any) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async with contextlib.AsyncExitStack() as large:
+        async for part in response.content.iter_any():
+            if size <= LARGE_BYTES < size + len(part):
+                await large.enter_async_context(turn)
+            parts.append(part)
+            size += len(part)
+            try:
+                require_bytes(size)
+            except BadImage:
+                response.close()
+                raise
+    return b"".join(parts)
 
 
 def read(url: str, timeout: float) -> bytes:
@@ -85,6 +136,8 @@ def read(url: str, timeout: float) -> bytes:
     for wait in (*BACKOFF, None):
         try:
             return _read_once(url, timeout)
+        except BadImage:  # too large
+            raise
         except Exception as error:  # each library has a tree of errors of its own
             reason = _reason(error, timeout)
             if wait is None or _final(error):
@@ -96,10 +149,12 @@ def read(url: str, timeout: float) -> bytes:
 def _read_once(url: str, timeout: float) -> bytes:
     from fsspec.asyn import sync
 
-    system = filesystem_of(url)
+    system = filesystem_of(url, timeout)
     place = system._strip_protocol(url)
     # `cat_file` itself knows no time limit; this is what it does, with one
-    return bytes(sync(system.loop, system._cat_file, place, timeout=timeout))
+    data = bytes(sync(system.loop, system._cat_file, place, timeout=timeout))
+    require_bytes(len(data))
+    return data
 
 
 def _final(error: Exception) -> bool:
@@ -156,7 +211,7 @@ class Prefetcher:
     def _submit(self, index: int) -> None:
         if index > self._next + 64 * PREFETCH:  # begins in the middle
             self._next = index
-        until = min(self._count, index + PREFETCH)
+        until = min(self._count, index + (1 if self._is_full() else PREFETCH))
         for place in range(self._next, until):
             url = self._url_of(place)
             if url is not None:
@@ -165,6 +220,12 @@ class Prefetcher:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Prefetcher, (self._url_of, self._count, self._timeout)
+
+    def _is_full(self) -> bool:
+        """Whether what has been fetched and not requested yet takes as much as an image may."""
+        done = (future for future in self._waiting.values() if future.done())
+        sizes = (len(each.result()) for each in done if each.exception() is None)
+        return sum(sizes) > byte_limit()
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):
@@ -249,8 +310,8 @@ class RemoteSource(ImageSource):
         """Raises UsageError if there is none, DistclsError if the store does not respond."""
         self.location = url
         web = url.startswith("http")
-        root, listed = _listed(url, web)
-        objects = _sorted(url, listed, web)
+        root, listed = _listed(url, web, timeout)
+        objects = _sorted(url, listed, web, timeout)
         urls = Names.of(name for name, _ in objects)
         below = (name[len(root) + 1 :].partition("?" if web else "\0")[0] for name, _ in objects)
         names = Names.of(unquote(name) if web else name for name in below)
@@ -298,21 +359,21 @@ def is_pattern(url: str) -> bool:
     return _magic(url, url.startswith("http")) is not None
 
 
-def _listed(url: str, web: bool) -> tuple[str, Iterable[Listed]]:
+def _listed(url: str, web: bool, timeout: float) -> tuple[str, Iterable[Listed]]:
     """The folder that names are relative to, and the objects that a URL means."""
     magic = _magic(url, web)
     if magic is not None:
         root = url[:magic].rpartition("/")[0]
-        return root, _matching(url, root, web)
+        return root, _matching(url, root, web, timeout)
     if ending_of(url) in SUFFIXES:
         return folder_of(url), [(url, "")]
     root = url.rstrip("/")
-    return root, _images_below(url, root, web)
+    return root, _images_below(url, root, web, timeout)
 
 
-def _images_below(url: str, root: str, web: bool) -> Iterator[Listed]:
+def _images_below(url: str, root: str, web: bool, timeout: float) -> Iterator[Listed]:
     left_out = LeftOut()
-    for name, tag in _walk(root, web):
+    for name, tag in _walk(root, web, timeout):
         if not is_image_name(name):
             left_out.add_other(name)  # by its ending: the first bytes cost a request each
             continue
@@ -323,15 +384,17 @@ def _images_below(url: str, root: str, web: bool) -> Iterator[Listed]:
     left_out.say(url)
 
 
-def _sorted(url: str, listed: Iterable[Listed], web: bool) -> list[Listed]:
+def _sorted(url: str, listed: Iterable[Listed], web: bool, timeout: float) -> list[Listed]:
     try:
         objects = sorted(listed, key=lambda item: unquote(item[0]) if web else item[0])
     except FileNotFoundError as error:
         raise UsageError(f"{url}: nothing found") from error
+    except BadImage as error:  # what a listing that is too large is said to be
+        raise DistclsError(f"{url}: cannot be listed: {error}") from error
     except DistclsError:
         raise
     except Exception as error:  # each library has a tree of errors of its own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = _reason(error, timeout)
         raise DistclsError(f"{url}: cannot be listed: {reason}") from error
     if not objects:
         endings = ", ".join(sorted(SUFFIXES))
@@ -339,25 +402,25 @@ def _sorted(url: str, listed: Iterable[Listed], web: bool) -> list[Listed]:
     return objects
 
 
-def _matching(pattern: str, root: str, web: bool) -> Iterator[Listed]:
+def _matching(pattern: str, root: str, web: bool, timeout: float) -> Iterator[Listed]:
     """The objects that a glob means; as in a shell, * stays within a folder and ** does not."""
     from fsspec.utils import glob_translate
 
     matches = re.compile(glob_translate(pattern)).match
     depth = None if "**" in pattern else pattern[len(root) :].count("/")
     hidden = "/." in pattern[len(root) :]
-    for url, tag in _walk(root, web, depth):
+    for url, tag in _walk(root, web, timeout, depth):
         below = url[len(root) + 1 :]
         if matches(unquote(url) if web else url) and (hidden or not is_hidden(below)):
             yield url, tag
 
 
-def _walk(root: str, web: bool, depth: int | None = None) -> Iterator[Listed]:
+def _walk(root: str, web: bool, timeout: float, depth: int | None = None) -> Iterator[Listed]:
     """All objects below a URL, at most `depth` folders deep.
 
     Not by fsspec's own `find`, which silently skips folders that cannot be listed.
     """
-    system, scheme = filesystem_of(root), urlsplit(root).scheme
+    system, scheme = filesystem_of(root, timeout), urlsplit(root).scheme
     folders, seen = [(root, 1)], {root}
     while folders:
         folder, level = folders.pop()

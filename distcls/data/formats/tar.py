@@ -13,10 +13,11 @@ library itself only streams; here images are read by index, shuffled and resumed
 from __future__ import annotations
 
 import array
+import itertools
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -34,10 +35,16 @@ from distcls.data.source import (
 )
 from distcls.errors import BadImage, UsageError, did_you_mean
 from distcls.imaging.decode import SUFFIXES
+from distcls.imaging.reading import read_file
 from distcls.task import Task
 
 _TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 """What tarfile raises for damaged headers."""
+LONGEST_CLASS = 1 << 16
+"""Bytes of a class file."""
+MOST_SHARDS = 100_000
+"""Names that the braces of a pattern may make."""
+MOST_BRACES = 100
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
@@ -137,16 +144,16 @@ class TarSource(ImageSource):
         """The content of an image's class file, a number or a name; None without one."""
         if self._class_size[index] < 0:
             return None
+        if self._class_size[index] > LONGEST_CLASS:
+            raise UsageError(
+                f"{self.location}: {self._image_ids[index]!r} has a class of "
+                f"{self._class_size[index]:,} bytes, expected a number or a name"
+            )
         place = self._shard[index], self._class_offset[index], self._class_size[index]
         return self._read(*place).decode("utf-8", "replace").strip() or None
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
-        try:
-            with self._paths[shard].open("rb", buffering=0) as handle:
-                handle.seek(offset)
-                data = handle.read(size)
-        except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror}") from error
+        data = read_file(self._paths[shard], offset, size)
         if len(data) != size:
             raise BadImage("cannot be read: the shard was truncated")
         return data
@@ -207,20 +214,33 @@ def _check_unique(location: str, records: Sequence[ImageRecord]) -> None:
 
 
 def expand_braces(text: str) -> list[str]:
-    """`shard-{000..003}.tar` or `{a,b}.tar` expanded to names, as by a shell."""
+    """`shard-{000..003}.tar` or `{a,b}.tar` expanded to names, as by a shell.
+
+    Raises UsageError for more than 100,000 names or 100 braces.
+    """
+    names: list[str] = []
+    if text.count("{") <= MOST_BRACES:
+        names = list(itertools.islice(_expanded(text), MOST_SHARDS + 1))
+    if not 0 < len(names) <= MOST_SHARDS:
+        raise UsageError(f"{text}: its braces make more than {MOST_SHARDS:,} names")
+    return names
+
+
+def _expanded(text: str) -> Iterator[str]:
     found = _BRACES.search(text)
     if found is None:
-        return [text]
+        yield text
+        return
     head, tail = text[: found.start()], text[found.end() :]
     first, dots, last = found[1].partition("..")
-    if dots and first.isdecimal() and last.isdecimal():
+    choices: Iterable[str] = found[1].split(",")
+    if dots and first.isdecimal() and last.isdecimal() and max(len(first), len(last)) < 20:
         width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
         step = 1 if int(first) <= int(last) else -1
         numbers = range(int(first), int(last) + step, step)
-        choices = [f"{number:0{width}d}" for number in numbers]
-    else:
-        choices = found[1].split(",")
-    return [whole for choice in choices for whole in expand_braces(head + choice + tail)]
+        choices = (f"{number:0{width}d}" for number in numbers)
+    for choice in choices:
+        yield from _expanded(head + choice + tail)
 
 
 def members_of(path: Path) -> Iterator[Member]:
