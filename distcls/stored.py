@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 Schema = Callable[[Any, str], None]
 
@@ -130,6 +131,18 @@ def each(item: Schema, most: int, least: int = 0) -> Schema:
     return check
 
 
+def items(*schemas: Schema) -> Schema:
+    """A list of as many items, each of which fits its own schema."""
+    listed = each(anything, len(schemas), len(schemas))
+
+    def check(value: Any, place: str) -> None:
+        listed(value, place)
+        for at, (member, schema) in enumerate(zip(value, schemas, strict=True)):
+            schema(member, f"{place}[{at}]")
+
+    return check
+
+
 def names(most: int = MOST_NAMES, least: int = 0) -> Schema:
     """Texts, each of them once."""
     listed = each(text(), most, least)
@@ -213,9 +226,9 @@ FILE_NAME = text(255, r"(?!\.{1,2}$)[^/\\\0]+", "the plain name of a file")
 """The name of a file in a folder that is known, never a way to another one."""
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """A regular file, opened. Raises OSError for anything else: a pipe or a device never ends."""
-    handle: BinaryIO = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
+    handle: io.BufferedReader = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
         handle.close()
         raise OSError(errno.EINVAL, "it is no regular file", str(path))

@@ -18,6 +18,7 @@ from distcls.models import factory
 from distcls.models.checkpoint import save_checkpoint
 from distcls.models.config import ModelConfig
 from distcls.task import Task
+from tests import tiny_dataset
 from tests.e2e.commands import run
 
 
@@ -96,6 +97,7 @@ def edited(digits: Path, folder: Path, keep: list[int]) -> Path:
     labels, splits = table.column("label").to_pylist(), table.column("split").to_pylist()
     rows = [i for i, label in enumerate(labels) if label in keep or splits[i] != "train"]
     pq.write_table(table.take(pa.array(rows)), folder / "manifest.parquet")
+    tiny_dataset.sign(folder)
     return folder
 
 
@@ -109,6 +111,7 @@ def test_class_without_training_images(tmp_path: Path, digits: Path) -> None:
 def test_one_class_only(tmp_path: Path, digits: Path) -> None:
     data = edited(digits, tmp_path / "data", [0])
     (data / "classes.json").write_text(json.dumps(["0"]))
+    tiny_dataset.sign(data)
     assert "one class only" in refused_training(tmp_path, data)
 
 
