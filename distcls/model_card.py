@@ -27,6 +27,14 @@ FORMAT = 1
 _measured = stored.mapping(stored.plain(most=stored.MOST_NAMES))
 
 
+_options = stored.mapping(stored.plain(most=100, longest=1000), most=100)
+
+
+def _architecture(value: Any, place: str) -> None:
+    _options(value, place)
+    stored.text(1000)(value.get("name", ""), f"{place}.name")
+
+
 def _training(value: Any, place: str) -> None:
     _measured(value, place)
     stored.nothing_or(stored.text())(value.get("dataset"), f"{place}.dataset")
@@ -40,7 +48,7 @@ def _certificate(value: Any, place: str) -> None:
 card_schema = stored.record(
     {
         "format": stored.whole(FORMAT, FORMAT),
-        "architecture": stored.mapping(stored.plain(most=100, longest=1000), most=100),
+        "architecture": _architecture,
         "classes": stored.names(),
         "preprocess": preprocess_schema,
         "training": _training,
