@@ -188,7 +188,7 @@ BAD_ROWS: list[tuple[str, Change]] = [
     ("row 6 .*channels is 2, expected 1 or 3", put("channels", 6, 2)),
     ("column 'path' is missing", lambda c: c.pop("path")),
     ("column 'weight' holds string", lambda c: c.update(weight=["x"] * COUNT)),
-    ("has the weight nan", lambda c: c.update(weight=[1.0] * 11 + [None])),
+    ("'image 0011' has the weight nan", lambda c: c.update(weight=[1.0] * 11 + [None])),
 ]
 
 
@@ -299,7 +299,7 @@ def test_a_pack_that_is_cut_under_prediction_is_named(folder: Path, tmp_path: Pa
     model = OnnxModel(tiny_onnx.write(tmp_path / "m.onnx"))
     for source in (split, split.first(1999)):
         assert source.uniform is not None
-        chunks = stream(model, source, batch_size=8)
+        chunks = stream(source, model, batch_size=8)
         next(chunks)
         os.truncate(data / PACK, 4096)
         with pytest.raises(DistclsError, match=r"pack.bin was truncated from 384,000 to 4,096"):

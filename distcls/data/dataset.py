@@ -577,7 +577,7 @@ def _check_pack(folder: Path, info: dict[str, Any]) -> None:
 
 def _read_task(path: Path, expected: str | None) -> Task:
     try:
-        task = Task.from_json(read_json(path, stored.anything))
+        task = Task.from_json(read_json(path))
     except (stored.Unfit, BadValue) as error:
         raise UsageError(
             f"{path}: neither names of classes nor heads or labels: {error}"

@@ -72,7 +72,7 @@ def sealed(info: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def read_info(path: Path) -> dict[str, Any]:
     """The content of dataset.json. Raises UsageError if it is not that, or has been changed."""
-    info: dict[str, Any] = read_json(path, stored.anything)
+    info: dict[str, Any] = read_json(path)
     form = info.get("format") if isinstance(info, dict) else None
     if isinstance(info, dict) and form != 1:
         found = stored.shown(form)
@@ -92,13 +92,10 @@ def read_info(path: Path) -> dict[str, Any]:
     return info
 
 
-def read_json(path: Path, schema: stored.Schema) -> Any:
-    """A JSON file of the directory. Raises UsageError if it cannot be read, Unfit if it is another
-    one."""
+def read_json(path: Path) -> Any:
+    """Any values of a JSON file of the directory. Raises UsageError if it cannot be read."""
     try:
-        return stored.read_json(path, schema)
-    except stored.Unfit:
-        raise
+        return stored.read_json(path, stored.anything)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"{path}: {reason}; is {path.parent} a dataset directory?") from error
