@@ -174,7 +174,6 @@ BAD_ROWS: list[tuple[str, Change]] = [
     ("column 'label' holds string", lambda c: c.update(label=["red"] * COUNT)),
     ("column 'label' holds list", lambda c: c.update(label=[[1]] * COUNT)),
     ("row 5: image_id is None, expected a text", put("image_id", 5, None)),
-    ("row 5: image_id is 'image 0001', expected each one once", put("image_id", 5, "image 0001")),
     ("column 'image_id' holds int64", lambda c: c.update(image_id=list(range(COUNT)))),
     ("row 0 .*split is 'training'", put("split", 0, "training")),
     ("row 2 .*split is None", put("split", 2, None)),
@@ -204,6 +203,14 @@ def test_a_row_that_cannot_be_is_named(folder: Path, told: str, change: Change) 
     everything(folder)
     with pytest.raises(UsageError, match=rf"^{folder / MANIFEST}: {told}"):
         everything(with_rows(folder, change))
+
+
+def test_a_name_twice_is_refused_where_no_checksum_vouches_for_it(folder: Path) -> None:
+    with_rows(folder, put("image_id", 5, "image 0001"))
+    info = json.loads((folder / INFO).read_text())
+    del info["sha256"]
+    (folder / INFO).write_text(json.dumps(info))
+    assert "row 5: image_id is 'image 0001', expected each one once" in refused(folder)
 
 
 @pytest.mark.parametrize("path", [None, "", "a\0b.png"])

@@ -464,7 +464,8 @@ class Dataset:
         columns = {*COLUMNS} if task.single else {*COLUMNS, LABELS}
         table = read_manifest(folder / MANIFEST, digests.get(MANIFEST), columns)
         rows = Rows(table, folder / MANIFEST)
-        rows.check(task, SPLITS, info["pack_bytes"] if info["packed"] else None)
+        size = info["pack_bytes"] if info["packed"] else None
+        rows.check(task, SPLITS, size, signed=MANIFEST in digests)
         return cls(folder, task, info, table)
 
     @property
