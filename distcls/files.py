@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from distcls.errors import DistclsError, UsageError, did_you_mean, require
+from distcls.stored import open_regular
 
 HERE = Path(__file__).parent
 
@@ -255,8 +256,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:
-    """Hexadecimal digest of a file's bytes."""
-    with path.open("rb") as handle:
+    """Hexadecimal digest of a file's bytes. Raises OSError if it is no regular file."""
+    with open_regular(path) as handle:
         return hashlib.file_digest(handle, algorithm).hexdigest()
 
 

@@ -9,15 +9,54 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distcls import __version__
-from distcls.errors import BadValue, UsageError, require
+from distcls import __version__, stored
+from distcls.errors import BadValue, UsageError, require, shown
 from distcls.imaging import Preprocess
-from distcls.task import Task
+from distcls.imaging.preprocess import preprocess_schema
+from distcls.task import Task, task_schema
 
 PREFIX = "distcls."
 BEST_ONNX, BEST_PTH = "best.onnx", "best.pth"
 """The best model in a run directory: as exported, and as training wrote it."""
+CHECKSUM, METADATA_CHECKSUM = "sha256", "metadata_sha256"
+"""Checksums beside the card: of all else in a best.pth; of graph and weights, and of the metadata,
+in a best.onnx."""
 FORMAT = 1
+
+
+_measured = stored.mapping(stored.plain(most=stored.MOST_NAMES))
+
+
+_options = stored.mapping(stored.plain(most=100, longest=1000), most=100)
+
+
+def _architecture(value: Any, place: str) -> None:
+    _options(value, place)
+    stored.text(1000)(value.get("name", ""), f"{place}.name")
+
+
+def _training(value: Any, place: str) -> None:
+    _measured(value, place)
+    stored.nothing_or(stored.text())(value.get("dataset"), f"{place}.dataset")
+
+
+def _certificate(value: Any, place: str) -> None:
+    _measured(value, place)
+    stored.number(0, 1e6)(value.get("tolerance", 0), f"{place}.tolerance")
+
+
+card_schema = stored.record(
+    {
+        "format": stored.whole(FORMAT, FORMAT),
+        "architecture": _architecture,
+        "classes": stored.names(),
+        "preprocess": preprocess_schema,
+        "training": _training,
+        "certificate": stored.nothing_or(_certificate),
+    },
+    {"version": stored.text(100), "targets": task_schema},
+)
+"""What `ModelCard.to_json` gives."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,9 +99,10 @@ class ModelCard:
         try:
             if values["format"] != FORMAT:
                 raise UsageError(
-                    f"{where}: model format {values['format']!r} is not known to distcls "
-                    f"{__version__} (it reads {FORMAT}); was it written by a newer version?"
+                    f"{where}: model format {shown(values['format'])} is not known to "
+                    f"distcls {__version__} (it reads {FORMAT}); was it written by a newer version?"
                 )
+            card_schema(values, "")
             classes = tuple(values["classes"])
             task = Task(classes=classes)
             if "targets" in values:
@@ -86,14 +126,16 @@ class ModelCard:
     def from_metadata(cls, metadata: dict[str, str], where: str) -> ModelCard:
         """The inverse of `to_metadata`; other keys are ignored."""
         own = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
+        for key in (CHECKSUM, METADATA_CHECKSUM):
+            own.pop(key, None)
         if not own:
             raise UsageError(
                 f"{where}: carries no distcls metadata; export it with export.onnx, or "
                 "describe it to distcls predict with --classes, --size, --mean and --std"
             )
         try:
-            values = {key: json.loads(value) for key, value in own.items()}
-        except json.JSONDecodeError as error:
+            values = {key: stored.parse_json(value, place=key) for key, value in own.items()}
+        except ValueError as error:
             raise UsageError(f"{where}: its distcls metadata is damaged: {error}") from error
         return cls.from_json(values, where)
 

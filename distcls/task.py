@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from distcls import stored
 from distcls.errors import BadValue, require
 
 Floats = NDArray[np.float32]
@@ -200,19 +201,37 @@ class Task:
 
     @classmethod
     def from_json(cls, values: Any) -> Task:
-        """The inverse of `to_json`. Raises KeyError, TypeError or BadValue for anything else."""
-        if isinstance(values, list):
-            return cls(classes=_names(values))
+        """The inverse of `to_json`. Raises Unfit or BadValue for anything else."""
+        task_schema(values, "")
+        if isinstance(values, list | tuple):
+            return cls(classes=tuple(values))
         if values["kind"] == "heads":
-            return cls.of_heads(
-                [Head(str(h["name"]), _names(h["classes"])) for h in values["heads"]]
-            )
+            return cls.of_heads([Head(h["name"], tuple(h["classes"])) for h in values["heads"]])
         thresholds = values.get("thresholds")
         return cls(
             kind=values["kind"],
-            classes=_names(values["classes"]),
+            classes=tuple(values["classes"]),
             thresholds=None if thresholds is None else tuple(map(float, thresholds)),
         )
+
+
+_HEAD = stored.record({"name": stored.text(), "classes": stored.names()})
+_HEADS = stored.record(
+    {"kind": stored.one_of("heads"), "heads": stored.each(_HEAD, stored.MOST_NAMES)}
+)
+_FLAT = stored.record(
+    {"kind": stored.one_of("single_label", "multi_label"), "classes": stored.names()},
+    {"thresholds": stored.nothing_or(stored.each(stored.number(0, 1), stored.MOST_NAMES))},
+)
+
+
+def task_schema(value: Any, place: str) -> None:
+    """What `Task.to_json` gives: names, each once; or heads or labels with theirs."""
+    if isinstance(value, list | tuple):
+        stored.names()(value, place)
+    else:
+        heads = isinstance(value, dict) and value.get("kind") == "heads"
+        (_HEADS if heads else _FLAT)(value, place)
 
 
 def softmax(logits: Floats) -> Floats:
@@ -235,12 +254,6 @@ def softplus(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _flat_names(heads: Sequence[Head]) -> tuple[str, ...]:
     return tuple(f"{head.name}:{name}" for head in heads for name in head.classes)
-
-
-def _names(values: Any) -> tuple[str, ...]:
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise TypeError(f"{values!r} is not a list of names")
-    return tuple(values)
 
 
 MOST_NAMED, NAMED = 20, 10

@@ -28,6 +28,7 @@ from distcls.data.source import Images, to_rgb
 from distcls.data.writer import manifest_schema
 from distcls.errors import BadImage, UsageError
 from distcls.imaging import decode_file
+from tests import tiny_dataset
 from tests.sources import digits, put, tree
 
 
@@ -131,9 +132,12 @@ def test_what_is_not_whole_is_refused(folder: Path) -> None:
     (folder / PACK).write_bytes(pack)
     manifest = (folder / MANIFEST).read_bytes()
     (folder / MANIFEST).write_bytes(manifest[:100])
+    refused("manifest.parquet: wrong checksum")
+    tiny_dataset.sign(folder)
     refused("manifest.parquet: cannot be read")
     (folder / MANIFEST).write_bytes(manifest)
     pq.write_table(pq.read_table(folder / MANIFEST).drop_columns("split"), folder / MANIFEST)
+    tiny_dataset.sign(folder)
     refused("column 'split' is missing")
     (folder / CLASSES).unlink()
     refused("classes.json: No such file")
@@ -218,6 +222,7 @@ def test_a_dataset_from_before_relative_roots(tmp_path: Path) -> None:
     for name in ("relative_root", "left_out"):
         del info[name]
     (out / INFO).write_text(json.dumps(info))
+    tiny_dataset.sign(out)
     before = first_image(out)
     (tmp_path / "photos").rename(tmp_path / "moved")
     with pytest.raises(UsageError, match="its images were in"):
@@ -270,6 +275,7 @@ def rewritten(folder: Path, column: str, values: list[object], kind: pa.DataType
     if column in table.column_names:
         table = table.drop_columns([column])
     pq.write_table(table.append_column(column, pa.array(values, kind)), folder / MANIFEST)
+    tiny_dataset.sign(folder)
 
 
 def test_a_fingerprint_does_not_depend_on_the_place_or_the_time(
@@ -314,11 +320,11 @@ def test_a_fingerprint_says_what_differs(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("digest", [None, 7, "abc", {"pack.bin": 7}, {"pack.bin": "abc"}])
-def test_a_recorded_digest_that_is_none_is_left_out(folder: Path, digest: object) -> None:
-    first = fingerprint(folder)
+def test_a_recorded_digest_that_is_none_is_refused(folder: Path, digest: object) -> None:
     info = json.loads((folder / INFO).read_text())
     (folder / INFO).write_text(json.dumps(info | {"sha256": digest}))
-    assert fingerprint(folder) == dataclasses.replace(first, pack=None)
+    with pytest.raises(UsageError, match=r"dataset\.json: sha256[^\n]* expected"):
+        fingerprint(folder)
 
 
 @pytest.mark.parametrize(

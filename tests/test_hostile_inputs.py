@@ -159,8 +159,8 @@ def test_pipes_and_devices_in_a_folder_are_bad_images(photos: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     with (tmp_path / "out" / "rejected.csv").open() as rows:
         reasons = {row[0]: row[2] for row in csv.reader(rows)}
-    assert reasons["a/pipe.png"] == "not a regular file but a pipe"
-    assert reasons["b/zero.jpg"] == "not a regular file but a device"
+    assert reasons["a/pipe.png"] == "cannot be read: not a regular file but a pipe"
+    assert reasons["b/zero.jpg"] == "cannot be read: not a regular file but a device"
 
 
 # a share of bad images

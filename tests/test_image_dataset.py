@@ -238,5 +238,5 @@ def test_what_cannot_be_prepared(tmp_path: Path) -> None:
 def test_labels_that_are_no_class_are_refused(tmp_path: Path) -> None:
     images, _ = tiny_dataset.coloured(3)
     folder = tiny_dataset.write(tmp_path / "d", list(images), [0, 1, 2], ("a", "b"))
-    with pytest.raises(UsageError, match="labels outside of its 2 classes"):
+    with pytest.raises(UsageError, match="label is 2, expected a class from 0 to 1"):
         distcls.open_dataset(folder)

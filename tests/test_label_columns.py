@@ -14,7 +14,7 @@ import pytest
 from distcls.data.dataset import CLASSES, INFO, MANIFEST, Dataset
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.errors import UsageError
-from tests import multi_output
+from tests import multi_output, tiny_dataset
 from tests.sources import digits, put, write_manifest
 
 
@@ -201,7 +201,7 @@ def test_what_cannot_be_learnt_is_said(tmp_path: Path, capsys: pytest.CaptureFix
         ([[0, 1], [1]], "'01.png' has 1 labels for 2 heads"),
         ([[0, 1], [1, 2]], "'01.png' has label 2, which is not a class"),
         ([[0, 1], [-1, 0]], "'01.png' has label -1, which is not a class"),
-        ([[0, 1], None], "expected lists, no null"),
+        ([[0, 1], None], "expected lists of whole numbers, no null"),
     ],
 )
 def test_labels_that_are_none_are_named(tmp_path: Path, labels: Any, told: str) -> None:
@@ -211,10 +211,12 @@ def test_labels_that_are_none_are_named(tmp_path: Path, labels: Any, told: str) 
     place = table.column_names.index("labels")
     changed = table.set_column(place, "labels", spoilt)
     pq.write_table(changed, data.folder / MANIFEST)
+    tiny_dataset.sign(data.folder)
     with pytest.raises(UsageError) as caught:
         _ = Dataset.open(data.folder).split("train").labels
     assert told in str(caught.value)
     pq.write_table(table.drop_columns("labels"), data.folder / MANIFEST)
+    tiny_dataset.sign(data.folder)
     with pytest.raises(UsageError, match="column 'labels' is missing"):
         Dataset.open(data.folder)
 
@@ -223,5 +225,6 @@ def test_labels_that_are_none_are_named(tmp_path: Path, labels: Any, told: str) 
 def test_a_damaged_kind_is_told(tmp_path: Path, content: str) -> None:
     data = opened(listed(tmp_path, "one;two", "a;x", "b;y"), label_columns=("one", "two"))
     (data.folder / CLASSES).write_text(content)
+    tiny_dataset.sign(data.folder)
     with pytest.raises(UsageError, match=r"classes.json: neither names of classes nor heads"):
         Dataset.open(data.folder)

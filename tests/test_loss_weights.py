@@ -28,6 +28,7 @@ def open_split(folder: Path, weights: list[float | None] | None = None) -> Split
         table = pq.read_table(folder / MANIFEST)
         column = pa.array(weights, pa.float64())
         pq.write_table(table.append_column("weight", column), folder / MANIFEST)
+        tiny_dataset.sign(folder)
     return Dataset.open(folder).split("test")
 
 

@@ -21,6 +21,7 @@ from distcls.training.engine import Engine
 from distcls.training.loader import Batch
 from distcls.training.losses import balanced
 from distcls.training.sampler import shard
+from tests import tiny_dataset
 from tests.test_engine import gradients_of, make_engine
 
 MIXED = AugmentConfig(crop_padding=2, mixup=0.4, cutmix=1.0, policy="randaugment")
@@ -34,6 +35,7 @@ def weighted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = pq.read_table(folder / MANIFEST)
     weights = pa.array(np.arange(len(table)) % 5 / 2.0)
     pq.write_table(table.append_column("weight", weights), folder / MANIFEST)
+    tiny_dataset.sign(folder)
     return folder
 
 

@@ -20,6 +20,7 @@ from distcls.training.config import AugmentConfig, TrainConfig
 from distcls.training.loader import Batch
 from distcls.training.losses import Examples
 from distcls.training.preview import label_text, preview
+from tests import tiny_dataset
 from tests.plain import plain_config
 from tests.test_engine import make_engine
 
@@ -104,6 +105,7 @@ def test_weights_stand_below_the_labels(digits: Path, tmp_path: Path) -> None:
     table = pq.read_table(folder / MANIFEST)
     weights = pa.array(np.where(np.arange(len(table)) % 2, 1.5, 0.5))
     pq.write_table(table.append_column("weight", weights), folder / MANIFEST)
+    tiny_dataset.sign(folder)
     seen = trained_on(folder, 0, augment=MIXED)
     found = preview(config(folder, augment=MIXED), epoch=0, count=30)
     assert seen[0].weights is not None

@@ -29,7 +29,7 @@ from distcls.task import Task
 from distcls.training.config import InputConfig
 from distcls.training.inputs import choose_preprocess
 from distcls.training.loader import Loader
-from tests import tiny_onnx
+from tests import tiny_dataset, tiny_onnx
 from tests.pictures import Pixels, encode
 
 ORANGE, WHITE, GREEN = (255, 128, 0), (255, 255, 255), (0, 160, 0)
@@ -287,6 +287,7 @@ def test_a_directory_of_an_earlier_version_ignores_alpha(files: Path, tmp_path: 
     for path in files.iterdir():
         (old / path.name).write_bytes(path.read_bytes())
     (old / INFO).write_text(json.dumps(info))
+    tiny_dataset.sign(old)
     split = Dataset.open(old).split("train")
     assert choose_preprocess(InputConfig(), split, None).background is None
     assert close(split.image(0)[0, 0], ORANGE, 0)

@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from distcls.data.dataset import CLASSES, FORMAT, INFO, MANIFEST, PACK
+from distcls.data.integrity import sealed
 from distcls.data.writer import manifest_schema
+from distcls.files import digest
 
 
 def write(
@@ -59,6 +61,15 @@ def write(
     }
     (folder / INFO).write_text(json.dumps(info))
     (folder / CLASSES).write_text(json.dumps(list(classes)))
+    return sign(folder)
+
+
+def sign(folder: Path) -> Path:
+    """Give dataset.json the checksums of what now lies beside it, as a forger would."""
+    info = json.loads((folder / INFO).read_text())
+    there = [name for name in (CLASSES, MANIFEST, PACK) if (folder / name).exists()]
+    info["sha256"] = {name: digest(folder / name) for name in there}
+    (folder / INFO).write_text(json.dumps(sealed(info, INFO)))
     return folder
 
 

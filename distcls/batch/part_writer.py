@@ -186,7 +186,8 @@ class Gallery:
 
     def restore(self, picked: list[list[Any]]) -> None:
         """Consider what `picked_in` gave in a run with the same size, count and seed."""
-        self._pick([Picked(*item) for item in picked])
+        known = len(self._priority)
+        self._pick([Picked(*item) for item in picked if item[0] < known])
 
     def draw(self, source: ImageSource, classes: Sequence[str], path: Path) -> None:
         """Write the images as a PNG, wrong labels in red. Raises UsageError without matplotlib.

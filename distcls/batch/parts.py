@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from distcls import log
+from distcls import log, stored
 from distcls.batch.table import copy_rows, join
 from distcls.errors import UsageError
 from distcls.files import (
@@ -80,6 +79,23 @@ class PartRecord:
     """Its images picked for the gallery (see `Gallery.picked_in`)."""
     files: dict[str, str]
     """SHA-256 of each file, by its name."""
+
+
+MOST_BYTES = 2**26
+"""Of a record or a fingerprint."""
+_PICKED = stored.items(stored.whole(), stored.nothing_or(stored.text()), stored.number(nan=True))
+fingerprint_schema = stored.mapping(stored.plain(most=1_000_000))
+record_schema = stored.record(
+    {
+        "rows": stored.whole(1),
+        "errors": stored.whole(),
+        "abstained": stored.whole(),
+        "first_error": stored.text(),
+        "picked": stored.each(_PICKED, 100_000),
+        "files": stored.mapping(stored.SHA256, most=10),
+    }
+)
+"""What the record of a part holds."""
 
 
 class Parts:
@@ -180,10 +196,11 @@ class Parts:
         if not path.exists():
             return None
         try:
-            record = PartRecord(**json.loads(path.read_text(encoding="utf-8")))
-            if all(digest(self.folder / name) == sha for name, sha in record.files.items()):
+            record = PartRecord(**stored.read_json(path, record_schema, MOST_BYTES))
+            own = all(name.startswith(part_name(number, ".")) for name in record.files)
+            if own and all(digest(self.folder / name) == sha for name, sha in record.files.items()):
                 return record
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError):
             pass
         log.warn(f"{path} or its rows are damaged; predicting again from there")
         return None
@@ -202,10 +219,10 @@ def parts_folder(out: Path) -> Path:
 def read_fingerprint(out: Path) -> Fingerprint:
     """The fingerprint of an unfinished run of `out`; empty if there is none that can be read."""
     try:
-        found = json.loads((parts_folder(out) / FINGERPRINT).read_text(encoding="utf-8"))
+        values = stored.read_json(parts_folder(out) / FINGERPRINT, fingerprint_schema, MOST_BYTES)
     except (OSError, ValueError):
         return Fingerprint({})
-    return Fingerprint(found if isinstance(found, dict) else {})
+    return Fingerprint(values)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -25,12 +24,27 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from distcls import log
+from distcls import log, stored
+from distcls.data.integrity import (
+    Rows,
+    read_info,
+    read_json,
+    read_manifest,
+    require_digest,
+    verify_pack,
+)
 from distcls.data.source import SPLITS, Images, ImageSource, Names, state_of, to_rgb
-from distcls.errors import BadImage, BadValue, MachineError, UsageError, did_you_mean
+from distcls.errors import (
+    BadImage,
+    BadValue,
+    DistclsError,
+    MachineError,
+    UsageError,
+    did_you_mean,
+)
 from distcls.imaging import Color, decode_file
 from distcls.imaging.decode import Downscale
-from distcls.imaging.preprocess import background_text, require_color
+from distcls.imaging.preprocess import background_text
 from distcls.imaging.reading import read_file
 from distcls.task import Task
 
@@ -58,10 +72,15 @@ def read_labels(table: pa.Table, task: Task, where: Path) -> NDArray[np.int64]:
     import pyarrow.compute as pc
 
     column = table.column(LABELS)
-    if not pa.types.is_list(column.type) or column.null_count:
-        raise UsageError(f"{where}: column {LABELS!r} holds {column.type}, expected lists, no null")
+    lists = pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type)
+    values = pc.list_flatten(column) if lists else None
+    if values is None or column.null_count or values.null_count:
+        raise UsageError(
+            f"{where}: column {LABELS!r} holds {column.type}, expected lists of whole numbers, no "
+            "null"
+        )
     lengths = np.asarray(pc.list_value_length(column).to_numpy(), np.int64)
-    flat = np.asarray(pc.list_flatten(column).to_numpy(), np.int64)
+    flat = np.asarray(values.to_numpy(), np.int64)
     rows = np.repeat(np.arange(len(lengths)), lengths)
     heads = len(task.heads)
     if heads and (lengths != heads).any():
@@ -81,7 +100,7 @@ def read_labels(table: pa.Table, task: Task, where: Path) -> NDArray[np.int64]:
 
 
 def _name(table: pa.Table, row: int, where: Path) -> str:
-    return f"{where}: {table.column('image_id')[row].as_py()!r} has"
+    return f"{where}: row {row}, {table.column('image_id')[row].as_py()!r} has"
 
 
 COLUMNS = ("image_id", "path", "label", "split", "offset", "height", "width", "channels")
@@ -143,7 +162,13 @@ class Split(ImageSource):
         """
         if "weight" not in self.table.column_names:
             return None
-        weights = np.asarray(self.table.column("weight").to_numpy(), np.float64)
+        import pyarrow as pa
+
+        column = self.table.column("weight")
+        if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+            where = self.folder / MANIFEST
+            raise UsageError(f"{where}: column 'weight' holds {column.type}, expected numbers")
+        weights = np.asarray(column.to_numpy(), np.float64)
         bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
         if len(bad):
             where, weight = self.image_ids[bad[0]], weights[bad[0]]
@@ -192,6 +217,21 @@ class Split(ImageSource):
         flat = self._pack[offsets[0] : offsets[0] + size * len(self)]
         return flat.reshape(len(self), *shapes[0])
 
+    def require_whole(self) -> None:
+        """See `ImageSource`."""
+        if not self.packed:
+            return
+        path = self.folder / PACK
+        try:
+            size = path.stat().st_size
+        except OSError:  # a mapped file stays readable when its name is gone
+            return
+        if size < len(self._pack):
+            raise DistclsError(
+                f"{path} was truncated from {len(self._pack):,} to {size:,} bytes while it was "
+                "read; prepare it again"
+            )
+
     @property
     def encoded(self) -> bool:
         """See `ImageSource`: the images of a pack are decoded."""
@@ -211,6 +251,7 @@ class Split(ImageSource):
                 decode_file, downscale=downscale, background=self.background
             )
             return self._with_path(index, decoder)
+        self.require_whole()
         offsets, shapes = self._places
         start, shape = int(offsets[index]), shapes[index]
         pixels = self._pack[start : start + int(np.prod(shape))].reshape(shape)
@@ -409,13 +450,11 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: Path, prepare_flags: str = "") -> Dataset:
-        """Open what `distcls prepare` wrote. Raises UsageError if it is not whole or not known.
+        """Open what `distcls prepare` wrote. Raises UsageError if it is not whole, not known, or
+        not what its checksums say.
 
         For images that are no dataset directory the error says what to type, with `prepare_flags`.
         """
-        import pyarrow as pa  # an extra of the inference install
-        import pyarrow.parquet as pq
-
         folder = Path(folder)
         if not is_dataset(folder) and is_dataset(folder / IN_RUN):  # a run directory
             folder = folder / IN_RUN
@@ -426,24 +465,15 @@ class Dataset:
                 f"{folder} is not a dataset directory; prepare it: "
                 + prepare_command(str(folder), prepare_flags)
             )
-        info = _read_json(folder / INFO)
-        if info.get("format") != FORMAT:
-            raise UsageError(f"{folder}: dataset format {info.get('format')!r}, expected {FORMAT}")
-        task = _read_task(folder / CLASSES)
-        color = info.get("background")
-        try:
-            require_color("background", tuple(color) if isinstance(color, list) else color)
-        except BadValue as error:
-            raise UsageError(f"{folder / INFO}: {error}") from error
-        try:
-            table = pq.read_table(folder / MANIFEST)
-        except (OSError, pa.ArrowException) as error:
-            raise UsageError(f"{folder / MANIFEST}: cannot be read: {error}") from error
-        labels = set() if task.single else {LABELS}
-        missing = {*COLUMNS, *labels} - set(table.column_names)
-        if missing:
-            raise UsageError(f"{folder / MANIFEST}: column {sorted(missing)[0]!r} is missing")
+        info = read_info(folder / INFO)
+        digests = info.get("sha256", {})
         _check_pack(folder, info)
+        task = _read_task(folder / CLASSES, digests.get(CLASSES))
+        columns = {*COLUMNS} if task.single else {*COLUMNS, LABELS}
+        table = read_manifest(folder / MANIFEST, digests.get(MANIFEST), columns)
+        rows = Rows(table, folder / MANIFEST)
+        size = info["pack_bytes"] if info["packed"] else None
+        rows.check(task, SPLITS, size, signed=MANIFEST in digests)
         return cls(folder, task, info, table)
 
     @property
@@ -476,7 +506,8 @@ class Dataset:
     def split(self, name: str, *, use_pack: bool | None = None) -> Split:
         """One split. `use_pack` None takes the pack where there is one.
 
-        Raises UsageError for a split that does not exist or a way of reading that is not there.
+        Raises UsageError for a split that does not exist, a way of reading that is not there, or a
+        pack that is not what its checksum says.
         """
         counts = self.counts()
         if name not in counts:
@@ -486,6 +517,8 @@ class Dataset:
             raise UsageError(f"{self.folder} has no pack; prepare it again with --pack on")
         if not packed and not self.has_files:
             raise UsageError(f"{self.folder} has its images only in the pack; pack cannot be off")
+        if packed:
+            verify_pack(self.folder / PACK, self.info.get("sha256", {}).get(PACK))
         rows = np.asarray(self.table.column("split").to_numpy(zero_copy_only=False)) == name
         table = self.table.filter(rows)
         root = self.folder if packed else self.files_root(str(table.column("path")[0]))
@@ -530,40 +563,34 @@ def prepare_command(source: str, flags: str = "") -> str:
 
 def fingerprint_of(dataset: Dataset, train: Split, val: Split) -> DataFingerprint:
     """The fingerprint of a run's data, from its splits."""
-    digests = dataset.info.get("sha256")
-    pack = digests.get(PACK) if isinstance(digests, dict) else None
+    pack = dataset.info.get("sha256", {}).get(PACK)
     return DataFingerprint(
         kind=dataset.task.kind,
         classes=dataset.classes,
         train=SplitFingerprint.of(train),
         val=SplitFingerprint.of(val),
         pack_bytes=int(dataset.info["pack_bytes"]) if dataset.packed else None,
-        pack=pack if dataset.packed and _is_digest(pack) else None,
+        pack=pack if dataset.packed else None,
     )
 
 
 def _check_pack(folder: Path, info: dict[str, Any]) -> None:
     if not info["packed"]:
         return
-    size = (folder / PACK).stat().st_size if (folder / PACK).exists() else 0
+    size = (folder / PACK).stat().st_size if (folder / PACK).is_file() else 0
     if size != info["pack_bytes"]:
         raise UsageError(
             f"{folder / PACK}: {size} bytes, expected {info['pack_bytes']}; prepare it again"
         )
 
 
-def _read_task(path: Path) -> Task:
+def _read_task(path: Path, expected: str | None) -> Task:
     try:
-        return Task.from_json(_read_json(path))
-    except (KeyError, TypeError, ValueError, BadValue) as error:
+        task = Task.from_json(read_json(path))
+    except (stored.Unfit, BadValue) as error:
         raise UsageError(
             f"{path}: neither names of classes nor heads or labels: {error}"
         ) from error
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"{path}: {reason}; is {path.parent} a dataset directory?") from error
+    if expected is not None:
+        require_digest(path, stored.read_bytes(path), expected)
+    return task

@@ -346,10 +346,6 @@ def _of_directory(dataset: Dataset, location: str) -> ImageDataset:
     )
     if not task.single:
         read_labels(table, task, dataset.folder / MANIFEST)  # raises for what is no label
-    elif len(labels) and not 0 <= min(labels) <= max(labels) < len(task.classes):
-        raise UsageError(
-            f"{dataset.folder / MANIFEST}: labels outside of its {len(task.classes)} classes"
-        )
     counted = dict.fromkeys(splits, 0)
     records = []
     for values in zip(ids, paths, labels, splits, weights, groups, several, strict=True):

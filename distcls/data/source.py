@@ -109,6 +109,12 @@ class ImageSource(abc.ABC):
         """All images as one array, uint8 [N, height, width, 1 or 3]; None where there is none."""
         return None
 
+    def require_whole(self) -> None:  # noqa: B027 - most map no file
+        """Raise DistclsError if the file behind `uniform` was cut since it was opened.
+
+        It is mapped into memory: reading what is gone would end the process with SIGBUS.
+        """
+
     def paths(self) -> Iterator[str] | None:
         """The path of each image's file, links and `..` in its folders resolved; None where the
         image ids alone tell images apart."""

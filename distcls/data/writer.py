@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from distcls import __version__
 from distcls.data.dataset import CLASSES, COLUMNS, FORMAT, INFO, LABELS, MANIFEST, PACK, Dataset
+from distcls.data.integrity import remember_pack, sealed, verify_pack
 from distcls.data.source import (
     SPLITS,
     ImageRecord,
@@ -270,8 +271,10 @@ def write_info(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Write classes.json and dataset.json; return the latter. Manifest and pack must be there."""
-    hashed = [MANIFEST, PACK] if pack else [MANIFEST]
-    info = {
+    # plain writes: the folder is renamed into place as a whole
+    _write_json(folder / CLASSES, source.task.to_json())
+    hashed = [CLASSES, MANIFEST, PACK] if pack else [CLASSES, MANIFEST]
+    info: dict[str, Any] = {
         "format": FORMAT,
         "kind": source.format,
         "source": source.location,
@@ -294,9 +297,15 @@ def write_info(
         "sha256": {name: digest(folder / name) for name in hashed},
         "version": __version__,
     }
-    # plain writes: the folder is renamed into place as a whole
-    _write_json(folder / CLASSES, source.task.to_json())
+    return _write_info(folder, info)
+
+
+def _write_info(folder: Path, info: dict[str, Any]) -> dict[str, Any]:
+    """Write dataset.json with its own digest; what was written. The pack needs no other look."""
+    info = sealed(info, INFO)
     _write_json(folder / INFO, info)
+    if info["packed"] and PACK in info["sha256"]:
+        remember_pack(folder / PACK, info["sha256"][PACK])
     return info
 
 
@@ -326,11 +335,15 @@ def relative_root(out: Path, root: Path | None) -> str | None:
 def write_moved(folder: Path, dataset: Dataset, root: Path, relative: str | None) -> dict[str, Any]:
     """Write the files of a dataset directory once more, its images being below `root`."""
     info = {**dataset.info, "root": str(root), "relative_root": relative}
+    if dataset.packed:
+        verify_pack(dataset.folder / PACK, info.get("sha256", {}).get(PACK))
     for name in (MANIFEST, CLASSES, PACK, REJECTED):
         if (dataset.folder / name).exists():
             shutil.copyfile(dataset.folder / name, folder / name)
-    _write_json(folder / INFO, info)
-    return info
+    known = info.get("sha256", {})  # what was damaged before must not be right from now on
+    there = [name for name in (CLASSES, MANIFEST, PACK) if (folder / name).exists()]
+    info["sha256"] = {name: known.get(name) or digest(folder / name) for name in there}
+    return _write_info(folder, info)
 
 
 def copy_paths(source: LabelledImages, assignment: SplitAssignment) -> list[str]:

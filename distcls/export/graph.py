@@ -13,7 +13,7 @@ from typing import Any
 
 from distcls.model_card import ModelCard
 from distcls.runtime.model import FEATURES, LOGITS, PROBABILITIES
-from distcls.runtime.onnx_file import KEY, checksum
+from distcls.runtime.onnx_file import KEY, METADATA_KEY, checksum, metadata_checksum
 from distcls.task import Head
 
 
@@ -103,7 +103,7 @@ def strip_debug_information(message: Any) -> None:
 
 
 def write(path: Path, model: Any, card: ModelCard) -> None:
-    """Check a ModelProto, give it its metadata and its checksum, and write it."""
+    """Check a ModelProto, give it its metadata and its checksums, and write it."""
     import onnx
 
     used = {node.domain for node in model.graph.node} | {""}
@@ -113,6 +113,7 @@ def write(path: Path, model: Any, card: ModelCard) -> None:
     metadata = card.to_metadata()
     onnx.helper.set_model_props(model, metadata)
     metadata[KEY] = json.dumps(checksum(model.SerializeToString()))
+    metadata[METADATA_KEY] = json.dumps(metadata_checksum(metadata))
     onnx.helper.set_model_props(model, metadata)
     path.write_bytes(model.SerializeToString())
 

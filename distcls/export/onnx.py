@@ -199,7 +199,7 @@ def export(options: ExportOptions) -> Certificate | AccuracyCertificate:
     from distcls.models.checkpoint import open_checkpoint
 
     reference = open_checkpoint(options.checkpoint, device="cpu")
-    trained_on = Path(reference.card.training["dataset"])
+    trained_on = Path(reference.card.training.get("dataset") or "")
     # an exported file may be published: a path would reveal details of this machine
     training = {**reference.card.training, "dataset": trained_on.name}
     reference.card = dataclasses.replace(reference.card, training=training)

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from distcls import stored
 from distcls.errors import require
 from distcls.imaging.decode import Color
 
@@ -30,6 +31,8 @@ _CV2 = {
     "nearest": cv2.INTER_NEAREST_EXACT,
 }
 
+LARGEST = 8192
+"""Side of a network's input, in pixels."""
 LONGEST = 16
 """A side that sticks out of the crop's frame this many times is cut before it is scaled: a line of
 30,000 pixels, scaled to be 224 high, would take 4.5 GB."""
@@ -39,6 +42,22 @@ Image = NDArray[np.uint8]
 Background = Color | Literal["ignore"]
 """A background as an option: red, green and blue, or ignore for none."""
 WHITE: Color = (255, 255, 255)
+
+
+_SIDES = stored.each(stored.whole(1, LARGEST), 2, 2)
+_CHANNELS = stored.each(stored.number(-1e6, 1e6), 3, 3)
+preprocess_schema = stored.record(
+    {"size": _SIDES},
+    {
+        "resize": stored.one_of(*RESIZES),
+        "interpolation": stored.one_of(*INTERPOLATIONS),
+        "crop_fraction": stored.number(0, 1),
+        "mean": _CHANNELS,
+        "std": stored.each(stored.number(1e-9, 1e6), 3, 3),
+        "background": stored.nothing_or(stored.each(stored.whole(0, 255), 3, 3)),
+    },
+)
+"""What `Preprocess.to_json` gives."""
 
 
 class Box(NamedTuple):
@@ -72,13 +91,18 @@ class Preprocess:
     None ignores alpha, as models without this field do."""
 
     def __post_init__(self) -> None:
-        require(min(self.size) >= 1, "size", self.size, "height and width of at least 1")
+        known = min(self.size) >= 1 and max(self.size) <= LARGEST
+        require(known, "size", self.size, f"height and width from 1 to {LARGEST:,}")
         require(self.resize in RESIZES, "resize", self.resize, f"one of {', '.join(RESIZES)}")
         names = ", ".join(INTERPOLATIONS)
         known = self.interpolation in INTERPOLATIONS
         require(known, "interpolation", self.interpolation, f"one of {names}")
         fraction = self.crop_fraction
         require(0 < fraction <= 1, "crop_fraction", fraction, "a number above 0 and at most 1")
+        # the whole image is scaled to this size, in memory, before its middle is cut out
+        fits = self.resize != "crop" or max(self.size) <= 2 * LARGEST * fraction
+        least = f"at least {max(self.size) / (2 * LARGEST):.2g} for inputs of this size"
+        require(fits, "crop_fraction", fraction, least)
         require(min(self.std) > 0, "std", self.std, "numbers above 0")
         require_color("background", self.background)
 
@@ -122,7 +146,8 @@ class Preprocess:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Preprocess:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`. Raises Unfit or BadValue for anything else."""
+        preprocess_schema(values, "")
         plain: dict[str, Any] = {}
         for key, value in values.items():
             plain[key] = tuple(value) if isinstance(value, list) else value

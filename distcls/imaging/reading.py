@@ -14,7 +14,6 @@ import errno
 import functools
 import os
 import re
-import stat
 import threading
 import time
 import weakref
@@ -27,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls.errors import BadImage, MachineError, UsageError
+from distcls.stored import regular_descriptor
 from distcls.system import memory_limit
 
 T = TypeVar("T")
@@ -57,13 +57,6 @@ LEAVE_AFTER = 5.0
 _reading: dict[int, tuple[str | os.PathLike[str], float]] = {}
 """The file that each thread reads, and since when."""
 _ALLOCATE = re.compile(r"allocate (\d+) bytes")
-_KINDS = {
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-}
 
 
 def byte_limit() -> int:
@@ -135,7 +128,7 @@ def leave(pool: ThreadPoolExecutor, pending: Iterable[Future[Any]], error: objec
 
 
 def _read_once(path: str | os.PathLike[str], offset: int, size: int | None) -> bytes:
-    handle = open_regular(path)
+    handle = regular_descriptor(path)
     try:
         length = os.fstat(handle).st_size
         wanted = length if size is None else size
@@ -159,21 +152,6 @@ def _read_on(handle: int, data: bytes, most: int) -> bytes:
         total += len(data)
     require_bytes(total)
     return b"".join(parts)[:most]
-
-
-def open_regular(path: str | os.PathLike[str]) -> int:
-    """The descriptor of a regular file, to be closed. Raises BadImage for anything else, OSError.
-
-    A pipe does not wait for its writer.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    mode = os.fstat(handle).st_mode
-    if stat.S_ISREG(mode):
-        return handle
-    os.close(handle)
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    raise BadImage(f"not a regular file but {_KINDS.get(stat.S_IFMT(mode), 'something else')}")
 
 
 def require_bytes(size: int) -> None:

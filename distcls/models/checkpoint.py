@@ -1,12 +1,19 @@
-"""`best.pth`: a state dict with its model card; read without unpickling anything."""
+"""`best.pth`: a state dict with its model card; read without unpickling anything.
+
+Two things find damage: the CRC-32 that `torch.save` gives each part of the zip archive, which torch
+itself never looks at, and in files of ours a SHA-256 over all tensors and plain values.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import math
 import pickle
 import re
 import textwrap
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distcls import log, stored
 from distcls.config import build as build_config
 from distcls.config.load import Given, current_names, flatten
-from distcls.errors import UsageError
+from distcls.errors import DistclsError, UsageError, shown
 from distcls.files import atomic_path
-from distcls.model_card import ModelCard
+from distcls.model_card import CHECKSUM, ModelCard
 from distcls.models import factory
 from distcls.models.classifier import Classifier
 from distcls.models.config import ModelConfig
@@ -50,7 +58,13 @@ class TorchModel:
         """Logits, float32 [N, classes], of uint8 RGB images [N, H, W, 3]."""
         with torch.inference_mode():
             pixels = torch.from_numpy(images).to(self.device)
-            return np.asarray(self.model(pixels).float().cpu().numpy(), np.float32)
+            found = np.asarray(self.model(pixels).float().cpu().numpy(), np.float32)
+        if found.shape != (len(images), self.output_width):  # NumPy might broadcast it
+            raise DistclsError(
+                f"model.name: the network's output for {len(images)} images has the shape "
+                f"{list(found.shape)}, expected [{len(images)}, {self.output_width}]"
+            )
+        return found
 
 
 def save_checkpoint(
@@ -59,11 +73,12 @@ def save_checkpoint(
     card: ModelCard,
     state: dict[str, Any] | None = None,
 ) -> None:
-    """Write the weights (a network's, or its state dict) and the card atomically, and the state of
-    the run that they come from."""
+    """Write the weights (a network's, or its state dict), the card, and the state of the run that
+    they come from, with their checksum; atomically."""
     weights = model.state_dict() if isinstance(model, Classifier) else model
     content = {"card": card.to_json(), "model": weights}
-    save_tensors(path, content if state is None else content | {"state": state})
+    content |= {} if state is None else {"state": state}
+    save_tensors(path, content | {CHECKSUM: content_digest(content)})
 
 
 def read_checkpoint(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
@@ -71,7 +86,10 @@ def read_checkpoint(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
     content = load_tensors(path)
     if "card" not in content or "model" not in content:
         raise UsageError(f"{path}: not a checkpoint of distcls (no model card in it)")
-    return ModelCard.from_json(content["card"], str(path)), content["model"]
+    card, tensors = ModelCard.from_json(content["card"], str(path)), content["model"]
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise UsageError(f"{path}: its weights do not fit its card: no state dict")
+    return card, tensors
 
 
 def open_checkpoint(path: Path, device: str = "auto") -> TorchModel:
@@ -150,14 +168,15 @@ never looked up, so nothing of it runs. torch itself knows OrderedDict, Size, de
 UNKNOWN_TYPE = re.compile(r"GLOBAL ([\w.]{1,100}) was not an allowed global")
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
+def load_tensors(path: Path, *, checked: bool = False) -> dict[str, Any]:
     """Load what `save_tensors` or a training script wrote; nothing in the file is executed.
 
     Objects of the `HARMLESS` types come back empty. Raises UsageError for anything else: a pickle
-    with code in it, a truncated file, no file.
+    with code in it, a truncated or damaged file, no file. One that is `checked` was compared with a
+    checksum of all its bytes.
     """
     try:
-        _check_kind(path)
+        size = _check_kind(path, checked=checked)
         with torch.serialization.safe_globals(list(HARMLESS)):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -179,12 +198,114 @@ def load_tensors(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot be read as a checkpoint: {reason}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: holds {type(content).__name__}, expected a checkpoint")
+    if "card" in content and CHECKSUM in content:
+        _verify(path, content, size)
     return content
 
 
-def _check_kind(path: Path) -> None:
-    """torch takes text for a pickle and stumbles somewhere inside it."""
-    with path.open("rb") as handle:
-        start = handle.read(4)
-    if not start.startswith((b"PK\x03\x04", b"\x80")):
-        raise UsageError(f"{path}: not a checkpoint (neither a zip archive nor a pickle)")
+def _check_kind(path: Path, *, checked: bool) -> int:
+    """Refuse what torch stumbles over, or takes as it is; the size of the file in bytes."""
+    with stored.open_regular(path) as handle:
+        start = handle.read(4)  # torch takes text for a pickle and stumbles somewhere inside it
+        if not start.startswith((b"PK\x03\x04", b"\x80")):
+            raise UsageError(f"{path}: not a checkpoint (neither a zip archive nor a pickle)")
+        size = handle.seek(0, io.SEEK_END)
+        if start.startswith(b"PK") and not checked:
+            with zipfile.ZipFile(handle) as archive:
+                _check_archive(path, archive, size)
+    return size
+
+
+def _check_archive(path: Path, archive: zipfile.ZipFile, size: int) -> None:
+    """Compare the parts of an archive with their CRC-32. Raises UsageError or BadZipFile.
+
+    `torch.save` compresses nothing; a few compressed megabytes may be gigabytes.
+    """
+    parts = archive.infolist()
+    plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+    if not plain or sum(part.file_size for part in parts) > size:
+        raise UsageError(f"{path}: its parts are compressed, which torch.save never does; refused")
+    wrong = [part for part in parts if not _is_intact(archive, part)]
+    # torch.serialization.set_crc32_options(False) writes zeros
+    if wrong and all(part.CRC == 0 for part in parts if part.file_size):
+        log.say(f"{path}: was written without checksums; whether it is damaged cannot be known")
+    elif wrong:
+        name = wrong[0].filename.rpartition("/")[2]
+        raise UsageError(
+            f"{path}: damaged, the checksum of its part {shown(name)} is wrong; copy or "
+            "train it again"
+        )
+
+
+def _is_intact(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(part) as handle:
+            while handle.read(1 << 20):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
+
+
+_MOST_VALUES, _DEEPEST = 10_000_000, 24
+
+
+def content_digest(content: Any, most_bytes: float = math.inf) -> str:
+    """SHA-256 of nested tensors and plain values, hexadecimal; tuples count as lists.
+
+    Raises ValueError for other values, and for more bytes of tensors than `most_bytes`: however
+    small a file, its parts may be shared, and its tensors may repeat their memory.
+    """
+    total, left = hashlib.sha256(), most_bytes
+    for count, value in enumerate(_flat(content, 0)):
+        if isinstance(value, Tensor):
+            left -= value.numel() * value.element_size()
+            if left < 0:
+                raise ValueError("its tensors repeat their memory")
+            total.update(f"{value.dtype} {list(value.shape)}\n".encode())
+            total.update(_bytes_of(value))
+        else:
+            total.update(f"{value!r}\n".encode("utf-8", "surrogatepass"))
+        if count > _MOST_VALUES:
+            raise ValueError("it holds too many values")
+    return total.hexdigest()
+
+
+def _flat(value: Any, depth: int) -> Iterator[Any]:
+    """The tensors and plain values in a nested one, in order, and where its parts begin."""
+    if depth > _DEEPEST:
+        raise ValueError("it is nested too deep")
+    if isinstance(value, dict):
+        yield len(value), "entries"
+        for key, item in value.items():
+            yield from _flat(key, depth + 1)
+            yield from _flat(item, depth + 1)
+    elif isinstance(value, list | tuple):
+        yield len(value), "items"
+        for item in value:
+            yield from _flat(item, depth + 1)
+    elif value is None or isinstance(value, Tensor | bool | int | float | str):
+        yield value
+    else:
+        raise ValueError(f"it holds a {type(value).__name__}")
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Its elements in order, wherever they lie."""
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    elements: NDArray[np.uint8] = plain.view(torch.uint8).numpy()
+    return elements.data
+
+
+def _verify(path: Path, content: dict[str, Any], size: int) -> None:
+    """Raise UsageError unless the content has the checksum that is in it."""
+    rest = {key: value for key, value in content.items() if key != CHECKSUM}
+    try:
+        good = content_digest(rest, 16 * size + 2**20) == content[CHECKSUM]
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UsageError(f"{path}: not a checkpoint of distcls: {error}") from error
+    if not good:
+        raise UsageError(
+            f"{path}: wrong checksum, its weights or its card are not what training wrote; copy or "
+            "train it again"
+        )

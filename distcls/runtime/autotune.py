@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distcls import __version__, log
+from distcls import __version__, log, stored
 from distcls.data.source import ImageSource
 from distcls.errors import BadValue, DistclsError
 from distcls.files import write_json
@@ -354,8 +354,7 @@ def read_cache(key: str, request: ExecutionRequest) -> tuple[ExecutionConfig, st
     found for the request, and no text that could control a terminal.
     """
     with contextlib.suppress(OSError, ValueError, RuntimeError, KeyError, TypeError, BadValue):
-        with _cache_file(key).open("rb") as handle:
-            values = json.loads(handle.read(_MAX_BYTES))
+        values = stored.read_json(_cache_file(key), stored.mapping(stored.anything), _MAX_BYTES)
         execution, reason = ExecutionConfig.from_json(values["execution"]), values["reason"]
         sound = isinstance(reason, str) and reason.isprintable() and len(reason) <= _MAX_REASON
         if values["format"] == FORMAT and sound and _in_search_space(execution, request):

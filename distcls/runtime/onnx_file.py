@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from distcls.errors import UsageError
+from distcls import log
+from distcls.errors import UsageError, shown
+from distcls.model_card import CHECKSUM, METADATA_CHECKSUM, PREFIX
+from distcls.stored import canonical_digest, read_bytes
 
-KEY = "distcls.sha256"
+KEY = PREFIX + CHECKSUM
 """Metadata key under which an exported file carries its checksum, as JSON like all of them."""
+METADATA_KEY = PREFIX + METADATA_CHECKSUM
+"""That of the checksum of the metadata of ours, which files of 0.1.0 lack."""
+MOST_BYTES = 2**31
+"""A serialised message is smaller."""
 
 _CHILDREN: dict[str, dict[int, str]] = {
     "model": {7: "main graph", 14: "metadata", 25: "function"},
@@ -43,10 +50,10 @@ _METADATA = 14
 class OnnxFile:
     """The content of an `.onnx` file, read once and verified.
 
-    Two things are verified. A file that carries the checksum of its graph and weights, as every
-    export does, has to match it; one without a checksum passes. And weights stored in other files
-    have to lie in the file's own folder: a hostile model names `../../secret` or a link, and older
-    runtimes follow it.
+    Two things are verified. A file that carries the checksums of its graph and weights and of its
+    metadata, as every export does, has to match them; one without a checksum passes. And weights
+    stored in other files have to lie in the file's own folder: a hostile model names `../../secret`
+    or a link, and older runtimes follow it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,6 +85,8 @@ class OnnxFile:
             if leaf == "output":
                 outputs.append(name)
             elif leaf == "metadata":
+                if name.startswith(PREFIX) and name in self.metadata:
+                    raise UsageError(f"{self.path}: its metadata has {shown(name)} twice; refused")
                 self.metadata[name] = bytes(entry.get(2, b"")).decode("utf-8")
             elif name == "location":
                 locations.add(bytes(entry.get(2, b"")).decode("utf-8"))
@@ -89,6 +98,17 @@ class OnnxFile:
             raise UsageError(
                 f"{self.path}: wrong checksum, its graph or weights are not what was exported; "
                 "copy or export it again"
+            )
+        if METADATA_KEY in self.metadata:
+            if self.metadata[METADATA_KEY] != json.dumps(metadata_checksum(self.metadata)):
+                raise UsageError(
+                    f"{self.path}: wrong checksum, its classes, its preprocessing or another part "
+                    "of its metadata is not what was exported; copy or export it again"
+                )
+        elif carried is not None:
+            log.say(
+                f"{self.path}: was exported before metadata had a checksum; its class names "
+                "cannot be verified, exporting it again adds one"
             )
 
     def _verify_external_data(self) -> None:
@@ -118,12 +138,25 @@ def checksum(model: bytes) -> str:
     return total.hexdigest()
 
 
+def metadata_checksum(metadata: Mapping[str, str]) -> str:
+    """SHA-256 of the entries of ours, the checksum of graph and weights included, hexadecimal."""
+    return canonical_digest(
+        {
+            name: value
+            for name, value in metadata.items()
+            if name.startswith(PREFIX) and name != METADATA_KEY
+        }
+    )
+
+
 def fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     """Number and content of each length-delimited field. Raises ValueError if it is no message."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
         wire = key & 7
+        if key < 8:
+            raise ValueError("a field without a number")  # of a file full of zeros the first
         if wire == 0:
             _, at = _varint(message, at)
         elif wire in (1, 5):
@@ -159,7 +192,7 @@ def _leaves(message: memoryview, message_type: str) -> Iterator[tuple[str, memor
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, MOST_BYTES)
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such model file") from error
     except OSError as error:

@@ -269,6 +269,7 @@ class _WorkerPool:
         with self._profiler.measure("decode"):
             if batch.ready is not None:
                 run = slice(positions.start, positions.stop)
+                batch.source.require_whole()
                 images[run] = batch.ready[run]  # repeats a grey channel
                 return
             for position in positions:

@@ -40,6 +40,10 @@ BATCH_SIZE = 64
 """Images per batch where nothing was measured: of a PyTorch model, and of a plain session."""
 
 
+LIMITS = (("threads", 0, 4096), ("streams", 1, 4096), ("batch_size", 1, 2**20))
+"""Fields of `ExecutionConfig` with their least and largest value."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExecutionConfig:
     """One way to run a model; what `--provider auto` chooses between."""
@@ -63,10 +67,11 @@ class ExecutionConfig:
         for name, literal in (("precision", Precision), ("layout", Layout)):
             value, choices = getattr(self, name), get_args(literal)
             require(value in choices, name, value, f"one of {', '.join(choices)}")
-        for name, least in (("threads", 0), ("streams", 1), ("batch_size", 1)):
+        for name, least, most in LIMITS:
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
-            require(whole and value >= least, name, value, f"a whole number, at least {least}")
+            expected = f"a whole number from {least} to {most:,}"
+            require(whole and least <= value <= most, name, value, expected)
 
     @property
     def session(self) -> tuple[str, str, int, int]:

@@ -33,6 +33,7 @@ from distcls.model_card import ModelCard
 from distcls.models.checkpoint import load_tensors, save_checkpoint
 from distcls.models.registry import NETWORKS
 from distcls.registry import MAIN, OBJECT, same_reference
+from distcls.stored import FILE_NAME, Schema, Unfit, read_bytes
 from distcls.training.config import RUN_FILES, MonitorConfig, TrainConfig, chosen
 
 BEST, LAST, HISTORY, CONFIG = "best.pth", "last", "history.csv", "config.yaml"
@@ -234,11 +235,17 @@ def _forged(path: Path, what: str) -> UsageError:
     )
 
 
+def _fits(schema: Schema, value: object) -> bool:
+    try:
+        schema(value, "")
+    except Unfit:
+        return False
+    return True
+
+
 def _is_model_name(name: object) -> bool:
     """Whether it is the name of a file that the top-k models may have, in the run directory."""
-    if not isinstance(name, str) or "\\" in name or "\0" in name:
-        return False
-    return name == Path(name).name and name.endswith(".pth") and name != BEST
+    return _fits(FILE_NAME, name) and str(name).endswith(".pth") and name != BEST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -576,11 +583,11 @@ def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         name = STATE_NAME.fullmatch(path.name)
         assert name is not None
         try:
-            problem = "" if _checksum(path.read_bytes()) == name[2] else "its checksum is wrong"
+            problem = "" if _checksum(read_bytes(path)) == name[2] else "its checksum is wrong"
         except OSError as error:  # a folder, say
             problem = error.strerror or str(error)
         if not problem:
-            return path, load_tensors(path)
+            return path, load_tensors(path, checked=True)
         warn(f"{path} is damaged ({problem}); trying the one before it")
     if found:
         raise DistclsError(f"{folder}: no state is intact; start over in another --out")
@@ -640,8 +647,9 @@ def _require_plain(tensors: dict[str, Any], path: Path) -> None:
     valid = {
         "ema_updates": _is_count(tensors.get("ema_updates") or 0),
         "average": isinstance(average, dict) and _is_count(average.get("taken", 0)),
-        "schedule": isinstance(schedule, dict) and all(map(_is_number, schedule.values())),
-        "recent_losses": recent is None or (isinstance(recent, Tensor) and recent.ndim == 1),
+        "schedule": isinstance(schedule, dict) and all(map(_is_count, schedule.values())),
+        "recent_losses": recent is None
+        or (isinstance(recent, Tensor) and recent.ndim == 1 and recent.is_floating_point()),
     }
     for name, found in valid.items():
         if not found:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from distcls import stored
 from distcls.errors import UsageError
 from distcls.evaluation.metrics import Metrics, MetricState, metric_state, require_metrics
 from distcls.imaging import Preprocess
@@ -316,10 +317,12 @@ class Engine:
         return gather_full(state, keep=keep) if self._sharding.on else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the state of an earlier run."""
+        """Continue from the state of an earlier run. Raises one of torch's errors, or Unfit, for
+        one that does not fit."""
         load_full_state(self._model, state["model"])
         load_full_optimizer_state(self._optimizer, state["optimizer"])
         if self._accelerator.scaler is not None:
+            scaler_schema(state["scaler"], "scaler")
             self._accelerator.scaler.load_state_dict(state["scaler"])
         self._averages.load_state_dict(state)
         self._schedule.load_state_dict(state["schedule"])
@@ -461,6 +464,18 @@ class Engine:
         summed = self._metric_state()
         summed.merge(reduce(vector, reduction="sum").cpu().numpy())
         return summed
+
+
+scaler_schema = stored.record(
+    {
+        "scale": stored.number(2.0**-126, 2.0**127),
+        "growth_factor": stored.number(1, 1e6),
+        "backoff_factor": stored.number(1e-6, 1),
+        "growth_interval": stored.whole(1),
+        "_growth_tracker": stored.whole(0),
+    }
+)
+"""The state of torch's gradient scaler."""
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from distcls.errors import UsageError, did_you_mean
 from distcls.log import world_size
 from distcls.models.classifier import Classifier
+from distcls.stored import number, require_fit
 from distcls.training.config import OPTIMIZERS, TrainConfig
 
 KERNELS = ("fused", "foreach")
@@ -79,16 +80,76 @@ def load_full_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[s
     """`optimizer.load_state_dict` of full tensors, whose parameters may be sharded.
 
     Which kernels it computes with, and how its tensors lie in memory, stays as it is here: the
-    state may come from a run that was sharded where this one is not, or the other way round.
+    state may come from a run that was sharded where this one is not, or the other way round. Raises
+    Unfit for a tensor that does not fit its parameter: torch compares none, and fused kernels walk
+    past the end of a shorter one.
     """
+    inner = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
     state, groups = dict(saved["state"]), []
     for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        _require_same_options(group, own)
         groups.append(group | {key: own[key] for key in KERNELS if key in own})
         for index, parameter in zip(group["params"], own["params"], strict=True):
             if index in state:
                 values = state[index].items()
+                _require_fitting(inner, state[index], parameter.shape, f"state of {index}")
                 state[index] = {key: _laid_out_like(parameter, value) for key, value in values}
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
+
+
+OPTIONS = ("lr_scale", "weight_decay", "betas", "eps", "momentum", "alpha", "nesterov")
+"""Keys of parameter groups that follow from the config, which is the same in a resumed run."""
+COUNTERS = ("step", "mu_product", "eta", "mu")
+"""Keys of torch's optimisers whose values are one number, whatever the shape of the parameter."""
+MOMENTS = (
+    *("exp_avg", "exp_avg_diff", "exp_avg_var", "exp_inf", "max_exp_avg_sq", "momentum_buffer"),
+    *("square_avg", "grad_avg", "sum", "acc_delta", "lookahead_slow_buff"),
+)
+"""Keys that mean a tensor of the parameter's shape in the optimisers of any library."""
+NEEDED: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),  # AdamW is one
+    torch.optim.RAdam: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.RMSprop: ("step", "square_avg"),
+}
+"""What the state of a parameter that has been updated holds at least."""
+
+
+def _require_same_options(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    for key in OPTIONS:
+        if key in own:
+            found = tuple(saved[key]) if isinstance(saved[key], list) else saved[key]
+            same = type(found) in (int, float, bool, tuple) and found == own[key]
+            require_fit(same, f"{key} of the optimizer", found, f"{own[key]} as in the config")
+
+
+def _require_fitting(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], shape: torch.Size, where: str
+) -> None:
+    base = getattr(optimizer, "_base_optimizer", optimizer)  # within timm's Lookahead
+    torchs = isinstance(base, _OF_TORCH)
+    needed = (keys for kind, keys in NEEDED.items() if isinstance(base, kind))
+    missing = [key for keys in needed for key in keys if state and key not in state]
+    require_fit(not missing, where, list(state), f"a value for {', '.join(missing)}")
+    for key, value in state.items():
+        place = f"{key} in the {where}"
+        if key in COUNTERS:
+            count = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            number(0, 2.0**48)(count, place)
+        elif isinstance(value, Tensor) and (key in MOMENTS or (torchs and not factored(key))):
+            found = list(value.shape)
+            require_fit(value.shape == shape, place, found, f"the shape {list(shape)}")
+
+
+_OF_TORCH = tuple(
+    each
+    for each in vars(torch.optim).values()
+    if isinstance(each, type) and each is not torch.optim.Optimizer
+)
+
+
+def factored(key: str) -> bool:
+    """Whether a moment is kept as a row and a column, as Adafactor does."""
+    return key in ("row_var", "col_var")
 
 
 def _laid_out_like(own: Any, value: Any) -> Any:

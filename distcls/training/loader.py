@@ -197,7 +197,6 @@ class Loader:
         self._gave_up = False
         self._reading: dict[int, int] = {}
         self._pack = split.folder / PACK if split.packed else None
-        self._pack_bytes = 0 if self._pack is None else self._pack.stat().st_size
         self._preprocess, self._crops = preprocess, crops
         self._transform, self._seed = transform, seed
         if transform is not None:
@@ -280,7 +279,7 @@ class Loader:
         return Batch(images, labels, indices)
 
     def _pixels(self, indices: Indices, epoch: int, pool: ThreadPoolExecutor) -> np.ndarray:
-        self._check_pack()
+        self._split.require_whole()
         if self._crops is not None:
             draws = self._crops.draws(epoch, indices).tolist()
             return np.stack(list(pool.map(self._one, indices.tolist(), draws)))
@@ -312,20 +311,6 @@ class Loader:
             raise
         finally:
             del self._reading[thread]
-
-    def _check_pack(self) -> None:
-        """Raise DistclsError if the pack was cut short: reading on would be killed by SIGBUS."""
-        if self._pack is None:
-            return
-        try:
-            size = self._pack.stat().st_size
-        except OSError:  # a mapped file stays readable when its name is gone
-            return
-        if size < self._pack_bytes:
-            raise DistclsError(
-                f"{self._pack} was truncated from {self._pack_bytes:,} to {size:,} bytes while "
-                "it was read; prepare it again"
-            )
 
     def _read(
         self,

@@ -35,6 +35,7 @@ from distcls.models.config import AUTO, ModelConfig, is_published
 from distcls.models.matching import apply_weights
 from distcls.plotting import metric_title
 from distcls.registry import same_reference
+from distcls.stored import Unfit
 from distcls.training.checkpointing import (
     CheckpointManager,
     EpochModel,
@@ -561,7 +562,8 @@ def _explain_unfitting(path: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        kind = "" if isinstance(error, Unfit) else f"{type(error).__name__}: "
+        reason = textwrap.shorten(f"{kind}{error}", 300)
         raise UsageError(f"{path}: its tensors do not fit this run: {reason}") from error
 
 

@@ -18,6 +18,7 @@ from distcls.models import factory
 from distcls.models.checkpoint import save_checkpoint
 from distcls.models.config import ModelConfig
 from distcls.task import Task
+from tests import tiny_dataset
 from tests.e2e.commands import run
 
 
@@ -89,13 +90,17 @@ def test_no_gpu_for_fp16(tmp_path: Path, digits: Path) -> None:
     assert "fp16 needs a GPU" in refused_training(tmp_path, digits, "--precision", "fp16")
 
 
-def edited(digits: Path, folder: Path, keep: list[int]) -> Path:
-    """A copy of the digits in which the training images of the other classes are gone."""
+def edited(
+    digits: Path, folder: Path, keep: list[int], splits_edited: tuple[str, ...] = ("train",)
+) -> Path:
+    """A copy of the digits in which the images of the other classes are gone, from training alone
+    by default."""
     shutil.copytree(digits, folder)
     table = pq.read_table(folder / "manifest.parquet")
     labels, splits = table.column("label").to_pylist(), table.column("split").to_pylist()
-    rows = [i for i, label in enumerate(labels) if label in keep or splits[i] != "train"]
+    rows = [i for i, label in enumerate(labels) if label in keep or splits[i] not in splits_edited]
     pq.write_table(table.take(pa.array(rows)), folder / "manifest.parquet")
+    tiny_dataset.sign(folder)
     return folder
 
 
@@ -107,8 +112,9 @@ def test_class_without_training_images(tmp_path: Path, digits: Path) -> None:
 
 @pytest.mark.row(34)
 def test_one_class_only(tmp_path: Path, digits: Path) -> None:
-    data = edited(digits, tmp_path / "data", [0])
+    data = edited(digits, tmp_path / "data", [0], ("train", "val", "test"))
     (data / "classes.json").write_text(json.dumps(["0"]))
+    tiny_dataset.sign(data)
     assert "one class only" in refused_training(tmp_path, data)
 
 

@@ -31,9 +31,10 @@ from distcls.data.source import (
     real_paths,
     state_of,
 )
-from distcls.errors import BadImage, UsageError
+from distcls.errors import UsageError
 from distcls.imaging.decode import SUFFIXES, looks_like_image
-from distcls.imaging.reading import open_regular, read_file
+from distcls.imaging.reading import read_file
+from distcls.stored import regular_descriptor
 from distcls.task import Task
 
 JUNK_FOLDERS = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"))
@@ -213,12 +214,12 @@ def _head(entry: os.DirEntry[str]) -> bytes:
 
 def _read_head(path: str) -> bytes:
     try:
-        handle = open_regular(path)  # a pipe would wait
+        handle = regular_descriptor(path)
         try:
             return os.read(handle, HEAD)
         finally:
             os.close(handle)
-    except (OSError, BadImage):  # reading it as an image fails with the reason
+    except OSError:  # reading it as an image fails with the reason
         return b""
 
 
