@@ -670,6 +670,7 @@ SPECIAL = {
     # these belong to one choice alone
     "augment.policy": st.just("randaugment"),
     "threads": st.none() | st.integers(1, 4096),
+    "input.size": st.none() | st.tuples(st.integers(1, 8192), st.integers(1, 8192)),
     "augment.randaugment_ops": st.integers(1, 14),
     "augment.randaugment_magnitude": st.integers(0, 30),
     "loss.name": st.just("focal"),

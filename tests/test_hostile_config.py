@@ -51,10 +51,12 @@ WRONG_YAML = {
     "twice": ("epochs: 3\nlr: 1\nepochs: 4", "line 3: not valid YAML: the key 'epochs' is there"),
     "a section twice": ("loss:\n  name: a\nloss:\n  name: b", "line 3: not valid YAML: the key 'l"),
     "large": ("data: " + "x" * MAX_BYTES, f"it is larger than {MAX_BYTES:,} bytes"),
+    "control characters": ("lr: \x7f", "not valid YAML: "),
     "no mapping": ("[1]", "expected a mapping of keys to values"),
 }
 
 
+@pytest.mark.row(43)
 @pytest.mark.parametrize("name", WRONG_YAML)
 def test_yaml_of_no_sense_is_one_short_line(name: str, tmp_path: Path) -> None:
     text, expected = WRONG_YAML[name]
@@ -79,6 +81,7 @@ def test_aliases_and_merges_are_understood() -> None:
     assert len(parse_yaml("a: [" + "1," * (MAX_NODES - 10) + "]", "text")["a"]) == MAX_NODES - 10
 
 
+@pytest.mark.row(43)
 @settings(max_examples=150, deadline=None)
 @given(st.text("ab:{}[],&*! \n-<'\"|>?%0.xe_~#", max_size=60))
 def test_any_text_is_a_mapping_or_one_line(text: str) -> None:
@@ -96,6 +99,7 @@ VALUES = st.recursive(
 KEYS = [leaf.name for leaf in TrainConfig.__dataclass_fields__.values() if leaf.name != "data"]
 
 
+@pytest.mark.row(43)
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3))
 def test_any_value_is_taken_or_one_line(options: dict[str, Any]) -> None:
@@ -103,6 +107,7 @@ def test_any_value_is_taken_or_one_line(options: dict[str, Any]) -> None:
         build(TrainConfig, options_layer(TrainConfig, {"data": "x", **options}))
 
 
+@pytest.mark.row(43)
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
@@ -123,6 +128,7 @@ def test_a_value_out_of_all_bounds_is_refused(flag: str, value: str) -> None:
         train_command.COMMAND.parse(["--data", "x", flag, value])
 
 
+@pytest.mark.row(45)
 @pytest.mark.parametrize("arguments", [[""], ["a", ""], ["a", "--seed", "-1"], ["a", "--out", ""]])
 def test_empty_inputs_are_not_the_current_folder(arguments: list[str]) -> None:
     with pytest.raises(UsageError, match="is not valid"):
@@ -137,6 +143,7 @@ def test_a_flag_given_twice_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.row(44)
 @pytest.mark.parametrize(
     ("outputs", "named"),
     [
@@ -164,6 +171,7 @@ def test_no_output_is_an_input_or_another_output(
     PredictOptions(input="in.csv", model="m.onnx", out=Path("b.csv"), profile=Path("b.png"))
 
 
+@pytest.mark.row(44)
 def test_an_export_does_not_replace_its_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "best.pth").write_text("weights")
     options = ExportOptions(
@@ -181,6 +189,7 @@ def test_a_name_too_long_is_one_line(tmp_path: Path) -> None:
     assert len(said) < 600
 
 
+@pytest.mark.row(48)
 def test_what_kills_leave_is_removed_and_what_is_being_written_is_not(tmp_path: Path) -> None:
     for name in (".best.pth.abc.part", ".other.pth.abc.part", ".best.pth.d.keep"):
         (tmp_path / name).write_text("left")
@@ -196,6 +205,7 @@ def test_what_kills_leave_is_removed_and_what_is_being_written_is_not(tmp_path: 
     assert left == [".best.pth.d.keep", ".other.pth.abc.part", "best.pth"]
 
 
+@pytest.mark.row(48)
 def test_two_write_one_folder_and_one_wins(tmp_path: Path) -> None:
     def write(text: str, meanwhile: Callable[[], None] = lambda: None) -> None:
         with atomic_folder(tmp_path / "data") as folder:
@@ -211,13 +221,14 @@ def test_two_write_one_folder_and_one_wins(tmp_path: Path) -> None:
 
 def test_ctrl_c_that_becomes_an_import_error_is_an_interruption() -> None:
     code = """
-        import os, signal
+        import os, signal, time
         from distcls import cli
 
         def main(arguments):
             try:
                 os.kill(os.getpid(), signal.SIGINT)
-                signal.pause()
+                while True:
+                    time.sleep(0.01)
             except KeyboardInterrupt:
                 raise ImportError("initialization failed")
 
@@ -230,6 +241,7 @@ def test_ctrl_c_that_becomes_an_import_error_is_an_interruption() -> None:
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
+@pytest.mark.row(48)
 def test_an_out_that_is_removed_ends_the_run(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     more = ("--model", "simple_nn", "--limit", "60", "--epochs", "100000")
@@ -244,6 +256,7 @@ def test_an_out_that_is_removed_ends_the_run(digits: Path, tmp_path: Path) -> No
     assert "Traceback" not in said
 
 
+@pytest.mark.row(48)
 @pytest.mark.slow
 def test_workers_end_with_their_launcher(digits: Path, tmp_path: Path) -> None:
     more = ("--model", "simple_nn", "--limit", "60", "--epochs", "100000")

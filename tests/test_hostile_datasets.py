@@ -69,6 +69,7 @@ def refused(folder: Path, read: Callable[[Path], Any] = everything) -> str:
 # --- damage
 
 
+@pytest.mark.row(46)
 @pytest.mark.parametrize("name", [MANIFEST, PACK, CLASSES, INFO])
 @pytest.mark.parametrize("stride", [flipping.STRIDE, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_flipped_bit_in_a_dataset(prepared: Path, name: str, stride: int) -> None:
@@ -77,6 +78,7 @@ def test_a_flipped_bit_in_a_dataset(prepared: Path, name: str, stride: int) -> N
     print(f"{name}: {found}")
 
 
+@pytest.mark.row(46)
 def test_labels_shifted_by_one_are_refused(prepared: Path) -> None:
     table = pq.read_table(prepared / MANIFEST)
     shifted = pa.array([(label + 1) % 3 for label in table["label"].to_pylist()], pa.int32())
@@ -84,18 +86,21 @@ def test_labels_shifted_by_one_are_refused(prepared: Path) -> None:
     assert "manifest.parquet: wrong checksum" in refused(prepared)
 
 
+@pytest.mark.row(46)
 def test_the_pack_of_another_dataset_is_refused(prepared: Path) -> None:
     pack = np.fromfile(prepared / PACK, np.uint8)
     (prepared / PACK).write_bytes((255 - pack).tobytes())
     assert "pack.bin: wrong checksum" in refused(prepared)
 
 
+@pytest.mark.row(47)
 def test_class_names_in_another_order_are_refused(prepared: Path) -> None:
     names = json.loads((prepared / CLASSES).read_text())
     (prepared / CLASSES).write_text(json.dumps(names[::-1]))
     assert "classes.json: wrong checksum" in refused(prepared)
 
 
+@pytest.mark.row(47)
 def test_an_edited_dataset_json_is_refused(prepared: Path) -> None:
     info = json.loads((prepared / INFO).read_text())
     (prepared / INFO).write_text(json.dumps(info))  # laid out in another way: no change
@@ -104,6 +109,7 @@ def test_an_edited_dataset_json_is_refused(prepared: Path) -> None:
     assert "dataset.json: wrong checksum" in refused(prepared)
 
 
+@pytest.mark.row(47)
 def test_a_dataset_without_checksums_is_read_with_a_note(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +120,7 @@ def test_a_dataset_without_checksums_is_read_with_a_note(
     assert "has no checksums" in capsys.readouterr().err
 
 
+@pytest.mark.row(47)
 def test_a_pack_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
     plain = integrity.digest
@@ -127,6 +134,7 @@ def test_a_pack_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(hashed) == 2
 
 
+@pytest.mark.row(47)
 def test_a_pack_that_prepare_has_just_written_is_not_hashed_again(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +142,7 @@ def test_a_pack_that_prepare_has_just_written_is_not_hashed_again(
     everything(prepared)
 
 
+@pytest.mark.row(47)
 def test_a_cache_that_cannot_be_written_is_done_without(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +153,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert "wrong checksum" in refused(folder)
 
 
+@pytest.mark.row(47)
 def test_the_record_of_a_pack_is_not_read(folder: Path) -> None:
     everything(folder)
     integrity._verify.cache_clear()
@@ -198,6 +208,7 @@ def with_rows(folder: Path, change: Change) -> Path:
     return tiny_dataset.sign(folder)
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize(("told", "change"), BAD_ROWS)
 def test_a_row_that_cannot_be_is_named(folder: Path, told: str, change: Change) -> None:
     everything(folder)
@@ -205,6 +216,7 @@ def test_a_row_that_cannot_be_is_named(folder: Path, told: str, change: Change) 
         everything(with_rows(folder, change))
 
 
+@pytest.mark.row(47)
 def test_a_name_twice_is_refused_where_no_checksum_vouches_for_it(folder: Path) -> None:
     with_rows(folder, put("image_id", 5, "image 0001"))
     info = json.loads((folder / INFO).read_text())
@@ -213,6 +225,7 @@ def test_a_name_twice_is_refused_where_no_checksum_vouches_for_it(folder: Path) 
     assert "row 5: image_id is 'image 0001', expected each one once" in refused(folder)
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize("path", [None, "", "a\0b.png"])
 def test_a_path_that_is_none_is_named(tmp_path: Path, path: str | None) -> None:
     images, labels = tiny_dataset.coloured(4)
@@ -223,6 +236,7 @@ def test_a_path_that_is_none_is_named(tmp_path: Path, path: str | None) -> None:
     assert "row 2 ('image 0002'): path is" in refused(folder)
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize(
     "values", [[], 3, None, "x", {}, {"format": 2}, {"format": [[1]]}, {"format": 1}]
 )
@@ -231,6 +245,7 @@ def test_a_dataset_json_that_is_none(folder: Path, values: Any) -> None:
     assert str(folder) in refused(folder)
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize(
     "change",
     [
@@ -254,6 +269,7 @@ def test_a_value_that_dataset_json_cannot_have(folder: Path, change: dict[str, A
     assert f"dataset.json: {key}" in refused(folder).replace("'", "")
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"format": 1, "format": 1}', "\xff"])
 def test_no_json_is_one_line(folder: Path, text: str) -> None:
     for name in (INFO, CLASSES):
@@ -263,6 +279,7 @@ def test_no_json_is_one_line(folder: Path, text: str) -> None:
         (folder / name).write_bytes(before)
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize(
     "classes",
     [
@@ -283,11 +300,13 @@ def test_classes_that_are_none(folder: Path, classes: Any) -> None:
     assert "classes.json: neither names of classes nor heads" in refused(tiny_dataset.sign(folder))
 
 
+@pytest.mark.row(47)
 def test_classes_that_are_too_few(folder: Path) -> None:
     (folder / CLASSES).write_text(json.dumps(["red"]))
     assert "expected a class from 0 to 0" in refused(tiny_dataset.sign(folder))
 
 
+@pytest.mark.row(40)
 @pytest.mark.parametrize("name", [INFO, CLASSES, MANIFEST])
 def test_pipes_are_not_opened(folder: Path, name: str) -> None:
     (folder / name).unlink()
@@ -298,6 +317,7 @@ def test_pipes_are_not_opened(folder: Path, name: str) -> None:
 # --- a pack that is cut while it is read
 
 
+@pytest.mark.row(48)
 def test_a_pack_that_is_cut_under_prediction_is_named(folder: Path, tmp_path: Path) -> None:
     """Reading a mapped file beyond its end is SIGBUS, the end of the process without a word."""
     images, labels = tiny_dataset.coloured(2000)

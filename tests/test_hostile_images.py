@@ -54,6 +54,7 @@ def warm() -> None:
 # lengths, counts and markers
 
 
+@pytest.mark.row(36)
 @pytest.mark.parametrize("length", [0xFFFFFFFF, 0xFFFFFF00, 0x80000000 + 9])
 def test_a_png_chunk_longer_than_the_file(length: int) -> None:
     data = bytearray(encode(PICTURE, "PNG"))
@@ -62,6 +63,7 @@ def test_a_png_chunk_longer_than_the_file(length: int) -> None:
     assert "chunk" in refused(bytes(data))
 
 
+@pytest.mark.row(36)
 def test_a_flipped_bit_in_any_length_of_a_png() -> None:
     whole = encode(PICTURE, "PNG")
     place = whole.index(b"IDAT") - 4
@@ -71,12 +73,14 @@ def test_a_flipped_bit_in_any_length_of_a_png() -> None:
         refused(bytes(data))
 
 
+@pytest.mark.row(36)
 def test_a_png_of_millions_of_chunks() -> None:
     whole = encode(PICTURE, "PNG")
     chunk = struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", 0x35AF061E)
     assert "chunks" in refused(whole[:33] + chunk * 200_000 + whole[33:])
 
 
+@pytest.mark.row(36)
 def test_a_png_in_chunks_of_one_byte_is_whole() -> None:
     import zlib
 
@@ -89,6 +93,7 @@ def test_a_png_in_chunks_of_one_byte_is_whole() -> None:
     assert np.array_equal(decode(whole[:33] + chunks + whole[-12:]), smooth())
 
 
+@pytest.mark.row(36)
 def test_fill_bytes_and_junk_before_the_first_marker_of_a_jpeg() -> None:
     data = encode(PICTURE, "JPEG")
     for junk in (b"\xff" * 20_000_000, b"\xff\0" * 10_000_000, b"\xff\xd8" + b"\1" * 20_000_000):
@@ -96,6 +101,7 @@ def test_fill_bytes_and_junk_before_the_first_marker_of_a_jpeg() -> None:
     assert decode(data[:2] + b"\xff" * 100 + data[2:]).shape == PICTURE.shape
 
 
+@pytest.mark.row(36)
 def test_millions_of_comments_before_the_first_scan_of_a_jpeg() -> None:
     data = encode(PICTURE, "JPEG")
     assert "segments" in refused(data[:2] + b"\xff\xfe\0\2" * 1_000_000 + data[2:])
@@ -110,12 +116,14 @@ def scans(number: int, side: int) -> bytes:
     return data[:last] + data[last:-2] * number + data[-2:]
 
 
+@pytest.mark.row(36)
 def test_a_jpeg_of_a_thousand_scans() -> None:
     assert "scans" in refused(scans(1000, 4000))
     assert f"at most {MOST_SCANS}" in refused(scans(MOST_SCANS, 4000))
     assert decode(scans(1, 4000)).shape == (4000, 4000, 3)
 
 
+@pytest.mark.row(36)
 def test_a_sequential_jpeg_of_a_thousand_scans() -> None:
     picture = Image.new("RGB", (4000, 4000), (1, 2, 3))
     data = bytearray(encode(picture, "JPEG", quality=50))
@@ -125,6 +133,7 @@ def test_a_sequential_jpeg_of_a_thousand_scans() -> None:
     assert "scans" in refused(bytes(data[:start] + one[:30] * 1000 + body + data[-2:]))
 
 
+@pytest.mark.row(36)
 def test_a_tiny_jpeg_that_says_that_it_is_large() -> None:
     data = bytearray(encode(smooth(64, 64), "JPEG"))
     place = data.index(b"\xff\xc0") + 5
@@ -136,6 +145,7 @@ def test_a_tiny_jpeg_that_says_that_it_is_large() -> None:
 # memory, whatever the number of threads
 
 
+@pytest.mark.row(36)
 def test_the_budget_lets_one_image_begin_and_the_others_wait() -> None:
     budget, inside, most = MemoryBudget(100), 0, 0
     lock = threading.Lock()
@@ -158,6 +168,7 @@ def test_the_budget_lets_one_image_begin_and_the_others_wait() -> None:
     assert budget.used == 0
 
 
+@pytest.mark.row(36)
 def test_a_large_array_counts_until_it_is_freed_and_blocks_nobody() -> None:
     budget = MemoryBudget(100 << 20)
     kept = []
@@ -203,6 +214,7 @@ for case in sys.argv[1:]:
 """
 
 
+@pytest.mark.row(37)
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
 def test_a_shortage_of_memory_is_not_the_images_fault(tmp_path: Path) -> None:
     """With room for a few at a time all are decoded; with room for none no image is blamed."""
@@ -242,6 +254,7 @@ def holes(data: bytes, start: int) -> Iterator[tuple[str, bytes]]:
     yield "half and an end", data[: start + size // 2] + b"\xff\xd9"
 
 
+@pytest.mark.row(39)
 @GLIBC
 @pytest.mark.parametrize(
     "options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str
@@ -257,6 +270,7 @@ def test_jpegs_with_a_hole_are_refused(
     assert decode(half).shape == PHOTO.shape
 
 
+@pytest.mark.row(39)
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits"])
 def test_compressed_tiffs_with_a_hole_are_refused(compression: str) -> None:
     data = encode(PHOTO, "TIFF", compression=compression)
@@ -264,6 +278,7 @@ def test_compressed_tiffs_with_a_hole_are_refused(compression: str) -> None:
     assert not is_taken(dict(holes(data, 200))["zeros"])
 
 
+@pytest.mark.row(39)
 @GLIBC
 def test_a_damaged_jpeg_does_not_spoil_those_decoded_beside_it() -> None:
     """The warning of libjpeg names no file: each verdict is its own whatever the threads."""
@@ -277,6 +292,7 @@ def test_a_damaged_jpeg_does_not_spoil_those_decoded_beside_it() -> None:
         assert list(pool.map(is_taken, images)) == [data is not bad for data in images]
 
 
+@pytest.mark.row(36)
 def test_the_size_and_the_transparency_of_a_webp_are_pillows() -> None:
     """They are read without Pillow, which takes the memory of the whole picture to open it."""
     from distcls.imaging.decode import _read_header
@@ -295,6 +311,7 @@ def test_the_size_and_the_transparency_of_a_webp_are_pillows() -> None:
 # files that are none
 
 
+@pytest.mark.row(40)
 def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path: Path) -> None:
     fifo, link = tmp_path / "x.jpg", tmp_path / "zero.jpg"
     os.mkfifo(fifo)
@@ -307,6 +324,7 @@ def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path: Path) -> None:
             decode_file(tmp_path / name)
 
 
+@pytest.mark.row(36)
 def test_a_file_of_more_bytes_than_an_image_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,6 +347,7 @@ def test_a_file_of_more_bytes_than_an_image_has(
         read_file(small)
 
 
+@pytest.mark.row(37)
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_the_user_may_not_read_is_a_bad_image(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
@@ -338,6 +357,7 @@ def test_a_file_that_the_user_may_not_read_is_a_bad_image(tmp_path: Path) -> Non
         read_file(path)
 
 
+@pytest.mark.row(37)
 def test_pillow_without_memory_blames_no_image() -> None:
     """Pillow's errors are caught by their dozen; that of memory is none of them."""
 

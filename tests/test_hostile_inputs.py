@@ -64,6 +64,7 @@ def photos(tmp_path: Path) -> Path:
 # the machine's faults
 
 
+@pytest.mark.row(37)
 @needs_strace
 @pytest.mark.parametrize(("fault", "text"), [("EIO", "Input/output error"), ("EMFILE", "Too many")])
 def test_a_fault_of_the_machine_ends_the_run_and_names_the_file(
@@ -80,6 +81,7 @@ def test_a_fault_of_the_machine_ends_the_run_and_names_the_file(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.row(37)
 @needs_strace
 def test_a_fault_that_passes_leaves_no_image_out(photos: Path, tmp_path: Path) -> None:
     options = ["-P", str(photos / "a" / "3.jpg"), "-P", str(photos / "b" / "5.jpg")]
@@ -95,14 +97,14 @@ def test_a_fault_that_passes_leaves_no_image_out(photos: Path, tmp_path: Path) -
 
 @contextlib.contextmanager
 def hanging(
-    photos: Path, *arguments: object
+    photos: Path, *arguments: object, limit: int = 2
 ) -> Iterator[tuple[Callable[[], int], Callable[[], str]]]:
     """A command in which reading one file hangs: its process's id, and its next line of error.
 
     strace would wait for the system call to return, so it is killed at the end.
     """
     options = ["-P", str(photos / "a" / "3.jpg"), "-e", "inject=read:delay_enter=60000000"]
-    environment = {**os.environ, "DISTCLS_READ_TIMEOUT": "2"}
+    environment = {**os.environ, "DISTCLS_READ_TIMEOUT": str(limit)}
     with subprocess.Popen(
         [*traced(*options), *command(*arguments)],
         stderr=subprocess.PIPE,
@@ -125,6 +127,7 @@ def hanging(
                     os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.row(40)
 @needs_strace
 def test_a_read_that_hangs_ends_the_run_and_names_the_file(photos: Path, tmp_path: Path) -> None:
     began = time.monotonic()
@@ -135,9 +138,10 @@ def test_a_read_that_hangs_ends_the_run_and_names_the_file(photos: Path, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.row(40)
 @needs_strace
 def test_one_ctrl_c_ends_a_command_whose_read_hangs(photos: Path, tmp_path: Path) -> None:
-    with hanging(photos, photos, "--out", tmp_path / "out", "--quiet") as (child, line):
+    with hanging(photos, photos, "--out", tmp_path / "out", "--quiet", limit=99) as (child, line):
         deadline = time.monotonic() + 60
         while not any(tmp_path.glob(".out*")) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -151,6 +155,7 @@ def test_one_ctrl_c_ends_a_command_whose_read_hangs(photos: Path, tmp_path: Path
 # folders
 
 
+@pytest.mark.row(40)
 def test_pipes_and_devices_in_a_folder_are_bad_images(photos: Path, tmp_path: Path) -> None:
     os.mkfifo(photos / "a" / "pipe.png")
     os.mkfifo(photos / "a" / "pipe")
@@ -172,6 +177,7 @@ def spoil(photos: Path, number: int) -> None:
         path.write_bytes(b"no picture" if path.name < "5" else b"")
 
 
+@pytest.mark.row(38)
 def test_prepare_stops_above_a_share_of_bad_images(photos: Path, tmp_path: Path) -> None:
     spoil(photos, 10)  # a few, whatever their share
     assert call(photos, "--out", tmp_path / "ten").returncode == 0
@@ -187,6 +193,7 @@ def test_prepare_stops_above_a_share_of_bad_images(photos: Path, tmp_path: Path)
     assert "12 of 20 images cannot be read" in done.stderr
 
 
+@pytest.mark.row(38)
 def test_train_stops_likewise(photos: Path, tmp_path: Path) -> None:
     from distcls.training.config import TrainConfig
     from distcls.training.inputs import prepared
@@ -197,6 +204,7 @@ def test_train_stops_likewise(photos: Path, tmp_path: Path) -> None:
         prepared(config, tmp_path / "run" / "dataset")
 
 
+@pytest.mark.row(38)
 def test_predict_tells_of_a_share_of_bad_images(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,6 +227,7 @@ def test_predict_tells_of_a_share_of_bad_images(
 # lists and tables
 
 
+@pytest.mark.row(41)
 def test_a_line_that_can_be_no_image_is_a_row_with_its_error(tmp_path: Path) -> None:
     (tmp_path / "good.png").write_bytes(encode(smooth(), "PNG"))
     names = ["good.png", "b\0.jpg", "http://[::1/x.jpg", "x" * 5000 + ".jpg", "y" * 5000]
@@ -231,6 +240,7 @@ def test_a_line_that_can_be_no_image_is_a_row_with_its_error(tmp_path: Path) -> 
             source.image(index + 1)
 
 
+@pytest.mark.row(41)
 def test_tables_of_many_columns_and_labels_of_many_digits(tmp_path: Path) -> None:
     many = ",".join(f"column{number}" for number in range(100_000))
     (tmp_path / "many.csv").write_text(f"path,label,{many}\na.png,1{',' * 100_000}\n")
@@ -247,6 +257,7 @@ def test_tables_of_many_columns_and_labels_of_many_digits(tmp_path: Path) -> Non
     assert len(open_labelled(str(tmp_path / "digits.csv")).classes) == 2
 
 
+@pytest.mark.row(41)
 def test_braces_that_make_too_many_names() -> None:
     for text in ("x-{0..99999999999}.tar", "x" + "{a,b}" * 40 + ".tar", "{a" * 200 + ".tar"):
         with pytest.raises(UsageError, match="more than 100,000 names"):
@@ -256,6 +267,7 @@ def test_braces_that_make_too_many_names() -> None:
     ]
 
 
+@pytest.mark.row(36)
 def test_an_idx_file_that_unpacks_to_a_thousand_times_its_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +283,7 @@ def test_an_idx_file_that_unpacks_to_a_thousand_times_its_size(
         open_source(str(tmp_path))
 
 
+@pytest.mark.row(41)
 def test_no_message_moves_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
     log.warn("photos/\x1b[2Jx\r\n\u202egnp.jpg cannot be read")
     line = "warning: photos/\\x1b[2Jx\\r\\n\\u202egnp.jpg cannot be read\n"
@@ -318,6 +331,7 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             server.shutdown()
 
 
+@pytest.mark.row(42)
 def test_answers_are_bounded_also_where_they_are_packed(url: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name in ("endless.jpg", "packed.jpg"):
@@ -329,6 +343,7 @@ def test_answers_are_bounded_also_where_they_are_packed(url: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
 
 
+@pytest.mark.row(42)
 def test_a_server_that_is_silent_when_a_folder_is_listed(url: str) -> None:
     began = time.monotonic()
     with pytest.raises(DistclsError, match=r"listed: no whole answer within 0\.5 s"):

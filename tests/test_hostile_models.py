@@ -73,6 +73,7 @@ def read_all(path: Path) -> Any:
     return card, list(tensors), content_digest(tensors)
 
 
+@pytest.mark.row(46)
 @pytest.mark.parametrize("stride", [SUBSET, pytest.param(flipping.STRIDE, marks=pytest.mark.slow)])
 def test_a_flipped_bit_in_a_checkpoint(checkpoint: Path, stride: int) -> None:
     found = flipping.flip(checkpoint, lambda: read_all(checkpoint), stride=stride, first=64)
@@ -80,6 +81,7 @@ def test_a_flipped_bit_in_a_checkpoint(checkpoint: Path, stride: int) -> None:
     print(f"best.pth: {found}")
 
 
+@pytest.mark.row(46)
 @pytest.mark.parametrize("stride", [SUBSET, pytest.param(flipping.STRIDE, marks=pytest.mark.slow)])
 def test_a_flipped_bit_in_an_old_checkpoint(tmp_path: Path, stride: int) -> None:
     """It has no SHA-256, but the archive's CRC-32."""
@@ -90,6 +92,7 @@ def test_a_flipped_bit_in_an_old_checkpoint(tmp_path: Path, stride: int) -> None
     print(f"best.pth of 0.1.0: {found}")
 
 
+@pytest.mark.row(46)
 @pytest.mark.parametrize("stride", [SUBSET, pytest.param(flipping.STRIDE, marks=pytest.mark.slow)])
 def test_a_flipped_bit_in_an_exported_file(exported: Path, stride: int) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3), np.uint8)
@@ -103,6 +106,7 @@ def test_a_flipped_bit_in_an_exported_file(exported: Path, stride: int) -> None:
     print(f"best.onnx: {found}")
 
 
+@pytest.mark.row(46)
 def test_every_bit_of_the_metadata_counts(exported: Path) -> None:
     data = exported.read_bytes()
     start = data.index(b"distcls.classes")
@@ -111,12 +115,14 @@ def test_every_bit_of_the_metadata_counts(exported: Path) -> None:
         refused(exported, OnnxModel)
 
 
+@pytest.mark.row(46)
 def test_damage_in_a_weight_is_said_as_such(checkpoint: Path) -> None:
     data = checkpoint.read_bytes()
     checkpoint.write_bytes(flipping.flipped(data, len(data) // 2, 6))
     assert "damaged, the checksum of its part" in refused(checkpoint, open_checkpoint)
 
 
+@pytest.mark.row(47)
 def test_a_changed_weight_or_card_under_a_right_archive(checkpoint: Path) -> None:
     """As another program would write it, with the CRC-32 of what it has changed."""
     content = load_tensors(checkpoint)
@@ -130,6 +136,7 @@ def test_a_changed_weight_or_card_under_a_right_archive(checkpoint: Path) -> Non
     assert "wrong checksum, its weights or its card" in refused(checkpoint, open_checkpoint)
 
 
+@pytest.mark.row(47)
 def test_the_checksum_does_not_depend_on_how_tensors_lie() -> None:
     weight = torch.arange(24.0).reshape(2, 3, 2, 2)
     last = weight.to(memory_format=torch.channels_last)
@@ -138,6 +145,7 @@ def test_the_checksum_does_not_depend_on_how_tensors_lie() -> None:
     assert content_digest([1, "a"]) != content_digest(["1", "a"]) != content_digest([["1"], "a"])
 
 
+@pytest.mark.row(47)
 def test_old_files_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_checkpoint(OLD / "best.pth")
     assert capsys.readouterr().err == ""  # its archive has checksums
@@ -152,6 +160,7 @@ def test_old_files_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "whether it is damaged cannot be known" in capsys.readouterr().err
 
 
+@pytest.mark.row(47)
 def test_the_checksum_of_the_metadata_cannot_be_taken_away_alone(exported: Path) -> None:
     model = onnx.load(exported)
     entries = {entry.key: entry.value for entry in model.metadata_props}
@@ -164,6 +173,7 @@ def test_the_checksum_of_the_metadata_cannot_be_taken_away_alone(exported: Path)
     assert "wrong checksum" in refused(exported, OnnxModel)
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize("key", ["distcls.classes", "distcls.sha256", METADATA_KEY])
 def test_a_key_twice_is_refused(exported: Path, key: str) -> None:
     model = onnx.load(exported)
@@ -261,6 +271,7 @@ def refused_in_a_checkpoint(path: Path, key: str, value: Any) -> None:
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize(("key", "value"), BAD_CARDS)
 def test_a_card_that_is_none_is_one_line(exported: Path, key: str, value: Any) -> None:
     refused_in_a_checkpoint(exported.with_name("forged.pth"), key, value)
@@ -271,11 +282,13 @@ def test_a_card_that_is_none_is_one_line(exported: Path, key: str, value: Any) -
     refused(exported, OnnxModel)
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize("name", SHARED)
 def test_a_card_without_end_is_one_line(tmp_path: Path, name: str) -> None:
     refused_in_a_checkpoint(tmp_path / "forged.pth", *SHARED[name]())
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "1e999999x", '{"a": 1, "a": 2}', "9" * 5000])
 def test_metadata_that_is_no_json_is_one_line(exported: Path, text: str) -> None:
     card = OnnxModel(exported).card.to_metadata()
@@ -291,6 +304,7 @@ def resigned(path: Path, metadata: dict[str, str]) -> None:
     path.write_bytes(model.SerializeToString())
 
 
+@pytest.mark.row(47)
 def test_compressed_parts_are_refused_unread(tmp_path: Path) -> None:
     """Three megabytes would be three gigabytes."""
     path = tmp_path / "bomb.pth"
@@ -299,6 +313,7 @@ def test_compressed_parts_are_refused_unread(tmp_path: Path) -> None:
     assert "compressed, which torch.save never does" in refused(path, load_tensors)
 
 
+@pytest.mark.row(47)
 def test_tensors_that_repeat_their_memory_are_refused(tmp_path: Path) -> None:
     card, _ = read_checkpoint(OLD / "best.pth")
     huge = torch.zeros(1).expand(1 << 40)
@@ -310,6 +325,7 @@ def test_tensors_that_repeat_their_memory_are_refused(tmp_path: Path) -> None:
     assert "repeat their memory" in refused(path, read_checkpoint)
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize("weights", [None, [1], {7: torch.ones(1)}, {"w": 3}, {}])
 def test_weights_that_are_none_are_one_line(tmp_path: Path, weights: Any) -> None:
     card, _ = read_checkpoint(OLD / "best.pth")
@@ -318,6 +334,7 @@ def test_weights_that_are_none_are_one_line(tmp_path: Path, weights: Any) -> Non
     assert "do not fit" in refused(path, open_checkpoint)
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize("reader", [OnnxFile, load_tensors])
 def test_what_has_no_end_is_not_opened(tmp_path: Path, reader: Callable[[Path], Any]) -> None:
     pipe = tmp_path / "model"
@@ -328,6 +345,7 @@ def test_what_has_no_end_is_not_opened(tmp_path: Path, reader: Callable[[Path], 
     assert "not a regular file" in refused(pipe, reader)
 
 
+@pytest.mark.row(47)
 def test_zeros_are_no_onnx_file(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(bytes(1 << 24))
     began = time.monotonic()
@@ -335,6 +353,7 @@ def test_zeros_are_no_onnx_file(tmp_path: Path) -> None:
     assert time.monotonic() - began < 1
 
 
+@pytest.mark.row(47)
 def test_one_answer_for_a_batch_is_no_answer_for_each_image(tmp_path: Path) -> None:
     model = tiny_onnx.proto(tiny_onnx.card())
     graph = model.graph
@@ -349,6 +368,7 @@ def test_one_answer_for_a_batch_is_no_answer_for_each_image(tmp_path: Path) -> N
         opened.logits(np.zeros((5, 8, 8, 3), np.uint8))
 
 
+@pytest.mark.row(47)
 def test_nor_is_it_of_a_network_of_ones_own() -> None:
     opened: TorchModel = open_checkpoint(OLD / "best.pth", device="cpu")
     forward = opened.model.forward
@@ -357,6 +377,7 @@ def test_nor_is_it_of_a_network_of_ones_own() -> None:
         opened.logits(np.zeros((5, 28, 28, 3), np.uint8))
 
 
+@pytest.mark.row(47)
 def test_a_card_survives_its_own_schema() -> None:
     for run in ("whole", "run_heads", "run_labels"):
         card, _ = read_checkpoint(FIXTURES / run / "best.pth")

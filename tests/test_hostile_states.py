@@ -34,6 +34,7 @@ __all__ = ["old"]
 SUBSET = 32 * flipping.STRIDE
 
 
+@pytest.mark.row(46)
 @pytest.mark.parametrize("stride", [SUBSET, pytest.param(flipping.STRIDE, marks=pytest.mark.slow)])
 def test_a_flipped_bit_in_a_state(tmp_path: Path, stride: int) -> None:
     folder = tmp_path / "last"
@@ -52,6 +53,7 @@ def test_a_flipped_bit_in_a_state(tmp_path: Path, stride: int) -> None:
     print(f"state: {found}")
 
 
+@pytest.mark.row(46)
 @pytest.mark.parametrize("stride", [SUBSET, pytest.param(flipping.STRIDE, marks=pytest.mark.slow)])
 def test_a_flipped_bit_in_a_model_with_its_state(tmp_path: Path, stride: int) -> None:
     content = load_tensors(FIXTURES / "whole" / "simple_cnn_e4_0.47500.pth")
@@ -62,6 +64,7 @@ def test_a_flipped_bit_in_a_model_with_its_state(tmp_path: Path, stride: int) ->
     print(f"model with its state: {found}")
 
 
+@pytest.mark.row(46)
 @pytest.mark.parametrize("stride", [flipping.STRIDE, pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("old")
 def test_a_flipped_bit_in_the_config_of_a_run(stride: int) -> None:
@@ -91,6 +94,7 @@ def saved(name: str) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
     return made(OptimizerConfig(name=name), other), copy.deepcopy(one.state_dict())
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize(
     ("name", "key"),
     [
@@ -115,6 +119,7 @@ def test_moments_of_another_shape_are_refused(name: str, key: str) -> None:
             load_full_optimizer_state(optimizer, forged)
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize(
     "value", [-1.0, float("nan"), 2.0**60, "x", None, torch.tensor(-5.0), torch.zeros(3)]
 )
@@ -125,6 +130,7 @@ def test_step_counts_that_are_none_are_refused(value: Any) -> None:
         load_full_optimizer_state(optimizer, state)
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq"])
 def test_a_moment_that_is_missing_is_refused(key: str) -> None:
     optimizer, state = saved("adamw")
@@ -133,6 +139,7 @@ def test_a_moment_that_is_missing_is_refused(key: str) -> None:
         load_full_optimizer_state(optimizer, state)
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize(
     ("key", "value"),
     [("eps", float("nan")), ("betas", (2.0, 3.0)), ("lr_scale", 1e9), ("weight_decay", "x")],
@@ -144,6 +151,7 @@ def test_options_other_than_the_configs_are_refused(key: str, value: Any) -> Non
         load_full_optimizer_state(optimizer, state)
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize(
     "change", [{"scale": float("nan")}, {"scale": 0.0}, {"growth_interval": -1}, {"more": 1}]
 )
@@ -154,6 +162,7 @@ def test_a_scaler_that_is_none_is_refused(change: dict[str, Any]) -> None:
         scaler_schema(good | change, "scaler")
 
 
+@pytest.mark.row(47)
 @pytest.mark.usefixtures("old")
 def test_forged_moments_end_a_resumed_run_in_one_line() -> None:
     from distcls.training.run import train as train_run
@@ -171,6 +180,7 @@ def test_forged_moments_end_a_resumed_run_in_one_line() -> None:
 # --- files in the places of states
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize("kind", ["pipe", "dangling", "endless", "folder"])
 def test_what_is_no_file_in_a_states_place(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -189,6 +199,7 @@ def test_what_is_no_file_in_a_states_place(
     assert "is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize(
     "name", ["notes.pth\n", "x" * 300 + ".pth", "a\0.pth", ".pth/..", "..pth/"]
 )
@@ -221,6 +232,7 @@ def one_part(out: Path) -> Path:
         return parts.path(0, ".json")
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize(
     "change",
     [
@@ -251,6 +263,7 @@ def test_records_of_others_are_predicted_again(
     assert "predicting again from there" in capsys.readouterr().err
 
 
+@pytest.mark.row(40)
 @pytest.mark.parametrize("name", ["00000000.json", "00000000.csv", "fingerprint.json"])
 def test_pipes_in_the_places_of_parts(name: str, tmp_path: Path) -> None:
     path = one_part(tmp_path / "pre.csv").with_name(name)
@@ -265,6 +278,7 @@ def test_pipes_in_the_places_of_parts(name: str, tmp_path: Path) -> None:
 # --- the cache
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize("kind", ["pipe", "endless", "folder"])
 def test_no_file_in_the_place_of_a_cached_choice(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -281,6 +295,7 @@ def test_no_file_in_the_place_of_a_cached_choice(
     assert read_cache("key", ExecutionRequest(images=300)) is None
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize(
     "change", [{"threads": 100_000}, {"streams": 10**12}, {"batch_size": 2**40}]
 )
@@ -289,6 +304,7 @@ def test_no_more_threads_than_a_machine_has(change: dict[str, int]) -> None:
         ExecutionConfig.from_json(ExecutionConfig().to_json() | change)
 
 
+@pytest.mark.row(47)
 def test_a_state_is_what_was_saved() -> None:
     """The digest covers all that a state holds."""
     [path] = states(FIXTURES / "run" / "last")

@@ -127,7 +127,7 @@ def test_no_class_in_common_is_refused(tmp_path: Path, model: Path) -> None:
 def test_labels_that_are_no_class_are_refused(tmp_path: Path, model: Path, label: int) -> None:
     labels = [label, *TRUTH[1:]]
     data = tiny_dataset.write(tmp_path / "d", list(IMAGES), labels, ("red", "green", "owl"))
-    with pytest.raises(UsageError, match="labels outside of its 3 classes"):
+    with pytest.raises(UsageError, match=f"label is {label}, expected a class from 0 to 2"):
         main(["--model", str(model), "--data", str(data)])
 
 

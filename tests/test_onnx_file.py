@@ -155,11 +155,15 @@ class Reads:
 
     def __init__(self, path: Path, patch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        session, plain = onnxruntime.InferenceSession, io.open
+        session, plain, low = onnxruntime.InferenceSession, io.open, os.open
 
         def counted(file: Any, *args: Any, **kwargs: Any) -> Any:
             self.count += isinstance(file, str | os.PathLike) and Path(file) == path
             return plain(file, *args, **kwargs)
+
+        def counted_low(file: Any, *args: Any, **kwargs: Any) -> Any:
+            self.count += isinstance(file, str | os.PathLike) and Path(file) == path
+            return low(file, *args, **kwargs)
 
         def counted_session(source: Any, *args: Any, **kwargs: Any) -> Any:
             self.count += isinstance(source, str | os.PathLike)
@@ -167,6 +171,7 @@ class Reads:
 
         patch.setattr(io, "open", counted)  # what pathlib calls
         patch.setattr(builtins, "open", counted)
+        patch.setattr(os, "open", counted_low)
         patch.setattr(model_module.onnxruntime, "InferenceSession", counted_session)
 
 

@@ -22,6 +22,7 @@ from distcls.training import inputs, run
 from distcls.training.checkpointing import newest_intact, read_recorded
 from distcls.training.config import MonitorConfig, OptimizerConfig, TrainConfig
 from distcls.training.schedule import ScheduleConfig, make_schedule
+from tests import tiny_dataset
 from tests.plain import plain_config
 from tests.tiny_dataset import coloured
 
@@ -148,8 +149,13 @@ def test_a_renamed_class_is_refused_by_its_name(photos: Path, tmp_path: Path) ->
     trained(data, out)
     names = data / "classes.json"
     names.write_text(json.dumps(["a", "kitten", "c"]))
+    assert "classes.json: wrong checksum, it is not what distcls prepare wrote" in refused(
+        data, out
+    )
+    tiny_dataset.sign(data)
     assert "its classes have other names: 'kitten' was 'b'; restore" in refused(data, out)
     names.write_text(json.dumps(["b", "a", "c"]))
+    tiny_dataset.sign(data)
     assert "classes are in another order: 'b' is where 'a' was" in refused(data, out)
     (photos / "b").rename(photos / "z")
     said = refused(prepared(photos, data), out)
@@ -338,10 +344,11 @@ sys.modules["torch"] = None
 from distcls.commands.show import main as show
 from distcls.commands.train import main as train
 from distcls.errors import UsageError
-for command, flags in ((train, ["--data", "photos"]), (show, [])):
+for command in train, show:
     for line in sys.argv[1:] if command is train else sys.argv[-2:]:
+        data = [] if "--data " in line else ["--data", "photos"]
         try:
-            command([*flags, *line.split()])
+            command([*data, *line.split()])
         except UsageError as error:
             print(error)
 """

@@ -139,6 +139,11 @@ def _write_missing_parts(parts: Parts, writer: PartWriter, reopen: Reopen | None
         fingerprint = pool.submit(fingerprint_of, model, source, options)
         if parts.records:
             parts.check(fingerprint.result())
+            if dropped := parts.keep_unchanged(source):
+                log.warn(
+                    f"images have changed since they were predicted, at unchanged sizes and times: "
+                    f"the last {log.counted(dropped, 'part')} of {parts.folder} are predicted again"
+                )
             for record in parts.records:
                 writer.gallery.restore(record.picked)
             log.say(f"{parts.rows:,} of {writer.count:,} images are already done")

@@ -24,6 +24,7 @@ from typing import Any
 
 from distcls import log, stored
 from distcls.batch.table import copy_rows, join
+from distcls.data.source import ImageSource
 from distcls.errors import UsageError
 from distcls.files import (
     atomic_path,
@@ -148,6 +149,23 @@ class Parts:
         self.records = []
         while (record := self._read(len(self.records))) is not None:
             self.records.append(record)
+        self._delete_others()
+
+    def keep_unchanged(self, source: ImageSource) -> int:
+        """Delete the finished parts from the first one on whose images have changed since it was
+        written; how many those are."""
+        first = 0
+        for number, record in enumerate(self.records):
+            written = self.path(number, ".json").stat().st_mtime_ns
+            if source.changed_since(written, first, first + record.rows):
+                dropped = len(self.records) - number
+                self.records = self.records[:number]
+                self._delete_others()
+                return dropped
+            first += record.rows
+        return 0
+
+    def _delete_others(self) -> None:
         known = {FINGERPRINT} if self.records else set()
         for number, record in enumerate(self.records):
             known |= {part_name(number, ".json"), *record.files}

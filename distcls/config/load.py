@@ -88,16 +88,13 @@ def parse_yaml(text: str, source: str) -> dict[Any, Any]:
     Raises UsageError, with `source` in its message, for what is not valid, for a key that is there
     twice, and for what unfolds without bound (`MAX_DEPTH`, `MAX_NODES`).
     """
-    loader = _Loader(text)
     try:
-        content = loader.get_single_data()
+        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "it does not parse"
         raise UsageError(f"{source}{where}: not valid YAML: {problem}") from error
-    finally:
-        loader.dispose()
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -35,6 +35,19 @@ ROWS = {
     33: "input changed before the rerun",
     34: "labels and classes that cannot be",
     35: "strange file names",
+    36: "hostile picture or archive",
+    37: "machine fails while an image is read",
+    38: "too many bad images",
+    39: "picture with a hole",
+    40: "pipe, device or read without end",
+    41: "malformed line of a list",
+    42: "answer of a server without end",
+    43: "config that is none",
+    44: "output over an input",
+    45: "empty shell variable",
+    46: "flipped bit in what is read back",
+    47: "forged file that is read back",
+    48: "jobs that meet",
 }
 PROPERTY = "fault row"
 

@@ -67,7 +67,7 @@ def test_fewer_images_at_a_time_in_the_same_global_batches(
     assert parts in (2, 4, 8)
     assert row["images"] == -(-630 // parts)
     (line,) = [line for line in said.splitlines() if "do not fit" in line]
-    assert f"now {row['images']}, in {parts} micro-batches per step" in line
+    assert f"reduced to {row['images']}, in {parts} micro-batches per step" in line
     assert f"the global batch stays {640 * processes}" in line
     assert progress(tmp_path / "run")["accumulate"] == parts
     assert progress(tmp_path / "run")["step"] == 4 // processes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -148,6 +149,29 @@ def test_a_changed_input_is_refused(folder: Path, model: Path, tmp_path: Path) -
     os.utime(last, ns=(times.st_atime_ns, times.st_mtime_ns))
     finish(start(folder, model, out, "--resume"))
     assert len(read(out)) == COUNT
+
+
+@pytest.mark.row(33)
+def test_new_content_at_the_same_size_and_time_is_predicted_again(
+    folder: Path, model: Path, tmp_path: Path
+) -> None:
+    own, whole, out = tmp_path / "in", tmp_path / "whole.csv", tmp_path / "pre.csv"
+    shutil.copytree(folder, own)
+    red, blue = (np.full((8, 8, 3), color, np.uint8) for color in ((0, 0, 200), (200, 0, 0)))
+    first = own / "0001.png"
+    first.write_bytes(cv2.imencode(".bmp", red)[1].tobytes())  # of one size, whatever it shows
+    times = first.stat()
+    process = start(own, model, out, slow=0.005)
+    while process.poll() is None and finished_parts(out) < 3:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate(timeout=60)
+    first.write_bytes(cv2.imencode(".bmp", blue)[1].tobytes())
+    os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
+    said = finish(start(own, model, out, "--resume"))
+    assert "images have changed since they were predicted, at unchanged sizes and times" in said
+    finish(start(own, model, whole))
+    assert out.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.row(7)

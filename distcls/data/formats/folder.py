@@ -27,6 +27,7 @@ from distcls.data.source import (
     LabelOptions,
     Names,
     Rejected,
+    any_changed_since,
     natural_order,
     real_paths,
     state_of,
@@ -264,6 +265,11 @@ class FileSource(ImageSource):
     def state(self) -> str:
         """See `ImageSource`."""
         return state_of(f"{self.folder}/{name}" for name in self.files)
+
+    def changed_since(self, time_ns: int, start: int, stop: int) -> bool:
+        """See `ImageSource`."""
+        names = self.files[start:stop]
+        return any_changed_since(time_ns, (f"{self.folder}/{name}" for name in names))
 
 
 class FolderSource(FileSource):
