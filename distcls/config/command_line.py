@@ -44,6 +44,7 @@ C = TypeVar("C")
 
 WIDEST = 100
 """Columns of the help, on terminals that have as many."""
+HELP = frozenset(("-h", "--help"))
 OTHERS = "other options"
 """Title of the group of flags that no other group names."""
 SECTIONS = """\
@@ -98,7 +99,7 @@ class Command(Generic[C]):
         """
         fields = leaves(self.options)
         renamed = _under_old_names(fields)
-        parser = self._parser(fields)
+        parser = self._parser(fields, helps=not HELP.isdisjoint(arguments))
         for leaf in renamed:
             _add_flag(parser, leaf, argparse.SUPPRESS)
         words = _spelt_out(arguments, fields + renamed)
@@ -156,7 +157,8 @@ class Command(Generic[C]):
         hint = suggestion(name, known) if name.startswith("-") else ""
         return f"unexpected argument {word!r}{hint}; see {self.prog} --help"
 
-    def _parser(self, fields: list[Leaf]) -> argparse.ArgumentParser:
+    def _parser(self, fields: list[Leaf], *, helps: bool) -> argparse.ArgumentParser:
+        """`helps`: whether the help of each flag will be shown, which takes its time."""
         flags = [leaf for leaf in fields if leaf.default is MISSING and not leaf.positional]
         needed = [f"{_shown(leaf)} {_placeholder(leaf)}" for leaf in flags]
         places = [_place(leaf) for leaf in fields if leaf.positional]
@@ -174,7 +176,7 @@ class Command(Generic[C]):
         for title, about, inside in self._grouped(fields):
             group = parser.add_argument_group(title if self.groups else "options", about)
             for leaf in inside:
-                _add(group, leaf)
+                _add(group, leaf, helps=helps)
             if self.config and title == next(iter(self.groups), OTHERS):
                 group.add_argument("--config", action="append", metavar="FILE", help=CONFIG_HELP)
             if self.config and title == OTHERS:
@@ -274,8 +276,8 @@ def _place(leaf: Leaf) -> str:
     return name if leaf.default is MISSING else f"[{name}]"
 
 
-def _add(group: Any, leaf: Leaf) -> None:
-    text = f"{leaf.doc} {_default(leaf)}".strip().replace("%", "%%")
+def _add(group: Any, leaf: Leaf, *, helps: bool) -> None:
+    text = f"{leaf.doc} {_default(leaf)}".strip().replace("%", "%%") if helps else ""
     if leaf.positional:
         count = None if leaf.default is MISSING else "?"
         count = "+" if _several(leaf) else count

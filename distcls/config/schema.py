@@ -32,8 +32,8 @@ class Leaf:
     """Its resolved annotation."""
     default: Any
     """Its default, or `dataclasses.MISSING`."""
-    doc: str
-    """The docstring under the field."""
+    owner: type
+    """The dataclass that has the field."""
     positional: bool = False
     """Whether it is a positional argument on the command line, not a flag."""
     repeated: bool = False
@@ -41,12 +41,16 @@ class Leaf:
     bare: str | None = None
     """The value of its flag when given without one."""
 
+    @property
+    def doc(self) -> str:
+        """The docstring under the field; 15 ms for the first, as it is read from the source."""
+        return field_docs(self.owner).get(self.key.rpartition(".")[2], "")
+
 
 def leaves(cls: type, prefix: str = "") -> list[Leaf]:
     """All leaves of a dataclass, nested dataclasses opened, in the order they are written."""
     found: list[Leaf] = []
     hints = typing.get_type_hints(cls)
-    docs = field_docs(cls)
     for field in dataclasses.fields(cls):
         key, kind = prefix + field.name, hints[field.name]
         if dataclasses.is_dataclass(kind):
@@ -55,9 +59,8 @@ def leaves(cls: type, prefix: str = "") -> list[Leaf]:
         default = field.default
         if field.default_factory is not MISSING:
             default = field.default_factory()
-        doc = docs.get(field.name, "")
         told: dict[str, Any] = {"bare": "true"} if kind is bool else {}
-        found.append(Leaf(key=key, type=kind, default=default, doc=doc, **told, **field.metadata))
+        found.append(Leaf(key=key, type=kind, default=default, owner=cls, **told, **field.metadata))
     return found
 
 
