@@ -90,23 +90,27 @@ def _exit_code(main: Main, arguments: Sequence[str]) -> int:
             # another error
             log.fail("interrupted")
             return INTERRUPTED
-        message = _explained(error)
-        if message is not None:
-            log.fail(message)
-            return UsageError.exit_code
+        known = _explained(error)
+        if known is not None:
+            log.fail(str(known))
+            return known.exit_code
         traceback.print_exc()
         return 1
     return 0
 
 
-def _explained(error: Exception) -> str | None:
-    """The line for an error of Python or a library that is not a bug; None for any other."""
+def _explained(error: Exception) -> DistclsError | None:
+    """What to say of an error of Python or a library that is not a bug; None for any other."""
+    text = str(error)
     if isinstance(error, ModuleNotFoundError):
-        return missing_package(error)
+        advice = missing_package(error)
+        return None if advice is None else UsageError(advice)
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return f"{shown(error.filename)}: {error.strerror}"
-    if "DefaultCPUAllocator: can't allocate memory" in str(error):
-        return f"out of memory: {str(error).partition('DefaultCPUAllocator: ')[2]}"
+        return UsageError(f"{shown(error.filename)}: {error.strerror}")
+    if "DefaultCPUAllocator: can't allocate memory" in text:
+        return DistclsError(f"out of memory: {text.partition('DefaultCPUAllocator: ')[2]}")
+    if isinstance(error, MemoryError) or "can't start new thread" in text:
+        return DistclsError(f"out of memory, or a limit of the system: {text or 'MemoryError'}")
     return None
 
 

@@ -135,14 +135,6 @@ def test_empty_inputs_are_not_the_current_folder(arguments: list[str]) -> None:
         predict_command.COMMAND.parse([*arguments, "--model", "x.onnx"])
 
 
-def test_a_flag_given_twice_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    config = train_command.COMMAND.parse(["--data", "x", "--epochs", "3", "--epochs", "4"])
-    assert config.epochs == 4
-    assert "--epochs is given twice; 4 counts, not 3" in capsys.readouterr().err
-    train_command.COMMAND.parse(["--data", "x", "--epochs", "3", "--epochs", "3"])
-    assert capsys.readouterr().err == ""
-
-
 @pytest.mark.row(44)
 @pytest.mark.parametrize(
     ("outputs", "named"),

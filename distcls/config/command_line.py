@@ -49,7 +49,8 @@ OTHERS = "other options"
 """Title of the group of flags that no other group names."""
 SECTIONS = """\
 The flags are the keys of the YAML file: --optimizer.weight-decay 0.1 is optimizer: {weight_decay:
-0.1}, and --optimizer NAME is optimizer: {name: NAME}. `none`, in YAML null, stands for no value."""
+0.1}, and --optimizer NAME is optimizer: {name: NAME}. `none`, in YAML null, stands for no value.
+Of a flag given twice the last value counts: a script can be given more flags."""
 CONFIG_HELP = """YAML file of the keys below, or the name of a recipe (`distcls recipes` lists
 them); given more than once, the later file wins key by key, and flags win over all files"""
 PRINT_HELP = """print the config of files, flags and defaults as YAML on standard output and stop;
@@ -215,16 +216,6 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-class _Once(argparse.Action):
-    """Stores the value of a flag; one given before is replaced, and that is said."""
-
-    def __call__(self, parser: Any, options: Any, value: Any, flag: str | None = None) -> None:
-        before = getattr(options, self.dest)
-        if before is not None and before != value:
-            log.warn(f"{flag} is given twice; {value} counts, not {before}")
-        setattr(options, self.dest, value)
-
-
 class _Formatter(argparse.HelpFormatter):
     """Help as wide as the terminal, which keeps the lines of the examples."""
 
@@ -288,7 +279,8 @@ def _add(group: Any, leaf: Leaf, *, helps: bool) -> None:
 
 def _add_flag(group: Any, leaf: Leaf, text: str) -> None:
     extra: dict[str, Any] = {"nargs": "?", "const": leaf.bare} if leaf.bare else {}
-    extra["action"] = "append" if leaf.repeated else _Once
+    if leaf.repeated:
+        extra = {"action": "append"}
     group.add_argument(_shown(leaf), dest=leaf.key, metavar=_placeholder(leaf), help=text, **extra)
 
 
