@@ -243,21 +243,20 @@ def _write_counts(axes: Axes, matrix: Integers, fractions: Floats) -> None:
         axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
 
 
-def curves(
-    history: Sequence[Row], path: Path, monitor: str = "top1", mode: str | None = None
-) -> None:
+def curves(history: Sequence[Row], path: Path, monitor: str = "top1", best_epoch: int = 0) -> None:
     """Draw loss, top-1 and the like, and learning rate against epochs as a PNG.
 
     `history` has one row per epoch with `epoch`, and where known `train_loss`, `val_loss`,
-    `train_top1`, `val_top1`, `val_macro_f1`, `val_exact`, `lr`; the best epoch by `monitor`
-    and `mode` (min or max; default: min of a loss) is marked.
+    `train_top1`, `val_top1`, `val_macro_f1`, `val_exact`, `lr`; `best_epoch`, the best
+    by `monitor`, is marked if it is one of them and has a finite value.
     """
     if not history:
         raise ValueError("no epochs to draw")
     figure = new_figure(13, 4)
     monitor = monitor.removeprefix("val_")
     left, middle, right = figure.subplots(1, 3)
-    best = _best_row(history, monitor, mode)
+    marked = (row for row in history if row["epoch"] == best_epoch)
+    best = next((row for row in marked if _finite(row.get(f"val_{monitor}"))), None)
     _panel(left, history, "loss", {"train_loss": ("train", ORANGE), "val_loss": ("val", BLUE)})
     colors = {"train_top1": ORANGE, "val_top1": BLUE, "val_macro_f1": GREEN, "val_exact": RED}
     scores = {name: (metric_title(name), color) for name, color in colors.items()}
@@ -308,15 +307,6 @@ def _mark(panels: Sequence[Axes], history: Sequence[Row], best: Row, monitor: st
         fontsize=11,
         color="#374151",
     )
-
-
-def _best_row(history: Sequence[Row], monitor: str, mode: str | None) -> Row | None:
-    key = f"val_{monitor}"
-    known = [row for row in history if _finite(row.get(key))]
-    if not known:
-        return None
-    sign = -1 if (mode or ("min" if monitor == "loss" else "max")) == "min" else 1
-    return max(known, key=lambda row: sign * row[key])
 
 
 def _digits(axes: Axes) -> int:

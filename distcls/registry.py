@@ -55,6 +55,10 @@ class Entry(Generic[T]):
         """Whether it is the user's own, not one of distcls."""
         return self.module.partition(".")[0] != PACKAGE
 
+    def is_of(self, module: str) -> bool:
+        """Whether `module` registered it; a script's may have moved into a module since."""
+        return module == self.module or (module == MAIN and self.own)
+
 
 class Registry(Generic[T]):
     """Implementations by name, with the config keys that each of them reads.
@@ -157,7 +161,7 @@ class Registry(Generic[T]):
         this process already. Nothing is imported."""
         path, _, attribute = name.partition(":")
         entry = self._entries.get(attribute)
-        if name in self._found or (entry is not None and path in (entry.module, MAIN)):
+        if name in self._found or (entry is not None and entry.is_of(path)):
             return True
         if path == OBJECT:  # the name that another process recorded for what was found here
             value = _objects.get(name, self)
@@ -172,8 +176,15 @@ class Registry(Generic[T]):
         if path == OBJECT:
             return _TOKEN.sub("", inside)
         entry = self._entries.get(inside)
-        clash = entry is not None and path not in (entry.module, MAIN)
+        clash = entry is not None and not entry.is_of(path)
         return name if clash or not self.is_import_path(name) else inside
+
+    def own_name(self, name: str | None) -> str | None:
+        """The name if it is of the user's own, else None. Nothing is imported."""
+        if name is None or (self.is_import_path(name) and not name.startswith(f"{PACKAGE}.")):
+            return name
+        entry = self._entries.get(name)
+        return name if entry is not None and entry.own else None
 
     def find(self, name: str) -> Entry[T]:
         """The implementation of that name. Raises BadValue for an unknown one, naming the nearest,
@@ -232,7 +243,7 @@ class Registry(Generic[T]):
         if path != OBJECT and path not in sys.modules:
             _import(path, f"{self.key}: {name!r}")
         entry = self._entries.get(attribute)
-        if entry is not None and path in (entry.module, MAIN):
+        if entry is not None and entry.is_of(path):
             return entry
         value: Any = attribute_of(name, self.key)
         registered = (entry for entry in self._entries.values() if entry.value is value)

@@ -226,3 +226,9 @@ def test_one_thread_trains_at_a_time(digits: Path, tmp_path: Path) -> None:
 def test_train_and_fit_are_one(fitted: TrainResult, digits: Path, tmp_path: Path) -> None:
     config = TrainConfig.from_yaml(fitted.out / "config.yaml", out=str(tmp_path / "run"))
     assert train(config).history[-1]["val_loss"] == fitted.history[-1]["val_loss"]
+
+
+@pytest.mark.parametrize("data", [object(), 3, None, [Path("a")]])
+def test_data_is_a_path(data: Any) -> None:
+    with pytest.raises(UsageError, match=f"data: {type(data).__name__} is no path"):
+        fit(data=data)

@@ -308,6 +308,24 @@ def test_a_model_file_gets_no_code_called(tmp_path: Path, monkeypatch: pytest.Mo
     require_loaded("__main__:own-net", "best.pth")  # it has moved into a module
 
 
+def test_a_function_of_a_script_is_taken_though_its_name_is_one_of_ours(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def own(*_: object) -> None:
+        raise RuntimeError("the user's own was called")
+
+    main = sys.modules["__main__"]
+    parts = {"loss": "focal", "model": "simple_cnn", "schedule": "cosine", "optimizer": "adamw"}
+    for key, name in {**parts, "monitor": "top1"}.items():
+        monkeypatch.setattr(own, "__module__", "__main__")
+        monkeypatch.setattr(own, "__qualname__", name)
+        monkeypatch.setattr(main, name, own, raising=False)
+        value = {"metric": own} if key == "monitor" else own
+        options = {**SMALL, "model": "simple_nn", key: value}
+        with pytest.raises((RuntimeError, UsageError), match="the user's own was called"):
+            distcls.fit(data=digits, out=tmp_path / key, **options)
+
+
 @pytest.mark.slow
 def test_a_script_and_what_other_processes_say_of_its_model(digits: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"

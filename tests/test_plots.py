@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -76,16 +77,18 @@ def test_curves_take_one_epoch_gaps_and_unknown_monitors(tmp_path: Path, monitor
     assert (tmp_path / "gaps.png").exists()
 
 
-@pytest.mark.parametrize(("monitor", "epoch"), [("loss", 2), ("top1", 3)])
-def test_best_epoch_follows_the_direction_of_the_metric(monitor: str, epoch: int) -> None:
-    rows = [
-        {"epoch": 1.0, "val_loss": 0.9, "val_top1": 0.5},
-        {"epoch": 2.0, "val_loss": 0.3, "val_top1": 0.7},
-        {"epoch": 3.0, "val_loss": 0.4, "val_top1": 0.8},
-    ]
-    best = plotting._best_row(rows, monitor, None)
-    assert best is not None
-    assert best["epoch"] == epoch
+def test_the_best_epoch_is_the_one_that_the_run_has_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"epoch": float(n), "val_loss": 1 / n, "val_top1": 0.75} for n in range(1, 7)]
+    marked: list[float] = []
+    monkeypatch.setattr(
+        plotting, "_mark", lambda axes, history, best, _: marked.append(best["epoch"])
+    )
+    plotting.curves(rows, tmp_path / "curves.png", "top1", 6)
+    plotting.curves(rows, tmp_path / "curves.png", "top1", 9)
+    plotting.curves([{**rows[0], "val_top1": math.nan}], tmp_path / "curves.png", "top1", 1)
+    assert marked == [6]
 
 
 def test_missing_matplotlib_names_the_extra() -> None:

@@ -10,10 +10,11 @@ resumed; the finished parts become the output in one step.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from distcls.batch.part_writer import FEATURES, PartWriter
 from distcls.batch.parts import Fingerprint, PartRecord, Parts, open_parts, parts_folder
 from distcls.batch.ray import Reopen, check_ray, write_on_ray
 from distcls.batch.table import check_ending
+from distcls.data.dataset import INFO
 from distcls.data.source import ImageSource
 from distcls.errors import DistclsError, UsageError
 from distcls.files import atomic_path, require_writable
@@ -73,6 +75,7 @@ def predict(
     model and source with `reopen`.
     """
     writer = PartWriter(model, source, options)
+    _require_no_input(_outputs(options), source, options.inputs)
     began = time.monotonic()
     with (
         _parts_of(options) as out,
@@ -106,6 +109,19 @@ def predict(
         features=options.features,
         shown=options.picture if options.show else None,
     )
+
+
+def _require_no_input(targets: list[Path], source: ImageSource, inputs: Sequence[str]) -> None:
+    """Raise UsageError for an output, to be replaced, that is an image or part of a dataset."""
+    there = {os.path.realpath(target): target for target in targets if target.exists()}
+    for real, target in there.items():
+        for folder in inputs:
+            dataset = (Path(folder) / INFO).is_file()
+            if dataset and Path(real).is_relative_to(os.path.realpath(folder)):
+                raise UsageError(f"{target} is a file of the dataset directory {folder}")
+    for path in (source.paths() or ()) if there else ():
+        if path in there:
+            raise UsageError(f"{there[path]} is one of the images; choose another name")
 
 
 @contextlib.contextmanager

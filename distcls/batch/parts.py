@@ -82,6 +82,8 @@ class PartRecord:
     """SHA-256 of each file, by its name."""
 
 
+SEAL = "sha256"
+"""Key of a stored record: the digest of its others."""
 MOST_BYTES = 2**26
 """Of a record or a fingerprint."""
 _PICKED = stored.items(stored.whole(), stored.nothing_or(stored.text()), stored.number(nan=True))
@@ -94,6 +96,7 @@ record_schema = stored.record(
         "first_error": stored.text(),
         "picked": stored.each(_PICKED, 100_000),
         "files": stored.mapping(stored.SHA256, most=10),
+        SEAL: stored.SHA256,
     }
 )
 """What the record of a part holds."""
@@ -129,7 +132,9 @@ class Parts:
 
     def finish(self, record: PartRecord) -> None:
         """Write the record of the next part, whose files are written."""
-        write_json(self.path(len(self.records), ".json"), dataclasses.asdict(record))
+        values = dataclasses.asdict(record)
+        sealed = {**values, SEAL: stored.canonical_digest(values)}
+        write_json(self.path(len(self.records), ".json"), sealed)
         self.records.append(record)
 
     def check(self, fingerprint: Fingerprint) -> None:
@@ -214,7 +219,10 @@ class Parts:
         if not path.exists():
             return None
         try:
-            record = PartRecord(**stored.read_json(path, record_schema, MOST_BYTES))
+            values = stored.read_json(path, record_schema, MOST_BYTES)
+            if values.pop(SEAL) != stored.canonical_digest(values):
+                raise ValueError("it was changed")
+            record = PartRecord(**values)
             own = all(name.startswith(part_name(number, ".")) for name in record.files)
             if own and all(digest(self.folder / name) == sha for name, sha in record.files.items()):
                 return record

@@ -163,10 +163,11 @@ def flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries to one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
+        inside = isinstance(value, dict)
+        found = flatten(value, f"{prefix}{key}.") if inside else {f"{prefix}{key}": value}
+        if twice := next((each for each in found if each in flat), None):
+            raise UsageError(f"the key {shown(twice)} is there twice, nested and dotted")
+        flat |= found
     return flat
 
 

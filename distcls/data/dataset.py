@@ -292,7 +292,11 @@ class Split(ImageSource):
 
     @functools.cached_property
     def _pack(self) -> NDArray[np.uint8]:
-        return np.memmap(self.folder / PACK, np.uint8, mode="r")
+        try:
+            return np.memmap(self.folder / PACK, np.uint8, mode="r")
+        except OSError as error:  # it was there when the dataset was opened
+            path, reason = self.folder / PACK, error.strerror or error
+            raise DistclsError(f"{path}: cannot be read any more: {reason}") from error
 
     @functools.cached_property
     def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

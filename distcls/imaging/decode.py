@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import logging
 import os
 import re
 import warnings
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from distcls.errors import BadImage
 from distcls.imaging.reading import limit_of, memory_budget, patiently, read_file
@@ -50,6 +51,8 @@ LIMIT = "DISTCLS_MAX_PIXELS"
 """Environment variable with another limit, for every command alike."""
 MOST_PIXELS = 1 << 30
 """OpenCV decodes no more."""
+MOST_TEXT = 1 << 24
+"""Bytes to which a text or profile of a PNG may unpack."""
 
 ACCEPT_DAMAGED = "DISTCLS_ACCEPT_DAMAGED"
 """Environment variable; 1 takes images with a hole as the decoder fills it."""
@@ -69,8 +72,10 @@ JPEGS = frozenset(("JPEG", "MPO"))
 PILLOWS = frozenset(("PPM", "AVIF", "HEIF"))
 """Decoded by Pillow."""
 ALPHA_MODES = frozenset(("RGBA", "RGBa", "LA", "La", "PA"))
-WIDTH, HEIGHT, BITS = 256, 257, 258
+WIDTH, HEIGHT, BITS, COMPRESSION = 256, 257, 258, 259
 """Tags of TIFF."""
+NOT_OPENCVS = frozenset((34925, 50000))
+"""Compressions of TIFF, LZMA and ZSTD, that Pillow's libtiff knows and OpenCV's does not."""
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BIG = (b"+\0", b"\0+")
@@ -161,7 +166,7 @@ def _pixels(
     data: bytes, header: _Header, flags: int, background: Color | None
 ) -> NDArray[np.uint8]:
     blend = background if header.transparent else None
-    if header.kind in PILLOWS or blend is not None:
+    if header.kind in PILLOWS or blend is not None or _is_run_length_bmp(data):
         with silent_stderr():
             return _by_pillow(data, blend)
     damage = ""
@@ -181,6 +186,14 @@ def _pixels(
     if damage and os.environ.get(ACCEPT_DAMAGED) != "1":
         raise BadImage(f"damaged: {damage}; the environment variable {ACCEPT_DAMAGED}=1 takes it")
     return np.asarray(image, np.uint8)
+
+
+def _is_run_length_bmp(data: bytes) -> bool:
+    """Whether it is a BMP of runs, of which OpenCV 5 skips lines where a run passes the width, as
+    ImageMagick's do."""
+    return (
+        data[:2] == b"BM" and data[14:18] >= b"\x28" and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0")
+    )
 
 
 def _require_memory(header: _Header) -> None:
@@ -296,6 +309,11 @@ def _without_key(data: bytes, key: Any, background: Color) -> NDArray[np.uint8]:
 def _from_wide(data: bytes, background: Color | None) -> NDArray[np.uint8]:
     """A TIFF of 32-bit or 64-bit values; BadImage where these have no defined white."""
     image = _by_opencv(data, cv2.IMREAD_UNCHANGED)  # upright: of TIFF it turns these as well
+    if image is None and _tiff_tags(data).get(COMPRESSION) in NOT_OPENCVS:
+        with open_header(data) as opened:
+            plain = opened.mode in ("1", "L", "P", "RGB", "CMYK")
+        if plain:
+            return _by_pillow(data, background)
     if image is None or image.dtype.itemsize < 4:
         raise BadImage("corrupt or truncated")
     bits, kind = 8 * image.dtype.itemsize, "integers" if image.dtype.kind in "iu" else "floats"
@@ -401,6 +419,8 @@ def _heif_formats() -> tuple[str, ...]:
 
 def _unknown(data: bytes) -> str:
     """Why Pillow does not open a file."""
+    if data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
+        return "corrupt or truncated: its header or metadata cannot be read"
     if data[4:8] != b"ftyp" or not looks_like_image(data[:64]):
         return f"not an image of a known format ({', '.join(FORMATS)})"
     known = _heif_formats()
@@ -441,4 +461,7 @@ def _silence_libraries() -> None:
     if not _silenced:
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        logging.getLogger("PIL").addHandler(logging.NullHandler())
+        # a megabyte is less than the ICC profile or XMP of some photographs
+        PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, MOST_TEXT)
         _silenced = True

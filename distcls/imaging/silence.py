@@ -28,7 +28,7 @@ T = TypeVar("T")
 NOISE = re.compile(
     rb"libpng (?:warning|error): |Corrupt JPEG data|Premature end of JPEG|Warning: unknown JFIF"
     rb"|Invalid SOS parameters|Inconsistent progression|Unknown Adobe color|tempfile\.tif: "
-    rb"|TIFF\w*: |[\w.]+: Warning, "
+    rb"|TIFF\w*: |[\w.]+: Warning, |[A-Za-z]+\d?(?:Pre)?(?:Decode|Setup)\w*: |JPEGLib: "
 )
 """How the lines of the image libraries begin; `tempfile.tif` is Pillow's name for any TIFF."""
 DAMAGE = re.compile(

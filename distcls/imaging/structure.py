@@ -2,13 +2,13 @@
 
 Decoders allocate what a length field says, and repeat what a file tells them to repeat: a PNG of 43
 bytes can ask for 4 GiB, a JPEG of 141 KB for a minute. Each check walks the markers of the file and
-touches no pixels (measured: 500x375 JPEG 5 us of 1,900 us; 12 megapixels in 1,500 PNG chunks
-0.4 ms of 250 ms).
+touches no pixels (measured: 10 us for a JPEG of 500x375, 1 % of decoding it).
 """
 
 from __future__ import annotations
 
 import math
+import re
 import struct
 
 from distcls.errors import BadImage
@@ -31,6 +31,8 @@ _JPEG = b"\xff\xd8\xff"
 _IEND = b"IEND"
 _CHUNK = struct.Struct(">I4s")
 _SOS, _EOI = 0xDA, 0xD9
+_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)
+"""A marker after the first scan, where a zero byte follows an FF that is data."""
 _ALONE = frozenset((0x01, *range(0xD0, 0xD9)))
 """JPEG markers without a length."""
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -108,7 +110,15 @@ def _next_marker(data: bytes, at: int, junk: int) -> tuple[int, int]:
 
 
 def _check_scans(data: bytes, first: int) -> None:
-    # a marker cannot stand in a scan's data; in a comment it may, far fewer times than this
-    scans = data.count(b"\xff\xda", first) + 1
-    if scans > MOST_SCANS:
-        raise BadImage(f"corrupt: {scans:,} JPEG scans, at most {MOST_SCANS} are decoded")
+    """Count up to the end of the picture: what follows it, such as the film of a moving photograph,
+    is no scan."""
+    scans, at = 1, first
+    for _ in range(MOST_SEGMENTS):
+        marker = _MARKER.search(data, at)
+        if marker is None or data[marker.end() - 1] == _EOI:
+            return
+        scans += data[marker.end() - 1] == _SOS
+        if scans > MOST_SCANS:
+            raise BadImage(f"corrupt: more JPEG scans than the {MOST_SCANS} that are decoded")
+        at = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
+    raise BadImage(f"corrupt: more than {MOST_SEGMENTS:,} JPEG segments")

@@ -377,7 +377,15 @@ class CheckpointManager:
         if not differing:
             return
         key, *others = differing
+        elsewhere = (f"{MAIN}:", f"{OBJECT}:")
+        key = next((k for k in differing if str(before.get(k)).startswith(elsewhere)), key)
         how = "given" if after.get(key) == unresolved.get(key) else "is the default now"
+        if str(before.get(key)).startswith(elsewhere):
+            raise UsageError(
+                f"{key}: {after.get(key)!r} {how}, but {path} was written with {before[key]!r}, of "
+                "a script or notebook: continue it there, by distcls.fit with resume='auto', or "
+                "put it into a module and name it as module:attribute"
+            )
         more = f" (changed, too: {', '.join(others)})" if others else ""
         if key == "data":
             more += " (by its path, as this state has no fingerprint of its data)"

@@ -28,9 +28,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distcls.errors import UsageError, did_you_mean
+from distcls.evaluation.metrics import METRICS
 from distcls.imaging.preprocess import Image
 from distcls.registry import attribute_of, kind_of, positional
-from distcls.training.config import AugmentConfig, TrainConfig, chosen
+from distcls.training.config import LOSSES, OPTIMIZERS, AugmentConfig, TrainConfig, chosen
+from distcls.training.schedule import SCHEDULES
 
 KEY = "augment.transform"
 TRIES = 16
@@ -365,3 +367,16 @@ def require_callback(name: str) -> Any:
         f"callbacks: {name} is {kind_of(value)}, expected an object with any of "
         f"{', '.join(EVENTS)}, or a function of (run, metrics)"
     )
+
+
+def own_parts(config: TrainConfig) -> dict[str, str]:
+    """What a run has of the user's own beside the network, by its names in the config."""
+    parts = {
+        "loss": LOSSES.own_name(config.loss.name),
+        "metric": METRICS.own_name(config.monitor.metric),
+        "optimiser": OPTIMIZERS.own_name(config.optimizer.name),
+        "schedule": SCHEDULES.own_name(config.schedule.name),
+        "transform": config.augment.transform,
+        "callbacks": ", ".join(config.callbacks),
+    }
+    return {part: name for part, name in parts.items() if name}

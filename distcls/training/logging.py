@@ -28,6 +28,7 @@ from distcls.plotting import curves, metric_title
 from distcls.task import class_list
 from distcls.training.config import TrainConfig, chosen
 from distcls.training.engine import EngineSummary, StepReport
+from distcls.training.hooks import own_parts
 from distcls.training.inputs import TrainingInput
 from distcls.training.stability import Anomalies
 
@@ -78,8 +79,8 @@ def banner(
     own_network = own_module(config.model.name) is not None
     stride = "" if own_network else f" stem stride {model.stem_stride or 'none'},"
     start = f"from {config.model.pretrained or 'scratch'}"
-    own = [config.augment.transform or "", *config.callbacks]
-    yours = [f"yours      {', '.join(filter(None, own))}"] if any(own) else []
+    own = [f"{part} {name}" for part, name in own_parts(config).items()]
+    yours = [f"yours      {'; '.join(own)}"] if own else []
     cost = f"{log.amount(model.parameters, 2)} parameters, {log.amount(model.macs, 1)} MACs"
     return [
         f"device     {_device(accelerator)}, {processes}, {precision}, {layout}",
@@ -352,7 +353,7 @@ class Records:
         self.folder = config.out
         self._track = track
         self._monitor = config.monitor.figure
-        self._mode = config.monitor.resolved_mode
+        self._best_epoch = 0
         self._undrawn: list[dict[str, float]] = []
         self._next_drawing = time.monotonic() + FIRST_DRAWING
         if not main_process:
@@ -411,11 +412,11 @@ class Records:
                 "run directory is incomplete, start over"
             )
 
-    def curves(self, history: list[dict[str, float]]) -> None:
+    def curves(self, history: list[dict[str, float]], best_epoch: int) -> None:
         """Redraw curves.png from all epochs so far, unless it was drawn recently."""
         if self._metrics is None:
             return
-        self._undrawn = history
+        self._undrawn, self._best_epoch = history, best_epoch
         if time.monotonic() >= self._next_drawing:
             self._draw()
 
@@ -428,7 +429,7 @@ class Records:
 
     def _draw(self) -> None:
         began = time.monotonic()
-        curves(self._undrawn, self.folder / CURVES, self._monitor, self._mode)
+        curves(self._undrawn, self.folder / CURVES, self._monitor, self._best_epoch)
         ended = time.monotonic()
         self._undrawn, self._next_drawing = [], ended + (ended - began) / DRAWING_TIME
 

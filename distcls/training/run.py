@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import textwrap
 import threading
 import time
@@ -25,7 +26,7 @@ from distcls.config import build, options_layer
 from distcls.config.schema import duration_in_steps
 from distcls.errors import DistclsError, Stopped, UsageError, require
 from distcls.evaluation.metrics import Metrics
-from distcls.files import claimed_output
+from distcls.files import claimed_output, remove_unfinished
 from distcls.imaging import Preprocess
 from distcls.log import say, warn
 from distcls.model_card import ModelCard
@@ -43,7 +44,7 @@ from distcls.training.checkpointing import (
     TrainingState,
     recorded_config,
 )
-from distcls.training.config import TrainConfig, chosen, require_free, require_places
+from distcls.training.config import RUN_FILES, TrainConfig, chosen, require_free, require_places
 from distcls.training.distributed import (
     any_process,
     explain_lost_processes,
@@ -200,6 +201,11 @@ def fit(
         )
     if config is None and "data" not in options:
         raise UsageError("data is missing: a folder of images, or a dataset directory")
+    if not isinstance(options.get("data", ""), str | os.PathLike):
+        raise UsageError(
+            f"data: {type(options['data']).__name__} is no path: give that of a folder, a manifest "
+            "or a dataset directory (to_csv writes a DataFrame; an ImageDataset has a location)"
+        )
     if transform is not None:
         options["augment.transform"] = transform
     layers = [] if config is None else [options_layer(TrainConfig, vars(config))]
@@ -468,7 +474,7 @@ def save_epoch(run: Run, evaluation: Evaluation, *, best: bool) -> None:
     run.checkpoints.save_epoch(
         run.state, tensors, model, before_state=lambda: call_back(run, "on_epoch_end")
     )
-    run.records.curves(run.state.history)
+    run.records.curves(run.state.history, run.state.best_epoch)
 
 
 def _stop(run: Run) -> None:
@@ -616,6 +622,8 @@ def claim_run_directory(config: TrainConfig, accelerator: Accelerator) -> Iterat
             )
             try:
                 stack.enter_context(claimed_output(config.out, busy))
+                for name in (*RUN_FILES, "curves.png"):
+                    remove_unfinished(config.out / name)
                 require_free(config.out, config.resume)
             except DistclsError as error:
                 problem = error

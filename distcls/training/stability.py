@@ -231,6 +231,8 @@ MEMORISED = 0.25
 """Training loss, as a fraction of the first epoch's, at which the training images are learnt."""
 ONE_CLASS = 0.95
 """Fraction of the predictions that one class takes where a model ignores its images."""
+LEARNT = 0.1
+"""Training top-1 above that of the first epoch by which something is learnt, whatever the loss."""
 STILL = 0.95
 """Training loss, as a fraction of the first epoch's, above which nothing was learnt."""
 INFORMED = 0.9
@@ -305,6 +307,10 @@ def _loss_stays(history: Sequence[Mapping[str, float]], lr: float) -> str:
     recent = [row["train_loss"] for row in history[-CHECKED_EPOCHS:]]
     if len(history) < CHECKED_EPOCHS or min(recent) < STILL * history[0]["train_loss"]:
         return ""
+    # with strong augmentation the answers get better before the loss does
+    scores = [row.get("train_top1", 0.0) for row in history]
+    if max(scores[-CHECKED_EPOCHS:]) > scores[0] + LEARNT:
+        return ""
     return (
         f"the training loss stays at {recent[-1]:.3g} after {len(history)} epochs: nothing is "
         f"learnt; the learning rate ({lr:g}) may be too low or much too high, the epochs too few, "
@@ -325,6 +331,8 @@ def _at_chance(history: Sequence[Mapping[str, float]], metrics: Metrics) -> str:
     # of a few images luck reaches all of them; the loss tells knowing from guessing then
     informed = min(row["val_loss"] for row in recent) < INFORMED * guessing
     if len(recent) < CHECKED_EPOCHS or best > luck or not learnt or informed:
+        return ""
+    if max(row["val_top1"] for row in history) > luck:  # it has been better, and is kept as best
         return ""
     return (
         f"validation top-1 stays at {best:.2f}, the level of guessing ({chance:.2f} for the most "

@@ -491,10 +491,17 @@ def _readable(kind: pa.DataType, *, number: bool) -> bool:
     return bool(text or pa.types.is_integer(kind) or (number and pa.types.is_floating(kind)))
 
 
+def _require_text(batch: pa.RecordBatch, names: Iterable[str]) -> None:
+    """Raise pyarrow's error for a text that is not UTF-8; turning it into Python's would fail."""
+    for name in names:
+        batch[name].validate(full=True)
+
+
 def _parquet_blocks(
     file: pq.ParquetFile, columns: dict[str, str], read: list[str]
 ) -> Iterator[Block]:
     for batch in file.iter_batches(BLOCK, columns=[columns[plain] for plain in read]):
+        _require_text(batch, [columns[plain] for plain in read])
         yield {
             plain: [
                 None if value is None or value == "" else str(value)

@@ -228,8 +228,9 @@ class Prefetcher:
         return sum(sizes) > byte_limit()
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        pool = getattr(self, "_pool", None)  # modules are gone where the interpreter ends
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class ListedSource(ImageSource):
