@@ -87,10 +87,16 @@ def kill_all(process: Process) -> None:
 
 
 def workers(process: Process) -> list[psutil.Process]:
-    """The training processes below a launcher, by rank."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    found = [child for child in children if child.name().startswith("rank ")]
-    return sorted(found, key=lambda child: int(child.name().split()[1]))
+    """The training processes below a launcher, by rank; at least one."""
+    found: dict[int, psutil.Process] = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name().startswith("rank "):  # forked, so its command line is the tests' own
+                found[int(child.name().split()[1])] = child
+            elif any("traced_train" in word for word in child.cmdline()):
+                found[int(child.environ()["RANK"])] = child
+    assert found
+    return [found[rank] for rank in sorted(found)]
 
 
 def steps_done(out: Path) -> int:
