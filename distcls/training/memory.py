@@ -24,8 +24,11 @@ from distcls.training.fsdp import is_requested
 
 HEADROOM = 1.25
 """Images of a trial per image of a step: a margin for fragmentation and other processes."""
-LIBRARIES = ("ALLOC_FAILED", "could not create a", "could not execute a primitive")
-"""Messages of cuBLAS, cuDNN and oneDNN when their own allocations fail."""
+LIBRARIES = (
+    *("ALLOC_FAILED", "could not create a", "could not execute a primitive"),
+    "can't start new thread",
+)
+"""Messages of cuBLAS, cuDNN and oneDNN when their own allocations fail, and Python's of a stack."""
 PASSES = 5
 """Passes timed before and after compiling; their median counts."""
 
