@@ -63,7 +63,8 @@ def open_inputs(options: PredictOptions) -> ImageSource:
 
 def _kind_of_file(text: str) -> str | None:
     """`/` for an absolute path of an image file, empty for a relative one, None for all else."""
-    # a pipe or a link that leads nowhere is a row with its error, as in a folder
+    # a pipe or a link that leads nowhere is a row with its error, as in a folder; Path's methods
+    # would raise for a name that no file can have
     there = os.path.lexists(text) and not os.path.isdir(text)  # noqa: PTH112
     plain = _is_missing(text) or (is_image_name(text) and there)
     plain = plain and not any(each.matches(text) for each in registered_formats().values())

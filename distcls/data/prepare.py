@@ -129,7 +129,7 @@ class PrepareOptions:
     256x256 pixels on average."""
     max_bad: float = 0.1
     """Fraction of the images that may be unreadable; they are left out and listed in rejected.csv.
-    Above it nothing is written, but for up to 10 of them. 1 allows any number."""
+    Above it, and above 10 images, nothing is written. 1 allows any number."""
     background: Background = WHITE
     """Colour that transparent pixels are blended with, as red, green and blue from 0 to 255; ignore
     discards the alpha channel. Training and predictions use the same."""

@@ -330,9 +330,9 @@ def _at_chance(history: Sequence[Mapping[str, float]], metrics: Metrics) -> str:
     guessing = -float(np.sum(shares * np.log(shares)))
     # of a few images luck reaches all of them; the loss tells knowing from guessing then
     informed = min(row["val_loss"] for row in recent) < INFORMED * guessing
-    if len(recent) < CHECKED_EPOCHS or best > luck or not learnt or informed:
-        return ""
-    if max(row["val_top1"] for row in history) > luck:  # it has been better, and is kept as best
+    # a better epoch of before is kept as best
+    better = max(row["val_top1"] for row in history) > luck
+    if len(recent) < CHECKED_EPOCHS or better or not learnt or informed:
         return ""
     return (
         f"validation top-1 stays at {best:.2f}, the level of guessing ({chance:.2f} for the most "
