@@ -26,6 +26,7 @@ EXTRAS = {
     **dict.fromkeys(("psutil", "safetensors", "scipy", "torch", "torchvision"), "train"),
     **dict.fromkeys(("fsspec", "gcsfs", "s3fs"), "remote"),
     **dict.fromkeys(("granian", "multipart", "orjson", "prometheus_client"), "serve"),
+    **dict.fromkeys(("grpc", "google"), "serve-grpc"),
     "optuna": "search",
     "ray": "ray",
 }

@@ -8,14 +8,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import hmac
-import json
 import re
-import sys
-import time
-import traceback
 import urllib.parse
-import uuid
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
@@ -24,11 +18,8 @@ from typing import Any
 import orjson
 from multipart import MultipartError, PushMultipartParser, parse_options_header
 
-from distcls import __version__, log
 from distcls.prediction import ranking, shortest
 from distcls.serving.body import Body, ClientGone, Message, Receive
-from distcls.serving.engine import Busy, DeadlineMissed, EngineClosed
-from distcls.serving.metrics import Metrics
 from distcls.serving.openapi import docs_page, document
 from distcls.serving.options import MB, ServeOptions
 from distcls.serving.pages import HTML_HEADERS, load_pages, png
@@ -37,20 +28,16 @@ from distcls.serving.protocol import (
     check_outputs,
     format_infer,
     parse_infer,
+    server_metadata,
 )
-from distcls.serving.repository import Repository, Version
+from distcls.serving.repository import Version
+from distcls.serving.service import Call, Service
 from distcls.serving.work import Output, Work
 
 Send = Callable[[Message], Awaitable[None]]
 Scope = dict[str, Any]
 
 JSON = "application/json"
-EXTENSIONS = (
-    *("binary_tensor_data", "classification", "statistics", "model_configuration"),
-    *("model_repository", "parameters"),
-)
-REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-"""What a client's own X-Request-Id may be; another is replaced."""
 COMPRESSED_FROM = 1000
 """Bytes of an answer from which compressing it pays."""
 OPEN_ROUTES = ("/v2/health/live", "/v2/health/ready")
@@ -71,7 +58,7 @@ class Reply:
         self.headers = headers or {}
 
 
-class Request:
+class Request(Call):
     """One request: its path, headers and query, and its body to be read."""
 
     def __init__(self, scope: Scope, receive: Receive, options: ServeOptions) -> None:
@@ -84,16 +71,7 @@ class Request:
             urllib.parse.parse_qsl(scope["query_string"].decode("latin-1"), max_num_fields=50)
         )
         self.body = Body(receive, self.headers, options)
-        given = self.header("x-request-id")
-        self.id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        self.began = time.monotonic()
-        self.route = "unknown"
-        """The pattern that fits its path, for logs and metrics."""
-        self.model: tuple[str, str] | None = None
-        """Name and version that answer it."""
-        self.images = 0
-        self.seconds: dict[str, float] = {}
-        """Of its stages, once it was computed."""
+        super().__init__(self.method, self.path, self.header("x-request-id"))
 
     def header(self, name: str) -> str:
         """The value of a header; empty if it is not there."""
@@ -110,36 +88,17 @@ class Request:
 Handler = Callable[..., Coroutine[Any, Any, Reply]]
 
 
-class App:
+class App(Service):
     """The application; `await start()` before the first request, or serve its lifespan."""
 
     def __init__(self, options: ServeOptions, token: str = "") -> None:
         """`token` is the bearer token that requests have to carry, if any."""
-        self.options = options
-        self.repository = Repository(options)
-        self.metrics = Metrics(self.repository.versions)
-        self.draining = False
-        """Not ready any more, though what comes is still served."""
-        self.in_flight = 0
-        self._token = token.encode()
+        super().__init__(options, token)
         self._pages = load_pages()
         self._routes = [
             (re.compile(pattern + r"/?"), _readable(pattern), handlers)
             for pattern, handlers in _routes(self).items()
         ]
-
-    @property
-    def wants_token(self) -> bool:
-        """Whether requests have to carry a token."""
-        return bool(self._token)
-
-    async def start(self) -> None:
-        """Load the models. Raises UsageError if one cannot be served."""
-        await self.repository.start()
-
-    async def close(self) -> None:
-        """Finish what is under way, end the compute processes."""
-        await self.repository.close(self.options.drain_timeout)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI 3."""
@@ -197,30 +156,9 @@ class App:
             return await self._dispatch(request)
         except ClientGone:
             raise
-        except Refused as refused:
-            return self._refuse(request, refused)
-        except Busy as busy:
-            wait = max(1, round(busy.backlog))
-            return self._refuse(request, Refused(503, str(busy), {"retry-after": str(wait)}))
-        except DeadlineMissed:
-            return self._refuse(
-                request, Refused(504, "the deadline passed before computing could begin")
-            )
-        except EngineClosed:
-            message = "the server is shutting down, or the model was unloaded"
-            return self._refuse(request, Refused(503, message, {"retry-after": "1"}))
-        except Exception:
-            log.fail(f"request {request.id}: {traceback.format_exc()}")
-            return self._refuse(request, Refused(500, f"internal error, request {request.id}"))
-
-    def _refuse(self, request: Request, refused: Refused) -> Reply:
-        self.metrics.rejected[_REASONS.get(refused.status, str(refused.status))] += 1
-        if request.model is not None:
-            for version in self.repository.versions():
-                if (version.name, version.version) == request.model:
-                    reason = _REASONS.get(refused.status, "other")
-                    version.statistics.failed(reason, time.monotonic() - request.began)
-        return _error(refused.status, refused.message, refused.headers)
+        except Exception as error:
+            refused = self.refuse(request, error)
+            return _error(refused.status, refused.message, refused.headers)
 
     async def _dispatch(self, request: Request) -> Reply:
         path = request.path
@@ -236,7 +174,8 @@ class App:
             request.route = route
             if request.method == "OPTIONS" and self.options.cors:
                 return Reply(b"", 204)
-            self._authorize(request, path)
+            if not (path.rstrip("/") in OPEN_ROUTES or path in self._pages):
+                self.authorize(request.headers.get(b"authorization", b""))
             handler = handlers.get("GET" if request.method == "HEAD" else request.method)
             if handler is not None:
                 values = {name: value or "" for name, value in match.groupdict().items()}
@@ -248,35 +187,6 @@ class App:
             raise Refused(405, message, {"allow": methods})
         raise Refused(404, f"there is nothing at {path[:100]!r}; /docs lists what is")
 
-    def _authorize(self, request: Request, path: str) -> None:
-        if not self._token or path.rstrip("/") in OPEN_ROUTES or path in self._pages:
-            return
-        given = request.headers.get(b"authorization", b"")
-        scheme, _, token = given.partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
-            message = "a bearer token is wanted, as in `Authorization: Bearer TOKEN`"
-            raise Refused(401, message, {"www-authenticate": "Bearer"})
-
-    def _record(self, request: Request, status: int) -> None:
-        self.metrics.responses[request.route, status] += 1
-        if not self.options.access_log:
-            return
-        entry = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "id": request.id,
-            "method": request.method,
-            "path": request.path,
-            "status": status,
-            "bytes": request.body.size,
-            "ms": round(1000 * (time.monotonic() - request.began), 2),
-            "model": request.model and "/".join(request.model),
-            "images": request.images,
-            **{f"{name}_ms": round(1000 * s, 2) for name, s in request.seconds.items()},
-        }
-        with contextlib.suppress(OSError, ValueError):  # whoever read the log has left
-            sys.stdout.write(json.dumps(entry) + "\n")
-            sys.stdout.flush()
-
     # what the routes do
 
     async def live(self, request: Request) -> Reply:
@@ -287,14 +197,13 @@ class App:
 
     async def ready(self, request: Request) -> Reply:
         """GET /v2/health/ready"""
-        if self.draining or not self.repository.ready:
-            reason = "the server is shutting down" if self.draining else "a model is not ready"
+        if reason := self.not_ready:
             return _error(503, reason, more={"ready": False})
         return _json({"ready": True, "live": True})
 
     async def server(self, request: Request) -> Reply:
         """GET /v2"""
-        return _json({"name": "distcls", "version": __version__, "extensions": list(EXTENSIONS)})
+        return _json(server_metadata())
 
     async def models(self, request: Request) -> Reply:
         """GET /v2/models"""
@@ -308,7 +217,7 @@ class App:
     async def model_ready(self, request: Request, model: str, version: str = "") -> Reply:
         """GET /v2/models/{model}/ready"""
         found = self.repository.find(model, version)
-        if self.draining or not found.engine.ready:
+        if not self.usable(found):
             return _error(503, "not ready", more={"ready": False})
         return _json({"name": found.name, "ready": True})
 
@@ -318,32 +227,17 @@ class App:
 
     async def stats(self, request: Request, model: str = "", version: str = "") -> Reply:
         """GET /v2/models/stats, or of one model"""
-        versions = [self.repository.find(model, version)] if model else self.repository.versions()
-        found = [
-            each.statistics.to_json(each.name, each.version, each.engine.counts.batches)
-            for each in versions
-        ]
-        return _json({"model_stats": found})
+        return _json(self.repository.statistics(model, version))
 
     async def index(self, request: Request) -> Reply:
         """POST /v2/repository/index"""
         values = await _json_object(request)
-        entries = self.repository.index()
-        if values.get("ready"):
-            entries = [entry for entry in entries if entry["state"] == "READY"]
-        return _json(entries)
+        return _json(self.repository.index(bool(values.get("ready"))))
 
-    async def control(self, request: Request, model: str, action: str) -> Reply:
+    async def load_or_unload(self, request: Request, model: str, action: str) -> Reply:
         """POST /v2/repository/models/{model}/load, unload"""
         values = await _json_object(request)
-        if not self.options.control:
-            raise Refused(403, "loading and unloading is not allowed; --control allows it")
-        parameters = values.get("parameters", {})
-        if not isinstance(parameters, dict) or any(
-            name == "config" or name.startswith("file:") for name in parameters
-        ):
-            raise Refused(400, "parameters: config and file: are not supported")
-        await getattr(self.repository, action)(model)
+        await self.control(model, action, values.get("parameters", {}))
         return _json({})
 
     async def setting(self, request: Request, model: str = "") -> Reply:
@@ -361,7 +255,7 @@ class App:
 
     async def infer(self, request: Request, model: str, version: str = "") -> Reply:
         """POST /v2/models/{model}/infer"""
-        found = self._admit(request, model, version)
+        found = self.admit(request, model, version)
         length = request.headers.get(b"inference-header-content-length")
         with found.engine.admission(request.body.declared or 0):
             body = await request.body.read()
@@ -369,7 +263,7 @@ class App:
             asked = parse_infer(body, text, found.interface)
         outputs = await self._compute(request, found, asked.works, asked.timeout)
         body, json_bytes = format_infer(asked, outputs, found.interface)
-        self._count(request, found, outputs)
+        self.count(request, found, outputs)
         headers, kind = {}, JSON
         if json_bytes is not None:
             headers["inference-header-content-length"] = str(json_bytes)
@@ -378,7 +272,7 @@ class App:
 
     async def predict(self, request: Request) -> Reply:
         """POST /predict"""
-        found = self._admit(
+        found = self.admit(
             request, request.query.get("model", ""), request.query.get("version", "")
         )
         task = found.interface.task
@@ -397,7 +291,7 @@ class App:
             }
             for (name, _), output in zip(files, outputs, strict=True)
         ]
-        self._count(request, found, outputs)
+        self.count(request, found, outputs)
         return _json({"model": found.name, "version": found.version, "predictions": predictions})
 
     async def card(self, request: Request) -> Reply:
@@ -428,7 +322,7 @@ class App:
 
     async def openapi(self, request: Request) -> Reply:
         """GET /openapi.json"""
-        return _json(document(self.options, bool(self._token)))
+        return _json(document(self.options, self.wants_token))
 
     async def page(self, request: Request) -> Reply:
         """GET / and its files"""
@@ -438,56 +332,30 @@ class App:
 
     async def docs(self, request: Request) -> Reply:
         """GET /docs"""
-        page = docs_page(document(self.options, bool(self._token)))
+        page = docs_page(document(self.options, self.wants_token))
         return Reply(page, kind="text/html; charset=utf-8", headers=dict(HTML_HEADERS))
 
     async def prometheus(self, request: Request) -> Reply:
         """GET /metrics"""
         return Reply(self.metrics.page(), kind="text/plain; version=0.0.4; charset=utf-8")
 
-    def _admit(self, request: Request, model: str, version: str) -> Version:
-        found = self.repository.find(model, version)
-        request.model = found.name, found.version
-        return found
-
     async def _compute(
         self, request: Request, found: Version, works: Sequence[Work], timeout: float | None
     ) -> list[Output]:
         """The outputs of images; their computing is dropped if the client leaves."""
-        for index, work in enumerate(works):
-            if found.engine.is_poison(work):
-                raise Refused(400, f"image {index}: it has ended two processes that decoded it")
-        request.images = len(works)
-        read = time.monotonic() - request.began
-        seconds = min(timeout or self.options.timeout, self.options.timeout)
-        computing = asyncio.ensure_future(found.engine.submit(works, time.monotonic() + seconds))
+        computing = asyncio.ensure_future(self.compute(request, found, works, timeout))
         leaving = asyncio.ensure_future(request.body.gone())
         try:
             await asyncio.wait((computing, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not computing.done():
                 raise ClientGone
-            outputs, queue = computing.result()
+            return computing.result()
         finally:
             leaving.cancel()
             computing.cancel()
-        request.seconds = {
-            "read": read,
-            "queue": queue,
-            "decode": sum(output.decode_s for output in outputs),
-            "infer": max(output.infer_s for output in outputs),
-        }
-        return outputs
 
-    def _count(self, request: Request, found: Version, outputs: Sequence[Output]) -> None:
-        request.seconds["total"] = time.monotonic() - request.began
-        found.statistics.served(request.seconds, len(outputs))
-
-
-_REASONS = {
-    **{400: "bad_request", 401: "unauthorized", 403: "forbidden", 404: "not_found"},
-    **{405: "method", 408: "slow_body", 413: "too_large", 415: "encoding", 500: "internal"},
-    **{501: "unsupported", 503: "busy", 504: "deadline"},
-}
+    def _record(self, request: Request, status: int) -> None:
+        self.record(request, status, request.body.size)
 
 
 def _routes(app: App) -> dict[str, dict[str, Handler]]:
@@ -510,7 +378,9 @@ def _routes(app: App) -> dict[str, dict[str, Handler]]:
         r"/v2/trace/setting": {"GET": app.setting, "POST": app.no_setting},
         r"/v2/logging": {"GET": app.setting, "POST": app.no_setting},
         r"/v2/repository/index": {"POST": app.index},
-        r"/v2/repository/models/(?P<model>[^/]+)/(?P<action>load|unload)": {"POST": app.control},
+        r"/v2/repository/models/(?P<model>[^/]+)/(?P<action>load|unload)": {
+            "POST": app.load_or_unload
+        },
         rf"/v2/(?:system|cuda)sharedmemory{region}/status": {"GET": app.regions},
         rf"/v2/(?:system|cuda)sharedmemory{region}/(?:un)?register": {"POST": app.no_setting},
         r"/predict": {"POST": app.predict},

@@ -120,7 +120,7 @@ class Metrics(Collector):  # type: ignore[misc]  # the library has no types
         self._registry.register(self)
         self.rejected: collections.Counter[str] = collections.Counter()
         """Requests refused before they had a model, or by the server's limits."""
-        self.responses: collections.Counter[tuple[str, int]] = collections.Counter()
+        self.responses: collections.Counter[tuple[str, str]] = collections.Counter()
         """By route and status."""
 
     def page(self) -> bytes:
@@ -143,7 +143,7 @@ class Metrics(Collector):  # type: ignore[misc]  # the library has no types
             "distcls_responses", "Answers by route and status.", labels=["route", "status"]
         )
         for (route, status), count in self.responses.items():
-            responses.add_metric([route, str(status)], count)
+            responses.add_metric([route, status], count)
         rejected = CounterMetricFamily(
             "distcls_rejected", "Requests refused, by the reason.", labels=["reason"]
         )

@@ -114,6 +114,8 @@ class ServeOptions(Limits):
         require(0 <= self.port <= 65_535, "port", self.port, "0 to 65535")
         port = self.grpc_port
         require(port is None or 0 <= port <= 65_535, "grpc_port", port, "0 to 65535")
+        same = port is not None and 0 < port == self.port
+        require(not same, "grpc_port", port, "another port than --port")
         for key in ("workers", "batch_size"):
             value = getattr(self, key)
             require(value is None or 1 <= value <= 4096, key, value, "1 to 4096")

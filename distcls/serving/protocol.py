@@ -15,13 +15,14 @@ import dataclasses
 import itertools
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from distcls import __version__
 from distcls.errors import did_you_mean, shown
 from distcls.serving.work import Buffer, Output, Work
 from distcls.task import Task
@@ -29,6 +30,10 @@ from distcls.task import Task
 INPUT, LOGITS, PROBABILITIES, FEATURES, ERRORS = (
     *("images", "logits", "probabilities", "features"),
     "errors",
+)
+EXTENSIONS = (
+    *("binary_tensor_data", "classification", "statistics", "model_configuration"),
+    *("model_repository", "parameters"),
 )
 MOST_JSON_NUMBERS = 4 << 20
 """Bytes of JSON that may hold a tensor: parsing it stops everything else for some 30 ms a MB."""
@@ -133,6 +138,16 @@ class InferRequest:
     """Whether a bad image is a row of NaN instead of an error of the whole request."""
 
 
+def server_metadata() -> dict[str, Any]:
+    """The answer to GET /v2."""
+    return {"name": "distcls", "version": __version__, "extensions": list(EXTENSIONS)}
+
+
+Contents = Callable[[dict[str, Any], str], Buffer | list[Any]]
+"""Given an input and its datatype: its contents as bytes, or as a list, nested or flat. Images in
+a list are bytes, or texts in base64."""
+
+
 def parse_infer(body: Buffer, header_length: str | None, interface: Interface) -> InferRequest:
     """The request in a body; `header_length` is the header Inference-Header-Content-Length.
 
@@ -146,10 +161,21 @@ def parse_infer(body: Buffer, header_length: str | None, interface: Interface) -
             return _raw_request(body, interface)
         view = memoryview(body)
         head, blobs = view[:length], view[length:]
-    values = _parse_json(head)
+
+    def contents(given: dict[str, Any], datatype: str) -> Buffer | list[Any]:
+        return _json_contents(given, datatype, blobs, length)
+
+    return check_infer(_parse_json(head), contents, interface)
+
+
+def check_infer(values: dict[str, Any], contents: Contents, interface: Interface) -> InferRequest:
+    """The request in the JSON object of a body, or in a message of gRPC that is made into one.
+
+    Raises Refused with the reason.
+    """
     parameters = _parameters(values, "parameters")
     given = _one_input(values)
-    works = _works_of(given, blobs, length, interface)
+    works = _works_of(given, contents, interface)
     binary = _flag(parameters.get("binary_data_output", False), "binary_data_output")
     outputs = _outputs_of(values, binary, interface)
     if any(output.name == FEATURES for output in outputs):
@@ -254,11 +280,9 @@ def _one_input(values: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _works_of(
-    given: dict[str, Any], blobs: Buffer, header: int, interface: Interface
-) -> list[Work]:
+def _works_of(given: dict[str, Any], contents: Contents, interface: Interface) -> list[Work]:
     """The images of the input."""
-    parameters = _parameters(given, f"inputs.{INPUT}.parameters")
+    _parameters(given, f"inputs.{INPUT}.parameters")
     datatype = given.get("datatype")
     if datatype not in ("UINT8", "BYTES"):
         raise Refused(
@@ -266,33 +290,43 @@ def _works_of(
             f"datatype: {shown(datatype)}, expected UINT8 (tensors) or BYTES (encoded images)",
         )
     shape = _shape(given.get("shape"), datatype, interface)
-    size = parameters.get("binary_data_size")
+    data = contents(given, datatype)
+    if isinstance(data, list):
+        if datatype == "BYTES":
+            return _encoded(data, shape)
+        return [Work(row.tobytes(), pixels=True) for row in _tensor(data, shape)]
+    if datatype == "BYTES":
+        return [Work(each) for each in _split_bytes(data, shape[0])]
+    if len(data) != math.prod(shape):
+        expected = math.prod(shape)
+        raise Refused(400, f"a tensor of {len(data)} bytes, expected {expected} for shape {shape}")
+    view, each = memoryview(data), len(data) // shape[0]
+    return [Work(view[at : at + each], pixels=True) for at in range(0, len(data), each)]
+
+
+def _json_contents(
+    given: dict[str, Any], datatype: str, blobs: Buffer, header: int
+) -> Buffer | list[Any]:
+    """The contents of an input: in the JSON of `header` bytes, or in the bytes that follow it."""
+    size = given.get("parameters", {}).get("binary_data_size")
     if (size is None) == ("data" not in given):
         raise Refused(400, f"inputs.{INPUT}: expected either data or parameters.binary_data_size")
-    if size is None:
-        if len(blobs):
-            raise Refused(400, f"{len(blobs)} bytes follow the JSON, and no input is binary")
-        if datatype == "BYTES":
-            return _encoded_from_json(given["data"], shape)
-        if header > MOST_JSON_NUMBERS:
-            most = MOST_JSON_NUMBERS >> 20
-            raise Refused(
-                413, f"a tensor in {header:,} bytes of JSON, at most {most} MB; send it binary"
-            )
-        array = _tensor_from_json(given["data"], shape)
-        return [Work(row.tobytes(), pixels=True) for row in array]
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise Refused(400, f"binary_data_size: {shown(size)}, expected a number of bytes")
-    if size != len(blobs):
-        raise Refused(400, f"binary_data_size: {size}, but {len(blobs)} bytes follow the JSON")
-    if datatype == "BYTES":
-        return [Work(each) for each in _split_bytes(blobs, shape[0])]
-    if size != math.prod(shape):
+    if size is not None:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise Refused(400, f"binary_data_size: {shown(size)}, expected a number of bytes")
+        if size != len(blobs):
+            raise Refused(400, f"binary_data_size: {size}, but {len(blobs)} bytes follow the JSON")
+        return blobs
+    if len(blobs):
+        raise Refused(400, f"{len(blobs)} bytes follow the JSON, and no input is binary")
+    if datatype == "UINT8" and header > MOST_JSON_NUMBERS:
+        most = MOST_JSON_NUMBERS >> 20
         raise Refused(
-            400, f"binary_data_size: {size}, expected {math.prod(shape)} for the shape {shape}"
+            413, f"a tensor in {header:,} bytes of JSON, at most {most} MB; send it binary"
         )
-    view, each = memoryview(blobs), size // shape[0]
-    return [Work(view[at : at + each], pixels=True) for at in range(0, size, each)]
+    if not isinstance(given["data"], list):
+        raise Refused(400, f"data: {_kind(given['data'])}, expected a list")
+    return given["data"]
 
 
 def _shape(shape: object, datatype: str, interface: Interface) -> list[int]:
@@ -310,10 +344,8 @@ def _shape(shape: object, datatype: str, interface: Interface) -> list[int]:
     return shape
 
 
-def _flatten(data: Any, shape: list[int]) -> list[Any]:
+def _flatten(data: list[Any], shape: list[int]) -> list[Any]:
     """The values of nested lists of this shape, or of a flat one."""
-    if not isinstance(data, list):
-        raise Refused(400, f"data: {_kind(data)}, expected a list")
     level, depth = data, 0
     while level and isinstance(level[0], list):
         depth += 1
@@ -328,7 +360,7 @@ def _flatten(data: Any, shape: list[int]) -> list[Any]:
     return level
 
 
-def _tensor_from_json(data: Any, shape: list[int]) -> NDArray[np.uint8]:
+def _tensor(data: list[Any], shape: list[int]) -> NDArray[np.uint8]:
     flat = _flatten(data, shape)
     if set(map(type, flat)) != {int}:
         other = next(value for value in flat if type(value) is not int)
@@ -339,9 +371,12 @@ def _tensor_from_json(data: Any, shape: list[int]) -> NDArray[np.uint8]:
     return np.array(flat, np.uint8).reshape(shape)
 
 
-def _encoded_from_json(data: Any, shape: list[int]) -> list[Work]:
+def _encoded(data: list[Any], shape: list[int]) -> list[Work]:
     works = []
     for index, text in enumerate(_flatten(data, shape)):
+        if isinstance(text, bytes):
+            works.append(Work(text))
+            continue
         if not isinstance(text, str):
             raise Refused(400, f"data[{index}]: {_kind(text)}, expected an image as base64")
         try:
@@ -413,7 +448,7 @@ def format_infer(
             "shape": list(array.shape),
         }
         if wanted.binary:
-            blob = _join_bytes(array) if datatype == "BYTES" else array.tobytes()
+            blob = raw_contents(datatype, array)
             each["parameters"] = {"binary_data_size": len(blob)}
             blobs.append(blob)
         elif datatype == "BYTES":
@@ -484,8 +519,11 @@ def _classification(values: NDArray[np.float32], labels: Sequence[str], count: i
     return np.array(texts, object).reshape(len(values), k)
 
 
-def _join_bytes(texts: NDArray[Any]) -> bytes:
-    encoded = [text.encode() for text in texts.ravel().tolist()]
+def raw_contents(datatype: str, array: NDArray[Any]) -> bytes:
+    """The bytes of an output tensor, little-endian; of BYTES each text behind its length."""
+    if datatype != "BYTES":
+        return array.tobytes()
+    encoded = [text.encode() for text in array.ravel().tolist()]
     return b"".join(_LENGTH.pack(len(each)) + each for each in encoded)
 
 

@@ -136,14 +136,23 @@ class Repository:
             )
         return current
 
-    def index(self) -> list[dict[str, str]]:
-        """The repository index of the protocol."""
+    def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
+        """The statistics of the protocol, of one model or of all. Raises Refused as `find` does."""
+        versions = [self.find(name, version)] if name else self.versions()
+        found = [
+            each.statistics.to_json(each.name, each.version, each.engine.counts.batches)
+            for each in versions
+        ]
+        return {"model_stats": found}
+
+    def index(self, ready: bool = False) -> list[dict[str, str]]:
+        """The repository index of the protocol, or of it only what is `ready`."""
         entries = []
         for name, model in self._models.items():
             if model.current is not None:
                 entry = {"name": name, "version": model.current.version, "state": "READY"}
                 entries.append({**entry, "reason": ""})
-            if model.current is None or model.reason:
+            if (model.current is None or model.reason) and not ready:
                 version = model.failed_version
                 state = "LOADING" if model.state == "LOADING" else "UNAVAILABLE"
                 entry = {"name": name, "version": version, "state": state}

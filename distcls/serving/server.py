@@ -17,7 +17,7 @@ import socket
 import ssl
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings
@@ -25,10 +25,14 @@ from granian.log import LogLevels
 from granian.server.embed import Server
 
 from distcls import log
+from distcls.cli import packages_for
 from distcls.errors import DistclsError, UsageError, shown
 from distcls.serving.app import App
 from distcls.serving.options import ServeOptions
 from distcls.stored import read_bytes
+
+if TYPE_CHECKING:
+    from distcls.serving.grpc import GrpcServer
 
 TOKEN = "DISTCLS_TOKEN"
 """Environment variable with the bearer token."""
@@ -51,6 +55,8 @@ def check(options: ServeOptions) -> dict[str, Any]:
 
 async def _check(options: ServeOptions) -> dict[str, Any]:
     _read_token(options)
+    if options.grpc_port is not None:
+        _grpc_server()
     app = App(options)
     try:
         await app.start()
@@ -95,6 +101,7 @@ class _Serving:
             loop.add_signal_handler(name, self._ask_to_stop)
         _raise_descriptor_limit()
         port = _free_port(self.options.host, self.options.port)
+        grpc = self._grpc(port)
         tasks = []
         try:
             starting = asyncio.ensure_future(self.app.start())
@@ -109,15 +116,19 @@ class _Serving:
             tasks = [asyncio.ensure_future(each) for each in self._watchers()]
             loop.add_signal_handler(signal.SIGHUP, self._reload)
             await _listening(self.options.host, port, serving)
-            self._say(port, time.monotonic() - began)
+            if grpc is not None:
+                await grpc.start()
+            self._say(port, None if grpc is None else grpc.port, time.monotonic() - began)
             await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 raise DistclsError(f"the server ended: {serving.exception() or 'no reason'}")
-            await self._drain(server)
+            await self._drain(server, grpc)
             await asyncio.wait((serving,), timeout=2)
         finally:
             for task in tasks:
                 task.cancel()
+            if grpc is not None:
+                await grpc.stop()
             await self.app.close()
         log.say("stopped")
 
@@ -141,6 +152,16 @@ class _Serving:
             **_tls(self.options),
         )
 
+    def _grpc(self, http_port: int) -> GrpcServer | None:
+        """The server for gRPC, if one is wanted. Raises UsageError if it cannot listen."""
+        port = self.options.grpc_port
+        if port is None:
+            return None
+        found = _free_port(self.options.host, port, "grpc_port")
+        while found == http_port:  # a free one that nobody listens on yet
+            found = _free_port(self.options.host, port, "grpc_port")
+        return _grpc_server()(self.app, found)
+
     def _watchers(self) -> list[Any]:
         seconds = self.options.reload
         return [] if seconds is None else [self.app.repository.watch(seconds)]
@@ -154,25 +175,29 @@ class _Serving:
             self._now = True
         self._stop.set()
 
-    async def _drain(self, server: Server) -> None:
+    async def _drain(self, server: Server, grpc: GrpcServer | None) -> None:
         """Not ready, then no new connections, then what is under way, until it is done."""
         options = self.options
         self.app.draining = True
         log.say(f"stopping: {log.counted(self.app.in_flight, 'request')} under way")
         await self._wait(options.drain_delay, lambda: False)
+        ending = asyncio.ensure_future(grpc.stop(options.drain_timeout)) if grpc else None
         await self._wait(options.drain_timeout, lambda: self.app.in_flight == 0)
         if self.app.in_flight:
             left = log.counted(self.app.in_flight, "request")
             log.warn(f"{left} were still under way after {options.drain_timeout:g} s")
         await asyncio.sleep(0.05)  # the last answers leave
         server.stop()  # type: ignore[no-untyped-call]
+        if grpc and ending:
+            await grpc.stop()
+            await ending
 
     async def _wait(self, seconds: float, done: Any) -> None:
         end = time.monotonic() + seconds
         while not self._now and not done() and time.monotonic() < end:
             await asyncio.sleep(POLL)
 
-    def _say(self, port: int, seconds: float) -> None:
+    def _say(self, port: int, grpc_port: int | None, seconds: float) -> None:
         options = self.options
         host = f"[{options.host}]" if ":" in options.host else options.host
         scheme = "https" if options.tls_cert else "http"
@@ -182,11 +207,20 @@ class _Serving:
                 f"{version.name} (version {version.version}): {version.interface.task.summary()}, "
                 f"{version.engine.facts['provider']}"
             )
+        if grpc_port is not None:
+            log.say(f"gRPC at {host}:{grpc_port}")
         header = '-H "Authorization: Bearer $TOKEN" ' if self.app.wants_token else ""
         log.say(
             f"ready after {seconds:.1f} s: {url}/ is a page to try it, {url}/docs the reference"
         )
         log.say(f"curl {header}--data-binary @photo.jpg {url}/predict")
+
+
+def _grpc_server() -> type[GrpcServer]:
+    """Its class. Raises UsageError where its packages lack."""
+    with packages_for("--grpc-port"):
+        from distcls.serving.grpc import GrpcServer
+    return GrpcServer
 
 
 def _read_token(options: ServeOptions) -> str:
@@ -207,7 +241,7 @@ def _read_token(options: ServeOptions) -> str:
     return token
 
 
-def _free_port(host: str, port: int) -> int:
+def _free_port(host: str, port: int, key: str = "port") -> int:
     """The port to listen on, tried first. Raises UsageError if it is taken or not ours to take."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as tried:
@@ -217,7 +251,7 @@ def _free_port(host: str, port: int) -> int:
         try:
             tried.bind((host, port))
         except OSError as error:
-            where = f"host: {host}" if port == 0 else f"port: {port} of {host}"
+            where = f"host: {host}" if port == 0 else f"{key}: {port} of {host}"
             raise UsageError(f"{where} cannot be listened on: {error.strerror}") from error
         except (ValueError, UnicodeError) as error:
             raise UsageError(f"host: {shown(host)} is no address") from error

@@ -1,0 +1,182 @@
+"""What is done for every request, however it has come: over HTTP (`app`) or gRPC (`grpc`)."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import re
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from distcls import log
+from distcls.serving.engine import Busy, DeadlineMissed, EngineClosed
+from distcls.serving.metrics import Metrics
+from distcls.serving.options import ServeOptions
+from distcls.serving.protocol import Refused
+from distcls.serving.repository import Repository, Version
+from distcls.serving.work import Output, Work
+
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+"""What a client's own X-Request-Id may be; another is replaced."""
+REASONS = {
+    **{400: "bad_request", 401: "unauthorized", 403: "forbidden", 404: "not_found"},
+    **{405: "method", 408: "slow_body", 413: "too_large", 415: "encoding", 500: "internal"},
+    **{501: "unsupported", 503: "busy", 504: "deadline"},
+}
+"""Names of the reasons to refuse, by HTTP status, for the metrics."""
+
+
+class Call:
+    """One request, as logs and metrics know it."""
+
+    def __init__(self, method: str, path: str, request_id: str) -> None:
+        """`request_id` is the client's own, if it is one."""
+        self.method, self.path = method, path
+        self.id = request_id if REQUEST_ID.fullmatch(request_id) else uuid.uuid4().hex
+        self.began = time.monotonic()
+        self.route = "unknown"
+        """The pattern that fits its path, for logs and metrics."""
+        self.model: tuple[str, str] | None = None
+        """Name and version that answer it."""
+        self.images = 0
+        self.seconds: dict[str, float] = {}
+        """Of its stages, once it was computed."""
+
+
+class Service:
+    """The models, what is counted of them, and what a request passes on its way to them."""
+
+    def __init__(self, options: ServeOptions, token: str = "") -> None:
+        """`token` is the bearer token that requests have to carry, if any."""
+        self.options = options
+        self.repository = Repository(options)
+        self.metrics = Metrics(self.repository.versions)
+        self.draining = False
+        """Not ready any more, though what comes is still served."""
+        self.in_flight = 0
+        self._token = token.encode()
+
+    @property
+    def wants_token(self) -> bool:
+        """Whether requests have to carry a token."""
+        return bool(self._token)
+
+    async def start(self) -> None:
+        """Load the models. Raises UsageError if one cannot be served."""
+        await self.repository.start()
+
+    async def close(self) -> None:
+        """Finish what is under way, end the compute processes."""
+        await self.repository.close(self.options.drain_timeout)
+
+    @property
+    def not_ready(self) -> str:
+        """Why the server is not ready; empty if it is."""
+        if self.draining:
+            return "the server is shutting down"
+        return "" if self.repository.ready else "a model is not ready"
+
+    def usable(self, version: Version) -> bool:
+        """Whether a version is ready for requests."""
+        return not self.draining and version.engine.ready
+
+    def authorize(self, given: bytes) -> None:
+        """Raise Refused unless `given`, the header Authorization, has the token."""
+        if not self._token:
+            return
+        scheme, _, token = given.partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
+            message = "a bearer token is wanted, as in `Authorization: Bearer TOKEN`"
+            raise Refused(401, message, {"www-authenticate": "Bearer"})
+
+    async def control(self, model: str, action: str, parameters: Any) -> None:
+        """Load or unload a model. Raises Refused if that is not allowed, or fails."""
+        if not self.options.control:
+            raise Refused(403, "loading and unloading is not allowed; --control allows it")
+        if not isinstance(parameters, dict) or any(
+            name == "config" or name.startswith("file:") for name in parameters
+        ):
+            raise Refused(400, "parameters: config and file: are not supported")
+        await getattr(self.repository, action)(model)
+
+    def admit(self, call: Call, model: str, version: str) -> Version:
+        """The version that answers a request. Raises Refused if there is none."""
+        found = self.repository.find(model, version)
+        call.model = found.name, found.version
+        return found
+
+    async def compute(
+        self, call: Call, found: Version, works: Sequence[Work], timeout: float | None
+    ) -> list[Output]:
+        """The outputs of images; cancelling drops those that have not begun."""
+        for index, work in enumerate(works):
+            if found.engine.is_poison(work):
+                raise Refused(400, f"image {index}: it has ended two processes that decoded it")
+        call.images = len(works)
+        read = time.monotonic() - call.began
+        seconds = min(timeout or self.options.timeout, self.options.timeout)
+        outputs, queue = await found.engine.submit(works, time.monotonic() + seconds)
+        call.seconds = {
+            "read": read,
+            "queue": queue,
+            "decode": sum(output.decode_s for output in outputs),
+            "infer": max(output.infer_s for output in outputs),
+        }
+        return outputs
+
+    def count(self, call: Call, found: Version, outputs: Sequence[Output]) -> None:
+        """Count a request that was answered."""
+        call.seconds["total"] = time.monotonic() - call.began
+        found.statistics.served(call.seconds, len(outputs))
+
+    def refuse(self, call: Call, error: Exception) -> Refused:
+        """What the client is told of an error, which is counted; one of ours is logged."""
+        refused = self._refusal(call, error)
+        self.metrics.rejected[REASONS.get(refused.status, str(refused.status))] += 1
+        if call.model is not None:
+            for version in self.repository.versions():
+                if (version.name, version.version) == call.model:
+                    reason = REASONS.get(refused.status, "other")
+                    version.statistics.failed(reason, time.monotonic() - call.began)
+        return refused
+
+    def _refusal(self, call: Call, error: Exception) -> Refused:
+        if isinstance(error, Refused):
+            return error
+        if isinstance(error, Busy):
+            wait = max(1, round(error.backlog))
+            return Refused(503, str(error), {"retry-after": str(wait)})
+        if isinstance(error, DeadlineMissed):
+            return Refused(504, "the deadline passed before computing could begin")
+        if isinstance(error, EngineClosed):
+            message = "the server is shutting down, or the model was unloaded"
+            return Refused(503, message, {"retry-after": "1"})
+        text = "".join(traceback.format_exception(error))
+        log.fail(f"request {call.id}: {text}")
+        return Refused(500, f"internal error, request {call.id}")
+
+    def record(self, call: Call, status: int | str, size: int) -> None:
+        """Count the answer to a request of `size` bytes, and print it if there is an access log."""
+        self.metrics.responses[call.route, str(status)] += 1
+        if not self.options.access_log:
+            return
+        entry = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "id": call.id,
+            "method": call.method,
+            "path": call.path,
+            "status": status,
+            "bytes": size,
+            "ms": round(1000 * (time.monotonic() - call.began), 2),
+            "model": call.model and "/".join(call.model),
+            "images": call.images,
+            **{f"{name}_ms": round(1000 * s, 2) for name, s in call.seconds.items()},
+        }
+        with contextlib.suppress(OSError, ValueError):  # whoever read the log has left
+            sys.stdout.write(json.dumps(entry) + "\n")
+            sys.stdout.flush()
