@@ -138,6 +138,7 @@ function release() {
 
 function notice(text, bad, button, action, quietly = false) {
   $("notice").hidden = false;
+  $("notice").classList.toggle("waits", hold !== null);
   $("notice").classList.toggle("bad", bad);
   // a countdown is read to nobody's ears every second
   $("notice-text").setAttribute("aria-live", quietly ? "off" : "assertive");
@@ -293,6 +294,7 @@ async function send(group) {
     if (reply.predictions?.length !== group.length) throw new Refused(502, "the answer is not for these images");
     group.forEach((item, at) => answer(item, reply.predictions[at], seconds, group.length));
     atOnce = AT_ONCE;
+    if (hold === null && $("notice").classList.contains("waits")) release();
     if (reply.version !== card.version) loadCard(chosen().model); // a new version has been loaded
   } catch (error) {
     if (wanted === current) await unanswered(group, error);
@@ -361,7 +363,7 @@ function answer(item, prediction, seconds, together) {
     const tags = prediction.labels.map((name) => make("span", { className: "tag" }, foreign(name)));
     label.replaceChildren(...(tags.length ? tags : [make("span", { className: "none" }, "No label found")]));
   } else {
-    if (card.task === "multi_head") sure.textContent += " together";
+    if (card.task === "multi_head") sure.textContent += " for all heads";
     label.replaceChildren(foreign(prediction.label), sure);
   }
   const bars = item.at.querySelector(".bars");
@@ -583,7 +585,8 @@ function file() {
 function showCurl() {
   const here = new URL(address("predict", { ...chosen(), ...(card?.task === "single_label" ? { top_k: Math.min(TOP, card.classes.length) } : {}) }), location.href);
   const bearer = !guarded ? "" : '  -H "Authorization: Bearer $TOKEN" \\\n';
-  $("curl").textContent = `curl --data-binary @photo.jpg \\\n${bearer}  '${here.href.replaceAll("'", "%27")}'`;
+  $("metrics").hidden = guarded; // a link carries no token
+  $("curl").textContent = `curl -F image=@photo.jpg \\\n${bearer}  '${here.href.replaceAll("'", "%27")}'`;
 }
 
 async function copy() {
