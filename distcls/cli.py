@@ -25,7 +25,7 @@ EXTRAS = {
     **dict.fromkeys(("accelerate", "onnx", "onnxscript", "sklearn", "timm"), "train"),
     **dict.fromkeys(("psutil", "safetensors", "scipy", "torch", "torchvision"), "train"),
     **dict.fromkeys(("fsspec", "gcsfs", "s3fs"), "remote"),
-    **dict.fromkeys(("granian", "starlette"), "serve"),
+    **dict.fromkeys(("granian", "multipart", "orjson", "prometheus_client"), "serve"),
     "optuna": "search",
     "ray": "ray",
 }
@@ -212,6 +212,7 @@ COMMANDS = {
         "best.onnx into a model repository for Triton or KServe",
     ),
     "predict": ("distcls.commands.predict", "predictions for many images as CSV, JSONL or Parquet"),
+    "serve": ("distcls.commands.serve", "a model, or a folder of models, over HTTP"),
     "recipes": (
         "distcls.commands.shipped:RECIPES_COMMAND",
         "configs of training runs, for --config NAME",

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from distcls.cli import import_pandas
 from distcls.errors import BadImage, UsageError, is_count, require
-from distcls.runtime.pipeline import Chunk
 from distcls.task import Floats, Integers, Task, class_list
 
 if TYPE_CHECKING:
     import pandas
+
+    from distcls.runtime.pipeline import Chunk
 
 MOST_SHOWN = 60
 """Letters of a label in a `repr`: a multi-label model may have thousands."""
@@ -157,6 +158,8 @@ class Predictions(list[Prediction]):
                 f"{task.summary()} ({class_list(task.classes)}) and of {other.summary()} "
                 f"({class_list(other.classes)}); make a table of each"
             )
+        from distcls.runtime.pipeline import Chunk
+
         rows = RowBuilder(task, top_k=top_k, probabilities=probabilities)
         chunk = Chunk(
             indices=range(len(self)),

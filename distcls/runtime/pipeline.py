@@ -258,7 +258,7 @@ class _WorkerPool:
         images = buffer[:number]
         errors: list[str | None] = [None] * number
         self._decode(batch, images, errors, range(number))
-        return _infer(self._model, batch.indices, images, errors, self._profiler)
+        return infer(self._model, batch.indices, images, errors, self._profiler)
 
     def _empty(self, number: int) -> Images:
         return np.empty((number, *self._preprocess.size, 3), np.uint8)
@@ -317,10 +317,10 @@ class _StagedPool(_WorkerPool):
     ) -> Chunk:
         for task in tasks:
             task.result()
-        return _infer(self._model, batch.indices, images, errors, self._profiler)
+        return infer(self._model, batch.indices, images, errors, self._profiler)
 
 
-def _infer(
+def infer(
     model: Model, indices: range, images: Images, errors: list[str | None], profiler: Profiler
 ) -> Chunk:
     """The model's output for images [n, H, W, 3]; fills `errors` for non-finite rows."""
@@ -435,7 +435,7 @@ class ImageQueue(Generic[T]):
             images = np.stack([blank if r.image is None else r.image for r in requests])
             errors = [request.error for request in requests]
             indices = range(len(requests))
-            chunk = _infer(self._model, indices, images, errors, self._profiler)
+            chunk = infer(self._model, indices, images, errors, self._profiler)
             results = self._convert(chunk, [request.image_id for request in requests])
         except Exception as error:  # the threads live on, whatever a batch does
             for request in requests:

@@ -1,0 +1,1 @@
+"""The HTTP server: one model file, or a folder of them, behind the Open Inference Protocol."""

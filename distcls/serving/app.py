@@ -1,0 +1,700 @@
+"""The ASGI application: routes, and what is done for every request.
+
+`make_app` gives one that any ASGI server runs; `distcls serve` runs it on granian (see `server`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hmac
+import json
+import re
+import sys
+import time
+import traceback
+import urllib.parse
+import uuid
+import zlib
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+from multipart import MultipartError, PushMultipartParser, parse_options_header
+
+from distcls import __version__, log
+from distcls.prediction import ranking, shortest
+from distcls.serving.body import Body, ClientGone, Message, Receive
+from distcls.serving.engine import Busy, DeadlineMissed, EngineClosed
+from distcls.serving.metrics import Metrics
+from distcls.serving.openapi import docs_page, document
+from distcls.serving.options import MB, ServeOptions
+from distcls.serving.pages import HTML_HEADERS, load_pages, png
+from distcls.serving.protocol import (
+    Refused,
+    check_outputs,
+    format_infer,
+    parse_infer,
+)
+from distcls.serving.repository import Repository, Version
+from distcls.serving.work import Output, Work
+
+Send = Callable[[Message], Awaitable[None]]
+Scope = dict[str, Any]
+
+JSON = "application/json"
+EXTENSIONS = (
+    *("binary_tensor_data", "classification", "statistics", "model_configuration"),
+    *("model_repository", "parameters"),
+)
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+"""What a client's own X-Request-Id may be; another is replaced."""
+COMPRESSED_FROM = 1000
+"""Bytes of an answer from which compressing it pays."""
+OPEN_ROUTES = ("/v2/health/live", "/v2/health/ready")
+"""Answered without a token: probes carry none."""
+
+
+class Reply:
+    """What is sent back."""
+
+    def __init__(
+        self,
+        body: bytes,
+        status: int = 200,
+        kind: str = JSON,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self.body, self.status, self.kind = body, status, kind
+        self.headers = headers or {}
+
+
+class Request:
+    """One request: its path, headers and query, and its body to be read."""
+
+    def __init__(self, scope: Scope, receive: Receive, options: ServeOptions) -> None:
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers: dict[bytes, bytes] = {}
+        for name, value in scope["headers"]:
+            self.headers[name.lower()] = value
+        self.query = dict(
+            urllib.parse.parse_qsl(scope["query_string"].decode("latin-1"), max_num_fields=50)
+        )
+        self.body = Body(receive, self.headers, options)
+        given = self.header("x-request-id")
+        self.id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.began = time.monotonic()
+        self.route = "unknown"
+        """The pattern that fits its path, for logs and metrics."""
+        self.model: tuple[str, str] | None = None
+        """Name and version that answer it."""
+        self.images = 0
+        self.seconds: dict[str, float] = {}
+        """Of its stages, once it was computed."""
+
+    def header(self, name: str) -> str:
+        """The value of a header; empty if it is not there."""
+        return self.headers.get(name.encode(), b"").decode("latin-1")
+
+    def flag(self, name: str) -> bool:
+        """A yes or no of the query."""
+        value = self.query.get(name, "false").lower()
+        if value not in ("true", "false", "1", "0", ""):
+            raise Refused(400, f"{name}: {value[:50]!r}, expected true or false")
+        return value in ("true", "1")
+
+
+Handler = Callable[..., Coroutine[Any, Any, Reply]]
+
+
+class App:
+    """The application; `await start()` before the first request, or serve its lifespan."""
+
+    def __init__(self, options: ServeOptions, token: str = "") -> None:
+        """`token` is the bearer token that requests have to carry, if any."""
+        self.options = options
+        self.repository = Repository(options)
+        self.metrics = Metrics(self.repository.versions)
+        self.draining = False
+        """Not ready any more, though what comes is still served."""
+        self.in_flight = 0
+        self._token = token.encode()
+        self._pages = load_pages()
+        self._routes = [
+            (re.compile(pattern + r"/?"), _readable(pattern), handlers)
+            for pattern, handlers in _routes(self).items()
+        ]
+
+    @property
+    def wants_token(self) -> bool:
+        """Whether requests have to carry a token."""
+        return bool(self._token)
+
+    async def start(self) -> None:
+        """Load the models. Raises UsageError if one cannot be served."""
+        await self.repository.start()
+
+    async def close(self) -> None:
+        """Finish what is under way, end the compute processes."""
+        await self.repository.close(self.options.drain_timeout)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI 3."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            self.in_flight += 1
+            try:
+                await self._serve(scope, receive, send)
+            finally:
+                self.in_flight -= 1
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                try:
+                    await self.start()
+                except Exception as error:
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                    return
+                await send({"type": "lifespan.startup.complete"})
+            elif message["type"] == "lifespan.shutdown":
+                await self.close()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request: Request | None = None
+        try:
+            request = Request(scope, receive, self.options)
+            reply = await self._answer(request)
+        except ValueError as error:  # a query of thousands of fields
+            reply = _error(400, f"the query cannot be read: {str(error)[:100]}")
+        except ClientGone:
+            if request is not None:
+                self._record(request, 499)
+            with contextlib.suppress(Exception):  # nobody may be there to read it
+                await _send(send, _error(400, "the body ended before it was complete"))
+            return
+        closes = self.draining
+        if request is not None:
+            closes = not await request.body.drain() or closes
+            reply.headers["x-request-id"] = request.id
+            if self.options.cors:
+                _allow_origin(request, reply, self.options.cors)
+            self._record(request, reply.status)
+        if closes:
+            reply.headers["connection"] = "close"
+        await _send(send, reply, head=scope["method"] == "HEAD")
+
+    async def _answer(self, request: Request) -> Reply:
+        """The reply to a request, whatever happens."""
+        try:
+            return await self._dispatch(request)
+        except ClientGone:
+            raise
+        except Refused as refused:
+            return self._refuse(request, refused)
+        except Busy as busy:
+            wait = max(1, round(busy.backlog))
+            return self._refuse(request, Refused(503, str(busy), {"retry-after": str(wait)}))
+        except DeadlineMissed:
+            return self._refuse(
+                request, Refused(504, "the deadline passed before computing could begin")
+            )
+        except EngineClosed:
+            message = "the server is shutting down, or the model was unloaded"
+            return self._refuse(request, Refused(503, message, {"retry-after": "1"}))
+        except Exception:
+            log.fail(f"request {request.id}: {traceback.format_exc()}")
+            return self._refuse(request, Refused(500, f"internal error, request {request.id}"))
+
+    def _refuse(self, request: Request, refused: Refused) -> Reply:
+        self.metrics.rejected[_REASONS.get(refused.status, str(refused.status))] += 1
+        if request.model is not None:
+            for version in self.repository.versions():
+                if (version.name, version.version) == request.model:
+                    reason = _REASONS.get(refused.status, "other")
+                    version.statistics.failed(reason, time.monotonic() - request.began)
+        return _error(refused.status, refused.message, refused.headers)
+
+    async def _dispatch(self, request: Request) -> Reply:
+        path = request.path
+        if self.options.base_path:
+            if not path.startswith(self.options.base_path):
+                raise Refused(404, f"{path[:100]!r} is not below {self.options.base_path}")
+            path = path[len(self.options.base_path) :] or "/"
+        allowed: list[str] = []
+        for pattern, route, handlers in self._routes:
+            match = pattern.fullmatch(path)
+            if match is None:
+                continue
+            request.route = route
+            if request.method == "OPTIONS" and self.options.cors:
+                return Reply(b"", 204)
+            self._authorize(request, path)
+            handler = handlers.get("GET" if request.method == "HEAD" else request.method)
+            if handler is not None:
+                values = {name: value or "" for name, value in match.groupdict().items()}
+                return await handler(request, **values)
+            allowed += [*handlers]
+        if allowed:
+            methods = ", ".join(sorted(set(allowed)))
+            message = f"{request.method[:20]} is not allowed here, but {methods}"
+            raise Refused(405, message, {"allow": methods})
+        raise Refused(404, f"there is nothing at {path[:100]!r}; /docs lists what is")
+
+    def _authorize(self, request: Request, path: str) -> None:
+        if not self._token or path.rstrip("/") in OPEN_ROUTES or path in self._pages:
+            return
+        given = request.headers.get(b"authorization", b"")
+        scheme, _, token = given.partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
+            message = "a bearer token is wanted, as in `Authorization: Bearer TOKEN`"
+            raise Refused(401, message, {"www-authenticate": "Bearer"})
+
+    def _record(self, request: Request, status: int) -> None:
+        self.metrics.responses[request.route, status] += 1
+        if not self.options.access_log:
+            return
+        entry = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "id": request.id,
+            "method": request.method,
+            "path": request.path,
+            "status": status,
+            "bytes": request.body.size,
+            "ms": round(1000 * (time.monotonic() - request.began), 2),
+            "model": request.model and "/".join(request.model),
+            "images": request.images,
+            **{f"{name}_ms": round(1000 * s, 2) for name, s in request.seconds.items()},
+        }
+        with contextlib.suppress(OSError, ValueError):  # whoever read the log has left
+            sys.stdout.write(json.dumps(entry) + "\n")
+            sys.stdout.flush()
+
+    # what the routes do
+
+    async def live(self, request: Request) -> Reply:
+        """GET /v2/health/live"""
+        if self.repository.stuck:
+            return _error(503, "a batch hangs", more={"live": False})
+        return _json({"live": True})
+
+    async def ready(self, request: Request) -> Reply:
+        """GET /v2/health/ready"""
+        if self.draining or not self.repository.ready:
+            reason = "the server is shutting down" if self.draining else "a model is not ready"
+            return _error(503, reason, more={"ready": False})
+        return _json({"ready": True, "live": True})
+
+    async def server(self, request: Request) -> Reply:
+        """GET /v2"""
+        return _json({"name": "distcls", "version": __version__, "extensions": list(EXTENSIONS)})
+
+    async def models(self, request: Request) -> Reply:
+        """GET /v2/models"""
+        return _json({"models": self.repository.names})
+
+    async def metadata(self, request: Request, model: str, version: str = "") -> Reply:
+        """GET /v2/models/{model}"""
+        found = self.repository.find(model, version)
+        return _json(found.interface.metadata([found.version]))
+
+    async def model_ready(self, request: Request, model: str, version: str = "") -> Reply:
+        """GET /v2/models/{model}/ready"""
+        found = self.repository.find(model, version)
+        if self.draining or not found.engine.ready:
+            return _error(503, "not ready", more={"ready": False})
+        return _json({"name": found.name, "ready": True})
+
+    async def config(self, request: Request, model: str, version: str = "") -> Reply:
+        """GET /v2/models/{model}/config"""
+        return _json(self.repository.find(model, version).interface.config())
+
+    async def stats(self, request: Request, model: str = "", version: str = "") -> Reply:
+        """GET /v2/models/stats, or of one model"""
+        versions = [self.repository.find(model, version)] if model else self.repository.versions()
+        found = [
+            each.statistics.to_json(each.name, each.version, each.engine.counts.batches)
+            for each in versions
+        ]
+        return _json({"model_stats": found})
+
+    async def index(self, request: Request) -> Reply:
+        """POST /v2/repository/index"""
+        values = await _json_object(request)
+        entries = self.repository.index()
+        if values.get("ready"):
+            entries = [entry for entry in entries if entry["state"] == "READY"]
+        return _json(entries)
+
+    async def control(self, request: Request, model: str, action: str) -> Reply:
+        """POST /v2/repository/models/{model}/load, unload"""
+        values = await _json_object(request)
+        if not self.options.control:
+            raise Refused(403, "loading and unloading is not allowed; --control allows it")
+        parameters = values.get("parameters", {})
+        if not isinstance(parameters, dict) or any(
+            name == "config" or name.startswith("file:") for name in parameters
+        ):
+            raise Refused(400, "parameters: config and file: are not supported")
+        await getattr(self.repository, action)(model)
+        return _json({})
+
+    async def setting(self, request: Request, model: str = "") -> Reply:
+        """GET trace and logging settings: there are none"""
+        return _json({})
+
+    async def no_setting(self, request: Request, model: str = "", region: str = "") -> Reply:
+        """POST of settings, registering shared memory"""
+        await request.body.read()
+        raise Refused(501, "not supported by this server")
+
+    async def regions(self, request: Request, region: str = "") -> Reply:
+        """GET status of shared memory: no region"""
+        return _json([])
+
+    async def infer(self, request: Request, model: str, version: str = "") -> Reply:
+        """POST /v2/models/{model}/infer"""
+        found = self._admit(request, model, version)
+        length = request.headers.get(b"inference-header-content-length")
+        with found.engine.admission(request.body.declared or 0):
+            body = await request.body.read()
+            text = None if length is None else length.decode("latin-1")
+            asked = parse_infer(body, text, found.interface)
+        outputs = await self._compute(request, found, asked.works, asked.timeout)
+        body, json_bytes = format_infer(asked, outputs, found.interface)
+        self._count(request, found, outputs)
+        headers, kind = {}, JSON
+        if json_bytes is not None:
+            headers["inference-header-content-length"] = str(json_bytes)
+            kind = "application/octet-stream"
+        return _compressed(request, Reply(body, kind=kind, headers=headers))
+
+    async def predict(self, request: Request) -> Reply:
+        """POST /predict"""
+        found = self._admit(
+            request, request.query.get("model", ""), request.query.get("version", "")
+        )
+        task = found.interface.task
+        top_k = _count_of(request.query.get("top_k", "5"), len(task.classes))
+        wants_input, everything = request.flag("input"), request.flag("probabilities")
+        with found.engine.admission(request.body.declared or 0):
+            body = await request.body.read()
+        files = _files(body, request.header("content-type"), self.options.max_images)
+        works = [Work(data, keep_input=wants_input) for _, data in files]
+        outputs = await self._compute(request, found, works, None)
+        check_outputs(outputs, skip_errors=len(outputs) > 1)
+        predictions = [
+            {
+                "name": name,
+                **_prediction(found, output, top_k, everything, request.seconds["queue"]),
+            }
+            for (name, _), output in zip(files, outputs, strict=True)
+        ]
+        self._count(request, found, outputs)
+        return _json({"model": found.name, "version": found.version, "predictions": predictions})
+
+    async def card(self, request: Request) -> Reply:
+        """GET /card"""
+        found = self.repository.find(
+            request.query.get("model", ""), request.query.get("version", "")
+        )
+        card, task, facts = found.card, found.interface.task, found.engine.facts
+        heads = [{"name": head.name, "classes": list(head.classes)} for head in task.heads]
+        values = {
+            "models": self.repository.names,
+            "model": found.name,
+            "version": found.version,
+            "task": task.kind,
+            "classes": list(task.classes),
+            "heads": heads,
+            "preprocess": card["preprocess"],
+            "training": card["training"],
+            "certificate": card["certificate"],
+            "sha256": facts["sha256"],
+            "provider": facts["provider"],
+            "limits": {
+                "images": self.options.max_images,
+                "body_bytes": self.options.max_body * MB,
+            },
+        }
+        return _json(values)
+
+    async def openapi(self, request: Request) -> Reply:
+        """GET /openapi.json"""
+        return _json(document(self.options, bool(self._token)))
+
+    async def page(self, request: Request) -> Reply:
+        """GET / and its files"""
+        path = request.path[len(self.options.base_path) :] or "/"
+        body, kind, headers = self._pages[path if path in self._pages else path.rstrip("/")]
+        return Reply(body, kind=kind, headers=dict(headers))
+
+    async def docs(self, request: Request) -> Reply:
+        """GET /docs"""
+        page = docs_page(document(self.options, bool(self._token)))
+        return Reply(page, kind="text/html; charset=utf-8", headers=dict(HTML_HEADERS))
+
+    async def prometheus(self, request: Request) -> Reply:
+        """GET /metrics"""
+        return Reply(self.metrics.page(), kind="text/plain; version=0.0.4; charset=utf-8")
+
+    def _admit(self, request: Request, model: str, version: str) -> Version:
+        found = self.repository.find(model, version)
+        request.model = found.name, found.version
+        return found
+
+    async def _compute(
+        self, request: Request, found: Version, works: Sequence[Work], timeout: float | None
+    ) -> list[Output]:
+        """The outputs of images; their computing is dropped if the client leaves."""
+        for index, work in enumerate(works):
+            if found.engine.is_poison(work):
+                raise Refused(400, f"image {index}: it has ended two processes that decoded it")
+        request.images = len(works)
+        read = time.monotonic() - request.began
+        seconds = min(timeout or self.options.timeout, self.options.timeout)
+        computing = asyncio.ensure_future(found.engine.submit(works, time.monotonic() + seconds))
+        leaving = asyncio.ensure_future(request.body.gone())
+        try:
+            await asyncio.wait((computing, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not computing.done():
+                raise ClientGone
+            outputs, queue = computing.result()
+        finally:
+            leaving.cancel()
+            computing.cancel()
+        request.seconds = {
+            "read": read,
+            "queue": queue,
+            "decode": sum(output.decode_s for output in outputs),
+            "infer": max(output.infer_s for output in outputs),
+        }
+        return outputs
+
+    def _count(self, request: Request, found: Version, outputs: Sequence[Output]) -> None:
+        request.seconds["total"] = time.monotonic() - request.began
+        found.statistics.served(request.seconds, len(outputs))
+
+
+_REASONS = {
+    **{400: "bad_request", 401: "unauthorized", 403: "forbidden", 404: "not_found"},
+    **{405: "method", 408: "slow_body", 413: "too_large", 415: "encoding", 500: "internal"},
+    **{501: "unsupported", 503: "busy", 504: "deadline"},
+}
+
+
+def _routes(app: App) -> dict[str, dict[str, Handler]]:
+    """Handlers by method, by the pattern of a path."""
+    model = r"/v2/models/(?P<model>[^/]+)"
+    version = r"(?:/versions/(?P<version>[^/]+))?"
+    region = r"(?:/region/(?P<region>[^/]+))?"
+    return {
+        r"/v2/health/live": {"GET": app.live},
+        r"/v2/health/ready": {"GET": app.ready},
+        r"/v2": {"GET": app.server},
+        r"/v2/models": {"GET": app.models},
+        r"/v2/models/stats": {"GET": app.stats},
+        model + version + r"/infer": {"POST": app.infer},
+        model + version: {"GET": app.metadata},
+        model + version + r"/ready": {"GET": app.model_ready},
+        model + version + r"/config": {"GET": app.config},
+        model + version + r"/stats": {"GET": app.stats},
+        model + r"/trace/setting": {"GET": app.setting, "POST": app.no_setting},
+        r"/v2/trace/setting": {"GET": app.setting, "POST": app.no_setting},
+        r"/v2/logging": {"GET": app.setting, "POST": app.no_setting},
+        r"/v2/repository/index": {"POST": app.index},
+        r"/v2/repository/models/(?P<model>[^/]+)/(?P<action>load|unload)": {"POST": app.control},
+        rf"/v2/(?:system|cuda)sharedmemory{region}/status": {"GET": app.regions},
+        rf"/v2/(?:system|cuda)sharedmemory{region}/(?:un)?register": {"POST": app.no_setting},
+        r"/predict": {"POST": app.predict},
+        r"/card": {"GET": app.card},
+        r"/metrics": {"GET": app.prometheus},
+        r"/openapi\.json": {"GET": app.openapi},
+        r"/docs": {"GET": app.docs},
+        r"/|/page\.css|/page\.js": {"GET": app.page},
+    }
+
+
+def _readable(pattern: str) -> str:
+    """The pattern of a path, for metrics: /v2/models/{model}/infer."""
+    without = re.sub(r"\(\?:/[^()]*\(\?P<\w+>[^)]*\)\)\?", "", pattern)
+    return re.sub(r"\(\?P<(\w+)>[^)]*\)", r"{\1}", without).replace("\\", "")
+
+
+def _prediction(
+    version: Version, output: Output, top_k: int, everything: bool, queue: float
+) -> dict[str, Any]:
+    """The prediction for one image, as /predict says it."""
+    task = version.interface.task
+    seconds = {"queue": queue, "decode": output.decode_s, "infer": output.infer_s}
+    found: dict[str, Any] = {
+        "error": output.error,
+        "label": None,
+        "probability": None,
+        "top_k": [],
+        "heads": {},
+        "labels": [],
+        "seconds": {name: round(value, 6) for name, value in seconds.items()},
+    }
+    if output.input is not None:
+        found["input"] = "data:image/png;base64," + base64.b64encode(
+            png(output.input, *version.interface.size)
+        ).decode("ascii")
+    if output.error is not None:
+        return found
+    logits = output.logits[None]
+    probabilities = task.probabilities(logits)
+    decided = task.decide(logits)
+    found["label"] = task.text(decided[0])
+    found["probability"] = shortest(task.confidence(probabilities, decided))[0]
+    if task.single:
+        ranked = ranking(logits, top_k)[0]
+        values = shortest(probabilities[0, ranked])
+        found["top_k"] = [
+            {"label": task.classes[index], "probability": value}
+            for index, value in zip(ranked.tolist(), values, strict=True)
+        ]
+        found["labels"] = [found["label"]]
+    elif task.heads:
+        own = shortest(task.of_answers(probabilities, decided)[0])
+        for head, index, value in zip(task.heads, decided[0].tolist(), own, strict=True):
+            found["heads"][head.name] = {"label": head.classes[index], "probability": value}
+            found["labels"].append(head.classes[index])
+    else:
+        found["labels"] = [task.classes[at] for at in decided[0].nonzero()[0].tolist()]
+    if everything:
+        found["probabilities"] = dict(zip(task.classes, shortest(probabilities[0]), strict=True))
+    return found
+
+
+def _count_of(text: str, classes: int) -> int:
+    """A number of classes; more than there are mean all."""
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= 10**6):
+        raise Refused(400, f"top_k: {text[:50]!r}, expected a whole number of at least 1")
+    return min(int(text[:9]), classes)
+
+
+def _files(body: bytes, kind: str, most: int) -> list[tuple[str | None, bytes]]:
+    """Names and contents of the files in a body: its parts if it is a form, else the body."""
+    name, options = parse_options_header(kind)
+    if name == "application/x-www-form-urlencoded" and body[:64].isascii():
+        # curl calls everything a form that is not told otherwise; an image never begins like one
+        raise Refused(
+            415,
+            "the body is a form without files; curl sends a file with --data-binary @photo.jpg or "
+            "with -F file=@photo.jpg",
+        )
+    if name != "multipart/form-data":
+        if not body:
+            raise Refused(400, "the body is empty, expected an image file")
+        return [(None, body)]
+    found: list[tuple[str | None, bytes]] = []
+    current: bytearray | None = None
+    title: str | None = None
+    boundary = options.get("boundary", "")
+    try:
+        with PushMultipartParser(
+            boundary, max_segment_count=most + 16, max_segment_size=len(body) + 1
+        ) as parser:
+            for event in parser.parse(body):
+                if event is None:
+                    if current is not None and title is not None:
+                        found.append((title, bytes(current)))
+                    current = title = None
+                elif isinstance(event, bytes | bytearray | memoryview):
+                    assert current is not None
+                    current += event
+                else:
+                    current, title = bytearray(), event.filename
+    except (MultipartError, ValueError) as error:
+        raise Refused(400, f"the form cannot be read: {str(error)[:200]}") from error
+    if not found:
+        raise Refused(400, "the form has no file; curl sends one with -F file=@photo.jpg")
+    if len(found) > most:
+        raise Refused(400, f"{len(found)} files, expected at most {most}")
+    return found
+
+
+async def _json_object(request: Request) -> dict[str, Any]:
+    """The JSON object in a body; empty if there is no body."""
+    body = await request.body.read()
+    if not body.strip():
+        return {}
+    try:
+        values = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise Refused(400, f"the body is not JSON: {str(error)[:200]}") from error
+    if not isinstance(values, dict):
+        raise Refused(400, "the body is no JSON object")
+    return values
+
+
+def _json(values: Any) -> Reply:
+    return Reply(orjson.dumps(values))
+
+
+def _error(
+    status: int,
+    message: str,
+    headers: dict[str, str] | None = None,
+    more: dict[str, Any] | None = None,
+) -> Reply:
+    text = message.encode("utf-8", "replace").decode()
+    return Reply(orjson.dumps({"error": text, **(more or {})}), status, headers=headers)
+
+
+def _compressed(request: Request, reply: Reply) -> Reply:
+    """The answer of infer, compressed if the client takes that."""
+    accepted = request.header("accept-encoding").lower()
+    offered = {part.partition(";")[0].strip() for part in accepted.split(",")}
+    name = next((each for each in ("gzip", "deflate") if each in offered), None)
+    if name is None or len(reply.body) < COMPRESSED_FROM:
+        return reply
+    packer = zlib.compressobj(1, wbits=31 if name == "gzip" else 15)
+    reply.body = packer.compress(reply.body) + packer.flush()
+    reply.headers["content-encoding"] = name
+    return reply
+
+
+def _allow_origin(request: Request, reply: Reply, origin: str) -> None:
+    """Let web pages of an origin read the reply."""
+    if request.header("origin") != origin:
+        return
+    reply.headers |= {"access-control-allow-origin": origin, "vary": "Origin"}
+    if request.method == "OPTIONS":
+        reply.headers["access-control-allow-methods"] = "GET, POST"
+        allowed = "authorization, content-type, inference-header-content-length, x-request-id"
+        reply.headers["access-control-allow-headers"] = allowed
+
+
+async def _send(send: Send, reply: Reply, head: bool = False) -> None:
+    headers = {
+        "content-type": reply.kind,
+        "content-length": str(len(reply.body)),
+        "x-content-type-options": "nosniff",
+        **reply.headers,
+    }
+    encoded = [(name.encode("latin-1"), text.encode("latin-1")) for name, text in headers.items()]
+    await send({"type": "http.response.start", "status": reply.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": b"" if head else reply.body})
+
+
+def make_app(model: str | Path, *, token: str = "", **options: Any) -> App:
+    """An ASGI application that serves a model file, to be run by any ASGI server.
+
+    Args:
+        model: an exported best.onnx, or a run directory with one.
+        token: bearer token that requests have to carry; default: none is wanted.
+        options: keys of `ServeOptions`, as `distcls serve --help` lists them. `engine="threads"`
+            computes in threads of the process.
+
+    The application loads the model in its lifespan, or when its `start()` is awaited.
+    """
+    return App(ServeOptions(model=Path(model), **options), token)

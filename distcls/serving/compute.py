@@ -1,0 +1,223 @@
+"""Where the server's images are decoded and computed: in this process, or in one of its own.
+
+As a program (`python -m distcls.serving.compute`) it is a compute process: it reads batches from a
+socket and writes outputs there. A file that crashes a decoder ends this process and its batch,
+not the server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distcls import log
+from distcls.errors import BadImage, DistclsError, MachineError, UsageError
+from distcls.imaging.decode import decode
+from distcls.model_card import best_model, require_model
+from distcls.runtime.autotune import open_fastest
+from distcls.runtime.model import FEATURES, OnnxModel, WithFeatures
+from distcls.runtime.pipeline import Profiler, infer
+from distcls.runtime.providers import (
+    AUTO,
+    PROVIDERS,
+    REFERENCE,
+    ExecutionConfig,
+    ExecutionRequest,
+    installed,
+)
+from distcls.serving.work import (
+    BatchFailed,
+    Output,
+    Work,
+    pack_message,
+    pack_outputs,
+    read_batch,
+)
+from distcls.system import end_with_parent
+
+Images = NDArray[np.uint8]
+
+
+class Computer:
+    """A model file and the execution config that runs it; any number of threads may call it."""
+
+    def __init__(self, model: OnnxModel, batch_size: int) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        has = FEATURES in model.output_names
+        self._with_features = WithFeatures(model) if has else None
+        self._profiler = Profiler()
+
+    @classmethod
+    def open(cls, path: Path, request: dict[str, Any]) -> Computer:
+        """Open a model file as `request` (provider, batch_size, workers, execution) asks.
+
+        Raises UsageError for what is no exported model, and a provider that does not work here.
+        """
+        if path.suffix.lower() == ".pth":
+            raise UsageError(
+                f"model: {path} is a checkpoint; `distcls export --ckpt {path}` makes the "
+                "best.onnx that is served"
+            )
+        if request.get("execution") is not None:
+            model = OnnxModel(path, ExecutionConfig.from_json(request["execution"]))
+        else:
+            model = _open(path, request)
+        return cls(model, request["batch_size"] or model.execution.batch_size)
+
+    def run(self, batch: Sequence[Work]) -> list[Output]:
+        """Decode, preprocess and compute a batch. An image that is bad has an error.
+
+        Raises BatchFailed if the model cannot compute it.
+        """
+        preprocess = self.model.card.preprocess
+        images = np.zeros((len(batch), *preprocess.size, 3), np.uint8)
+        outputs = [Output(np.zeros(0, np.float32), batch=len(batch)) for _ in batch]
+        for place, (work, output) in enumerate(zip(batch, outputs, strict=True)):
+            began = time.perf_counter()
+            try:
+                images[place] = self._load(work)
+            except BadImage as error:
+                output.error = str(error)
+            except MachineError as error:
+                output.error, output.fault = str(error), "machine"
+            output.decode_s = time.perf_counter() - began
+        self._infer(batch, images, outputs)
+        return outputs
+
+    def _load(self, work: Work) -> Images:
+        preprocess = self.model.card.preprocess
+        if work.pixels:
+            return np.frombuffer(work.data, np.uint8).reshape(*preprocess.size, 3)
+        return preprocess(decode(bytes(work.data), background=preprocess.background))
+
+    def _infer(self, batch: Sequence[Work], images: Images, outputs: list[Output]) -> None:
+        wide = self._with_features if any(work.features for work in batch) else None
+        errors = [output.error for output in outputs]
+        began = time.perf_counter()
+        try:
+            chunk = infer(wide or self.model, range(len(batch)), images, errors, self._profiler)
+        except DistclsError as error:
+            raise BatchFailed(str(error)) from error
+        seconds = time.perf_counter() - began
+        for place, (work, output) in enumerate(zip(batch, outputs, strict=True)):
+            output.logits, output.infer_s = chunk.logits[place], seconds
+            if output.error is None and errors[place] is not None:
+                output.error, output.fault = errors[place], "model"
+            if work.features and chunk.features is not None:
+                output.features = chunk.features[place]
+            if work.keep_input and output.fault != "machine":
+                output.input = images[place].tobytes() if output.error is None else None
+
+    def warm_up(self) -> float:
+        """Compute the largest batch, so that memory and kernels are there; seconds for one image.
+
+        Raises BatchFailed if the model cannot compute it.
+        """
+        height, width = self.model.card.preprocess.size
+        blank = Work(bytes(height * width * 3), pixels=True)
+        self.run([blank] * self.batch_size)
+        self.run([blank])
+        began = time.perf_counter()
+        self.run([blank])
+        return time.perf_counter() - began
+
+    def describe(self) -> dict[str, Any]:
+        """What the server says of the model, as plain values."""
+        model, card = self.model, self.model.card
+        wide = self._with_features
+        return {
+            "card": card.to_json(),
+            "task": card.task.to_json(),
+            "sha256": model.sha256,
+            "outputs": list(model.output_names),
+            "features": 0 if wide is None else wide.width,
+            "provider": str(model.execution),
+            "execution": model.execution.to_json(),
+            "batch_size": self.batch_size,
+        }
+
+
+def _open(path: Path, request: dict[str, Any]) -> OnnxModel:
+    """The model with the provider that runs it fastest, which is measured where there are several.
+
+    On a CPU each worker decodes and computes by itself, with one thread: nothing is handed over,
+    and as many as there are cores keep them all busy.
+    """
+    asked = ExecutionRequest(
+        provider=request["provider"], batch_size=request["batch_size"], workers=request["workers"]
+    )
+    if asked.provider == AUTO and installed() == [REFERENCE]:
+        asked = dataclasses.replace(asked, provider=REFERENCE)
+    if asked.provider == AUTO:
+        model = open_fastest(path, asked)
+    else:
+        fallback = PROVIDERS[asked.provider].default_execution(asked.cores, (1, 1))
+        model = OnnxModel(path, fallback)
+    size, found = model.card.preprocess.size, model.execution
+    default = PROVIDERS[found.provider].default_execution(asked.cores, size, asked.batch_size)
+    execution = dataclasses.replace(default, precision=found.precision)
+    return model.with_execution(execution) or OnnxModel(path, execution)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """A compute process: the path of the model, the request as JSON, and a socket's descriptor."""
+    path, request, descriptor = Path(arguments[0]), json.loads(arguments[1]), int(arguments[2])
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's, which drains
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so is that of a whole process group
+    server = socket.socket(fileno=descriptor)
+    log.set_quiet(request["execution"] is not None)  # the first one has said it
+    try:
+        require_model(path)
+        computer = Computer.open(best_model(path), request)
+        seconds = computer.warm_up()
+    except (DistclsError, BatchFailed) as error:
+        _send(server, pack_message({"error": str(error)}))
+        return
+    _send(server, pack_message({**computer.describe(), "seconds": seconds, "memory": memory()}))
+    serve(server, computer)
+
+
+def serve(server: socket.socket, computer: Computer) -> None:
+    """Answer batches until the server closes its end."""
+    stream = server.makefile("rb", buffering=1 << 16)
+
+    def read(size: int) -> bytes:
+        data: bytes = stream.read(size)
+        if len(data) < size:
+            raise EOFError
+        return data
+
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while (batch := read_batch(read)) is not None:
+            try:
+                _send(server, pack_outputs(computer.run(batch)))
+            except BatchFailed as error:
+                _send(server, pack_message({"failed": str(error)}))
+
+
+def _send(server: socket.socket, buffers: Sequence[Any]) -> None:
+    server.sendall(b"".join(buffers))
+
+
+def memory() -> int:
+    """Resident memory of this process, in bytes."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,337 @@
+"""The models that are served: where their files are, which versions are loaded, and reloading.
+
+A new version is opened beside the old one, in processes of its own, and only when it has proven
+itself is one reference switched; a request that has begun keeps the version it began with. A new
+file that cannot be served leaves the old version where it is, and its reason in the index.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distcls import log
+from distcls.errors import DistclsError, UsageError, did_you_mean
+from distcls.serving.engine import Engine, Lane, LaneDied, LocalLane, ProcessLane
+from distcls.serving.metrics import Statistics
+from distcls.serving.options import NAME, ServeOptions
+from distcls.serving.protocol import Interface, Refused
+from distcls.serving.work import BatchFailed
+from distcls.task import Task
+
+DRAIN_OLD = 30.0
+"""Seconds that requests of a replaced version may take."""
+MODEL_FILES = ("model.onnx", "best.onnx")
+"""Names of the file in the folder of a version."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where the newest version of a model lies, and what tells it from others."""
+
+    path: Path
+    version: str | None
+    """Its folder's number; None for a single file, whose versions are counted."""
+    stamp: tuple[int, int, int]
+    """Inode, size and time of change in ns."""
+
+
+class Version:
+    """One version of a model, ready to be used."""
+
+    def __init__(self, name: str, version: str, engine: Engine, most: int) -> None:
+        self.name, self.version, self.engine = name, version, engine
+        facts = engine.facts
+        self.card: dict[str, Any] = facts["card"]
+        self.interface = Interface(
+            name=name,
+            version=version,
+            size=(facts["card"]["preprocess"]["size"][0], facts["card"]["preprocess"]["size"][1]),
+            task=Task.from_json(facts["task"]),
+            features=facts["features"],
+            most=most,
+        )
+        self.statistics = Statistics()
+
+
+class _Model:
+    """A model by name: the version that is served, and how a change of it went."""
+
+    def __init__(self) -> None:
+        self.current: Version | None = None
+        self.stamp: tuple[int, int, int] | None = None
+        self.state = "LOADING"
+        self.reason = ""
+        self.failed_version = ""
+        self.wanted = True
+        """False once a client has unloaded it."""
+        self.lock = asyncio.Lock()
+
+
+class Repository:
+    """All models, by name."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        self._options = options
+        self._models: dict[str, _Model] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._old: list[Version] = []
+
+    async def start(self) -> None:
+        """Load all models. Raises UsageError if there is none, or one cannot be served."""
+        places = self._places()
+        if not places:
+            raise UsageError(
+                f"models: {self._options.models} holds no model, expected NAME.onnx or "
+                "NAME/VERSION/model.onnx"
+            )
+        self._models = {name: _Model() for name in sorted(places)}
+        await asyncio.gather(*(self._load(name, places[name]) for name in self._models))
+
+    def versions(self) -> Iterator[Version]:
+        """The versions that are served, of each model one."""
+        for model in self._models.values():
+            if model.current is not None:
+                yield model.current
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all models, also of those that are not loaded."""
+        return list(self._models)
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model that is wanted can be used."""
+        wanted = [model for model in self._models.values() if model.wanted]
+        ready = [m for m in wanted if m.current is not None and m.current.engine.ready]
+        return bool(wanted) and len(ready) == len(wanted)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a batch hangs."""
+        return any(version.engine.stuck for version in self.versions())
+
+    def find(self, name: str = "", version: str = "") -> Version:
+        """A version by name, of the first model without one. Raises Refused with 404 or 503."""
+        name = name or next(iter(self._models), "")
+        model = self._models.get(name)
+        if model is None:
+            hint = did_you_mean(name, self._models)
+            raise Refused(404, f"unknown model {name[:100]!r}{hint}")
+        current = model.current
+        for old in [each for each in self._old if each.name == name]:
+            if version and old.version == version and old.engine.ready:
+                return old
+        if current is None:
+            reason = model.reason or "it is not loaded"
+            raise Refused(503 if model.wanted else 404, f"model {name!r}: {reason}")
+        if version and version != current.version:
+            raise Refused(
+                404, f"unknown version {version[:20]!r} of {name!r}, served is {current.version}"
+            )
+        return current
+
+    def index(self) -> list[dict[str, str]]:
+        """The repository index of the protocol."""
+        entries = []
+        for name, model in self._models.items():
+            if model.current is not None:
+                entry = {"name": name, "version": model.current.version, "state": "READY"}
+                entries.append({**entry, "reason": ""})
+            if model.current is None or model.reason:
+                version = model.failed_version
+                state = "LOADING" if model.state == "LOADING" else "UNAVAILABLE"
+                entry = {"name": name, "version": version, "state": state}
+                entries.append({**entry, "reason": model.reason})
+        return entries
+
+    async def reload(self) -> None:
+        """Load what is new or has changed since, one model after the other."""
+        places = await asyncio.to_thread(self._places)
+        for name, place in places.items():
+            model = self._models.setdefault(name, _Model())
+            if model.wanted and model.stamp != place.stamp:
+                with contextlib.suppress(DistclsError):  # said and in the index
+                    await self._load(name, place)
+
+    async def watch(self, seconds: float) -> None:
+        """Reload every so many seconds, for ever."""
+        while True:
+            await asyncio.sleep(seconds)
+            await self.reload()
+
+    async def load(self, name: str) -> None:
+        """Load a model because a client wants it; raises Refused if there is none or it fails."""
+        place = (await asyncio.to_thread(self._places)).get(name)
+        if place is None:
+            raise Refused(404, f"unknown model {name[:100]!r}: there is no file of it")
+        model = self._models.setdefault(name, _Model())
+        if model.current is not None and model.stamp == place.stamp:
+            return
+        model.wanted = True
+        try:
+            await self._load(name, place)
+        except DistclsError as error:
+            raise Refused(400, f"model {name!r} cannot be loaded: {error}") from error
+
+    async def unload(self, name: str) -> None:
+        """Stop serving a model; requests that have begun are finished."""
+        model = self._models.get(name)
+        if model is None:
+            raise Refused(404, f"unknown model {name[:100]!r}")
+        async with model.lock:
+            model.wanted, model.stamp, model.state, model.reason = (
+                False,
+                None,
+                "UNLOADED",
+                "unloaded",
+            )
+            self._retire(model.current)
+            model.current = None
+
+    async def close(self, timeout: float) -> None:
+        """Finish what is under way and end all engines."""
+        current = [version.engine.close(timeout) for version in self.versions()]
+        await asyncio.gather(*current, *self._closing, return_exceptions=True)
+
+    async def _load(self, name: str, place: _Place) -> None:
+        """Open the version at a place beside the one that is served, then switch.
+
+        Raises DistclsError with the reason if it cannot be served.
+        """
+        model = self._models[name]
+        async with model.lock:
+            before = model.current
+            version = place.version or str(1 + int(before.version if before else 0))
+            model.stamp, model.state = place.stamp, "LOADING"
+            engine = self._engine(place.path)
+            try:
+                await engine.start()
+                self._require_same(before, engine)
+            except (DistclsError, LaneDied, BatchFailed, OSError) as error:
+                await engine.close(0)
+                model.state, model.reason, model.failed_version = "UNAVAILABLE", str(error), version
+                if before is not None:
+                    log.warn(f"{place.path} is not served, version {before.version} stays: {error}")
+                if isinstance(error, DistclsError):
+                    raise
+                raise DistclsError(f"{place.path}: {error}") from error
+            model.current = Version(name, version, engine, self._options.max_images)
+            model.state, model.reason, model.failed_version = "READY", "", ""
+            if before is not None:
+                log.say(f"{name}: version {version} is served, from {place.path}")
+                await engine.wait_for_lanes()
+                self._retire(before)
+
+    def _require_same(self, before: Version | None, engine: Engine) -> None:
+        """Raise UsageError unless a new version takes and gives what the one before did."""
+        if before is None:
+            return
+        size = engine.facts["card"]["preprocess"]["size"]
+        if list(before.interface.size) != list(size):
+            raise UsageError(
+                f"its input is {size[0]}x{size[1]}, not {before.interface.size[0]}x"
+                f"{before.interface.size[1]} as before: clients that send tensors would fail; "
+                "serve it under another name"
+            )
+        if before.interface.task != Task.from_json(engine.facts["task"]):
+            raise UsageError("its classes are not those of before; serve it under another name")
+
+    def _retire(self, version: Version | None) -> None:
+        if version is None:
+            return
+        self._old.append(version)
+
+        async def close() -> None:
+            await asyncio.sleep(0)  # whoever found it in this turn submits first
+            await version.engine.close(DRAIN_OLD)
+            self._old.remove(version)
+
+        task = asyncio.get_running_loop().create_task(close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    def _engine(self, path: Path) -> Engine:
+        request, most = self._options.request, self._options.max_wait
+        if self._options.engine == "threads":
+            return Engine(_Threads(path, request).open, most)
+        return Engine(functools.partial(_open_process, path, request), most)
+
+    def _places(self) -> dict[str, _Place]:
+        """The newest version of each model on disk."""
+        options = self._options
+        if options.model is not None:
+            path = options.model
+            name = options.name or (path.resolve().name if path.is_dir() else path.stem)
+            file = path / "best.onnx" if path.is_dir() else path
+            return {_checked_name(name): _Place(path, None, _stamp(file))}
+        assert options.models is not None
+        if not options.models.is_dir():
+            raise UsageError(f"models: {options.models} is no folder")
+        found: dict[str, _Place] = {}
+        for path in sorted(options.models.iterdir()):
+            if path.suffix == ".onnx" and path.is_file():
+                found[_checked_name(path.stem)] = _Place(path, None, _stamp(path))
+            elif path.is_dir() and (newest := _newest(path)) is not None:
+                found[_checked_name(path.name)] = newest
+        return found
+
+
+async def _open_process(path: Path, request: dict[str, Any], first: dict[str, Any]) -> Lane:
+    """A compute process; `first` are the facts of the first one, which the others follow."""
+    if first:
+        request = {**request, "execution": first["execution"], "batch_size": first["batch_size"]}
+    return await ProcessLane.open(path, request)
+
+
+class _Threads:
+    """Opens threads that share one session."""
+
+    def __init__(self, path: Path, request: dict[str, Any]) -> None:
+        self._path, self._request = path, request
+        self._computer: Any = None
+
+    async def open(self, first: dict[str, Any]) -> Lane:
+        """A thread, warmed up. Raises UsageError if the model cannot be opened."""
+        from distcls.serving import compute
+
+        if self._computer is None:
+            opening = functools.partial(compute.Computer.open, self._path, self._request)
+            self._computer = await asyncio.to_thread(opening)
+        seconds = await asyncio.to_thread(self._computer.warm_up)
+        return LocalLane(self._computer, seconds, compute.memory())
+
+
+def _newest(folder: Path) -> _Place | None:
+    """The highest version in the folder of a model."""
+    numbers = sorted(
+        (int(each.name) for each in folder.iterdir() if each.name.isdecimal()), reverse=True
+    )
+    for number in numbers:
+        for name in MODEL_FILES:
+            file = folder / str(number) / name
+            if file.is_file():
+                return _Place(file, str(number), _stamp(file))
+    return None
+
+
+def _stamp(file: Path) -> tuple[int, int, int]:
+    try:
+        status = file.stat()
+    except OSError:
+        return (0, 0, 0)
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _checked_name(name: str) -> str:
+    if NAME.fullmatch(name) is None:
+        raise UsageError(
+            f"name: {name!r} cannot be part of a URL, expected letters, digits, _, - and .; "
+            "--name gives another"
+        )
+    return name

@@ -1,0 +1,271 @@
+"""`distcls serve`: the application on granian, its port, its signals and its end.
+
+granian is embedded, so that SIGTERM is ours. What its behaviour asks for (each tried): `http=1`,
+as with its `auto` a connection that says nothing is never closed; `backpressure` near the limit of
+file descriptors, as it counts idle connections; the port is tested before, as it would share it
+with another server silently.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import socket
+import ssl
+import sys
+import time
+from typing import Any
+
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings
+from granian.log import LogLevels
+from granian.server.embed import Server
+
+from distcls import log
+from distcls.errors import DistclsError, UsageError, shown
+from distcls.serving.app import App
+from distcls.serving.options import ServeOptions
+from distcls.stored import read_bytes
+
+TOKEN = "DISTCLS_TOKEN"
+"""Environment variable with the bearer token."""
+HEADER_BYTES = 65_536
+MOST_TOKEN = 4096
+POLL = 0.01
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve until SIGTERM or SIGINT. Raises DistclsError if it cannot begin."""
+    began = time.monotonic()
+    with asyncio.Runner() as runner:
+        runner.run(_Serving(options).run(began))
+
+
+def check(options: ServeOptions) -> dict[str, Any]:
+    """Open and warm up the models; what would be served. Raises DistclsError if one fails."""
+    return asyncio.run(_check(options))
+
+
+async def _check(options: ServeOptions) -> dict[str, Any]:
+    _read_token(options)
+    app = App(options)
+    try:
+        await app.start()
+        versions = list(app.repository.versions())
+        for version in versions:
+            await version.engine.wait_for_lanes()
+        return {"models": [_facts_of(version) for version in versions]}
+    finally:
+        await app.close()
+
+
+def _facts_of(version: Any) -> dict[str, Any]:
+    facts = version.engine.facts
+    lanes = version.engine.lanes
+    return {
+        "name": version.name,
+        "version": version.version,
+        "task": version.interface.task.summary(),
+        "input": list(version.interface.size),
+        "provider": facts["provider"],
+        "workers": len(lanes),
+        "batch_size": facts["batch_size"],
+        "image_ms": round(1000 * facts["seconds"], 2),
+        "memory_mb": round(sum(lane.facts["memory"] for lane in lanes) / 2**20),
+        "sha256": facts["sha256"],
+    }
+
+
+class _Serving:
+    """One run of the server."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        self.options = options
+        self.app = App(options, _read_token(options))
+        self._stop = asyncio.Event()
+        self._now = False
+
+    async def run(self, began: float) -> None:
+        """Begin, serve, drain, end."""
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, self._ask_to_stop)
+        _raise_descriptor_limit()
+        port = _free_port(self.options.host, self.options.port)
+        tasks = []
+        try:
+            starting = asyncio.ensure_future(self.app.start())
+            stopping = asyncio.ensure_future(self._stop.wait())
+            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                starting.cancel()
+                return
+            await starting
+            server = self._granian(port)
+            serving = asyncio.ensure_future(server.serve())
+            tasks = [asyncio.ensure_future(each) for each in self._watchers()]
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
+            await _listening(self.options.host, port, serving)
+            self._say(port, time.monotonic() - began)
+            await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                raise DistclsError(f"the server ended: {serving.exception() or 'no reason'}")
+            await self._drain(server)
+            await asyncio.wait((serving,), timeout=2)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await self.app.close()
+        log.say("stopped")
+
+    def _granian(self, port: int) -> Server:
+        limits = self.options
+        return Server(
+            self.app,
+            address=self.options.host,
+            port=port,
+            interface=Interfaces.ASGINL,
+            http=HTTPModes.http1,
+            websockets=False,
+            backlog=1024,
+            backpressure=limits.max_connections,
+            http1_settings=HTTP1Settings(
+                header_read_timeout=int(limits.header_timeout * 1000),
+                max_buffer_size=HEADER_BYTES,
+            ),
+            log_enabled=False,
+            log_level=LogLevels.critical,
+            **_tls(self.options),
+        )
+
+    def _watchers(self) -> list[Any]:
+        seconds = self.options.reload
+        return [] if seconds is None else [self.app.repository.watch(seconds)]
+
+    def _reload(self) -> None:
+        task = asyncio.ensure_future(self.app.repository.reload())
+        task.add_done_callback(lambda done: done.exception())
+
+    def _ask_to_stop(self) -> None:
+        if self._stop.is_set():
+            self._now = True
+        self._stop.set()
+
+    async def _drain(self, server: Server) -> None:
+        """Not ready, then no new connections, then what is under way, until it is done."""
+        options = self.options
+        self.app.draining = True
+        log.say(f"stopping: {log.counted(self.app.in_flight, 'request')} under way")
+        await self._wait(options.drain_delay, lambda: False)
+        await self._wait(options.drain_timeout, lambda: self.app.in_flight == 0)
+        if self.app.in_flight:
+            left = log.counted(self.app.in_flight, "request")
+            log.warn(f"{left} were still under way after {options.drain_timeout:g} s")
+        await asyncio.sleep(0.05)  # the last answers leave
+        server.stop()  # type: ignore[no-untyped-call]
+
+    async def _wait(self, seconds: float, done: Any) -> None:
+        end = time.monotonic() + seconds
+        while not self._now and not done() and time.monotonic() < end:
+            await asyncio.sleep(POLL)
+
+    def _say(self, port: int, seconds: float) -> None:
+        options = self.options
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        scheme = "https" if options.tls_cert else "http"
+        url = f"{scheme}://{host}:{port}{options.base_path}"
+        for version in self.app.repository.versions():
+            log.say(
+                f"{version.name} (version {version.version}): {version.interface.task.summary()}, "
+                f"{version.engine.facts['provider']}"
+            )
+        header = '-H "Authorization: Bearer $TOKEN" ' if self.app.wants_token else ""
+        log.say(
+            f"ready after {seconds:.1f} s: {url}/ is a page to try it, {url}/docs the reference"
+        )
+        log.say(f"curl {header}--data-binary @photo.jpg {url}/predict")
+
+
+def _read_token(options: ServeOptions) -> str:
+    """The bearer token; empty if none is wanted. Raises UsageError for a file without one."""
+    if options.token_file is None:
+        token = os.environ.get(TOKEN, "").strip()
+    else:
+        try:
+            data = read_bytes(options.token_file, MOST_TOKEN)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"token_file: {options.token_file}: {reason}") from error
+        token = data.decode("utf-8", "replace").strip()
+        if not token:
+            raise UsageError(f"token_file: {options.token_file} is empty")
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise UsageError("token_file: the token has to be printable ASCII without blanks")
+    return token
+
+
+def _free_port(host: str, port: int) -> int:
+    """The port to listen on, tried first. Raises UsageError if it is taken or not ours to take."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as tried:
+        # as servers do: a port whose last connections are still closing is free. Without the
+        # option that granian sets, so that a port that is shared is taken as well.
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((host, port))
+        except OSError as error:
+            where = f"host: {host}" if port == 0 else f"port: {port} of {host}"
+            raise UsageError(f"{where} cannot be listened on: {error.strerror}") from error
+        except (ValueError, UnicodeError) as error:
+            raise UsageError(f"host: {shown(host)} is no address") from error
+        found: int = tried.getsockname()[1]
+        return found
+
+
+async def _listening(host: str, port: int, serving: asyncio.Future[None]) -> None:
+    """Until the port answers; raises what ended the server before."""
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    for _ in range(500):
+        if serving.done():
+            await serving
+            raise DistclsError(f"the server does not listen on {host}:{port}")
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection(address, port)
+            writer.close()
+            return
+        await asyncio.sleep(POLL)
+    raise DistclsError(f"the server does not listen on {host}:{port}")
+
+
+def _tls(options: ServeOptions) -> dict[str, Any]:
+    if options.tls_cert is None or options.tls_key is None:
+        return {}
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.tls_cert, options.tls_key)
+    except OSError as error:
+        message = f"tls_cert: {options.tls_cert} and {options.tls_key} are no pair: {error}"
+        raise UsageError(message) from error
+    return {"ssl_cert": options.tls_cert, "ssl_key": options.tls_key}
+
+
+def _raise_descriptor_limit() -> None:
+    """As many connections as the system allows: each is a file descriptor."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """What `--check` found, for people."""
+    for model in plan["models"]:
+        height, width = model["input"]
+        facts = (
+            *(model["task"], f"input {height}x{width}", model["provider"]),
+            *(log.counted(model["workers"], "worker"), f"{model['image_ms']} ms an image"),
+            f"{model['memory_mb']} MB",
+        )
+        title = f"{model['name']} (version {model['version']})"
+        sys.stdout.write(f"{title}: {', '.join(facts)}\n")
