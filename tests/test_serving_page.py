@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -292,6 +293,21 @@ def test_dropped_image(page: Page, server: str, models: Path) -> None:
     assert large.size["width"] % 16 == 0
     assert large.size["width"] > 200
     assert "80\u202f% of its sides" in page.text("#seen-rule")
+
+
+def test_dropped_folder(page: Page, server: str, tmp_path: Path) -> None:
+    for name, colour in {"b/10.png": BLUE, "b/9.png": GREEN, "a.png": RED}.items():
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(encode(plain(colour), "PNG"))
+    (tmp_path / "folder" / "notes.txt").write_text("no image, and not asked for by name")
+    page.ready(server)
+    files = {"items": [], "files": [str(tmp_path / "folder")], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        event = {"type": kind, "x": 400, "y": 300, "data": files}
+        page.driver.execute_cdp_cmd("Input.dispatchDragEvent", event)
+        assert page.run("return document.body.className") == ("" if kind == "drop" else "over")
+    assert page.answers(3) == ["red", "green", "blue"]
+    assert page.texts(".file") == ["a.png", "9.png", "10.png"]
 
 
 def test_pasted_and_chosen_images(page: Page, server: str, tmp_path: Path) -> None:
@@ -593,6 +609,26 @@ def test_server_that_leaves_and_comes_back(page: Page, server: str) -> None:
     assert page.answers(2) == ["green", "red"]
     assert not page("#notice").is_displayed()
     proxy.end()
+
+
+def test_new_version_while_the_page_is_open(page: Page, tmp_path: Path) -> None:
+    path = tiny_onnx.write(tmp_path / "live.onnx")
+    new = tiny_onnx.proto(tiny_onnx.card())
+    weights = next(each for each in new.graph.initializer if each.name == "weights")
+    weights.CopyFrom(onnx.numpy_helper.from_array(tiny_onnx.weights(3)[:, ::-1].copy(), "weights"))
+    (tmp_path / "new.onnx").write_bytes(new.SerializeToString())
+    with serving(tmp_path / "log", "--model", path, "--reload", 0.2) as address:
+        page.ready(address)
+        page.drop(RED_FILE)
+        assert page.answers(1) == ["red"]
+        before = page.text(".hash")
+        (tmp_path / "new.onnx").replace(path)
+        card = "return fetch('card').then((reply) => reply.json()).then((card) => card.sha256)"
+        until(lambda: page.run(card) != before)
+        page.drop(RED_FILE)
+        until(lambda: page.answers(2) == ["blue", "blue"])  # what was there is asked again
+        assert page.text(".hash") != before
+        assert page.text("#card dd:nth-of-type(2)") == "2"
 
 
 def test_token(page: Page, models: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 const GROUP = { images: 4, bytes: 4 << 20 }; // of a request: small, so that answers come one by one
 const AT_ONCE = 3; // requests
 const OVERHEAD = 1024; // bytes of multipart/form-data around a file, at most about
-const PER_REQUEST_RETRIES = 1; // of a connection that breaks while the server is there
+const RETRIES = 1; // where the connection broke and the server is there, or another model is
 const TOP = 5;
 const FOLDED = 12; // classes that are shown before the rest is folded away
 const PREVIEW = matchMedia("(max-width: 34rem)").matches ? 80 : 112; // CSS pixels, those of .thumb
@@ -51,6 +51,8 @@ const number = (value) => {
 
 // -- the server -----------------------------------------------------------------------------
 
+class Gone extends Error {}
+
 class Refused extends Error {
   constructor(status, message, wait) {
     super(message);
@@ -58,11 +60,16 @@ class Refused extends Error {
   }
 }
 
-/** The JSON of a reply; Refused for any status but 200, TypeError where there is no server. */
+/** The JSON of a reply; Refused for any status but 200, Gone where there is no server. */
 async function request(path, options = {}) {
   const headers = token === null ? {} : { Authorization: `Bearer ${token}` };
-  const response = await fetch(path, { ...options, headers, cache: "no-store", redirect: "error" });
-  const text = await response.text();
+  let response, text;
+  try {
+    response = await fetch(path, { ...options, headers, cache: "no-store", redirect: "error" });
+    text = await response.text();
+  } catch {
+    throw new Gone();
+  }
   let body = null;
   try { body = JSON.parse(text); } catch { /* a proxy's page: its status says enough */ }
   if (response.ok && body !== null) return body;
@@ -78,6 +85,8 @@ function address(path, options) {
 /** The model in the addresses: named only where there is a choice. */
 const chosen = () => (card && card.models.length > 1 ? { model: card.model } : {});
 
+const identity = ({ model, version }) => JSON.stringify([model, version]);
+
 async function loadCard(model) {
   const wanted = current;
   try {
@@ -86,14 +95,19 @@ async function loadCard(model) {
     card = found;
     if (hold?.why !== "busy") release();
     showCard();
-    items.filter((item) => item.state === "waiting").forEach(check); // the limits are known now
+    for (const item of items) { // all that is shown is of the model in the heading
+      if (item.state === "done" && item.by !== identity(card)) set(item, "waiting", "Waiting");
+      if (item.state === "waiting") check(item); // the limits are known now
+    }
     pump();
   } catch (error) {
-    if (wanted === current) stop(error, () => loadCard(model));
+    if (wanted !== current) return;
+    if (error.status === 404 && model !== undefined) return loadCard(); // it is served no more
+    stop(error, () => loadCard(model));
   }
 }
 
-/** Wait as the error demands, then go on; false for an error that waiting does not mend. */
+/** Wait as the error demands, then go on. */
 function stop(error, goOn) {
   if (error.status === 401) {
     pause({ why: "token" });
@@ -101,15 +115,16 @@ function stop(error, goOn) {
   } else if (error.status === 503) {
     atOnce = 1;
     pause({ why: "busy", seconds: error.wait, goOn });
-  } else if (error instanceof TypeError) {
+  } else if (error instanceof Gone) {
     pause({ why: "gone", seconds: 3, goOn });
   } else {
-    notice(`The model card is not to be had: ${error.message}`, true, "Try again", goOn);
+    notice(`The model card cannot be loaded: ${error.message}`, "bad", "Try again", goOn);
   }
 }
 
 function pause({ why, seconds, goOn }) {
   if (hold && hold.why === why) return;
+  const known = !$("notice").hidden && $("notice").classList.contains(why);
   release();
   hold = { why, timer: null };
   if (why === "token") return showProgress();
@@ -117,7 +132,7 @@ function pause({ why, seconds, goOn }) {
   const tick = () => {
     const again = left > 0 ? `trying again in ${left} s.` : "trying again…";
     const text = why === "busy" ? `Waiting, the server is busy; ${again}` : `The server does not answer; ${again}`;
-    notice(text, why === "gone", "Try now", resume, left < Math.ceil(seconds));
+    notice(text, why, "Try now", resume, known || left < Math.ceil(seconds));
     if (left-- <= 0) resume();
   };
   const resume = () => {
@@ -136,12 +151,11 @@ function release() {
   $("notice").hidden = true;
 }
 
-function notice(text, bad, button, action, quietly = false) {
+/** A line above the images: of a `kind` busy, gone, bad or hint. */
+function notice(text, kind, button, action, quietly = false) {
   $("notice").hidden = false;
-  $("notice").classList.toggle("waits", hold !== null);
-  $("notice").classList.toggle("bad", bad);
-  // a countdown is read to nobody's ears every second
-  $("notice-text").setAttribute("aria-live", quietly ? "off" : "assertive");
+  $("notice").className = `notice ${kind}`;
+  $("notice-text").ariaLive = quietly ? "off" : "polite"; // a countdown is not read out
   $("notice-text").textContent = text;
   $("notice-button").hidden = !button;
   $("notice-button").textContent = button ?? "";
@@ -166,7 +180,7 @@ function askToken(goOn) {
     if (token !== null) goOn();
     else {
       hold = { why: "token" };
-      notice("This server wants a token; nothing is sent without it.", false, "Enter the token", () => askToken(goOn));
+      notice("This server wants a token; nothing is sent without it.", "hint", "Enter the token", () => askToken(goOn));
     }
   };
   $("ask").showModal();
@@ -186,11 +200,12 @@ async function filesOf(transfer) {
       if (file?.type.startsWith("image/")) found.push(file);
     } else {
       const reader = entry.createReader();
-      for (;;) {
-        const some = await new Promise((done) => reader.readEntries(done, () => done([])));
-        if (!some.length) break;
-        for (const child of some) await walk(child);
+      const inside = [];
+      for (let some; !some || some.length; inside.push(...some)) {
+        some = await new Promise((done) => reader.readEntries(done, () => done([])));
       }
+      inside.sort((one, other) => one.name.localeCompare(other.name, "en", { numeric: true }));
+      for (const child of inside) await walk(child);
     }
   };
   for (const entry of entries) await walk(entry);
@@ -198,11 +213,11 @@ async function filesOf(transfer) {
 }
 
 function add(files) {
-  if (!files.length) return notice("There is no image file in that. Save the picture, then drop or paste the file.", false);
+  if (!files.length) return notice("There is no image file in that. Save the picture, then drop or paste the file.", "hint");
   if (!hold) $("notice").hidden = true;
   const before = $("results").firstChild;
   for (const file of files) {
-    const item = { file, state: "waiting", alone: false, tries: 0, at: null };
+    const item = { file, state: "waiting", alone: false, tries: 0, by: null, at: null };
     item.at = $("result").content.firstElementChild.cloneNode(true);
     const name = item.at.querySelector(".file bdi");
     name.textContent = name.title = file.name;
@@ -292,10 +307,16 @@ async function send(group) {
     const seconds = (performance.now() - began) / 1000;
     if (wanted !== current) return;
     if (reply.predictions?.length !== group.length) throw new Refused(502, "the answer is not for these images");
+    if (identity(reply) !== identity(card) && group.every((item) => item.tries++ < RETRIES)) {
+      // a new version is served, or another model since a restart: its card first
+      group.forEach((item) => set(item, "waiting", "Waiting"));
+      await loadCard(chosen().model);
+      return;
+    }
+    for (const item of group) item.by = identity(reply);
     group.forEach((item, at) => answer(item, reply.predictions[at], seconds, group.length));
     atOnce = AT_ONCE;
-    if (hold === null && $("notice").classList.contains("waits")) release();
-    if (reply.version !== card.version) loadCard(chosen().model); // a new version has been loaded
+    if (hold === null && $("notice").matches(".busy, .gone")) release();
   } catch (error) {
     if (wanted === current) await unanswered(group, error);
   } finally {
@@ -315,6 +336,7 @@ function query() {
 
 /** A request without predictions: later, one image at a time, or never. */
 async function unanswered(group, error) {
+  const wanted = current;
   const wait = () => group.forEach((item) => set(item, "waiting", "Waiting"));
   const known = error instanceof Refused;
   if (known && (error.status === 401 || error.status === 503)) {
@@ -325,10 +347,14 @@ async function unanswered(group, error) {
     wait();
   } else if (known) {
     group.forEach((item) => fail(item, error.message, error.status >= 500));
+  } else if (!(error instanceof Gone)) {
+    console.error(error);
+    group.forEach((item) => fail(item, `the answer cannot be shown: ${error.message}`, true));
   } else {
     const there = await request(address("card", chosen())).then(() => true, (other) => other instanceof Refused);
+    if (wanted !== current) return;
     group.forEach((item) => { item.tries += there ? 1 : 0; });
-    const lost = group.filter((item) => item.tries > PER_REQUEST_RETRIES);
+    const lost = group.filter((item) => item.tries > RETRIES);
     lost.forEach((item) => fail(item, "the server closed the connection", true));
     group = group.filter((item) => !lost.includes(item));
     wait();
