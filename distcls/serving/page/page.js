@@ -13,7 +13,7 @@ const $ = (id) => document.getElementById(id);
 let card = null;
 let token = null; // in memory only
 let guarded = false; // whether the server has wanted one
-let items = []; // {file, state: waiting|sent|done|failed, at, alone, tries}
+let items = []; // {file, url, at, state: waiting|sent|done|failed, by, alone, tries}
 let hold = null; // why nothing is sent now, with the timer that ends it
 let running = 0;
 let atOnce = AT_ONCE;
