@@ -50,6 +50,7 @@ WITHOUT_TORCH = [
     "distcls.commands.serve",
     "distcls.serving.app",
     "distcls.serving.compute",
+    "distcls.serving.grpc",
     "distcls.commands.evaluate",
     "distcls.commands.completion",
     "distcls.commands.models",

@@ -174,8 +174,10 @@ class App(Service):
             request.route = route
             if request.method == "OPTIONS" and self.options.cors:
                 return Reply(b"", 204)
-            if not (path.rstrip("/") in OPEN_ROUTES or path in self._pages):
-                self.authorize(request.headers.get(b"authorization", b""))
+            if path.rstrip("/") not in OPEN_ROUTES:
+                if path not in self._pages:
+                    self.authorize(request.headers.get(b"authorization", b""))
+                self.require_taking()
             handler = handlers.get("GET" if request.method == "HEAD" else request.method)
             if handler is not None:
                 values = {name: value or "" for name, value in match.groupdict().items()}

@@ -155,6 +155,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]  # the library ha
             try:
                 if path not in self._open:
                     self._service.authorize(call.authorization)
+                    self._service.require_taking()
                 if path not in self._methods:
                     raise Refused(501, f"{path[:100]} is not supported by this server")
                 call.route = path
@@ -213,6 +214,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]  # the library ha
         reply = MESSAGES["ModelStreamInferResponse"]
         with self._counted(call):
             try:
+                self._service.require_taking()
                 return self._finished(call, reply(infer_response=await self._infer(call, data)))
             except Exception as error:
                 message = self._refuse(call, error).message

@@ -54,10 +54,12 @@ def check(options: ServeOptions) -> dict[str, Any]:
 
 
 async def _check(options: ServeOptions) -> dict[str, Any]:
-    _read_token(options)
+    app = App(options, _read_token(options))
+    _tls(options)
+    _free_port(options.host, options.port)
     if options.grpc_port is not None:
+        _free_port(options.host, options.grpc_port, "grpc_port")
         _grpc_server()
-    app = App(options)
     try:
         await app.start()
         versions = list(app.repository.versions())
@@ -157,6 +159,7 @@ class _Serving:
         port = self.options.grpc_port
         if port is None:
             return None
+        _tls(self.options)  # says what is wrong with its files
         found = _free_port(self.options.host, port, "grpc_port")
         while found == http_port:  # a free one that nobody listens on yet
             found = _free_port(self.options.host, port, "grpc_port")
@@ -176,11 +179,12 @@ class _Serving:
         self._stop.set()
 
     async def _drain(self, server: Server, grpc: GrpcServer | None) -> None:
-        """Not ready, then no new connections, then what is under way, until it is done."""
+        """Not ready, then no new requests, then the end once those under way are done."""
         options = self.options
         self.app.draining = True
         log.say(f"stopping: {log.counted(self.app.in_flight, 'request')} under way")
         await self._wait(options.drain_delay, lambda: False)
+        self.app.refusing = True
         ending = asyncio.ensure_future(grpc.stop(options.drain_timeout)) if grpc else None
         await self._wait(options.drain_timeout, lambda: self.app.in_flight == 0)
         if self.app.in_flight:

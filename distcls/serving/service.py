@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import random
 import re
 import sys
 import time
@@ -58,6 +59,8 @@ class Service:
         self.metrics = Metrics(self.repository.versions)
         self.draining = False
         """Not ready any more, though what comes is still served."""
+        self.refusing = False
+        """New requests are refused, those under way finished."""
         self.in_flight = 0
         self._token = token.encode()
 
@@ -93,6 +96,11 @@ class Service:
         if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
             message = "a bearer token is wanted, as in `Authorization: Bearer TOKEN`"
             raise Refused(401, message, {"www-authenticate": "Bearer"})
+
+    def require_taking(self) -> None:
+        """Raise Refused if new requests are not taken any more."""
+        if self.refusing:
+            raise Refused(503, "the server is shutting down", {"retry-after": "1"})
 
     async def control(self, model: str, action: str, parameters: Any) -> None:
         """Load or unload a model. Raises Refused if that is not allowed, or fails."""
@@ -149,7 +157,7 @@ class Service:
         if isinstance(error, Refused):
             return error
         if isinstance(error, Busy):
-            wait = max(1, round(error.backlog))
+            wait = 1 + int(error.backlog) + random.randrange(2)  # not all at the same moment
             return Refused(503, str(error), {"retry-after": str(wait)})
         if isinstance(error, DeadlineMissed):
             return Refused(504, "the deadline passed before computing could begin")
