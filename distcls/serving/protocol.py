@@ -204,12 +204,12 @@ def _header_length(text: str, size: int) -> int:
 
 
 def _raw_request(body: Buffer, interface: Interface) -> InferRequest:
-    """A body without JSON: one tensor, or one encoded image."""
+    """A body without JSON: one tensor, or one encoded image. Its outputs are binary as well."""
     height, width = interface.size
     if not len(body):
         raise Refused(400, "the body is empty, expected one image")
     pixels = len(body) == height * width * 3 and not _looks_encoded(bytes(body[:12]))
-    wanted = [Wanted(name=name, binary=False) for name in interface.outputs]
+    wanted = [Wanted(name=name, binary=True) for name in interface.outputs]
     work = Work(body, pixels=pixels, features=bool(interface.features))
     return InferRequest(request_id="", works=[work], outputs=wanted)
 
