@@ -335,6 +335,7 @@ def test_pages_elsewhere_only_by_their_origin(tmp_path: Path) -> None:
         other = server.post("/vision/predict", PHOTO, headers={"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
         assert server.get("/vision/").status == 200
+        assert server.get("/vision").headers["location"] == "/vision/"
 
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
