@@ -203,6 +203,8 @@ def test_the_input_is_shown_as_the_network_sees_it(server: Server) -> None:
         (("/predict?top_k=none", PHOTO, {}), 400, "top_k"),
         (("/predict?input=perhaps", PHOTO, {}), 400, "input"),
         (("/predict?model=nope", PHOTO, {}), 404, "best"),
+        (("/predict?model=", PHOTO, {}), 400, "empty"),
+        (("/predict?topk=3", PHOTO, {}), 400, "did you mean 'top_k'"),
         (("/predict?version=7", PHOTO, {}), 404, "version"),
         (
             ("/predict", b"file=1", {"Content-Type": "application/x-www-form-urlencoded"}),
