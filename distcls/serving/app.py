@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 from multipart import MultipartError, PushMultipartParser, parse_options_header
 
+from distcls.errors import did_you_mean, shown
 from distcls.prediction import ranking, shortest
 from distcls.serving.body import Body, ClientGone, Message, Receive
 from distcls.serving.openapi import docs_page, document
@@ -68,7 +69,9 @@ class Request(Call):
         for name, value in scope["headers"]:
             self.headers[name.lower()] = value
         self.query = dict(
-            urllib.parse.parse_qsl(scope["query_string"].decode("latin-1"), max_num_fields=50)
+            urllib.parse.parse_qsl(
+                scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=50
+            )
         )
         self.body = Body(receive, self.headers, options)
         super().__init__(self.method, self.path, self.header("x-request-id"))
@@ -77,10 +80,18 @@ class Request(Call):
         """The value of a header; empty if it is not there."""
         return self.headers.get(name.encode(), b"").decode("latin-1")
 
+    def require_query(self, *known: str) -> None:
+        """Raise Refused for a parameter of the query that is unknown, or empty."""
+        for name, value in self.query.items():
+            if name not in known:
+                raise Refused(400, f"unknown parameter {shown(name)}{did_you_mean(name, known)}")
+            if not value:
+                raise Refused(400, f"{name}: is empty")
+
     def flag(self, name: str) -> bool:
         """A yes or no of the query."""
         value = self.query.get(name, "false").lower()
-        if value not in ("true", "false", "1", "0", ""):
+        if value not in ("true", "false", "1", "0"):
             raise Refused(400, f"{name}: {value[:50]!r}, expected true or false")
         return value in ("true", "1")
 
@@ -234,7 +245,10 @@ class App(Service):
     async def index(self, request: Request) -> Reply:
         """POST /v2/repository/index"""
         values = await _json_object(request)
-        return _json(self.repository.index(bool(values.get("ready"))))
+        only = values.get("ready", False)
+        if not isinstance(only, bool):
+            raise Refused(400, "ready: expected true or false")
+        return _json(self.repository.index(only))
 
     async def load_or_unload(self, request: Request, model: str, action: str) -> Reply:
         """POST /v2/repository/models/{model}/load, unload"""
@@ -274,6 +288,7 @@ class App(Service):
 
     async def predict(self, request: Request) -> Reply:
         """POST /predict"""
+        request.require_query("model", "version", "top_k", "probabilities", "input")
         found = self.admit(
             request, request.query.get("model", ""), request.query.get("version", "")
         )
@@ -298,6 +313,7 @@ class App(Service):
 
     async def card(self, request: Request) -> Reply:
         """GET /card"""
+        request.require_query("model", "version")
         found = self.repository.find(
             request.query.get("model", ""), request.query.get("version", "")
         )
@@ -324,17 +340,25 @@ class App(Service):
 
     async def openapi(self, request: Request) -> Reply:
         """GET /openapi.json"""
-        return _json(document(self.options, self.wants_token))
+        return _json(self._document())
+
+    def _document(self) -> dict[str, Any]:
+        served = list(self.repository.versions())
+        names = [each.name for each in served]
+        versions = sorted({each.version for each in served})
+        return document(self.options, self.wants_token, names, versions)
 
     async def page(self, request: Request) -> Reply:
         """GET / and its files"""
-        path = request.path[len(self.options.base_path) :] or "/"
+        path = request.path[len(self.options.base_path) :]
+        if not path:  # the page's own addresses start from here
+            return Reply(b"", 308, headers={"location": f"{self.options.base_path}/"})
         body, kind, headers = self._pages[path if path in self._pages else path.rstrip("/")]
         return Reply(body, kind=kind, headers=dict(headers))
 
     async def docs(self, request: Request) -> Reply:
         """GET /docs"""
-        page = docs_page(document(self.options, self.wants_token))
+        page = docs_page(self._document())
         return Reply(page, kind="text/html; charset=utf-8", headers=dict(HTML_HEADERS))
 
     async def prometheus(self, request: Request) -> Reply:
