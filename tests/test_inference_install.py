@@ -126,7 +126,10 @@ def build(source: Path, kind: str, out: Path) -> None:
 def test_the_wheel_holds_what_the_package_reads(installed: Path) -> None:
     ours = [path for path in (ROOT / "distcls").rglob("*") if path.is_file()]
     ours = [path.relative_to(ROOT) for path in ours if path.suffix != ".pyc"]
-    assert {path.suffix for path in ours} == {".py", ".yaml", ".sh", ".typed"}
+    assert {path.suffix for path in ours} == {
+        *(".py", ".yaml", ".sh", ".typed"),
+        *(".html", ".css", ".js"),
+    }
     for path in ours:
         assert (installed / path).read_bytes() == (ROOT / path).read_bytes()
     top = {path.name for path in installed.iterdir()} - {f"distcls-{__version__}.dist-info"}

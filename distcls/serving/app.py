@@ -10,6 +10,7 @@ import base64
 import contextlib
 import hmac
 import json
+import random
 import re
 import sys
 import time
@@ -121,6 +122,8 @@ class App:
         self.metrics = Metrics(self.repository.versions)
         self.draining = False
         """Not ready any more, though what comes is still served."""
+        self.refusing = False
+        """New requests are refused, those under way finished."""
         self.in_flight = 0
         self._token = token.encode()
         self._tracer = open_tracer()
@@ -204,7 +207,7 @@ class App:
         except Refused as refused:
             return self._refuse(request, refused)
         except Busy as busy:
-            wait = max(1, round(busy.backlog))
+            wait = 1 + int(busy.backlog) + random.randrange(2)  # not all at the same moment
             return self._refuse(request, Refused(503, str(busy), {"retry-after": str(wait)}))
         except DeadlineMissed:
             return self._refuse(
@@ -241,6 +244,8 @@ class App:
             if request.method == "OPTIONS" and self.options.cors:
                 return Reply(b"", 204)
             self._authorize(request, path)
+            if self.refusing and path.rstrip("/") not in OPEN_ROUTES:
+                raise Refused(503, "the server is shutting down", {"retry-after": "1"})
             handler = handlers.get("GET" if request.method == "HEAD" else request.method)
             if handler is not None:
                 values = {name: value or "" for name, value in match.groupdict().items()}

@@ -49,10 +49,20 @@ class Body:
         if self.declared is not None and self.declared > most:
             raise self._too_large(most)
         parts: list[bytes] = []
-        async for part in self._parts():
-            if self.size > most:
-                raise self._too_large(most)
-            parts.append(part)
+        began = time.monotonic()
+        loop = asyncio.get_running_loop()
+        last = loop.time() + self._limits.body_timeout
+        due = loop.time() + GRACE
+        try:
+            async with asyncio.timeout_at(min(last, due)) as timer:
+                while not self.complete:
+                    parts.append(await self._next())
+                    if self.size > most:
+                        raise self._too_large(most)
+                    timer.reschedule(min(last, due + self.size / LEAST_RATE))
+        except TimeoutError:
+            self.too_slow = True
+            raise self._came_slowly(time.monotonic() - began) from None
         data = parts[0] if len(parts) == 1 else b"".join(parts)
         return self._decompressed(data)
 
@@ -78,26 +88,6 @@ class Body:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    async def _parts(self) -> Any:
-        began = time.monotonic()
-        last = began + self._limits.body_timeout
-        try:
-            loop = asyncio.get_running_loop()
-            shift = loop.time() - began
-            async with asyncio.timeout_at(min(last, began + GRACE) + shift) as timer:
-                while not self.complete:
-                    yield await self._next()
-                    due = began + GRACE + self.size / LEAST_RATE
-                    timer.reschedule(min(last, due) + shift)
-        except TimeoutError:
-            self.too_slow = True
-            raise Refused(
-                408,
-                f"the body came too slowly: {self.size:,} bytes in "
-                f"{time.monotonic() - began:.0f} s, expected {LEAST_RATE // 1000} kB/s and at most "
-                f"{self._limits.body_timeout:g} s",
-            ) from None
-
     async def _next(self) -> bytes:
         message = await self._receive()
         if message["type"] == "http.disconnect":
@@ -107,6 +97,13 @@ class Body:
         self.size += len(part)
         self.complete = not message.get("more_body", False)
         return part
+
+    def _came_slowly(self, seconds: float) -> Refused:
+        return Refused(
+            408,
+            f"the body came too slowly: {self.size:,} bytes in {seconds:.0f} s, expected "
+            f"{LEAST_RATE // 1000} kB/s and at most {self._limits.body_timeout:g} s",
+        )
 
     def _too_large(self, most: int) -> Refused:
         return Refused(413, f"the body is larger than {most // MB} MB (--max-body)")

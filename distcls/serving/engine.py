@@ -50,7 +50,7 @@ RESPAWN_AFTER = (0.0, 0.5, 2.0, 10.0)
 POISON_SECONDS = 600.0
 """For how long an image that ended two processes is refused without another try."""
 SMOOTHING = 0.1
-"""Weight of the newest batch in the measured costs."""
+"""Weight of the newest batch or image in the measured costs."""
 
 
 class Busy(Exception):
@@ -152,7 +152,7 @@ class Engine:
         self._queue: collections.deque[_Entry] = collections.deque()
         self._work_s = 0.0  # cost of what waits and of what is computed
         self._reserved_s = 0.0
-        self._image_s, self._byte_s = 0.01, 2e-8
+        self._image_s, self._decode_s, self._bytes = 0.01, 0.001, 50_000.0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._poison: dict[bytes, float] = {}
         self._oldest: dict[Lane, float] = {}
@@ -202,7 +202,7 @@ class Engine:
             raise EngineClosed
         if self.backlog > self.max_wait:
             raise Busy(self.backlog)
-        cost = self._image_s + self._byte_s * size
+        cost = self._image_s + self._decode_cost(size)
         self._reserved_s += cost
         try:
             yield
@@ -222,7 +222,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         job = _Job(works, loop)
         for place, work in enumerate(works):
-            cost = self._image_s + (0 if work.pixels else self._byte_s * len(work.data))
+            cost = self._image_s + (0 if work.pixels else self._decode_cost(len(work.data)))
             self._work_s += cost
             self._queue.append(_Entry(job, place, work, cost))
         self._dispatch()
@@ -304,15 +304,18 @@ class Engine:
         for entry, output in zip(batch, outputs, strict=True):
             entry.job.finish(entry.place, output)
 
+    def _decode_cost(self, size: int) -> float:
+        """Seconds to decode a file of so many bytes: as many times the mean as it is larger, within
+        bounds, since small files take as long for their headers, and formats differ."""
+        return self._decode_s * min(4.0, max(0.25, size / self._bytes))
+
     def _learn(self, batch: list[_Entry], outputs: list[Output]) -> None:
-        """Follow the measured costs of an image and of a byte to decode."""
-        each = outputs[0].infer_s / len(batch)
-        self._image_s += SMOOTHING * (each - self._image_s)
-        encoded = [(len(e.work.data), o.decode_s) for e, o in zip(batch, outputs, strict=True)]
-        size = sum(length for length, _ in encoded)
-        if size and not batch[0].work.pixels:
-            seconds = sum(decode_s for _, decode_s in encoded) / size
-            self._byte_s += SMOOTHING * (seconds - self._byte_s)
+        """Follow the measured costs of computing and decoding an image, and its size."""
+        self._image_s += SMOOTHING * (outputs[0].infer_s / len(batch) - self._image_s)
+        for entry, output in zip(batch, outputs, strict=True):
+            if not entry.work.pixels:
+                self._decode_s += SMOOTHING * (output.decode_s - self._decode_s)
+                self._bytes += SMOOTHING * (len(entry.work.data) + 1 - self._bytes)
 
     def _finish_with_error(self, entry: _Entry, reason: str, fault: Fault) -> None:
         blank = np.full(len(self.facts["card"]["classes"]), np.nan, np.float32)

@@ -50,8 +50,9 @@ def check(options: ServeOptions) -> dict[str, Any]:
 
 
 async def _check(options: ServeOptions) -> dict[str, Any]:
-    _read_token(options)
-    app = App(options)
+    app = App(options, _read_token(options))
+    _tls(options)
+    _free_port(options.host, options.port)
     try:
         await app.start()
         versions = list(app.repository.versions())
@@ -155,11 +156,12 @@ class _Serving:
         self._stop.set()
 
     async def _drain(self, server: Server) -> None:
-        """Not ready, then no new connections, then what is under way, until it is done."""
+        """Not ready, then no new requests, then the end once those under way are done."""
         options = self.options
         self.app.draining = True
         log.say(f"stopping: {log.counted(self.app.in_flight, 'request')} under way")
         await self._wait(options.drain_delay, lambda: False)
+        self.app.refusing = True
         await self._wait(options.drain_timeout, lambda: self.app.in_flight == 0)
         if self.app.in_flight:
             left = log.counted(self.app.in_flight, "request")

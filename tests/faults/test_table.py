@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.e2e.commands import ROOT
 from tests.faults.table import ROWS
 
-REQUIRED = {*range(1, 22), *range(32, 49)}
+REQUIRED = {*range(1, 49)}
 
 
 def marked(path: Path) -> set[int]:

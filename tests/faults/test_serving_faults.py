@@ -1,0 +1,410 @@
+"""A server that is attacked, killed, overloaded, or given bad models: each really caused."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distcls.errors import BadImage
+from distcls.imaging import decode
+from tests.pictures import encode, smooth
+from tests.serving import EXPORTED, PHOTO, WHOLE, Answer, Server, encoded, form, serving, together
+
+PARTS = {"DISTCLS_IMPORT": "tests.serving_parts"}
+"""Environment in which images can crash or delay the compute processes."""
+WHITE = encode(np.full((28, 28, 3), 255, np.uint8), "PNG")
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
+JPEG = {"Content-Type": "image/jpeg"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    options = ("--header-timeout", 1, "--body-timeout", 3, "--max-body", 1)
+    with serving(tmp_path_factory.mktemp("serve"), *options) as server:
+        yield server
+
+
+@pytest.fixture
+def fragile(tmp_path: Path) -> Iterator[Server]:
+    """Two compute processes that certain images crash or delay."""
+    with serving(tmp_path, "--workers", 2, "--max-wait", 60, env=PARTS) as server:
+        wait_for_processes(server, 2)
+        yield server
+
+
+def wait_for_processes(server: Server, number: int) -> None:
+    end = time.monotonic() + 20
+    while f'distcls_workers{{model="best",version="1"}} {number}.0' not in metrics(server):
+        assert time.monotonic() < end, server.said
+        time.sleep(0.02)
+
+
+def metrics(server: Server) -> str:
+    return server.get("/metrics").body.decode()
+
+
+def predicted(answer: Answer) -> float:
+    assert answer.status == 200, answer
+    return float(answer.json["predictions"][0]["probability"])
+
+
+def bomb() -> bytes:
+    """A JPEG of some hundred bytes that says it has 65,000 x 65,000 pixels."""
+    small = encode(smooth(8, 8), "JPEG")
+    at = small.index(b"\xff\xc0") + 5
+    return small[:at] + b"\xfd\xe8\xfd\xe8" + small[at + 4 :]
+
+
+BAD = {
+    "truncated": PHOTO[: len(PHOTO) // 2],
+    "bomb": bomb(),
+    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "text": b"hello",
+}
+
+
+@pytest.mark.row(16, 17, 18)
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_image_has_the_verdict_of_every_command(server: Server, name: str) -> None:
+    with pytest.raises(BadImage) as caught:
+        decode(BAD[name])
+    answer = server.post("/predict", BAD[name], headers=JPEG)
+    assert (answer.status, answer.error) == (400, str(caught.value))
+    files = [("good.jpg", PHOTO), (f"{name}.jpg", BAD[name])]
+    body, headers = form(files)
+    rows = server.post("/predict", body, headers=headers).json["predictions"]
+    assert [row["error"] for row in rows] == [None, str(caught.value)]
+
+
+@pytest.mark.row(22)
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 40_000 + b"\r\n",
+        HEAD + b"Content-Length: x\r\n\r\n",
+        HEAD + b"Content-Length: -5\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n0\r\n\r\n",
+        HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /v2/models/%ff%00/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+        b"GET /?" + b"a=1&" * 5000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    ],
+)
+def test_malformed_http_is_refused_and_hurts_nobody(server: Server, data: bytes) -> None:
+    found = server.raw(data)
+    assert not found or found.split()[1][:1] == b"4", found[:200]
+    assert server.get("/v2/health/ready").status == 200
+
+
+@pytest.mark.row(23)
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
+def test_the_refusal_of_a_large_body_is_read_by_the_client(server: Server, chunked: bool) -> None:
+    block = os.urandom(1 << 16)
+
+    def ask(index: int) -> None:
+        for _ in range(3):
+            body = (block for _ in range(128)) if chunked else block * 128
+            answer = server.request("POST", "/predict", body, JPEG)  # an iterable comes in chunks
+            assert (answer.status, "1 MB" in answer.error) == (413, True)
+
+    assert together(4, ask) == [None] * 4
+
+
+@pytest.mark.row(24)
+def test_slow_and_silent_clients_are_closed_and_hurt_nobody(server: Server) -> None:
+    address = ("127.0.0.1", server.port)
+    silent = [socket.create_connection(address, timeout=20) for _ in range(64)]
+    slow_header = [socket.create_connection(address, timeout=20) for _ in range(8)]
+    slow_body = [socket.create_connection(address, timeout=20) for _ in range(8)]
+    for connection in slow_header:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost:")
+    for connection in slow_body:
+        connection.sendall(HEAD + b"Content-Length: 50000\r\n\r\n" + PHOTO[:100])
+    began = time.monotonic()
+    taken = []
+    while time.monotonic() - began < 0.8:
+        one = time.monotonic()
+        predicted(server.post("/predict", PHOTO))
+        taken.append(time.monotonic() - one)
+    assert np.percentile(taken, 99) < 0.25
+    for connection in (*silent, *slow_header):
+        assert b"HTTP/1.1 2" not in _rest(connection)
+    for connection in slow_body:
+        assert b" 408 " in _rest(connection).splitlines()[0]
+    assert time.monotonic() - began < 12
+    assert server.get("/v2/health/ready").status == 200
+
+
+def _rest(connection: socket.socket) -> bytes:
+    found = b""
+    with connection:
+        try:
+            while part := connection.recv(65536):
+                found += part
+        except ConnectionResetError:
+            pass
+    return found
+
+
+@pytest.mark.row(25)
+def test_too_much_is_refused_at_once_and_the_rest_served(tmp_path: Path) -> None:
+    options = ("--workers", 1, "--batch-size", 1, "--max-wait", 0.3)
+    with serving(tmp_path, *options, env=PARTS) as server:
+        slow = b"SLEEP!" + PHOTO
+        for _ in range(12):  # it learns what such an image costs
+            predicted(server.post("/predict", slow, headers=JPEG))
+
+        def ask(index: int) -> tuple[float, Answer]:
+            time.sleep(0.01 * index)
+            began = time.monotonic()
+            return time.monotonic() - began, server.post("/predict", slow, headers=JPEG)
+
+        answers = [answer for _, answer in together(20, ask)]
+        refused = [answer for answer in answers if answer.status == 503]
+        served = [answer for answer in answers if answer.status == 200]
+        assert len(refused) + len(served) == 20
+        assert len(refused) > 10
+        assert len(served) >= 1
+        assert all(1 <= int(answer.headers["retry-after"]) < 10 for answer in refused)
+        assert "busy" in refused[0].error
+        time.sleep(0.1)
+        predicted(server.post("/predict", PHOTO))
+
+
+@pytest.mark.row(25)
+def test_a_deadline_that_cannot_be_met(fragile: Server) -> None:
+    slow = threading.Thread(
+        target=together,
+        args=(4, lambda _: fragile.post("/predict", b"SLEEP!" + PHOTO, headers=JPEG)),
+    )
+    slow.start()
+    time.sleep(0.2)
+    body, headers = encoded([PHOTO], parameters={"timeout": 50_000})
+    began = time.monotonic()
+    answer = fragile.post("/v2/models/best/infer", body, headers=headers)
+    assert (answer.status, time.monotonic() - began < 0.4) == (504, True)
+    slow.join()
+    assert 'reason="deadline"' in metrics(fragile)
+
+
+@pytest.mark.row(26)
+def test_clients_that_hang_up_leave_nothing_behind(fragile: Server) -> None:
+    together(2, lambda _: fragile.post("/predict", PHOTO))
+    request = HEAD + b"Content-Length: %d\r\n\r\n" % (len(PHOTO) + 6) + b"SLEEP!" + PHOTO
+
+    def ask(_: int) -> None:
+        for _ in range(50):
+            with socket.create_connection(("127.0.0.1", fragile.port)) as connection:
+                connection.sendall(request)
+
+    before = descriptors(fragile)
+    assert together(8, ask) == [None] * 8
+    began = time.monotonic()
+    predicted(fragile.post("/predict", PHOTO))
+    assert time.monotonic() - began < 20  # computing all of them would take 100 s
+    time.sleep(1.2)
+    assert descriptors(fragile) <= before + 4
+    page = metrics(fragile).splitlines()
+    [gone] = [each for each in page if 'route="/predict",status="499"' in each]
+    assert float(gone.split()[-1]) >= 100  # others had left before the server saw them
+    [dropped] = [each for each in page if 'reason="cancelled"' in each]
+    assert float(dropped.split()[-1]) > 50
+
+
+def descriptors(server: Server) -> int:
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+
+
+class Load:
+    """Clients that ask without a pause while a block runs; all answers are kept."""
+
+    def __init__(self, server: Server, clients: int, image: bytes = PHOTO) -> None:
+        self.answers: list[Any] = []
+        self._server, self._image = server, image
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+
+    def _ask(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.answers.append(self._server.post("/predict", self._image, headers=JPEG))
+            except OSError as error:
+                self.answers.append(error)
+                if self._server.process.poll() is not None:
+                    return
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        time.sleep(0.2)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.mark.row(27)
+def test_a_new_model_is_loaded_under_load_without_a_failed_request(tmp_path: Path) -> None:
+    file = tmp_path / "best.onnx"
+    shutil.copy(WHOLE, file)
+    with serving(tmp_path, "--reload", 0.1, "--max-wait", 60, model=file) as server:
+        with Load(server, 4) as load:
+            shutil.copy(WHOLE, tmp_path / "new.onnx")
+            (tmp_path / "new.onnx").replace(file)
+            wait_for_version(server, "2")
+            time.sleep(0.3)
+        assert {type(answer) for answer in load.answers} == {Answer}
+        assert {answer.status for answer in load.answers} == {200}
+        versions = [answer.json["version"] for answer in load.answers]
+        assert set(versions) == {"1", "2"}
+        assert len({predicted(answer) for answer in load.answers}) == 1
+        assert server.get("/v2/models/best/versions/1/ready").status == 404
+        end = time.monotonic() + 10
+        while len(server.processes()) > len(os.sched_getaffinity(0)):
+            assert time.monotonic() < end, "the old processes stay"
+            time.sleep(0.05)
+
+
+def wait_for_version(server: Server, version: str) -> None:
+    end = time.monotonic() + 20
+    while server.get("/card").json["version"] != version:
+        assert time.monotonic() < end, server.said
+        time.sleep(0.05)
+
+
+@pytest.mark.row(28, 20)
+@pytest.mark.parametrize("fault", ["cut", "flipped", "other classes", "gone"])
+def test_a_bad_new_model_leaves_the_old_one(tmp_path: Path, fault: str) -> None:
+    file, new = tmp_path / "best.onnx", tmp_path / "new.onnx"
+    shutil.copy(WHOLE, file)
+    with serving(tmp_path, model=file) as server:
+        data = bytearray(WHOLE.read_bytes())
+        if fault == "cut":
+            new.write_bytes(data[: len(data) // 2])
+        elif fault == "flipped":
+            data[len(data) // 2] ^= 1
+            new.write_bytes(data)
+        elif fault == "other classes":
+            shutil.copy(EXPORTED / "run_labels" / "best.onnx", new)
+        if fault == "gone":
+            file.unlink()
+        else:
+            new.replace(file)
+        server.process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 20
+        while "is not served" not in server.said:
+            assert time.monotonic() < end, server.said
+            predicted(server.post("/predict", PHOTO))
+        index = server.post("/v2/repository/index").json
+        assert [entry["state"] for entry in index] == ["READY", "UNAVAILABLE"]
+        assert index[1]["reason"]
+        assert server.get("/v2/health/ready").status == 200
+        assert server.get("/card").json["version"] == "1"
+        assert "Traceback" not in server.said
+
+
+@pytest.mark.row(29)
+def test_sigterm_under_load_loses_nothing(tmp_path: Path) -> None:
+    with serving(tmp_path, "--drain-delay", 0.5, "--max-wait", 60, env=PARTS) as server:
+        with Load(server, 6, b"SLEEP!" + PHOTO) as load:
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            assert server.get("/v2/health/ready").status == 503
+            assert server.get("/v2/health/live").status == 200
+            assert server.process.wait(30) == 0
+        answers = [answer for answer in load.answers if isinstance(answer, Answer)]
+        errors = [error for error in load.answers if not isinstance(error, Answer)]
+        assert {answer.status for answer in answers} <= {200, 503}
+        served = [answer for answer in answers if answer.status == 200]
+        assert len(served) >= 6
+        assert all("shutting down" in answer.error for answer in answers if answer not in served)
+        assert all(isinstance(error, ConnectionError) for error in errors)
+        assert "stopped" in server.said
+
+
+@pytest.mark.row(29)
+def test_a_second_sigterm_ends_at_once(fragile: Server) -> None:
+    with Load(fragile, 2, b"SLEEP!" + PHOTO):
+        fragile.process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+        fragile.process.send_signal(signal.SIGTERM)
+        assert fragile.process.wait(5) == 0
+
+
+@pytest.mark.row(30)
+def test_a_killed_compute_process_loses_no_request(fragile: Server) -> None:
+    expected = predicted(fragile.post("/predict", PHOTO))
+    with Load(fragile, 8) as load:
+        for _ in range(3):
+            os.kill(fragile.processes()[0], signal.SIGKILL)
+            time.sleep(0.5)
+        wait_for_processes(fragile, 2)
+    assert {type(answer) for answer in load.answers} == {Answer}
+    assert {predicted(answer) for answer in load.answers} == {expected}
+    assert "signal 9" in fragile.said
+
+
+@pytest.mark.row(30)
+def test_not_ready_while_there_is_no_compute_process(fragile: Server) -> None:
+    for pid in fragile.processes():
+        os.kill(pid, signal.SIGSTOP)  # a new one cannot be confused with them
+    for pid in fragile.processes():
+        os.kill(pid, signal.SIGKILL)
+    statuses = []
+    end = time.monotonic() + 20
+    while not (503 in statuses and statuses[-1] == 200):
+        statuses.append(fragile.get("/v2/health/ready").status)
+        assert time.monotonic() < end, statuses
+    predicted(fragile.post("/predict", PHOTO))
+
+
+@pytest.mark.row(31)
+def test_only_the_image_that_crashes_the_decoder_fails(fragile: Server) -> None:
+    expected = predicted(fragile.post("/predict", PHOTO))
+    images = [PHOTO] * 4 + [b"CRASH!"] + [PHOTO] * 4
+    with Load(fragile, 4) as load:
+        body, headers = form([(str(place), image) for place, image in enumerate(images)])
+        rows = fragile.post("/predict", body, headers=headers).json["predictions"]
+    assert [row["error"] is None for row in rows] == [image == PHOTO for image in images]
+    assert "ends the process" in rows[4]["error"]
+    assert {row["probability"] for row in rows if row["error"] is None} == {expected}
+    assert {predicted(answer) for answer in load.answers} == {expected}
+    wait_for_processes(fragile, 2)
+    deaths = fragile.said.count("a compute process ended")
+    again = fragile.post("/predict", b"CRASH!", headers=JPEG)
+    assert (again.status, "two processes" in again.error) == (400, True)
+    assert fragile.said.count("a compute process ended") == deaths
+
+
+@pytest.mark.row(31)
+def test_only_the_image_that_the_model_cannot_compute_fails(fragile: Server) -> None:
+    images = [PHOTO] * 5 + [WHITE] + [PHOTO] * 2
+    body, headers = form([(str(place), image) for place, image in enumerate(images)])
+    rows = fragile.post("/predict", body, headers=headers).json["predictions"]
+    assert [row["error"] for row in rows] == [None] * 5 + ["a white image"] + [None] * 2
+    assert fragile.post("/predict", WHITE).status == 500
+
+
+def test_a_client_may_keep_its_connection(server: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    for _ in range(3):
+        connection.request("POST", "/predict", PHOTO)
+        found = connection.getresponse()
+        assert (found.status, found.will_close) == (200, False)
+        found.read()
+    connection.close()
