@@ -11,12 +11,10 @@ import asyncio
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from distcls import __version__, log
-
-if TYPE_CHECKING:
-    from distcls.serving.app import Request
+from distcls.serving.body import Body
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
@@ -27,6 +25,23 @@ UNTRACED = ("/v2/health/live", "/v2/health/ready", "/metrics")
 """Routes that are asked for all the time, by machines."""
 CLOSE_SECONDS = 5.0
 """What the last spans may take on their way, at the end of the server."""
+
+
+class Request(Protocol):
+    """What is said of a request of the application."""
+
+    id: str
+    method: str
+    path: str
+    route: str
+    began: float
+    body: Body
+    model: tuple[str, str] | None
+    images: int
+    seconds: dict[str, float]
+
+    def header(self, name: str) -> str:
+        """The value of a header; empty if it is not there."""
 
 
 def open_tracer() -> Tracer | None:
