@@ -21,6 +21,8 @@ BEST_ONNX, BEST_PTH = "best.onnx", "best.pth"
 CHECKSUM, METADATA_CHECKSUM = "sha256", "metadata_sha256"
 """Checksums beside the card: of all else in a best.pth; of graph and weights, and of the metadata,
 in a best.onnx."""
+GOLDEN = "golden"
+"""Beside the card in a best.onnx: logits of a few inputs, see `distcls.runtime.golden`."""
 FORMAT = 1
 
 
@@ -126,7 +128,7 @@ class ModelCard:
     def from_metadata(cls, metadata: dict[str, str], where: str) -> ModelCard:
         """The inverse of `to_metadata`; other keys are ignored."""
         own = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
-        for key in (CHECKSUM, METADATA_CHECKSUM):
+        for key in (CHECKSUM, METADATA_CHECKSUM, GOLDEN):
             own.pop(key, None)
         if not own:
             raise UsageError(

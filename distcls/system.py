@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -12,9 +13,28 @@ from pathlib import Path
 
 def available_cores() -> int:
     """Cores this process may run on; a container's or `taskset`'s limit counts."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    return min(cores, _quota_of_cores(Path("/sys/fs/cgroup")) or cores)
+
+
+def _quota_of_cores(folder: Path) -> int | None:
+    """The share of CPU time that a control group may use, in whole cores; None without a limit.
+
+    A container with `--cpus 2`, or a pod with `limits: {cpu: 2}`, sees all cores of its machine.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+        return max(1, math.ceil(int(quota) / int(period)))  # `max` without a limit
+    with contextlib.suppress(OSError, ValueError):
+        older = folder / "cpu"
+        quota, period = (
+            (older / f"cpu.cfs_{name}_us").read_text(encoding="ascii")
+            for name in ("quota", "period")
+        )
+        return max(1, math.ceil(int(quota) / int(period))) if int(quota) > 0 else None
+    return None
 
 
 def memory_limit() -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,18 @@ from distcls.commands.export import main
 from distcls.errors import DistclsError, UsageError
 from distcls.export import onnx
 from distcls.export.certificate import certify
-from distcls.export.graph import strip_debug_information
+from distcls.export.graph import strip_debug_information, write
 from distcls.export.onnx import ExportOptions, export
 from distcls.imaging import Preprocess
 from distcls.model_card import ModelCard
 from distcls.models.checkpoint import TorchModel, open_checkpoint
 from distcls.models.classifier import Classifier
+from distcls.runtime import golden
 from distcls.runtime.model import OnnxModel
 from distcls.runtime.onnx_file import KEY, OnnxFile
 from distcls.task import Task
 from tests import tiny_onnx
+from tests.e2e.commands import ROOT
 from tests.small_networks import untrained
 
 
@@ -214,3 +218,33 @@ def test_torch_model_answers_in_plain_numbers(checkpoint: Path) -> None:
     logits = model.logits(np.zeros((2, 28, 36, 3), np.uint8))
     assert logits.dtype == np.float32
     assert logits.shape == (2, 10)
+
+
+def test_golden_samples_are_compared_where_the_file_is_served(
+    exported: tuple[Path, Any], tmp_path: Path
+) -> None:
+    path, _ = exported
+    model = OnnxModel(path)
+    assert golden.check_golden(model, model.metadata) is True  # to the bit, in a batch and alone
+    assert golden.check_golden(model, {}) is None
+    logits = json.loads(model.metadata[golden.KEY])
+    logits[2][1] += 0.01
+    with pytest.raises(DistclsError, match=r"golden samples differ by 1\.0e-02, allowed 1e-03"):
+        golden.check_golden(model, {golden.KEY: json.dumps(logits)})
+    with pytest.raises(DistclsError, match="damaged"):
+        golden.check_golden(model, {golden.KEY: json.dumps(logits[:3])})
+    other = tmp_path / "other.onnx"
+    write(other, load(str(path)), model.card, {golden.KEY: json.dumps(logits)})
+    call = [
+        sys.executable,
+        "-m",
+        "distcls",
+        "serve",
+        "--model",
+        str(other),
+        "--check",
+        "--port",
+        "0",
+    ]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, "golden samples differ" in done.stderr) == (1, True), done.stderr

@@ -7,7 +7,6 @@ import csv
 import gzip
 import io
 import json
-import os
 import subprocess
 import sys
 import zlib
@@ -23,6 +22,7 @@ from distcls.commands.predict import main as predict
 from distcls.imaging import decode
 from distcls.runtime.model import OnnxModel
 from distcls.serving.options import ServeOptions
+from distcls.system import available_cores
 from tests.e2e.commands import ROOT
 from tests.pictures import encode, smooth
 from tests.serving import EXPORTED, PHOTO, WHOLE, Server, encoded, form, infer, serving, together
@@ -335,6 +335,7 @@ def test_pages_elsewhere_only_by_their_origin(tmp_path: Path) -> None:
         other = server.post("/vision/predict", PHOTO, headers={"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
         assert server.get("/vision/").status == 200
+        assert server.get("/vision").headers["location"] == "/vision/"
 
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -354,7 +355,7 @@ def test_check_says_what_would_be_served(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     [model] = json.loads(done.stdout)["models"]
     assert (model["name"], model["input"]) == ("best", [28, 28])
-    assert model["workers"] == len(os.sched_getaffinity(0))
+    assert model["workers"] == available_cores()
     assert model["memory_mb"] > 10
 
 

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +102,15 @@ def strip_debug_information(message: Any) -> None:
                 strip_debug_information(child)
 
 
-def write(path: Path, model: Any, card: ModelCard) -> None:
-    """Check a ModelProto, give it its metadata and its checksums, and write it."""
+def write(path: Path, model: Any, card: ModelCard, more: Mapping[str, str] | None = None) -> None:
+    """Check a ModelProto, give it its metadata (the card, `more`) and its checksums, write it."""
     import onnx
 
     used = {node.domain for node in model.graph.node} | {""}
     for entry in [entry for entry in model.opset_import if entry.domain not in used]:
         model.opset_import.remove(entry)  # optimisers leave a dozen that no node uses
     onnx.checker.check_model(model, full_check=True)
-    metadata = card.to_metadata()
+    metadata = card.to_metadata() | dict(more or {})
     onnx.helper.set_model_props(model, metadata)
     metadata[KEY] = json.dumps(checksum(model.SerializeToString()))
     metadata[METADATA_KEY] = json.dumps(metadata_checksum(metadata))

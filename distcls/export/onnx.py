@@ -232,12 +232,14 @@ def _write_fp32(
     """Write the graph, compare it with the checkpoint on images and labels, add the certificate."""
     from distcls.export.certificate import certify
     from distcls.export.graph import write
+    from distcls.runtime.golden import golden_metadata
     from distcls.runtime.model import OnnxModel
 
     write(temporary, graph, reference.card)
+    exported = OnnxModel(temporary)
     certificate = certify(
         reference,
-        OnnxModel(temporary),
+        exported,
         *data,
         split=options.split,
         tolerance=options.tolerance,
@@ -248,7 +250,8 @@ def _write_fp32(
             f"{options.checkpoint}: the exported graph disagrees with the checkpoint beyond the "
             f"tolerance; {options.target} was not written"
         )
-    write(temporary, graph, dataclasses.replace(reference.card, certificate=certificate.to_json()))
+    card = dataclasses.replace(reference.card, certificate=certificate.to_json())
+    write(temporary, graph, card, golden_metadata(exported))
     return certificate
 
 

@@ -64,6 +64,8 @@ class OnnxModel:
         self.sha256 = file.sha256
         """Of the file, hexadecimal."""
         self.output_names = file.output_names
+        self.metadata = file.metadata
+        """As embedded in the file, card and checksums included."""
         self.execution = execution or ExecutionConfig()
         self._session = open_session(file, self.execution)
         self._card = ModelCard.from_metadata(file.metadata, str(file.path))

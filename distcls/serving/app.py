@@ -443,7 +443,9 @@ class App:
 
     async def page(self, request: Request) -> Reply:
         """GET / and its files"""
-        path = request.path[len(self.options.base_path) :] or "/"
+        path = request.path[len(self.options.base_path) :]
+        if not path:  # the page's own addresses start from here
+            return Reply(b"", 308, headers={"location": f"{self.options.base_path}/"})
         body, kind, headers = self._pages[path if path in self._pages else path.rstrip("/")]
         return Reply(body, kind=kind, headers=dict(headers))
 

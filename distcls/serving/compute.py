@@ -27,6 +27,7 @@ from distcls.errors import BadImage, DistclsError, MachineError, UsageError
 from distcls.imaging.decode import decode
 from distcls.model_card import best_model, require_model
 from distcls.runtime.autotune import open_fastest
+from distcls.runtime.golden import check_golden
 from distcls.runtime.model import FEATURES, OnnxModel, WithFeatures
 from distcls.runtime.pipeline import Profiler, infer
 from distcls.runtime.providers import (
@@ -127,10 +128,16 @@ class Computer:
     def warm_up(self) -> float:
         """Compute the largest batch, so that memory and kernels are there; seconds for one image.
 
-        Raises BatchFailed if the model cannot compute it.
+        The golden samples of the file are compared first. Raises DistclsError if they differ,
+        BatchFailed if the model cannot compute a batch.
         """
         height, width = self.model.card.preprocess.size
         blank = Work(bytes(height * width * 3), pixels=True)
+        if check_golden(self.model, self.model.metadata) is False:
+            log.warn(
+                f"{self.model.path}: with {self.model.execution} the last digits of an image's "
+                "logits depend on the images that it is computed with"
+            )
         self.run([blank] * self.batch_size)
         self.run([blank])
         began = time.perf_counter()
@@ -187,7 +194,8 @@ def main(arguments: Sequence[str]) -> None:
         computer = Computer.open(path, request)
         seconds = computer.warm_up()
     except (DistclsError, BatchFailed) as error:
-        _send(server, pack_message({"error": str(error)}))
+        usage = isinstance(error, UsageError)
+        _send(server, pack_message({"error": str(error), "usage": usage}))
         return
     _send(server, pack_message({**computer.describe(), "seconds": seconds, "memory": memory()}))
     serve(server, computer)

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from distcls import log
-from distcls.errors import UsageError
+from distcls.errors import DistclsError, UsageError
 from distcls.serving.work import (
     HEADER,
     MOST_ANSWER,
@@ -160,7 +160,7 @@ class Engine:
         self._closed = False
 
     async def start(self) -> None:
-        """Open the first lane, then the others behind it. Raises UsageError if it cannot open."""
+        """Open the first lane, then the others behind it. Raises DistclsError if it cannot open."""
         await self._add_lane()
         self._wanted = self.facts["execution"]["streams"]
         for _ in range(self._wanted - 1):
@@ -386,7 +386,7 @@ class Engine:
             try:
                 await self._add_lane()
                 return
-            except (UsageError, LaneDied, OSError) as error:
+            except (DistclsError, LaneDied, OSError) as error:
                 self._failures += 1
                 log.warn(f"a compute process does not start: {error}")
 
@@ -448,7 +448,8 @@ class ProcessLane:
     async def open(cls, path: Path, request: dict[str, Any]) -> ProcessLane:
         """Start a process that opens the model at `path` as `request` says (see `Computer.open`).
 
-        Raises UsageError with its reason if it cannot, LaneDied if it ends without one.
+        Raises UsageError or DistclsError with its reason if it cannot, LaneDied if it ends
+        without one.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -468,7 +469,8 @@ class ProcessLane:
             raise
         if "error" in facts:
             await lane.close()
-            raise UsageError(str(facts["error"]))
+            kind = UsageError if facts["usage"] else DistclsError
+            raise kind(str(facts["error"]))
         lane.facts = facts
         return lane
 
