@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import re
 import shutil
@@ -11,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,14 +23,21 @@ from distcls.serving.options import Limits
 from distcls.serving.protocol import MOST_JSON_NUMBERS
 from distcls.serving.server import HEADER_BYTES
 from tests.e2e.commands import ROOT
+from tests.environments import environment
 from tests.pictures import encode, smooth
 from tests.serving import PHOTO, WHOLE, Server, serving
 
 PAGE = (ROOT / "docs" / "serving.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.M | re.S)
 CLIENTS = [(kind, text) for kind, text in BLOCKS if "127.0.0.1:8000" in text]
-PROGRAMS = {"sh": ["bash", "-euc"], "python": [sys.executable, "-c"], "js": ["node", "-e"]}
+PROGRAMS = {
+    "sh": ["bash", "-euc"],
+    "python": [sys.executable, "-c"],
+    "js": ["node", "--input-type=module", "-e"],
+}
 PACKAGES = ("requests", "httpx", "tritonclient", "kserve")
+OWN = {"tritonclient": "tritonclient[http,grpc]==2.73.0", "kserve": "kserve==0.21.0"}
+"""What is installed for a block, in an environment of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +64,25 @@ def name_of(block: tuple[str, str]) -> str:
     return f"{kind}-{used[0] if used else CLIENTS.index(block)}"
 
 
-@pytest.mark.parametrize("block", CLIENTS, ids=name_of)
+def parameter(block: tuple[str, str]) -> Any:
+    name = name_of(block)
+    slow = name.partition("-")[2] in OWN
+    return pytest.param(block, id=name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("block", [parameter(block) for block in CLIENTS])
 def test_a_client_of_the_page(block: tuple[str, str], place: Path, server: Server) -> None:
     kind, text = block
     name = name_of(block).partition("-")[2]
-    if shutil.which(PROGRAMS[kind][0]) is None:
-        pytest.skip(f"{PROGRAMS[kind][0]} is not installed")
-    if name in PACKAGES and importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed")
-    module = ["--input-type=module"] if kind == "js" else []
-    call, flag = PROGRAMS[kind]
+    call = list(PROGRAMS[kind])
+    if shutil.which(call[0]) is None:
+        pytest.skip(f"{call[0]} is not installed")
+    if name in OWN:
+        call[0] = str(environment(OWN[name]))
+    elif name in PACKAGES:
+        pytest.importorskip(name)
     done = subprocess.run(
-        [call, *module, flag, text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")],
+        [*call, text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")],
         cwd=place,
         capture_output=True,
         text=True,
