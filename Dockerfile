@@ -9,6 +9,8 @@ RUN /opt/distcls/bin/pip install --no-cache-dir "/src[serve]"
 FROM python:3.12-slim
 COPY --from=build /opt/distcls /opt/distcls
 ENV PATH=/opt/distcls/bin:/usr/local/bin:/usr/bin:/bin PYTHONUNBUFFERED=1 DISTCLS_CACHE=/tmp/distcls
+# ONNX Runtime (1.32) reports its use to its makers, and writes into the home folder for that
+ENV ORT_DISABLE_TELEMETRY=1
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=4)"]

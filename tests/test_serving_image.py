@@ -54,6 +54,7 @@ def test_the_server_is_the_first_process_and_not_root() -> None:
     assert "curl" not in check
     assert command(check.partition(" CMD ")[2])[0] == "python"
     assert not [value for value in values("RUN") if "train" in value or "torch" in value]
+    assert "ORT_DISABLE_TELEMETRY=1" in values("ENV")
 
 
 def test_only_what_the_package_is_built_from_is_sent_to_docker() -> None:
@@ -130,7 +131,7 @@ def serve(folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = dict(word.split("=", 1) for word in values("ENV")[0].split())
+    environment = dict(word.split("=", 1) for line in values("ENV") for word in line.split())
     own = environment["DISTCLS_CACHE"] = f"{folder}/cache/distcls"
     environment["PATH"] = environment["PATH"].replace("/opt/", f"{folder}/opt/")
     user = values("USER")[0].partition(":")[0]

@@ -140,6 +140,7 @@ def test_a_container_may_do_nothing_that_it_does_not_need(name: str) -> None:
     assert own["allowPrivilegeEscalation"] is False
     assert own["capabilities"] == {"drop": ["ALL"]}
     pod = documents(name).get("Deployment", {}).get("spec", {}).get("template", {}).get("spec", {})
+    assert {"name": "ORT_DISABLE_TELEMETRY", "value": "1"} in one["env"]
     both = {**pod.get("securityContext", {}), **own}
     assert both["runAsNonRoot"] is True
     assert both["seccompProfile"] == {"type": "RuntimeDefault"}
