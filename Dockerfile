@@ -9,7 +9,7 @@ RUN /opt/distcls/bin/pip install --no-cache-dir "/src[serve]"
 FROM python:3.12-slim
 COPY --from=build /opt/distcls /opt/distcls
 ENV PATH=/opt/distcls/bin:/usr/local/bin:/usr/bin:/bin PYTHONUNBUFFERED=1 DISTCLS_CACHE=/tmp/distcls
-# ONNX Runtime (1.32) reports its use to its makers, and writes into the home folder for that
+# that of ONNX Runtime 1.32 is on by default, and wants to write into the home folder
 ENV ORT_DISABLE_TELEMETRY=1
 USER 10001:10001
 EXPOSE 8000
