@@ -7,7 +7,9 @@ import collections
 import contextlib
 import io
 import random
+import re
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import aiohttp
 import httpx
 import pytest
 
+from tests.environments import environment
 from tests.serving import PHOTO, Server, encoded, form, serving, together
 
 pytestmark = pytest.mark.slow
@@ -115,6 +118,22 @@ def test_damaged_requests_end_in_no_5xx(server: Server) -> None:
     assert server.post("/predict", PHOTO).status == 200
     assert statuses["200"] > 50
     assert statuses["400"] > 500
+
+
+@pytest.mark.row(22)
+def test_the_openapi_document_is_true(server: Server) -> None:
+    """Schemathesis makes thousands of requests from the document: answers are what it says."""
+    program = environment("schemathesis==4.32.5").with_name("schemathesis")
+    call = [str(program), "run", f"http://127.0.0.1:{server.port}/openapi.json", "--checks", "all"]
+    # any text is an image of the right type to the document, and few are good ones
+    call += ["--exclude-checks", "positive_data_acceptance,missing_required_header"]
+    call += ["--continue-on-failure", "--max-time", "60", "--no-color"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout[-5000:]
+    generated = re.search(r"(\d+) generated", done.stdout)
+    assert generated is not None
+    assert int(generated[1]) > 500
+    assert "Traceback" not in server.said
 
 
 def raw(path: str, body: bytes, headers: dict[str, str]) -> bytes:

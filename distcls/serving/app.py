@@ -26,6 +26,7 @@ import orjson
 from multipart import MultipartError, PushMultipartParser, parse_options_header
 
 from distcls import __version__, log
+from distcls.errors import did_you_mean, shown
 from distcls.prediction import ranking, shortest
 from distcls.serving.body import Body, ClientGone, Message, Receive
 from distcls.serving.engine import Busy, DeadlineMissed, EngineClosed
@@ -83,7 +84,9 @@ class Request:
         for name, value in scope["headers"]:
             self.headers[name.lower()] = value
         self.query = dict(
-            urllib.parse.parse_qsl(scope["query_string"].decode("latin-1"), max_num_fields=50)
+            urllib.parse.parse_qsl(
+                scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=50
+            )
         )
         self.body = Body(receive, self.headers, options)
         given = self.header("x-request-id")
@@ -101,10 +104,18 @@ class Request:
         """The value of a header; empty if it is not there."""
         return self.headers.get(name.encode(), b"").decode("latin-1")
 
+    def require_query(self, *known: str) -> None:
+        """Raise Refused for a parameter of the query that is unknown, or empty."""
+        for name, value in self.query.items():
+            if name not in known:
+                raise Refused(400, f"unknown parameter {shown(name)}{did_you_mean(name, known)}")
+            if not value:
+                raise Refused(400, f"{name}: is empty")
+
     def flag(self, name: str) -> bool:
         """A yes or no of the query."""
         value = self.query.get(name, "false").lower()
-        if value not in ("true", "false", "1", "0", ""):
+        if value not in ("true", "false", "1", "0"):
             raise Refused(400, f"{name}: {value[:50]!r}, expected true or false")
         return value in ("true", "1")
 
@@ -340,7 +351,10 @@ class App:
         """POST /v2/repository/index"""
         values = await _json_object(request)
         entries = self.repository.index()
-        if values.get("ready"):
+        only = values.get("ready", False)
+        if not isinstance(only, bool):
+            raise Refused(400, "ready: expected true or false")
+        if only:
             entries = [entry for entry in entries if entry["state"] == "READY"]
         return _json(entries)
 
@@ -389,6 +403,7 @@ class App:
 
     async def predict(self, request: Request) -> Reply:
         """POST /predict"""
+        request.require_query("model", "version", "top_k", "probabilities", "input")
         found = self._admit(
             request, request.query.get("model", ""), request.query.get("version", "")
         )
@@ -413,6 +428,7 @@ class App:
 
     async def card(self, request: Request) -> Reply:
         """GET /card"""
+        request.require_query("model", "version")
         found = self.repository.find(
             request.query.get("model", ""), request.query.get("version", "")
         )
@@ -439,7 +455,13 @@ class App:
 
     async def openapi(self, request: Request) -> Reply:
         """GET /openapi.json"""
-        return _json(document(self.options, bool(self._token)))
+        return _json(self._document())
+
+    def _document(self) -> dict[str, Any]:
+        served = list(self.repository.versions())
+        names = [each.name for each in served]
+        versions = sorted({each.version for each in served})
+        return document(self.options, bool(self._token), names, versions)
 
     async def page(self, request: Request) -> Reply:
         """GET / and its files"""
@@ -451,7 +473,7 @@ class App:
 
     async def docs(self, request: Request) -> Reply:
         """GET /docs"""
-        page = docs_page(document(self.options, bool(self._token)))
+        page = docs_page(self._document())
         return Reply(page, kind="text/html; charset=utf-8", headers=dict(HTML_HEADERS))
 
     async def prometheus(self, request: Request) -> Reply:

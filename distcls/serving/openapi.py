@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from distcls import __version__
@@ -88,9 +89,16 @@ _ERRORS = {
 }
 
 
-def document(options: ServeOptions, token: bool) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of the server with these options."""
+def document(
+    options: ServeOptions, token: bool, names: Sequence[str], versions: Sequence[str]
+) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of the server: its options, and the models with their versions."""
     paths = {row[0]: {row[1]: _operation(*row)} for row in _table()}
+    known = {"model": {**_TEXT, "enum": [*names]}, "version": {**_TEXT, "enum": [*versions]}}
+    for methods in paths.values():
+        for operation in methods.values():
+            for parameter in operation["parameters"]:
+                parameter["schema"] = known.get(parameter["name"], parameter["schema"])
     found: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -151,7 +159,7 @@ def _table() -> list[tuple[Any, ...]]:
             "files",
             ("model", "version", "top_k", "probabilities", "input"),
         ),
-        ("/card", "get", "What the model is", one, _OBJECT, None, ("model", "version")),
+        ("/card", "get", "What the model is", ("400", *one), _OBJECT, None, ("model", "version")),
         ("/v2", "get", "Name and version of the server", ("401",), _object({"name": _TEXT})),
         ("/v2/health/live", "get", "Whether the server lives", ("503",), _object({"live": {}})),
         (
