@@ -41,6 +41,7 @@ from distcls.serving.protocol import (
     parse_infer,
 )
 from distcls.serving.repository import Repository, Version
+from distcls.serving.tracing import open_tracer
 from distcls.serving.work import Output, Work
 
 Send = Callable[[Message], Awaitable[None]]
@@ -136,6 +137,7 @@ class App:
         """New requests are refused, those under way finished."""
         self.in_flight = 0
         self._token = token.encode()
+        self._tracer = open_tracer()
         self._pages = load_pages()
         self._routes = [
             (re.compile(pattern + r"/?"), _readable(pattern), handlers)
@@ -154,6 +156,8 @@ class App:
     async def close(self) -> None:
         """Finish what is under way, end the compute processes."""
         await self.repository.close(self.options.drain_timeout)
+        if self._tracer is not None:
+            await self._tracer.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI 3."""
@@ -275,6 +279,8 @@ class App:
 
     def _record(self, request: Request, status: int) -> None:
         self.metrics.responses[request.route, status] += 1
+        if self._tracer is not None:
+            self._tracer.record(request, status)
         if not self.options.access_log:
             return
         entry = {
