@@ -25,10 +25,11 @@ from typing import Any
 import pytest
 
 from distcls import log
+from distcls.data.dataset import Dataset
 from distcls.data.formats import remote
 from distcls.data.formats.detect import open_labelled, open_source
 from distcls.data.formats.tar import expand_braces
-from distcls.data.source import OpenOptions
+from distcls.data.source import OpenOptions, most_bad
 from distcls.errors import BadImage, DistclsError, UsageError
 from tests import tiny_onnx
 from tests.faults.preparing import call, command, refused
@@ -200,8 +201,25 @@ def test_train_stops_likewise(photos: Path, tmp_path: Path) -> None:
 
     spoil(photos, 12)
     config = TrainConfig(data=photos, out=tmp_path / "run")
-    with pytest.raises(UsageError, match=r"data: .* 11 of the first .*; for its options run"):
+    with pytest.raises(UsageError, match=r"data: .* 11 of the first .*--max-bad 1 leaves .* them$"):
         prepared(config, tmp_path / "run" / "dataset")
+    with pytest.raises(UsageError, match=r"max_bad: 2.0 is not valid"):
+        TrainConfig(data=photos, max_bad=2)
+    config = TrainConfig(data=photos, out=tmp_path / "run", max_bad=0.6)
+    folder = prepared(config, tmp_path / "run" / "dataset").data
+    assert Dataset.open(folder).info["rejected"] == 12
+
+
+@pytest.mark.row(38)
+def test_a_fraction_that_is_given_allows_no_more(photos: Path, tmp_path: Path) -> None:
+    spoil(photos, 1)
+    for fraction in ("0", "0.04"):
+        line = refused(call(photos, "--out", tmp_path / "out", "--max-bad", fraction))
+        assert "of 20 images cannot be read (1 " in line
+    assert call(photos, "--out", tmp_path / "out", "--max-bad", "0.05").returncode == 0
+    assert [most_bad(0.29, 1, 100), most_bad(None, 0.29, 100), most_bad(None, 0.5, 9)] == [
+        *(29, 29, 10)
+    ]
 
 
 @pytest.mark.row(38)
@@ -220,7 +238,14 @@ def test_predict_tells_of_a_share_of_bad_images(
         caught.value
     )
     assert len((tmp_path / "pre.csv").read_text().splitlines()) == 21
-    main([*arguments, "--provider", "cpu", "--overwrite", "--max-bad", "0.6"])
+    more = ["--provider", "cpu", "--overwrite"]
+    main([*arguments, *more, "--max-bad", "0.6"])
+    spoil(photos, 1)
+    for path in sorted(photos.glob("*/*.jpg"))[3:]:
+        path.unlink()
+    main([*arguments, *more])
+    with pytest.raises(DistclsError, match="1 of 3 images have an error"):
+        main([*arguments, *more, "--max-bad", "0"])
     assert "12 errors" in capsys.readouterr().err
 
 
