@@ -11,6 +11,7 @@ dead network file system, cannot be ended, but whoever waits for it can: see `re
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import functools
 import os
@@ -249,6 +250,9 @@ class MemoryBudget:
 
     LARGE = 1 << 25
     """Bytes of an array that counts until it is freed."""
+    HUGE = 1 << 28
+    """Bytes of decoding after which the C library is asked to give back what it keeps for each
+    thread: eight threads kept 2 GiB of progressive JPEGs of 100 megapixels."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -268,6 +272,8 @@ class MemoryBudget:
         try:
             yield self._keep
         finally:
+            if size >= self.HUGE:
+                _trim()
             with self._turn:
                 self._decoding -= 1
                 self._free(size)
@@ -288,6 +294,12 @@ class MemoryBudget:
         self._turn = threading.Condition(threading.RLock())
         self._decoding = 0
         self.used = 0
+
+
+def _trim() -> None:
+    """Return free memory to the system, where the C library is glibc; some milliseconds."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @functools.cache
