@@ -5,6 +5,7 @@ Each test is a kind of picture that once did; none may cost more than its size d
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import random
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -219,6 +220,42 @@ def test_a_large_array_counts_until_it_is_freed_and_blocks_nobody() -> None:
     assert budget.used == 160 << 20
     kept.clear()
     assert budget.used == 0
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Bytes by which the process grows at most meanwhile."""
+
+    def status(field: str) -> int:
+        text = Path("/proc/self/status").read_text()
+        return 1024 * int(text.partition(f"{field}:")[2].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is used now
+    before = status("VmRSS")
+    call()
+    return status("VmHWM") - before
+
+
+@pytest.mark.row(36)
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux")
+def test_decoding_takes_no_more_memory_than_is_reserved() -> None:
+    from distcls.imaging.decode import _bytes_per_pixel, _read_header
+
+    clear = Image.new("RGBA", (2500, 2500), (5, 6, 7, 8))
+    full = clear.convert("RGB")
+    files = {
+        "PNG": encode(clear, "PNG", compress_level=1),
+        "JPEG": encode(full, "JPEG", progressive=True, subsampling=0),
+        "WebP": encode(clear, "WEBP", lossless=True, method=0, quality=0),
+        "TIFF": encode(full, "TIFF", compression="tiff_adobe_deflate"),
+        "GIF": encode(full.quantize(16), "GIF"),
+        "PNM": encode(full, "PPM"),
+    }
+    for kind, data in files.items():
+        for background in (None, (255, 255, 255)):
+            header = _read_header(data, 10**8)
+            reserved = _bytes_per_pixel(header, background) * header.height * header.width
+            read = functools.partial(decode, data, background=background)
+            assert peak(read) < reserved + (8 << 20), (kind, background)
 
 
 MANY = """
