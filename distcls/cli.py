@@ -110,7 +110,8 @@ def _explained(error: Exception) -> DistclsError | None:
         return UsageError(f"{shown(error.filename)}: {error.strerror}")
     if "DefaultCPUAllocator: can't allocate memory" in text:
         return DistclsError(f"out of memory: {text.partition('DefaultCPUAllocator: ')[2]}")
-    if isinstance(error, MemoryError) or "can't start new thread" in text:
+    library = isinstance(error, ImportError) and "failed to map segment" in text
+    if library or isinstance(error, MemoryError) or "can't start new thread" in text:
         return DistclsError(f"out of memory, or a limit of the system: {text or 'MemoryError'}")
     return None
 

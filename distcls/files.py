@@ -22,6 +22,8 @@ from distcls.errors import DistclsError, UsageError, did_you_mean, require
 from distcls.stored import open_regular
 
 HERE = Path(__file__).parent
+ENDINGS = (".yaml", ".sh", ".py", ".conf")
+"""Of the files that are shipped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Shipped:
 
     def paths(self) -> dict[str, Path]:
         """The files by their names, sorted."""
-        found = sorted(path for path in self.folder.iterdir() if path.suffix in (".yaml", ".sh"))
+        found = sorted(path for path in self.folder.iterdir() if path.suffix in ENDINGS)
         return {path.stem: path for path in found}
 
     def find(self, name: str) -> Path:
@@ -49,7 +51,8 @@ class Shipped:
 RECIPES = Shipped("recipe", HERE / "recipes")
 """Configs of training runs; `configs/` of a checkout is this folder."""
 TEMPLATES = Shipped("template", HERE / "launch" / "templates")
-"""For accelerate launch, sbatch, torchrun and Kubeflow; `launch/` of a checkout links to them."""
+"""For accelerate launch, sbatch, torchrun and Kubeflow; of `distcls serve` for Ray, Kubernetes,
+KServe and nginx. `launch/` of a checkout links to them."""
 
 
 def given_path(path: object, key: str) -> str:

@@ -8,6 +8,7 @@ an output, entries of the cache.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -19,9 +20,13 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distcls.errors import shown
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 Schema = Callable[[Any, str], None]
 
@@ -31,6 +36,12 @@ MOST_NAMES = 1_000_000
 """Classes, or labels, of a task."""
 NAME_LENGTH = 10_000
 """Characters of a name."""
+
+
+ROWS_PER_BYTE = 16
+"""Rows of a Parquet file; equal ones take next to nothing, but each image has its own name."""
+MOST_UNPACKED, UNPACKED_PER_BYTE = 1 << 30, 64
+"""Bytes to which a Parquet file may unpack: so many, and so many for each of its own."""
 
 
 class Unfit(ValueError):
@@ -264,6 +275,61 @@ def parse_json(data: bytes | str, schema: Schema = anything, place: str = "") ->
         raise Unfit(f"{place or 'it'} is nested too deep") from error
     schema(found, place)
     return found
+
+
+def open_parquet(
+    path: Path | str, data: bytes | None = None, wanted: Callable[[str], bool] = bool
+) -> pq.ParquetFile:
+    """A Parquet file, or its content, whose wanted columns unpack to no more than its size allows.
+
+    A text that is there once may stand for each of a million rows, so the longest of each column
+    and group counts for all rows. Raises Unfit with a reason; OSError and pyarrow's errors for what
+    is no Parquet.
+    """
+    import pyarrow as pa  # an extra of the inference install
+    import pyarrow.parquet as pq
+
+    size = Path(path).stat().st_size if data is None else len(data)
+    source = path if data is None else pa.BufferReader(data)
+    metadata = pq.read_metadata(source)
+    schema = metadata.schema.to_arrow_schema()
+    if metadata.num_rows > ROWS_PER_BYTE * size:
+        raise Unfit(f"{metadata.num_rows:,} rows in {size:,} bytes, which cannot be")
+    texts = [field.name for field in schema if wanted(field.name) and _is_text(field.type)]
+    unpacked, most = 0, MOST_UNPACKED + UNPACKED_PER_BYTE * size
+    with pq.ParquetFile(source, metadata=metadata, read_dictionary=texts) as file:
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            # not by columns: asking pyarrow for those of a damaged footer may end the process
+            unpacked += max(0, group.total_byte_size)
+            if unpacked <= most:
+                unpacked += group.num_rows * _longest_texts(file, number, texts)
+            if unpacked > most:
+                raise Unfit(f"its {size:,} bytes may unpack to {unpacked:,}, more than a table has")
+    return pq.ParquetFile(source, metadata=metadata)
+
+
+def _longest_texts(file: pq.ParquetFile, group: int, texts: list[str]) -> int:
+    """Bytes of the longest text in each column's dictionary, all columns together."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    batches = file.iter_batches(1, row_groups=[group], columns=texts, use_threads=False)
+    with contextlib.closing(batches):  # before the file is
+        first = next(batches, None)
+    return sum(
+        pc.max(pc.binary_length(column.dictionary)).as_py() or 0
+        for column in (() if first is None else first.columns)
+        if pa.types.is_dictionary(column.type)
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
+    return any(is_kind(kind) for is_kind in kinds)
 
 
 def canonical_digest(values: Any) -> str:

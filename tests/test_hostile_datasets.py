@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from distcls import stored
 from distcls.data import integrity
 from distcls.data.dataset import CLASSES, INFO, MANIFEST, PACK, Dataset
+from distcls.data.formats.manifest import open_table
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.errors import DistclsError, UsageError
 from distcls.runtime.model import OnnxModel
@@ -24,6 +28,7 @@ from tests import flipping, tiny_dataset, tiny_onnx
 
 CLASS_NAMES = ("red", "green", "blue")
 COUNT = 12
+WANTED = ["path", "label"]
 Change = Callable[[dict[str, list[Any]]], None]
 
 
@@ -91,6 +96,40 @@ def test_the_pack_of_another_dataset_is_refused(prepared: Path) -> None:
     pack = np.fromfile(prepared / PACK, np.uint8)
     (prepared / PACK).write_bytes((255 - pack).tobytes())
     assert "pack.bin: wrong checksum" in refused(prepared)
+
+
+def bombs(folder: Path) -> Iterator[Path]:
+    """Tables of some kilobytes that unpack to thousands of times as much."""
+    rows = 20_000
+    names = pa.array([str(number) for number in range(rows)])
+    same = pa.array(np.zeros(rows, np.int32))
+    long = pa.DictionaryArray.from_arrays(same, pa.array(["x" * 1_000_000]))
+    yield write_table(folder / "a_text.parquet", {"path": long, "image_id": names})
+    huge = pa.array(["y" * 10_000_000] * 4)
+    yield write_table(folder / "texts.parquet", {"path": huge}, use_dictionary=False)
+    many = pa.array(np.zeros(1_000_000, np.int8))
+    yield write_table(folder / "rows.parquet", {"label": many})
+
+
+def write_table(file: Path, columns: dict[str, Any], **options: Any) -> Path:
+    pq.write_table(pa.table(columns), file, compression="zstd", **options)
+    return file
+
+
+@pytest.mark.row(46)
+def test_parquet_that_unpacks_to_gigabytes_is_refused_before_it_is_read(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in bombs(tmp_path):
+        assert path.stat().st_size < 100_000
+        with pytest.raises(UsageError) as caught, open_table(str(path), None, WANTED) as table:
+            list(table.blocks)
+        assert re.search("may unpack to|which cannot be", str(caught.value)), path
+        assert "\n" not in str(caught.value)
+        shutil.copy(path, prepared / MANIFEST)
+        tiny_dataset.sign(prepared)
+        assert re.search("may unpack to|which cannot be", refused(prepared))
+        monkeypatch.setattr(stored, "MOST_UNPACKED", 1 << 24)  # the others are small, for a test
 
 
 @pytest.mark.row(47)

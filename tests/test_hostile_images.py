@@ -5,6 +5,7 @@ Each test is a kind of picture that once did; none may cost more than its size d
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import random
@@ -14,7 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from PIL import Image
 from distcls.errors import BadImage, UsageError
 from distcls.imaging import decode, decode_file
 from distcls.imaging.reading import MemoryBudget, read_file
-from distcls.imaging.structure import MOST_SCANS
+from distcls.imaging.structure import MOST_SCANS, deflate_damage
 from tests.pictures import encode, smooth
 
 PICTURE = smooth(120, 160)
@@ -82,8 +84,6 @@ def test_a_png_of_millions_of_chunks() -> None:
 
 @pytest.mark.row(36)
 def test_a_png_in_chunks_of_one_byte_is_whole() -> None:
-    import zlib
-
     whole = encode(smooth(), "PNG")
     place = whole.index(b"IDAT")
     size = struct.unpack(">I", whole[place - 4 : place])[0]
@@ -142,6 +142,45 @@ def test_a_tiny_jpeg_that_says_that_it_is_large() -> None:
         decode(bytes(data))
 
 
+def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Of a PNG: the name of each chunk, and where its content begins and ends."""
+    at = 8
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        yield data[at + 4 : at + 8], at + 8, at + 8 + length
+        at += 12 + length
+
+
+@pytest.mark.row(39)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("separate", [False, True])
+def test_of_an_animated_png_the_default_image_is_taken(mode: str, separate: bool) -> None:
+    first, *frames = (Image.new(mode, (32, 24), color) for color in ("red", "lime", "blue"))
+    animated = {"save_all": True, "append_images": frames, "default_image": separate}
+    data = encode(first, "PNG", **animated)
+    names = [name for name, _, _ in chunks(data)]
+    assert names.count(b"fdAT") == 2
+    for background in (None, (255, 255, 255)):
+        assert decode(data, background=background)[0, 0].tolist() == [255, 0, 0]
+    for _, start, end in chunks(data):  # whatever it is for
+        for place in {start, max(start, end - 1), end} & set(range(len(data))):
+            spoilt = bytearray(data)
+            spoilt[place] ^= 16
+            with pytest.raises(BadImage, match="checksum"):
+                decode(bytes(spoilt))
+
+
+@pytest.mark.row(39)
+def test_every_checksum_of_a_png_is_compared() -> None:
+    text = b"tEXtComment\0words"
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    data = encode(PICTURE, "PNG")
+    data = data[:-12] + chunk + data[-12:]
+    assert np.array_equal(decode(data), PICTURE)
+    with pytest.raises(BadImage, match=r"its chunk at byte [\d,]+ has another checksum"):
+        decode(data.replace(b"words", b"wordt"))
+
+
 # memory, whatever the number of threads
 
 
@@ -181,6 +220,42 @@ def test_a_large_array_counts_until_it_is_freed_and_blocks_nobody() -> None:
     assert budget.used == 160 << 20
     kept.clear()
     assert budget.used == 0
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Bytes by which the process grows at most meanwhile."""
+
+    def status(field: str) -> int:
+        text = Path("/proc/self/status").read_text()
+        return 1024 * int(text.partition(f"{field}:")[2].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is used now
+    before = status("VmRSS")
+    call()
+    return status("VmHWM") - before
+
+
+@pytest.mark.row(36)
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux")
+def test_decoding_takes_no_more_memory_than_is_reserved() -> None:
+    from distcls.imaging.decode import _bytes_per_pixel, _read_header
+
+    clear = Image.new("RGBA", (2500, 2500), (5, 6, 7, 8))
+    full = clear.convert("RGB")
+    files = {
+        "PNG": encode(clear, "PNG", compress_level=1),
+        "JPEG": encode(full, "JPEG", progressive=True, subsampling=0),
+        "WebP": encode(clear, "WEBP", lossless=True, method=0, quality=0),
+        "TIFF": encode(full, "TIFF", compression="tiff_adobe_deflate"),
+        "GIF": encode(full.quantize(16), "GIF"),
+        "PNM": encode(full, "PPM"),
+    }
+    for kind, data in files.items():
+        for background in (None, (255, 255, 255)):
+            header = _read_header(data, 10**8)
+            reserved = _bytes_per_pixel(header, background) * header.height * header.width
+            read = functools.partial(decode, data, background=background)
+            assert peak(read) < reserved + (8 << 20), (kind, background)
 
 
 MANY = """
@@ -279,6 +354,39 @@ def test_compressed_tiffs_with_a_hole_are_refused(compression: str) -> None:
 
 
 @pytest.mark.row(39)
+def test_any_flipped_bit_in_the_strips_of_a_deflated_tiff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libtiff decodes most of them into other pixels, and looks at no checksum."""
+    small = PHOTO[:40, :50]
+    data = encode(small, "TIFF", compression="tiff_adobe_deflate", tiffinfo={278: 16})
+    assert np.array_equal(decode(data), small)
+    with Image.open(io.BytesIO(data)) as image:
+        places, sizes = image.tag_v2[273], image.tag_v2[279]
+    assert len(places) == 3
+    for place, size in zip(places, sizes, strict=True):
+        for at in range(place, place + size, 41):
+            spoilt = bytearray(data)
+            spoilt[at] ^= 1 << at % 8
+            assert not is_taken(bytes(spoilt)), at
+        zeros = data[:place] + bytes(size) + data[place + size :]
+        assert not is_taken(zeros)
+    with pytest.raises(BadImage, match="damaged: its Deflate data: Error -3"):
+        decode(data[: places[1] + 90] + b"\0\0" + data[places[1] + 92 :])
+    monkeypatch.setenv("DISTCLS_ACCEPT_DAMAGED", "1")
+    assert decode(data[: places[2] + sizes[2] - 1] + b"!" + data[places[2] + sizes[2] :]).any()
+
+
+@pytest.mark.row(36)
+def test_a_deflated_tiff_is_inflated_no_further_than_its_pixels() -> None:
+    bomb = zlib.compress(bytes(500_000_000))
+    began = time.process_time()
+    assert deflate_damage(bomb, {273: (0,), 279: (len(bomb),)}, 1_000_000) == ""
+    assert deflate_damage(bomb, {273: (0,) * 10_000, 279: (99,) * 10_000}, 1000) == ""
+    assert time.process_time() - began < 0.1
+    assert deflate_damage(bomb[:99], {273: (0,), 279: (len(bomb),)}, 1_000_000_000)
+    assert deflate_damage(bomb, {273: (10**12,), 279: (10**12,)}, 1_000_000_000)
+
+
+@pytest.mark.row(39)
 @GLIBC
 def test_a_damaged_jpeg_does_not_spoil_those_decoded_beside_it() -> None:
     """The warning of libjpeg names no file: each verdict is its own whatever the threads."""
@@ -324,6 +432,25 @@ def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path: Path) -> None:
             decode_file(tmp_path / name)
 
 
+@pytest.mark.row(40)
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_what_the_kernel_makes_up_is_no_image(tmp_path: Path) -> None:
+    """Its files are regular ones: some fail when they are read (EIO), some wait, some never end."""
+    link = tmp_path / "x.png"
+    for place in ("/proc/self/mem", "/proc/self/status", "/sys/kernel/mm/lru_gen/enabled"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(place)
+        began = time.monotonic()
+        if link.exists():
+            with pytest.raises(BadImage, match=r"one of the kernel \((proc|sysfs)\)"):
+                decode_file(link)
+        assert time.monotonic() - began < 1
+    assert read_file("/proc/self/exe").startswith(b"\x7fELF")  # that is stored
+    (tmp_path / "empty.png").touch()  # has no blocks, either
+    with pytest.raises(BadImage, match="empty file"):
+        decode_file(tmp_path / "empty.png")
+
+
 @pytest.mark.row(36)
 def test_a_file_of_more_bytes_than_an_image_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -337,11 +464,9 @@ def test_a_file_of_more_bytes_than_an_image_has(
     small.write_bytes(encode(PICTURE, "PNG"))
     assert read_file(small) == small.read_bytes()
     assert read_file(small, 1, 3) == b"PNG"
-    assert read_file("/proc/self/status").startswith(b"Name:")  # says that it is empty
     monkeypatch.setenv("DISTCLS_MAX_BYTES", "100")
-    for path in (small, Path("/proc/self/status")):
-        with pytest.raises(BadImage, match="at most 100 are read"):
-            read_file(path)
+    with pytest.raises(BadImage, match="at most 100 are read"):
+        read_file(small)
     monkeypatch.setenv("DISTCLS_MAX_BYTES", "many")
     with pytest.raises(UsageError, match="DISTCLS_MAX_BYTES: 'many', expected a whole number"):
         read_file(small)

@@ -16,6 +16,8 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,10 +27,11 @@ from typing import Any
 import pytest
 
 from distcls import log
+from distcls.data.dataset import Dataset
 from distcls.data.formats import remote
 from distcls.data.formats.detect import open_labelled, open_source
 from distcls.data.formats.tar import expand_braces
-from distcls.data.source import OpenOptions
+from distcls.data.source import OpenOptions, most_bad
 from distcls.errors import BadImage, DistclsError, UsageError
 from tests import tiny_onnx
 from tests.faults.preparing import call, command, refused
@@ -200,8 +203,25 @@ def test_train_stops_likewise(photos: Path, tmp_path: Path) -> None:
 
     spoil(photos, 12)
     config = TrainConfig(data=photos, out=tmp_path / "run")
-    with pytest.raises(UsageError, match=r"data: .* 11 of the first .*; for its options run"):
+    with pytest.raises(UsageError, match=r"data: .* 11 of the first .*--max-bad 1 leaves .* them$"):
         prepared(config, tmp_path / "run" / "dataset")
+    with pytest.raises(UsageError, match=r"max_bad: 2.0 is not valid"):
+        TrainConfig(data=photos, max_bad=2)
+    config = TrainConfig(data=photos, out=tmp_path / "run", max_bad=0.6)
+    folder = prepared(config, tmp_path / "run" / "dataset").data
+    assert Dataset.open(folder).info["rejected"] == 12
+
+
+@pytest.mark.row(38)
+def test_a_fraction_that_is_given_allows_no_more(photos: Path, tmp_path: Path) -> None:
+    spoil(photos, 1)
+    for fraction in ("0", "0.04"):
+        line = refused(call(photos, "--out", tmp_path / "out", "--max-bad", fraction))
+        assert "of 20 images cannot be read (1 " in line
+    assert call(photos, "--out", tmp_path / "out", "--max-bad", "0.05").returncode == 0
+    assert [most_bad(0.29, 1, 100), most_bad(None, 0.29, 100), most_bad(None, 0.5, 9)] == [
+        *(29, 29, 10)
+    ]
 
 
 @pytest.mark.row(38)
@@ -220,7 +240,14 @@ def test_predict_tells_of_a_share_of_bad_images(
         caught.value
     )
     assert len((tmp_path / "pre.csv").read_text().splitlines()) == 21
-    main([*arguments, "--provider", "cpu", "--overwrite", "--max-bad", "0.6"])
+    more = ["--provider", "cpu", "--overwrite"]
+    main([*arguments, *more, "--max-bad", "0.6"])
+    spoil(photos, 1)
+    for path in sorted(photos.glob("*/*.jpg"))[3:]:
+        path.unlink()
+    main([*arguments, *more])
+    with pytest.raises(DistclsError, match="1 of 3 images have an error"):
+        main([*arguments, *more, "--max-bad", "0"])
     assert "12 errors" in capsys.readouterr().err
 
 
@@ -255,6 +282,65 @@ def test_tables_of_many_columns_and_labels_of_many_digits(tmp_path: Path) -> Non
     assert time.monotonic() - began < 5
     (tmp_path / "digits.csv").write_text(f"path,label\na.png,{'1' * 5000}\nb.png,2\n")
     assert len(open_labelled(str(tmp_path / "digits.csv")).classes) == 2
+
+
+def pax(record: bytes, kind: bytes) -> bytes:
+    """A tar of one image behind an extended header."""
+
+    def member(name: str, content: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
+        header = tarfile.TarInfo(name)
+        header.size, header.type = len(content), kind
+        return header.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512)
+
+    return member("p", record, kind) + member("a.png", encode(smooth(), "PNG")) + bytes(1024)
+
+
+@pytest.mark.row(41)
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE])
+@pytest.mark.parametrize(
+    "record",
+    [
+        *(b"9" * 5000 + b" path=x\n", b"0 path=x\n", b"3 path=x\n", b"-5 path=x\n", b"9 path=ab"),
+        *(b"10 size=x\n", b"11 size=-5\n", b"5011 size=" + b"9" * 5001 + b"\n", b" " * 600),
+        *(b"26 size=999999999999999999\n", b"22 GNU.sparse.major=1\n", b"15 path=a\0.png\n"),
+        *(b"13 path=\xff\xfe.\n", b"12 comment=\n" * 100_000, b"16 mtime=" + b"9" * 6 + b"\n"),
+    ],
+    ids=lambda record: repr(record[:20]),
+)
+def test_extended_headers_of_a_tar(tmp_path: Path, record: bytes, kind: bytes) -> None:
+    """Its images are read as they are, or the file is refused in one line, or they are bad."""
+    path = tmp_path / "s.tar"
+    path.write_bytes(pax(record, kind))
+    began = time.process_time()
+    try:
+        source = open_source(str(path))
+        shape = source.image(0).shape
+    except (UsageError, BadImage) as error:
+        shape = None
+        reason = str(error)
+    assert time.process_time() - began < 2
+    assert shape == (24, 36, 3) or (shape is None and "\n" not in reason)
+
+
+@pytest.mark.row(37)
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
+@pytest.mark.parametrize("megabytes", [150, 350, pytest.param(500, marks=pytest.mark.slow)])
+def test_libraries_that_find_no_memory_are_not_missing(tmp_path: Path, megabytes: int) -> None:
+    """Importing them fails with an ImportError, as if they were not installed."""
+    limit = megabytes << 20
+    done = subprocess.run(
+        command("digits", "--out", tmp_path / "out"),
+        preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit)),
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: out of memory, or a limit of the system: ")
+    assert done.stderr.count("\n") == 1
+    assert "not installed" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.row(41)

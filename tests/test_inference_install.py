@@ -127,7 +127,7 @@ def test_the_wheel_holds_what_the_package_reads(installed: Path) -> None:
     ours = [path for path in (ROOT / "distcls").rglob("*") if path.is_file()]
     ours = [path.relative_to(ROOT) for path in ours if path.suffix != ".pyc"]
     assert {path.suffix for path in ours} == {
-        *(".py", ".yaml", ".sh", ".typed"),
+        *(".py", ".yaml", ".sh", ".conf", ".typed"),
         *(".html", ".css", ".js"),
     }
     for path in ours:

@@ -18,11 +18,13 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from distcls.files import TEMPLATES
+from distcls.files import ENDINGS, TEMPLATES
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 MANIFEST = LAUNCH / "kubernetes.yaml"
+SERVING = {"kubernetes_serve", "kserve"}
+"""Manifests of servers, which test_serving_templates.py has."""
 COUNTS = {
     "one_process": (1, 1),
     "one_gpu": (1, 1),
@@ -35,9 +37,11 @@ COUNTS = {
 
 
 def test_the_files_of_launch_are_those_that_are_installed() -> None:
-    linked = {path.resolve() for path in LAUNCH.iterdir() if path.suffix in (".yaml", ".sh")}
+    linked = {path.resolve() for path in LAUNCH.iterdir() if path.is_symlink()}
     assert linked == set(TEMPLATES.paths().values())
-    assert len(linked) == len(list(TEMPLATES.folder.iterdir()))
+    shipped = [path for path in TEMPLATES.folder.iterdir() if path.is_file()]
+    assert len(linked) == len(shipped)
+    assert {path.suffix for path in shipped} == set(ENDINGS)
 
 
 @pytest.mark.parametrize("name", TEMPLATES.paths())
@@ -48,7 +52,7 @@ def test_a_template_calls_nothing_that_others_may_be_called(name: str) -> None:
 
 
 def test_every_config_is_counted() -> None:
-    assert {path.stem for path in LAUNCH.glob("*.yaml")} - {MANIFEST.stem} == set(COUNTS)
+    assert {path.stem for path in LAUNCH.glob("*.yaml")} - {MANIFEST.stem} - SERVING == set(COUNTS)
 
 
 @pytest.mark.parametrize("name", COUNTS)

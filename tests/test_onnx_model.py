@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +22,7 @@ from distcls.runtime.pipeline import stream
 from distcls.runtime.providers import ExecutionConfig
 from distcls.task import softmax
 from tests import tiny_onnx
+from tests.e2e.commands import ROOT
 from tests.test_onnx_file import with_external_weights
 
 
@@ -200,3 +203,15 @@ def test_another_number_of_logits_than_classes_is_an_error(tmp_path: Path) -> No
     opened = OnnxModel(save(tmp_path / "m.onnx", model))
     with pytest.raises(DistclsError, match=r"has the shape \[2, 2\], expected \[2, 3\]"):
         opened.logits(images(2))
+
+
+def test_the_runtime_reports_to_nobody(tmp_path: Path) -> None:
+    """ONNX Runtime 1.32 keeps a number of the device where its telemetry is on."""
+    model = ROOT / "tests" / "fixtures" / "v076daf9" / "whole" / "best.onnx"
+    program = (
+        f"import pathlib, distcls.runtime.model as m; m.OnnxModel(pathlib.Path({str(model)!r}))"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env=environment)
+    assert list(tmp_path.iterdir()) == []

@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import csv
 import gzip
+import http.client
 import io
 import json
+import shutil
+import ssl
 import subprocess
 import sys
 import zlib
@@ -395,3 +398,78 @@ def test_limits_have_the_defaults_that_they_state() -> None:
         *("127.0.0.1", 8000),
         *(32, 64),
     )
+
+
+def test_a_folder_of_models_with_versions_is_a_repository(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    for place in ("digits/1/model.onnx", "digits/12/model.onnx", "digits/9/model.onnx"):
+        (folder / place).parent.mkdir(parents=True)
+        shutil.copy(WHOLE, folder / place)
+    shutil.copy(EXPORTED / "run_heads" / "best.onnx", folder / "captchas.onnx")
+    (folder / "notes.txt").write_text("none of ours", encoding="utf-8")
+    with serving(tmp_path, "--models", folder, "--control", model=None) as server:
+        assert server.get("/v2/models").json["models"] == ["captchas", "digits"]
+        assert server.get("/v2/models/digits").json["versions"] == ["12"]
+        assert server.get("/card").json["model"] == "captchas"
+        assert server.post("/predict?model=digits", PHOTO).json["version"] == "12"
+        assert server.get("/v2/models/digits/versions/9").status == 404
+
+        assert server.post("/v2/repository/models/digits/unload").status == 200
+        assert server.post("/predict?model=digits", PHOTO).status == 404
+        assert server.get("/v2/health/ready").status == 200  # it is not wanted
+        entries = {entry["name"]: entry for entry in server.post("/v2/repository/index").json}
+        assert entries["digits"]["state"] == "UNAVAILABLE"
+        (folder / "digits" / "13").mkdir()
+        shutil.copy(WHOLE, folder / "digits" / "13" / "model.onnx")
+        assert server.post("/v2/repository/models/digits/load").status == 200
+        assert server.post("/predict?model=digits", PHOTO).json["version"] == "13"
+        assert server.post("/v2/repository/models/nope/load").status == 404
+        remote = {"parameters": {"config": "{}"}}
+        assert server.post("/v2/repository/models/digits/load", remote).status == 400
+
+
+def test_a_bad_model_that_a_client_loads_is_refused_with_its_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    shutil.copy(WHOLE, folder / "good.onnx")
+    with serving(tmp_path, "--models", folder, "--control", model=None) as server:
+        (folder / "bad.onnx").write_bytes(WHOLE.read_bytes()[:1000])
+        answer = server.post("/v2/repository/models/bad/load")
+        assert (answer.status, "not an ONNX file" in answer.error) == (400, True)
+        assert server.post("/predict?model=bad", PHOTO).status == 503
+        assert server.post("/predict", PHOTO).json["model"] == "good"
+        assert server.get("/v2/health/ready").status == 200
+
+
+def test_the_front_loads_no_decoder_and_no_runtime() -> None:
+    program = (
+        "import sys, distcls.serving.server\n"
+        "heavy = {'cv2', 'onnxruntime', 'PIL', 'torch', 'pyarrow', 'yaml'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_threads_give_the_same_answers(server: Server, tmp_path: Path) -> None:
+    with serving(tmp_path, "--engine", "threads") as local:
+        for data in FILES.values():
+            ours, theirs = local.post("/predict", data), server.post("/predict", data)
+            assert ours.status == theirs.status
+            if ours.status == 200:
+                pair = [each.json["predictions"][0] for each in (ours, theirs)]
+                assert pair[0]["top_k"] == pair[1]["top_k"]
+        assert local.processes() == []
+
+
+def test_https_with_a_certificate(tmp_path: Path) -> None:
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    call = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key)]
+    call += ["-out", str(cert), "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(call, check=True, capture_output=True)
+    with serving(tmp_path, "--tls-cert", cert, "--tls-key", key) as server:
+        context = ssl.create_default_context(cafile=str(cert))
+        connection = http.client.HTTPSConnection("127.0.0.1", server.port, context=context)
+        connection.request("POST", "/predict", PHOTO)
+        assert connection.getresponse().status == 200
+        connection.close()
+        assert b"HTTP/1.1 200" not in server.raw(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -121,14 +121,16 @@ def test_damaged_requests_end_in_no_5xx(server: Server) -> None:
 
 
 @pytest.mark.row(22)
-def test_the_openapi_document_is_true(server: Server) -> None:
+def test_the_openapi_document_is_true(server: Server, tmp_path: Path) -> None:
     """Schemathesis makes thousands of requests from the document: answers are what it says."""
     program = environment("schemathesis==4.32.5").with_name("schemathesis")
     call = [str(program), "run", f"http://127.0.0.1:{server.port}/openapi.json", "--checks", "all"]
     # any text is an image of the right type to the document, and few are good ones
     call += ["--exclude-checks", "positive_data_acceptance,missing_required_header"]
     call += ["--continue-on-failure", "--max-time", "60", "--no-color"]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(
+        call, capture_output=True, text=True, check=False, timeout=600, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout[-5000:]
     generated = re.search(r"(\d+) generated", done.stdout)
     assert generated is not None

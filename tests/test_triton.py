@@ -29,6 +29,7 @@ def message() -> Any:
     file = descriptor_pb2.FileDescriptorProto(name="m.proto", package="t", syntax="proto3")
     field = descriptor_pb2.FieldDescriptorProto
     kinds = {"str": field.TYPE_STRING, "int": field.TYPE_INT64, "enum": field.TYPE_ENUM}
+    kinds["bool"] = field.TYPE_BOOL
 
     def add(name: str, *fields: tuple[str, int, str, bool]) -> Any:
         found = file.message_type.add(name=name)
@@ -43,6 +44,7 @@ def message() -> Any:
     for name, values in {
         "DataType": {"TYPE_INVALID": 0, "TYPE_UINT8": 2, "TYPE_FP32": 11},
         "Kind": {"KIND_AUTO": 0, "KIND_GPU": 1, "KIND_CPU": 2},
+        "Action": {"REJECT": 0, "DELAY": 1},
     }.items():
         enum = file.enum_type.add(name=name)
         for label, number in values.items():
@@ -50,7 +52,15 @@ def message() -> Any:
     tensor = [("name", 1, "str", False), ("data_type", 2, "enum:DataType", False)]
     add("Input", *tensor, ("dims", 4, "int", True))
     add("Output", *tensor, ("dims", 3, "int", True), ("label_filename", 4, "str", False))
-    add("Batching", ("max_queue_delay_microseconds", 2, "int", False))
+    add(
+        "Policy",
+        ("timeout_action", 1, "enum:Action", False),
+        ("default_timeout_microseconds", 2, "int", False),
+        ("allow_timeout_override", 3, "bool", False),
+        ("max_queue_size", 4, "int", False),
+    )
+    delay = ("max_queue_delay_microseconds", 2, "int", False)
+    add("Batching", delay, ("default_queue_policy", 6, "Policy", False))
     add("Group", ("kind", 4, "enum:Kind", False), ("count", 2, "int", False))
     add("Parameter", ("string_value", 1, "str", False))
     config = add(
@@ -81,16 +91,8 @@ def write(model: Path, out: Path, *more: str) -> Path:
 
 def test_the_repository(tmp_path: Path) -> None:
     model = tiny_onnx.write(tmp_path / "best.onnx", tiny_onnx.card(CLASSES, (8, 12)))
-    more = [
-        "--max-batch-size",
-        "16",
-        "--max-delay-us",
-        "500",
-        "--device",
-        "cpu",
-        "--instances",
-        "2",
-    ]
+    more = ["--max-batch-size", "16", "--max-delay-us", "500", "--max-queue", "7"]
+    more += ["--queue-timeout-ms", "250", "--device", "cpu", "--instances", "2"]
     folder = write(model, tmp_path / "models", *more) / "best"
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert files == ["1/model.onnx", "config.pbtxt", "labels.txt"]
@@ -104,7 +106,10 @@ def test_the_repository(tmp_path: Path) -> None:
         ("logits", 11, [3], ""),
         ("probabilities", 11, [3], "labels.txt"),
     ]
-    assert config.dynamic_batching.max_queue_delay_microseconds == 500
+    batching, policy = config.dynamic_batching, config.dynamic_batching.default_queue_policy
+    assert (batching.max_queue_delay_microseconds, policy.max_queue_size) == (500, 7)
+    assert (policy.default_timeout_microseconds, policy.timeout_action) == (250_000, 0)
+    assert policy.allow_timeout_override
     assert [(group.kind, group.count) for group in config.instance_group] == [(2, 2)]
     assert '"size": [8, 12]' in config.parameters["distcls.preprocess"].string_value
 
@@ -143,6 +148,10 @@ def test_features_name_and_version(tmp_path: Path) -> None:
     assert (folder / "7/model.onnx").exists()
     config = text_format.Parse((folder / "config.pbtxt").read_text(), message())
     assert [(o.name, list(o.dims)) for o in config.output][-1] == ("features", [3])
+    batching = config.dynamic_batching
+    assert batching.max_queue_delay_microseconds == 0  # nobody waits while an instance is free
+    assert batching.default_queue_policy.max_queue_size == 1024
+    assert batching.default_queue_policy.default_timeout_microseconds == 30_000_000
     write(model, tmp_path / "models")
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["best.int8", "colours"]
 
@@ -169,6 +178,7 @@ def test_refusals(tmp_path: Path) -> None:
     for flags, told in [
         (["--name", "a/b"], "name: 'a/b' is not valid, expected letters, digits"),
         (["--max-batch-size", "0"], "max_batch_size: 0 is not valid"),
+        (["--max-queue", "-1"], "max_queue: -1 is not valid, expected 0 to"),
         (["--device", "tpu"], "expected one of auto, cpu, gpu"),
     ]:
         with pytest.raises(UsageError, match=told):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distcls.config import positional
-from distcls.data.source import TIMEOUT, OpenOptions
+from distcls.data.source import TIMEOUT, OpenOptions, require_fraction
 from distcls.errors import require
 from distcls.files import require_distinct
 from distcls.model_card import best_model, model_choice, model_paths
@@ -88,9 +88,10 @@ class PredictOptions:
     """With --classes: mean of each RGB channel, of values scaled to 0..1; default: 0,0,0."""
     std: tuple[float, float, float] | None = None
     """With --classes: standard deviation of each RGB channel, likewise; default: 1,1,1."""
-    max_bad: float = 0.5
+    max_bad: float | None = None
     """Fraction of the images that may have an error in place of a prediction. The output is written
-    in any case; above it, and above 10 images, the exit code is 1."""
+    in any case; above it the exit code is 1. 0 allows none; default: 0.5, and 10 images of any
+    number."""
     part_rows: int = 4096
     """Rows per part; an interrupted run resumes after its last finished part. Rounded up to whole
     batches."""
@@ -117,8 +118,7 @@ class PredictOptions:
         chance = self.threshold
         require(chance is None or 0 < chance <= 1, "threshold", chance, "above 0 and at most 1")
         require(self.fetch_timeout > 0, "fetch_timeout", self.fetch_timeout, "seconds above 0")
-        bad = self.max_bad
-        require(0 <= bad <= 1, "max_bad", bad, "at least 0 and at most 1")
+        require_fraction("max_bad", self.max_bad)
         both = self.resume and self.overwrite
         require(not both, "resume", True, "false with --overwrite, which starts over")
         self._check_standard_output()

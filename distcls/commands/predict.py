@@ -16,9 +16,12 @@ from distcls.batch.loading import (
 from distcls.batch.options import PredictOptions
 from distcls.cli import run
 from distcls.config import Command
-from distcls.data.source import FEW_BAD
+from distcls.data.source import most_bad
 from distcls.errors import DistclsError
 from distcls.model_card import require_model
+
+MAX_BAD = 0.5
+"""Default of `max_bad`."""
 
 COMMAND = Command(
     options=PredictOptions,
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
         log.say(f"drawn: {result.shown}")
     if options.json:
         log.print_json(result.to_json())
-    if result.errors > max(FEW_BAD, options.max_bad * result.images):
+    if result.errors > most_bad(options.max_bad, MAX_BAD, result.images):
         raise DistclsError(
             f"{result.errors:,} of {result.images:,} images have an error in place of a "
             f"prediction, first {result.first_error}; {out} is complete, --max-bad 1 accepts it"

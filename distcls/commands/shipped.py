@@ -52,14 +52,15 @@ TEMPLATES_COMMAND = ShippedCommand(
     Command(
         options=ShippedOptions,
         prog="distcls templates",
-        about="List the configs for accelerate launch, the scripts for SLURM and torchrun and the "
-        "manifest for Kubernetes, or print one.",
+        about="List the configs for accelerate launch, the scripts for SLURM and torchrun, the "
+        "manifests for Kubernetes and KServe, and what runs a server on Ray or behind nginx; or "
+        "print one.",
         examples=("distcls templates one_gpu > one_gpu.yaml", "distcls templates slurm > slurm.sh"),
     ),
 )
 
 
 def about(path: Path) -> str:
-    """The first comment of a YAML file or a shell script."""
+    """The first comment of a file."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return next(line[2:] for line in lines if line.startswith("# "))

@@ -19,7 +19,10 @@ COMMAND = Command(
     ),
     groups={
         "essential options": ("model", "out", "name", "version"),
-        "the server": ("max_batch_size", "max_delay_us", "device", "instances"),
+        "the server": (
+            *("max_batch_size", "max_delay_us", "max_queue", "queue_timeout_ms"),
+            *("device", "instances"),
+        ),
     },
 )
 

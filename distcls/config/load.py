@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -44,8 +45,13 @@ MAX_BYTES = 1 << 20
 """Largest config file that is read."""
 MAX_DEPTH = 20
 """Levels that a config file may nest."""
+BELOW = 2**63
+"""Whole numbers of a config file, without their sign."""
 MAX_NODES = 100_000
 """Values that a config file may hold once its aliases are unfolded; class weights may be many."""
+
+
+_WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 
 
 class Given(NamedTuple):
@@ -137,6 +143,25 @@ class _Loader(yaml.SafeLoader):
             problem = f"{shown(node.value)} is not a value of its kind"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
+    def construct_yaml_int(self, node: Any) -> int:
+        """Decimal ones alone: YAML 1.1 takes 012 for 10, 1:30 for 90 and 1_0 for 10."""
+        text = self.construct_scalar(node)
+        problem = ""
+        if not _WHOLE.fullmatch(text):
+            problem = f"{shown(text)} is not a decimal number; in quotes it is a text"
+        elif len(text) > 20 or abs(int(text)) >= BELOW:
+            problem = f"{shown(text)} is too large, expected a number below 2^63"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return int(text)
+
+    def construct_yaml_float(self, node: Any) -> float:
+        text = self.construct_scalar(node)
+        if "_" in text or ":" in text:
+            problem = f"{shown(text)} is not a decimal number; in quotes it is a text"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return float(super().construct_yaml_float(node))
+
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
         keys: set[str] = set()
@@ -151,6 +176,10 @@ class _Loader(yaml.SafeLoader):
     def _refuse(self, problem: str) -> NoReturn:
         parser: Any = self  # of a library without types
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=parser.peek_event().start_mark)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 def _parts(node: Any) -> list[Any]:

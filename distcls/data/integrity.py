@@ -26,8 +26,6 @@ from distcls.task import Task
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ROWS_PER_BYTE = 16
-"""A manifest with more rows than that is a few bytes that would fill the memory."""
 LARGEST_SIDE = 2**20
 """Of an image in a pack, in pixels."""
 NOTED_BYTES = 2**30
@@ -125,7 +123,6 @@ def read_manifest(path: Path, expected: str | None, columns: set[str]) -> pa.Tab
     Raises UsageError if it cannot be read or has another SHA-256 than the `expected` one.
     """
     import pyarrow as pa  # an extra of the inference install
-    import pyarrow.parquet as pq
 
     try:
         data = stored.read_bytes(path)
@@ -133,11 +130,11 @@ def read_manifest(path: Path, expected: str | None, columns: set[str]) -> pa.Tab
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     require_digest(path, data, expected)
     try:
-        rows = pq.read_metadata(pa.BufferReader(data)).num_rows
-        if rows > ROWS_PER_BYTE * len(data):
-            raise UsageError(f"{path}: {rows:,} rows in {len(data):,} bytes, which cannot be")
-        table: pa.Table = pq.read_table(pa.BufferReader(data))
-    except (OSError, pa.ArrowException) as error:
+        with stored.open_parquet(path, data) as file:
+            table: pa.Table = file.read()
+    except stored.Unfit as error:
+        raise UsageError(f"{path}: {error}") from error
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{path}: cannot be read: {reason}") from error
     if missing := columns - set(table.column_names):

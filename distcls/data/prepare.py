@@ -22,13 +22,14 @@ from distcls.data.dataset import INFO, PACK, Dataset
 from distcls.data.formats.detect import format_names, open_labelled
 from distcls.data.formats.folder import by_ending, ending_of_name
 from distcls.data.source import (
-    FEW_BAD,
     ImageSource,
     LabelledImages,
     LabelOptions,
     OpenOptions,
     Rejected,
+    most_bad,
     read_class_names,
+    require_fraction,
     with_decoder,
 )
 from distcls.data.split import (
@@ -60,6 +61,8 @@ DIGESTED_WHOLE = 100_000
 """Values of an image up to which all of them are digested."""
 VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
 """Defaults of `val_fraction` and `test_fraction`."""
+MAX_BAD = 0.1
+"""Default of `max_bad`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,9 +130,10 @@ class PrepareOptions:
     pack: Literal["auto", "on", "off"] = "auto"
     """Store the decoded images in one file; auto: if they take at most 4 GiB and have at most
     256x256 pixels on average."""
-    max_bad: float = 0.1
+    max_bad: float | None = None
     """Fraction of the images that may be unreadable; they are left out and listed in rejected.csv.
-    Above it, and above 10 images, nothing is written. 1 allows any number."""
+    Above it nothing is written. 0 allows none, 1 any number; default: 0.1, and 10 images of any
+    number."""
     background: Background = WHITE
     """Colour that transparent pixels are blended with, as red, green and blue from 0 to 255; ignore
     discards the alpha channel. Training and predictions use the same."""
@@ -149,8 +153,7 @@ class PrepareOptions:
         rest = "together with test_fraction below 1, training gets the rest"
         alone = test == 1 and total == 1 and self.resampling is None
         require(total < 1 or alone, "val_fraction", self.resolved_val_fraction, rest)
-        bad = self.max_bad
-        require(0 <= bad <= 1, "max_bad", bad, "at least 0 and at most 1")
+        require_fraction("max_bad", self.max_bad)
         require_color("background", background_color(self.background))
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
@@ -413,21 +416,22 @@ def _decode(
     copies: list[str] | None,
     *,
     blended: ImageSource,
-    max_bad: float,
+    max_bad: float | None,
 ) -> tuple[dict[int, bytes], list[Rejected]]:
     """Digests of the readable images, which are then in the pack, by index; and the bad ones with
-    reasons. Raises UsageError once more are bad than the fraction `max_bad`."""
+    reasons. Raises UsageError once more are bad than the fraction `max_bad` allows."""
     paths = None if copies is None else [folder / path for path in copies]
     images = load_all(blended, assignment.records, paths)
     readable: dict[int, bytes] = {}
     rejected: list[Rejected] = []
+    most = most_bad(max_bad, MAX_BAD, len(assignment))
     with log.Progress("reading", len(assignment)) as progress:
         for index, image in enumerate(images):
             progress.update()
             if isinstance(image, BadImage):
                 record = assignment.records[index]
                 rejected.append(Rejected(record.image_id, record.path, str(image)))
-            if readable and len(rejected) > max(FEW_BAD, max_bad * len(assignment)):
+            if readable and len(rejected) > most:
                 raise UsageError(_too_many_bad(source, rejected, index + 1, len(assignment)))
             if isinstance(image, BadImage):
                 continue

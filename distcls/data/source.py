@@ -16,6 +16,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import struct
@@ -449,7 +450,20 @@ class LabelOptions:
 
 
 FEW_BAD = 10
-"""Unreadable images that end no command, whatever their fraction."""
+"""Unreadable images that end no command by default, whatever their fraction."""
+
+
+def most_bad(fraction: float | None, default: float, images: int) -> int:
+    """How many of the images may be unreadable: by the fraction given, else by the default one."""
+    if fraction is None:
+        return max(FEW_BAD, most_bad(default, default, images))
+    return math.floor(fraction * images + 1e-6)  # 0.29 times 100 is 28.999999999999996
+
+
+def require_fraction(field: str, fraction: float | None) -> None:
+    """Raise BadValue for what is no fraction, unless none is given."""
+    require(fraction is None or 0 <= fraction <= 1, field, fraction, "at least 0 and at most 1")
+
 
 TIMEOUT = 30.0
 """Seconds that one attempt to fetch an object may take."""

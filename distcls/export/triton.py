@@ -51,8 +51,14 @@ class TritonOptions:
     """Version of the model, which names its folder."""
     max_batch_size: int = 64
     """Maximum batch size of the server."""
-    max_delay_us: int = 2000
-    """Maximum time in microseconds that a request waits to be batched with others."""
+    max_delay_us: int = 0
+    """Maximum time in microseconds that a request waits for others while an instance is free; those
+    that wait for a busy one are batched in any case."""
+    max_queue: int = 1024
+    """Requests that may wait; beyond, the server refuses them at once. 0 is no limit."""
+    queue_timeout_ms: int = 30_000
+    """Milliseconds that a request may wait, then it is refused; a client may ask for less in its
+    parameter `timeout`. 0 is no limit."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Device of the instances; auto uses the GPUs if there are any."""
     instances: int = 1
@@ -65,7 +71,9 @@ class TritonOptions:
     def __post_init__(self) -> None:
         for key in ("version", "max_batch_size", "instances"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        require(self.max_delay_us >= 0, "max_delay_us", self.max_delay_us, "at least 0")
+        for key in ("max_delay_us", "max_queue", "queue_timeout_ms"):
+            value = getattr(self, key)
+            require(0 <= value < 2**31, key, value, "0 to 2,147,483,647")
         expected = "letters, digits, _, - and ., beginning with a letter or digit"
         require(_NAME.fullmatch(self.title) is not None, "name", self.title, expected)
 
@@ -144,11 +152,27 @@ def config_of(model: OnnxModel, options: TritonOptions) -> str:
         "output [",
         ",\n".join(f"  {output}" for output in _outputs(model)),
         "]",
-        f"dynamic_batching {{ max_queue_delay_microseconds: {options.max_delay_us} }}",
+        *_dynamic_batching(options),
         f"instance_group [ {{ kind: {_INSTANCES[options.device]} count: {options.instances} }} ]",
         *_parameters(parameters),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _dynamic_batching(options: TritonOptions) -> list[str]:
+    """Batches of what waits, in a queue that ends: the server's own is unlimited, in length and
+    time."""
+    return [
+        "dynamic_batching {",
+        f"  max_queue_delay_microseconds: {options.max_delay_us}",
+        "  default_queue_policy {",
+        "    timeout_action: REJECT",
+        f"    default_timeout_microseconds: {1000 * options.queue_timeout_ms}",
+        "    allow_timeout_override: true",
+        f"    max_queue_size: {options.max_queue}",
+        "  }",
+        "}",
+    ]
 
 
 def _outputs(model: OnnxModel) -> list[str]:

@@ -1,7 +1,8 @@
 """Reading image files within limits, and telling the machine's faults from the image's.
 
 Only regular files are read, and no more than DISTCLS_MAX_BYTES of one: a pipe would wait for ever,
-a device or a sparse file fills the memory. What the machine lacks for a moment (memory, file
+a device or a sparse file fills the memory, and what the kernel makes up when it is read (in /proc)
+may do either or fail. What the machine lacks for a moment (memory, file
 descriptors, a network file system that answers with an error) is tried again, then ends the run:
 an image that could not be read because of it would silently be missing. A read that hangs, as on a
 dead network file system, cannot be ended, but whoever waits for it can: see `result_of`.
@@ -10,6 +11,7 @@ dead network file system, cannot be ended, but whoever waits for it can: see `re
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import functools
 import os
@@ -19,6 +21,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
@@ -53,6 +56,15 @@ MOST_SECONDS = 1 << 20
 CHECK_EVERY = 0.5
 """Seconds between two looks at how long files have been read."""
 LEAVE_AFTER = 5.0
+
+MOUNTS = Path("/proc/self/mountinfo")
+_OF_THE_KERNEL = frozenset(
+    (
+        *("proc", "sysfs", "debugfs", "tracefs", "cgroup", "cgroup2", "configfs", "securityfs"),
+        *("pstore", "bpf", "binfmt_misc", "mqueue", "efivarfs", "fusectl", "selinuxfs"),
+    )
+)
+"""File systems in which nothing is stored."""
 
 _reading: dict[int, tuple[str | os.PathLike[str], float]] = {}
 """The file that each thread reads, and since when."""
@@ -130,7 +142,10 @@ def leave(pool: ThreadPoolExecutor, pending: Iterable[Future[Any]], error: objec
 def _read_once(path: str | os.PathLike[str], offset: int, size: int | None) -> bytes:
     handle = regular_descriptor(path)
     try:
-        length = os.fstat(handle).st_size
+        status = os.fstat(handle)
+        length = status.st_size
+        if not status.st_blocks and (kind := _kernel_file_system(status.st_dev)):
+            raise OSError(errno.EINVAL, f"not a stored file but one of the kernel ({kind})")
         wanted = length if size is None else size
         require_bytes(wanted)
         if offset:
@@ -143,8 +158,24 @@ def _read_once(path: str | os.PathLike[str], offset: int, size: int | None) -> b
         os.close(handle)
 
 
+@functools.lru_cache(64)
+def _kernel_file_system(device: int) -> str:
+    """The name of a file system of the kernel's own; empty for all others."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = MOUNTS.read_text(errors="replace")
+    except OSError:  # no Linux
+        return ""
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        if before.split()[2:3] == [number]:
+            kind = after.split(" ", 1)[0]
+            return kind if kind in _OF_THE_KERNEL else ""
+    return ""
+
+
 def _read_on(handle: int, data: bytes, most: int) -> bytes:
-    """The rest: of a file that says another size than it has (in /proc), or in pieces."""
+    """The rest: of a file that says another size than it has (some of FUSE), or in pieces."""
     parts, total = [data], len(data)
     while data and total <= most:
         data = os.read(handle, min(1 << 20, most + 1 - total))
@@ -219,6 +250,9 @@ class MemoryBudget:
 
     LARGE = 1 << 25
     """Bytes of an array that counts until it is freed."""
+    HUGE = 1 << 28
+    """Bytes of decoding after which the C library is asked to give back what it keeps for each
+    thread: eight threads kept 2 GiB of progressive JPEGs of 100 megapixels."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -238,6 +272,8 @@ class MemoryBudget:
         try:
             yield self._keep
         finally:
+            if size >= self.HUGE:
+                _trim()
             with self._turn:
                 self._decoding -= 1
                 self._free(size)
@@ -258,6 +294,12 @@ class MemoryBudget:
         self._turn = threading.Condition(threading.RLock())
         self._decoding = 0
         self.used = 0
+
+
+def _trim() -> None:
+    """Return free memory to the system, where the C library is glibc; some milliseconds."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import math
 import pickle
 import re
 import textwrap
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -98,11 +99,16 @@ def open_checkpoint(path: Path, device: str = "auto") -> TorchModel:
     Raises UsageError if they do not fit, and for a device that this machine does not have.
     """
     card, tensors = read_checkpoint(path)
-    keys = current_names(flatten(card.architecture), "model.")
-    given = {key: Given(value, str(path)) for key, value in keys.items()}
-    config = build_config(ModelConfig, given)
-    require_loaded(config.name, path)
-    model = factory.build(config, len(card.classes), card.preprocess)
+    try:
+        keys = current_names(flatten(card.architecture), "model.")
+        given = {key: Given(value, str(path)) for key, value in keys.items()}
+        config = build_config(ModelConfig, given)
+        require_loaded(config.name, path)
+        model = factory.build(config, len(card.classes), card.preprocess)
+    except UsageError as error:
+        if str(path) in str(error):
+            raise
+        raise UsageError(f"{path}: its card: {error}") from error
     try:
         model.load_state_dict(tensors)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -177,7 +183,9 @@ def load_tensors(path: Path, *, checked: bool = False) -> dict[str, Any]:
     """
     try:
         size = _check_kind(path, checked=checked)
-        with torch.serialization.safe_globals(list(HARMLESS)):
+        with torch.serialization.safe_globals(list(HARMLESS)), warnings.catch_warnings():
+            # what torch has to say of pickles that it refuses a moment later
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file") from error

@@ -381,7 +381,8 @@ class App(Service):
             computing.cancel()
 
     def _record(self, request: Request, status: int) -> None:
-        self.record(request, status, request.body.size)
+        request.size = request.body.size
+        self.record(request, status)
 
 
 def _routes(app: App) -> dict[str, dict[str, Handler]]:

@@ -63,10 +63,13 @@ class Computer:
 
     @classmethod
     def open(cls, path: Path, request: dict[str, Any]) -> Computer:
-        """Open a model file as `request` (provider, batch_size, workers, execution) asks.
+        """Open a model file, or a run directory's, as `request` (provider, batch_size, workers,
+        execution) asks.
 
         Raises UsageError for what is no exported model, and a provider that does not work here.
         """
+        require_model(path)
+        path = best_model(path)
         if path.suffix.lower() == ".pth":
             raise UsageError(
                 f"model: {path} is a checkpoint; `distcls export --ckpt {path}` makes the "
@@ -188,8 +191,7 @@ def main(arguments: Sequence[str]) -> None:
     server = socket.socket(fileno=descriptor)
     log.set_quiet(request["execution"] is not None)  # the first one has said it
     try:
-        require_model(path)
-        computer = Computer.open(best_model(path), request)
+        computer = Computer.open(path, request)
         seconds = computer.warm_up()
     except (DistclsError, BatchFailed) as error:
         usage = isinstance(error, UsageError)

@@ -68,15 +68,17 @@ class _Call(Call):
     """A request over gRPC."""
 
     def __init__(self, path: str, context: Any) -> None:
-        metadata = dict(context.invocation_metadata() or ())
-        super().__init__("gRPC", path, str(metadata.get("x-request-id", "")))
-        self.authorization = str(metadata.get("authorization", "")).encode()
-        self.size = 0
-        """Bytes of its message."""
+        self._metadata = dict(context.invocation_metadata() or ())
+        super().__init__("gRPC", path, self.header("x-request-id"))
         self.remaining: float | None = context.time_remaining()
         """Seconds until the client's deadline, when it began."""
         self.code = grpc.StatusCode.CANCELLED
         """How it ended; until then, that of a client that leaves."""
+
+    def header(self, name: str) -> str:
+        """The value of metadata; empty if it is not there."""
+        value = self._metadata.get(name, "")
+        return value if isinstance(value, str) else ""
 
 
 Method = Callable[[_Call, bytes], Awaitable[Any]]
@@ -154,7 +156,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]  # the library ha
         with self._counted(call):
             try:
                 if path not in self._open:
-                    self._service.authorize(call.authorization)
+                    self._service.authorize(call.header("authorization").encode())
                     self._service.require_taking()
                 if path not in self._methods:
                     raise Refused(501, f"{path[:100]} is not supported by this server")
@@ -181,7 +183,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]  # the library ha
         """ModelStreamInfer: answers in the order of the requests, errors among them."""
         call = _Call(path, context)
         try:
-            self._service.authorize(call.authorization)
+            self._service.authorize(call.header("authorization").encode())
         except Refused as error:
             with self._counted(call):
                 refused = self._refuse(call, error)
@@ -228,7 +230,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]  # the library ha
             yield
         finally:
             self._service.in_flight -= 1
-            self._service.record(call, call.code.name, call.size)
+            self._service.record(call, call.code.name)
 
     def _finished(self, call: _Call, answer: Any) -> bytes:
         data = bytes(answer.SerializeToString())

@@ -106,10 +106,10 @@ class Repository:
 
     @property
     def ready(self) -> bool:
-        """Whether every model that is wanted can be used."""
-        wanted = [model for model in self._models.values() if model.wanted]
-        ready = [m for m in wanted if m.current is not None and m.current.engine.ready]
-        return bool(wanted) and len(ready) == len(wanted)
+        """Whether the models that are served can be used; one that is loaded, or cannot be, does
+        not count, as the others go on."""
+        served = list(self.versions())
+        return bool(served) and all(version.engine.ready for version in served)
 
     @property
     def stuck(self) -> bool:

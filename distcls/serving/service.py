@@ -20,6 +20,7 @@ from distcls.serving.metrics import Metrics
 from distcls.serving.options import ServeOptions
 from distcls.serving.protocol import Refused
 from distcls.serving.repository import Repository, Version
+from distcls.serving.tracing import open_tracer
 from distcls.serving.work import Output, Work
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -47,6 +48,12 @@ class Call:
         self.images = 0
         self.seconds: dict[str, float] = {}
         """Of its stages, once it was computed."""
+        self.size = 0
+        """Bytes that came."""
+
+    def header(self, name: str) -> str:
+        """The value of a header; empty if it is not there."""
+        return ""
 
 
 class Service:
@@ -63,6 +70,7 @@ class Service:
         """New requests are refused, those under way finished."""
         self.in_flight = 0
         self._token = token.encode()
+        self._tracer = open_tracer()
 
     @property
     def wants_token(self) -> bool:
@@ -76,6 +84,8 @@ class Service:
     async def close(self) -> None:
         """Finish what is under way, end the compute processes."""
         await self.repository.close(self.options.drain_timeout)
+        if self._tracer is not None:
+            await self._tracer.close()
 
     @property
     def not_ready(self) -> str:
@@ -168,9 +178,14 @@ class Service:
         log.fail(f"request {call.id}: {text}")
         return Refused(500, f"internal error, request {call.id}")
 
-    def record(self, call: Call, status: int | str, size: int) -> None:
-        """Count the answer to a request of `size` bytes, and print it if there is an access log."""
+    def record(self, call: Call, status: int | str) -> None:
+        """Count the answer to a request, trace it, and print it if there is an access log.
+
+        `status` is that of HTTP, or the name of gRPC's.
+        """
         self.metrics.responses[call.route, str(status)] += 1
+        if self._tracer is not None:
+            self._tracer.record(call, status)
         if not self.options.access_log:
             return
         entry = {
@@ -179,7 +194,7 @@ class Service:
             "method": call.method,
             "path": call.path,
             "status": status,
-            "bytes": size,
+            "bytes": call.size,
             "ms": round(1000 * (time.monotonic() - call.began), 2),
             "model": call.model and "/".join(call.model),
             "images": call.images,

@@ -40,6 +40,7 @@ BEST, LAST, HISTORY, CONFIG = "best.pth", "last", "history.csv", "config.yaml"
 MAY_CHANGE = (
     "out",
     "source",
+    "max_bad",
     "resume",
     "quiet",
     "json",

@@ -556,6 +556,9 @@ class TrainConfig:
     source: str | None = None
     """Where `data` was prepared from, as recorded in config.yaml; used to prepare it again if
     `data` is missing."""
+    max_bad: float | None = None
+    """Fraction of the images that may be unreadable where `data` is prepared first; 0 allows none,
+    1 any number; default: that of `distcls prepare` (0.1, and 10 images of any number)."""
     epochs: int | Auto = "auto"
     """Passes over the training images; auto: 10, more for small datasets, whose epochs have few
     steps."""
@@ -691,6 +694,8 @@ class TrainConfig:
         require(fits, "average.last_epochs", last, f"at most epochs ({self.epochs})")
         alone = last is None or self.ema.decay is None
         require(alone, "average.last_epochs", last, "null with ema.decay: one average is saved")
+        bad = self.max_bad
+        require(bad is None or 0 <= bad <= 1, "max_bad", bad, "at least 0 and at most 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more")
 
     def _check_places(self) -> None:

@@ -156,14 +156,20 @@ def _prepared(config: C, text: str, images: ImageSource | UsageError, *, folder:
     if folder.resolve().is_relative_to(Path(text).resolve()):
         raise UsageError(f"out: {folder.parent} lies inside {text}, the data; choose another --out")
     options = PrepareOptions(
-        source=text, out=folder, seed=config.seed, pack=config.loader.pack, quiet=True
+        source=text,
+        out=folder,
+        seed=config.seed,
+        max_bad=config.max_bad,
+        pack=config.loader.pack,
+        quiet=True,
     )
     if config.input.background is not None:
         options = dataclasses.replace(options, background=config.input.background)
     try:
         found = prepare(options)
     except UsageError as error:
-        advice = "; for its options run distcls prepare first" if "--" in str(error) else ""
+        others = set(re.findall(r"--\w[\w-]*", str(error))) - {"--max-bad"}
+        advice = "; for its options run distcls prepare first" if others else ""
         raise UsageError(f"data: {error}{advice}") from error
     counts = ", ".join(f"{count:,} {split}" for split, count in found.counts.items())
     log.say(

@@ -162,6 +162,7 @@ ELSEWHERE = {
     "out": "tests/e2e/test_training.py::test_a_run_leaves_its_files_and_learns",
     "source": "tests/e2e/test_from_a_folder.py"
     "::test_config_yaml_prepares_it_again_where_it_is_gone",
+    "max_bad": "tests/test_hostile_inputs.py::test_train_stops_likewise",
     "input.background": "tests/test_transparency.py"
     "::test_another_background_is_taken_for_files_and_refused_for_a_pack",
     "compile": "tests/test_compiling.py::test_a_compiled_run_takes_the_same_losses",

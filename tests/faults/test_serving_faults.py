@@ -36,12 +36,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture
-def fragile(tmp_path: Path) -> Iterator[Server]:
-    """Two compute processes that certain images crash or delay."""
-    with serving(tmp_path, "--workers", 2, "--max-wait", 60, env=PARTS) as server:
-        wait_for_processes(server, 2)
+FRAGILE = ("--workers", 2, "--max-wait", 60)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("serve"), *FRAGILE, env=PARTS) as server:
         yield server
+
+
+@pytest.fixture
+def fragile(shared: Server) -> Server:
+    """Two compute processes that certain images crash or delay."""
+    wait_for_processes(shared, 2)
+    return shared
 
 
 def wait_for_processes(server: Server, number: int) -> None:
@@ -165,7 +173,7 @@ def test_too_much_is_refused_at_once_and_the_rest_served(tmp_path: Path) -> None
     options = ("--workers", 1, "--batch-size", 1, "--max-wait", 0.3)
     with serving(tmp_path, *options, env=PARTS) as server:
         slow = b"SLEEP!" + PHOTO
-        for _ in range(12):  # it learns what such an image costs
+        for _ in range(6):  # it learns what such an image costs
             predicted(server.post("/predict", slow, headers=JPEG))
 
         def ask(index: int) -> tuple[float, Answer]:
@@ -339,12 +347,15 @@ def test_sigterm_under_load_loses_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.row(29)
-def test_a_second_sigterm_ends_at_once(fragile: Server) -> None:
-    with Load(fragile, 2, b"SLEEP!" + PHOTO):
-        fragile.process.send_signal(signal.SIGTERM)
+def test_a_second_sigterm_ends_at_once(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path, *FRAGILE, env=PARTS) as server,
+        Load(server, 2, b"SLEEP!" + PHOTO),
+    ):
+        server.process.send_signal(signal.SIGTERM)
         time.sleep(0.05)
-        fragile.process.send_signal(signal.SIGTERM)
-        assert fragile.process.wait(5) == 0
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(5) == 0
 
 
 @pytest.mark.row(30)

@@ -323,7 +323,7 @@ class DigitsSource(ImageSource):
         """Raises UsageError if scikit-learn is not installed."""
         try:
             from sklearn.datasets import load_digits
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise UsageError(
                 "the digits need scikit-learn, which is not installed; pip install 'distcls[train]'"
             ) from error

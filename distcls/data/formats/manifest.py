@@ -44,6 +44,7 @@ from distcls.data.source import (
     natural_order,
 )
 from distcls.errors import UsageError, did_you_mean
+from distcls.stored import Unfit, open_parquet
 from distcls.task import Task
 
 if TYPE_CHECKING:
@@ -462,10 +463,9 @@ def _parquet_table(
     name: str, content: bytes | None, wanted: Sequence[str], numbers: Sequence[str]
 ) -> Iterator[Table]:
     import pyarrow as pa  # an extra of the inference install
-    import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(name if content is None else io.BytesIO(content)) as file:
+        with open_parquet(name, content, lambda column: _plain(column) in wanted) as file:
             schema = file.schema_arrow
             columns = _columns(name, schema.names, wanted)
             read = [plain for plain in dict.fromkeys(wanted) if plain in columns]
@@ -477,7 +477,9 @@ def _parquet_table(
             }
             read = [plain for plain in read if plain not in types]
             yield Table(columns, types, _parquet_blocks(file, columns, read))
-    except (OSError, pa.ArrowException) as error:
+    except Unfit as error:
+        raise UsageError(f"{name}: {error}") from error
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{name}: cannot be read as Parquet: {reason}") from error
 

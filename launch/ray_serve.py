@@ -1,0 +1,1 @@
+../distcls/launch/templates/ray_serve.py
