@@ -165,7 +165,9 @@ class Service:
 
     def _refusal(self, call: Call, error: Exception) -> Refused:
         if isinstance(error, Refused):
-            return error
+            # whoever keeps it in a variable keeps no frame: granian closes a connection, and a body
+            # is freed, when the last reference goes
+            return error.with_traceback(None)
         if isinstance(error, Busy):
             wait = 1 + int(error.backlog) + random.randrange(2)  # not all at the same moment
             return Refused(503, str(error), {"retry-after": str(wait)})
