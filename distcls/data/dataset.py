@@ -15,8 +15,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
+import os
 import re
 import shlex
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -217,20 +220,19 @@ class Split(ImageSource):
         flat = self._pack[offsets[0] : offsets[0] + size * len(self)]
         return flat.reshape(len(self), *shapes[0])
 
-    def require_whole(self) -> None:
-        """See `ImageSource`."""
-        if not self.packed:
-            return
-        path = self.folder / PACK
-        try:
-            size = path.stat().st_size
-        except OSError:  # a mapped file stays readable when its name is gone
-            return
-        if size < len(self._pack):
-            raise DistclsError(
-                f"{path} was truncated from {len(self._pack):,} to {size:,} bytes while it was "
-                "read; prepare it again"
-            )
+    def rows(self, indices: Sequence[int] | NDArray[np.int64]) -> Images:
+        """See `ImageSource`; 1.5 us an image of 28x28 in random order, of the mapping 0.15."""
+        places = np.asarray(indices, np.int64)
+        offsets, shapes = self._places
+        found = np.empty((len(places), *shapes[0]), np.uint8)
+        if not len(places):
+            return found
+        size = found[0].nbytes
+        flat = found.reshape(-1).data
+        starts = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
+        for start, stop in itertools.pairwise(starts):  # images that lie one after the other
+            self._pack_file.read(flat[start * size : stop * size], int(offsets[places[start]]))
+        return found
 
     @property
     def encoded(self) -> bool:
@@ -251,10 +253,9 @@ class Split(ImageSource):
                 decode_file, downscale=downscale, background=self.background
             )
             return self._with_path(index, decoder)
-        self.require_whole()
         offsets, shapes = self._places
-        start, shape = int(offsets[index]), shapes[index]
-        pixels = self._pack[start : start + int(np.prod(shape))].reshape(shape)
+        pixels = np.empty(shapes[index], np.uint8)
+        self._pack_file.read(pixels.reshape(-1).data, int(offsets[index]))
         return to_rgb(pixels)
 
     def on_background(self, color: Color | None) -> Split:
@@ -299,6 +300,10 @@ class Split(ImageSource):
             raise DistclsError(f"{path}: cannot be read any more: {reason}") from error
 
     @functools.cached_property
+    def _pack_file(self) -> _PackFile:
+        return _PackFile(self.folder / PACK)
+
+    @functools.cached_property
     def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         columns = (self.table.column(name).to_numpy() for name in ("height", "width", "channels"))
         shapes = np.stack([np.asarray(column, np.int64) for column in columns], axis=1)
@@ -307,6 +312,39 @@ class Split(ImageSource):
     @functools.cached_property
     def _paths(self) -> list[str]:
         return list(self.table.column("path").to_pylist())
+
+
+class _PackFile:
+    """A pack, read piece by piece from any thread; sent to another process it is opened there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:  # it was there when the dataset was opened
+            reason = error.strerror or error
+            raise DistclsError(f"{path}: cannot be read any more: {reason}") from error
+        weakref.finalize(self, os.close, self._file)
+        self._size = os.fstat(self._file).st_size
+
+    def read(self, into: memoryview, offset: int) -> None:
+        """Fill `into` from `offset` on. Raises DistclsError if the file ends before."""
+        at = 0
+        while at < len(into):
+            try:
+                count = os.preadv(self._file, [into[at:]], offset + at)
+            except OSError as error:
+                raise DistclsError(f"{self._path}: cannot be read: {error.strerror}") from error
+            if count == 0:
+                size = os.fstat(self._file).st_size
+                raise DistclsError(
+                    f"{self._path} was truncated from {self._size:,} to {size:,} bytes while it "
+                    "was read; prepare it again"
+                )
+            at += count
+
+    def __reduce__(self) -> tuple[type[_PackFile], tuple[Path]]:
+        return _PackFile, (self._path,)
 
 
 def is_dataset(folder: Path) -> bool:

@@ -111,11 +111,15 @@ class ImageSource(abc.ABC):
         """All images as one array, uint8 [N, height, width, 1 or 3]; None where there is none."""
         return None
 
-    def require_whole(self) -> None:  # noqa: B027 - most map no file
-        """Raise DistclsError if the file behind `uniform` was cut since it was opened.
+    def rows(self, indices: Sequence[int] | NDArray[np.int64]) -> Images:
+        """The images of `uniform` at `indices`, uint8 [n, height, width, 1 or 3].
 
-        It is mapped into memory: reading what is gone would end the process with SIGBUS.
+        Of a file on disk it reads what is there: its mapping into memory would end the process with
+        SIGBUS where the file was cut meanwhile. Raises DistclsError then.
         """
+        assert self.uniform is not None
+        found: Images = self.uniform[np.asarray(indices)]
+        return found
 
     def paths(self) -> Iterator[str] | None:
         """The path of each image's file, links and `..` in its folders resolved; None where the

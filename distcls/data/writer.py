@@ -87,7 +87,7 @@ def load(source: ImageSource, record: ImageRecord, copy: Path | None) -> Loaded:
     pixels: Images
     uniform = source.uniform
     if uniform is not None and uniform.shape[-1] == 1:
-        pixels = uniform[record.index][..., 0]  # grey as it is
+        pixels = source.rows([record.index])[0, ..., 0]  # grey as it is
     else:
         try:
             pixels = source.image(record.index)

@@ -147,7 +147,7 @@ def stream_batches(
     `stream`.
     """
     size = batch_size or model.execution.batch_size
-    batches = (_Batch(source, range(len(source)), None) for source in sources)
+    batches = (_Batch(source, range(len(source)), ready=False) for source in sources)
     yield from _run(batches, model, size, workers, Profiler())
 
 
@@ -186,8 +186,8 @@ class _Batch:
 
     source: ImageSource
     indices: range
-    ready: Images | None
-    """All of them, [n, H, W, 1 or 3], if they need no preprocessing."""
+    ready: bool
+    """Whether they are rows of one array and need no preprocessing."""
 
     def load(self, position: int) -> Images:
         """The input at a position of the batch, decoded, uint8 RGB [h, w, 3]."""
@@ -197,20 +197,17 @@ class _Batch:
 def _batches(
     source: ImageSource, preprocess: Preprocess, indices: range, size: int
 ) -> Iterator[_Batch]:
-    ready = _ready_array(source, preprocess)
+    ready = _is_ready(source, preprocess)
     for start in range(0, len(indices), size):
-        run = indices[start : start + size]
-        stop = run.stop if run.stop >= 0 else None  # of a range that counts down to 0
-        rows = None if ready is None else ready[run.start : stop : run.step]
-        yield _Batch(source, run, rows)
+        yield _Batch(source, indices[start : start + size], ready)
 
 
-def _ready_array(source: ImageSource, preprocess: Preprocess) -> Images | None:
-    """The source's array if preprocessing would leave its images (all of one shape) as they are."""
+def _is_ready(source: ImageSource, preprocess: Preprocess) -> bool:
+    """Whether its images are one array, of a shape that preprocessing leaves as it is."""
     if source.uniform is None or not len(source.uniform):
-        return None
-    first = np.asarray(source.uniform[0])
-    return source.uniform if preprocess(first) is first else None
+        return False
+    first = source.rows([0])[0]
+    return preprocess(first) is first
 
 
 def _open_pool(model: Model, size: int, workers: int | None, profiler: Profiler) -> _WorkerPool:
@@ -267,10 +264,9 @@ class _WorkerPool:
         self, batch: _Batch, images: Images, errors: list[str | None], positions: range
     ) -> None:
         with self._profiler.measure("decode"):
-            if batch.ready is not None:
+            if batch.ready:
                 run = slice(positions.start, positions.stop)
-                batch.source.require_whole()
-                images[run] = batch.ready[run]  # repeats a grey channel
+                images[run] = batch.source.rows(batch.indices[run])  # repeats a grey channel
                 return
             for position in positions:
                 load = functools.partial(self._load, batch, position)
@@ -303,7 +299,7 @@ class _StagedPool(_WorkerPool):
         number = len(batch.indices)
         images = self._empty(number)
         errors: list[str | None] = [None] * number
-        step = number if batch.ready is not None else DECODE_TASK
+        step = number if batch.ready else DECODE_TASK
         tasks = [
             self._decoders.submit(
                 self._decode, batch, images, errors, range(start, min(start + step, number))

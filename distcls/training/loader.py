@@ -279,13 +279,12 @@ class Loader:
         return Batch(images, labels, indices)
 
     def _pixels(self, indices: Indices, epoch: int, pool: ThreadPoolExecutor) -> np.ndarray:
-        self._split.require_whole()
         if self._crops is not None:
             draws = self._crops.draws(epoch, indices).tolist()
             return np.stack(list(pool.map(self._one, indices.tolist(), draws)))
         uniform = self._split.uniform
         if uniform is not None and self._preprocess.keeps(uniform.shape[1:3]):
-            return to_rgb(uniform[indices])
+            return to_rgb(self._split.rows(indices))
         return np.stack(list(pool.map(self._one, indices.tolist())))
 
     def _one(self, index: int, draws: Sequence[float] = ()) -> np.ndarray:
