@@ -487,9 +487,11 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     return cert, key
 
 
-def _nothing_until(done: threading.Event) -> Iterator[bytes]:
-    done.wait(60)
-    yield from ()
+def _one_after(event: threading.Event) -> Iterator[bytes]:
+    """A request once the event is set, then none until the stream is ended by the server."""
+    event.wait(60)
+    yield tensors().SerializeToString()
+    time.sleep(10)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
@@ -501,8 +503,8 @@ def test_ends_after_what_is_under_way(tmp_path: Path, certificate: tuple[Path, P
         roots = grpc.ssl_channel_credentials(cert.read_bytes())
         call = Client(server, roots)
         assert call("ModelInfer", tensors()).model_name == "m"
-        done = threading.Event()
-        silent = call.channel.stream_stream(f"/{SERVICE}ModelStreamInfer")(_nothing_until(done))
+        go = threading.Event()
+        silent = call.channel.stream_stream(f"/{SERVICE}ModelStreamInfer")(_one_after(go))
         (process,) = server.processes()
         os.kill(process, signal.SIGSTOP)
         infer_ = call.channel.unary_unary(f"/{SERVICE}ModelInfer")
@@ -513,12 +515,14 @@ def test_ends_after_what_is_under_way(tmp_path: Path, certificate: tuple[Path, P
         time.sleep(0.3)
         later = Client(server, roots)
         assert later.fails("ServerReady", timeout=5)[0] is CODE.UNAVAILABLE
+        go.set()
+        last = MESSAGES["ModelStreamInferResponse"].FromString(next(silent))
+        assert last.error_message == "the server is shutting down"
         os.kill(process, signal.SIGCONT)
         answer = MESSAGES["ModelInferResponse"].FromString(under_way.result(10))
         assert answer.model_name == "m"
         assert server.process.wait(10) == 0
         assert time.monotonic() - began < 5
-        done.set()
         assert silent.code() is not CODE.OK
         for client in (call, later):
             client.channel.close()

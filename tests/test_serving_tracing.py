@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from distcls.serving.tracing import ENDPOINTS, PROTOCOLS, open_tracer
 from tests.serving import PHOTO, serving
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+METHOD = "inference.GRPCInferenceService/ModelInfer"
 THREADS = ("--engine", "threads", "--workers", 1)
 
 
@@ -89,13 +91,17 @@ def test_spans_of_a_request_arrive_at_a_collector(collector: Collector, tmp_path
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="distcls[serve-otel]")
     env = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}"}
     head = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
-    with serving(tmp_path, *THREADS, env=env) as server:
+    grpc = pytest.importorskip("grpc", reason="distcls[serve-grpc] is not installed")
+    with serving(tmp_path, *THREADS, "--grpc-port", 0, env=env) as server:
         answer = server.post("/predict", PHOTO, headers=head)
         assert answer.status == 200
         assert server.post("/predict", b"no image").status == 400
         assert server.get("/v2/health/ready").status == 200  # probes are not traced
         unsampled = {"traceparent": f"00-{TRACE}-{PARENT}-00"}
         assert server.get("/card", headers=unsampled).status == 200
+        (address,) = re.findall(r"gRPC at (\S+)", server.said)
+        with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError):
+            channel.unary_unary(f"/{METHOD}")(b"", metadata=[*head.items()])
         assert server.stop() == 0  # the last spans are sent before it leaves
     resource, spans = collector.spans()
     assert resource["service.name"] == "distcls"
@@ -117,7 +123,11 @@ def test_spans_of_a_request_arrive_at_a_collector(collector: Collector, tmp_path
         times.append(span.end_time_unix_nano)
     assert times == sorted(times)
     assert times[-1] <= own.end_time_unix_nano
-    assert {span.name for span in spans} == {"POST /predict", *(span.name for span in stages)}
+    named = {"POST /predict", METHOD, *(span.name for span in stages)}
+    assert {span.name for span in spans} == named
+    (call,) = (span for span in spans if span.name == METHOD)
+    assert (call.trace_id.hex(), call.parent_span_id.hex()) == (TRACE, PARENT)
+    assert attributes(call)["rpc.response.status_code"] == "INVALID_ARGUMENT"
 
 
 @pytest.mark.slow

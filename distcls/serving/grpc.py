@@ -157,7 +157,6 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]  # the library ha
             try:
                 if path not in self._open:
                     self._service.authorize(call.header("authorization").encode())
-                    self._service.require_taking()
                 if path not in self._methods:
                     raise Refused(501, f"{path[:100]} is not supported by this server")
                 call.route = path
