@@ -8,10 +8,12 @@ import gzip
 import http.client
 import io
 import json
+import re
 import shutil
 import ssl
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -288,6 +290,9 @@ def test_the_log_of_requests_is_json(server: Server) -> None:
     server.post("/predict", PHOTO, headers={"X-Request-Id": "my-own-id"})
     answer = server.post("/predict", PHOTO, headers={"X-Request-Id": "with blank"})
     assert answer.headers["x-request-id"] != "with blank"
+    end = time.monotonic() + 5
+    while answer.headers["x-request-id"] not in server.out:  # a thread writes it
+        assert time.monotonic() < end
     entries = [json.loads(line) for line in server.out.splitlines()]
     [entry] = [each for each in entries if each["id"] == "my-own-id"]
     assert (entry["path"], entry["status"], entry["images"]) == ("/predict", 200, 1)
@@ -473,3 +478,25 @@ def test_https_with_a_certificate(tmp_path: Path) -> None:
         assert connection.getresponse().status == 200
         connection.close()
         assert b"HTTP/1.1 200" not in server.raw(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+
+
+def test_nobody_has_to_read_the_log_of_requests(tmp_path: Path) -> None:
+    """A pipe that is full stops no request; what could not be written is counted."""
+    call = [sys.executable, "-m", "distcls", "serve", "--model", str(WHOLE), "--port", "0"]
+    said = tmp_path / "said.txt"
+    with said.open("wb") as stderr:
+        process = subprocess.Popen(
+            [*call, "--provider", "cpu", "--access-log"],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            cwd=ROOT,
+        )
+    try:
+        server = Server(process, said, 60)
+        for _ in range(400):  # some 160 kB of lines; a pipe holds 64
+            assert server.get("/v2/health/live").status == 200
+        assert server.stop() == 0
+        assert re.search(r"access log: [\d,]+ lines could not be written", server.said)
+    finally:
+        process.kill()
+        process.communicate()

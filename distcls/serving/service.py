@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import json
+import queue
 import random
 import re
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -31,6 +34,8 @@ REASONS = {
     **{501: "unsupported", 503: "busy", 504: "deadline"},
 }
 """Names of the reasons to refuse, by HTTP status, for the metrics."""
+MOST_LINES, LONGEST_PATH = 10_000, 500
+"""Lines of the access log that may wait for their reader, and letters of a path in one."""
 
 
 class Call:
@@ -56,6 +61,49 @@ class Call:
         return ""
 
 
+class AccessLog:
+    """Lines of JSON on standard output, from a thread of its own.
+
+    Whoever reads them may be slow, a full disk fails: requests never wait for it. Lines that find
+    no room are counted, and said at the end.
+    """
+
+    def __init__(self) -> None:
+        self._lines: queue.Queue[str | None] = queue.Queue(MOST_LINES)
+        self._lost = 0
+        self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
+        self._thread.start()
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Add a line; returns at once."""
+        try:
+            self._lines.put_nowait(json.dumps(entry) + "\n")
+        except queue.Full:
+            self._lost += 1
+
+    def close(self) -> None:
+        """Write what is left, for at most two seconds."""
+        end = time.monotonic() + 2
+        while self._thread.is_alive() and time.monotonic() < end:
+            with contextlib.suppress(queue.Full):
+                self._lines.put(None, timeout=0.1)
+                self._thread.join(max(0.0, end - time.monotonic()))
+        lost = self._lost + self._lines.qsize()
+        if lost:
+            log.warn(f"access log: {log.counted(lost, 'line')} could not be written")
+
+    def _run(self) -> None:
+        while (line := self._lines.get()) is not None:
+            try:
+                sys.stdout.write(line)
+                if self._lines.empty():
+                    sys.stdout.flush()
+            except (OSError, ValueError):
+                self._lost += 1
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+
+
 class Service:
     """The models, what is counted of them, and what a request passes on its way to them."""
 
@@ -71,6 +119,7 @@ class Service:
         self.in_flight = 0
         self._token = token.encode()
         self._tracer = open_tracer()
+        self._access_log = AccessLog() if options.access_log else None
 
     @property
     def wants_token(self) -> bool:
@@ -86,6 +135,8 @@ class Service:
         await self.repository.close(self.options.drain_timeout)
         if self._tracer is not None:
             await self._tracer.close()
+        if self._access_log is not None:
+            await asyncio.to_thread(self._access_log.close)
 
     @property
     def not_ready(self) -> str:
@@ -188,13 +239,13 @@ class Service:
         self.metrics.responses[call.route, str(status)] += 1
         if self._tracer is not None:
             self._tracer.record(call, status)
-        if not self.options.access_log:
+        if self._access_log is None:
             return
         entry = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "id": call.id,
             "method": call.method,
-            "path": call.path,
+            "path": call.path[:LONGEST_PATH],
             "status": status,
             "bytes": call.size,
             "ms": round(1000 * (time.monotonic() - call.began), 2),
@@ -202,6 +253,4 @@ class Service:
             "images": call.images,
             **{f"{name}_ms": round(1000 * s, 2) for name, s in call.seconds.items()},
         }
-        with contextlib.suppress(OSError, ValueError):  # whoever read the log has left
-            sys.stdout.write(json.dumps(entry) + "\n")
-            sys.stdout.flush()
+        self._access_log.write(entry)
