@@ -6,7 +6,7 @@ the same cores, on one ONNX Runtime thread a worker:
 - distcls: `distcls serve --provider cpu`, with engine processes and with threads;
 - Starlette: a plain route on uvicorn (uvloop, httptools), a pool of as many threads as cores;
 - LitServe, MLServer, Ray Serve: workers = cores, batches of up to 8;
-- Triton, tensors: a real tritonserver whose Python backend runs ONNX Runtime, batching what waits.
+- Triton tensors: a real tritonserver whose Python backend runs ONNX Runtime, batching what waits.
   It is sent preprocessed pixels, so it decodes nothing.
 
 Each but ours lives in a virtual environment of its own in the cache folder, made once. One that
@@ -339,9 +339,9 @@ def draw(found: Comparison, path: Path) -> None:
     figure = plotting.new_figure(9, 5.5)
     axes = figure.subplots()
     colours = {
-        **{"distcls, processes": plotting.BLUE, "distcls, threads": "#6fa8dc"},
+        **{"distcls processes": plotting.BLUE, "distcls threads": "#6fa8dc"},
         **{"Starlette": plotting.GREY, "LitServe": plotting.ORANGE, "MLServer": plotting.GREEN},
-        **{"Ray Serve": plotting.RED, "Triton, tensors": "#7b3fa0"},
+        **{"Ray Serve": plotting.RED, "Triton tensors": "#7b3fa0"},
     }
     for marker, (name, own) in zip("osD^vPX", found.figures.items(), strict=False):
         points = [(r, v) for r, v in own.p99(found.rounds).items() if math.isfinite(v)]

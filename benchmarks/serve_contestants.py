@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -93,7 +94,7 @@ def ways() -> dict[str, Way]:
     json_headers = (("Content-Type", "application/json"),)
     found = [
         *(
-            Way(name=f"distcls, {engine}", command=_ours(engine), read=_of_ours)
+            Way(name=f"distcls {engine}", command=_ours(engine), read=_of_ours)
             for engine in ("processes", "threads")
         ),
         Way(
@@ -124,7 +125,7 @@ def ways() -> dict[str, Way]:
             environment=lambda place: {"RAY_USAGE_STATS_ENABLED": "0"},
         ),
         Way(
-            name="Triton, tensors",
+            name="Triton tensors",
             packages=(*COMPUTING, "nvidia-pytriton==0.7.0", "numpy<2"),
             command=_triton,
             environment=_of_stub,
@@ -360,15 +361,28 @@ class Running:
         return [each for each in self._seen if each.is_running()]
 
     def memory(self) -> float:
-        """Megabytes of all its processes, shared pages counted once."""
-        total = 0
+        """Megabytes of all its processes, what they share among them counted once.
+
+        Pages of files count in full although another server may use the same libraries.
+        """
+        own, files = 0, Counter[str]()
         for process in self.processes():
-            with contextlib.suppress(OSError, StopIteration):
-                text = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
-                total += next(
-                    int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")
-                )
-        return total / 1024
+            mapped = Counter[str]()
+            with contextlib.suppress(OSError):
+                path = ""
+                for line in Path(f"/proc/{process.pid}/smaps").read_text("utf-8").splitlines():
+                    words = line.split()
+                    if not words[0].endswith(":"):
+                        path = words[5] if len(words) > 5 and words[5].startswith("/") else ""
+                    elif words[0] == "Rss:":
+                        mapped[path] += int(words[1]) if path else 0
+                    elif words[0] == "Pss:":
+                        own += 0 if path else int(words[1])
+                    elif words[0] == "Anonymous:" and path:
+                        own += int(words[1])
+                        mapped[path] -= int(words[1])
+            files |= mapped  # of each file the most that one process has
+        return (own + files.total()) / 1024
 
     def pause(self) -> None:
         """Stop its processes, so that they take no time from others."""
@@ -405,4 +419,4 @@ class Running:
 
 
 def _plain(name: str) -> str:
-    return name.partition(",")[0].partition(" ")[0].lower()
+    return name.partition(" ")[0].lower()
