@@ -360,7 +360,7 @@ def draw(found: Comparison, path: Path) -> None:
     axes.minorticks_off()
     axes.axhline(LIMIT, color="black", ls="--", lw=1)
     axes.axvline(found.reference, color="black", ls=":", lw=1)
-    axes.text(0.01, LIMIT, "100 ms", va="bottom", transform=axes.get_yaxis_transform(), size=8)
+    axes.text(1, LIMIT, " 100 ms", va="center", transform=axes.get_yaxis_transform(), size=8)
     axes.text(found.reference, 0.01, "distcls predict ", ha="right", size=8,
               transform=axes.get_xaxis_transform())  # fmt: skip
     axes.set_xlim(left=0)
