@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import common, crops, freezing, predict, scores
+from benchmarks import common, crops, freezing, open_loop, predict, scores, serve
 from distcls.cli import run
 from distcls.data.formats.idx import read_idx
 from distcls.data.prepare import PrepareOptions, prepare
@@ -128,6 +129,31 @@ def test_who_does_not_start_is_left_out_and_progress_is_said(
         "good: round 1 of 2, 7.0 a second",
         "good: round 2 of 2, 7.0 a second",
     ]
+
+
+def test_the_load_that_a_server_sustains() -> None:
+    """Between the last level within the limit and the next, by the logarithm of the p99."""
+    assert serve.sustained({100: 20, 200: 50, 300: 200, 400: 900}, 100) == pytest.approx(250)
+    assert serve.sustained({100: 500, 200: 50, 300: 200}, 100) == pytest.approx(250)
+    assert serve.sustained({100: 20, 200: math.inf}, 100) == pytest.approx(123.3, abs=0.1)
+    assert serve.sustained({100: 20, 200: 100}, 100) == 200
+    assert serve.sustained({100: 101, 200: math.inf}, 100) == 0
+    assert serve.sustained({}, 100) == 0
+
+
+def outcome(*latencies: float, refused: int = 0) -> open_loop.Outcome:
+    return open_loop.Outcome(
+        offered=9, seconds=1, latencies=list(latencies), refused=[0.1] * refused, failed=0
+    )
+
+
+def test_a_level_that_most_rounds_left_out_counts_as_not_served() -> None:
+    figures = serve.Figures(ready=1, idle=1)
+    figures.levels = {8: [outcome(0.1), outcome(0.3), outcome(0.2)], 9: [outcome(0.1)]}
+    assert figures.p99(3) == pytest.approx({8: 200, 9: math.inf})
+    assert outcome(*[0.1] * 98, refused=2).percentile(50) == math.inf
+    assert outcome(*[0.1] * 99, refused=1).percentile(50) == pytest.approx(100)
+    assert figures.peak == 1
 
 
 def test_predict_ends_in_a_line_for_a_mistake(
