@@ -17,10 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from distcls.commands.predict import main as predict
+from distcls.prediction import shortest
 from tests.pictures import encode, smooth
 from tests.serving import WHOLE, Server, serving
 
@@ -182,6 +184,38 @@ def over_http(server: Server, callers: int) -> Iterator[Ask]:
         yield ask
 
 
+@contextlib.contextmanager
+def over_grpc(server: Server, callers: int) -> Iterator[Ask]:
+    """ModelInfer with the image file, on one channel."""
+    grpc = pytest.importorskip("grpc", reason="distcls[serve-grpc] is not installed")
+    from distcls.serving.messages import MESSAGES
+
+    classes = server.get("/card").json["classes"]
+    found = re.search(r"gRPC at 127\.0\.0\.1:(\d+)", server.said)
+    assert found is not None
+    channel = grpc.insecure_channel(f"127.0.0.1:{found[1]}")
+    infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+
+    def ask(body: bytes) -> tuple[dict[str, Any] | None, str]:
+        request = MESSAGES["ModelInferRequest"](model_name="best")
+        request.inputs.add(name="images", datatype="BYTES", shape=[1])
+        request.outputs.add(name="probabilities")
+        request.raw_input_contents.append(len(body).to_bytes(4, "little") + body)
+        try:
+            data = infer(request.SerializeToString(), timeout=60)
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.INVALID_ARGUMENT:
+                raise
+            return None, error.details()
+        answer = MESSAGES["ModelInferResponse"].FromString(data)
+        values = np.frombuffer(answer.raw_output_contents[0], np.float32)
+        probabilities = dict(zip(classes, shortest(values), strict=True))
+        return {"label": max(classes, key=probabilities.get), "probabilities": probabilities}, ""
+
+    with contextlib.closing(channel):
+        yield ask
+
+
 def photographs_and_others(folder: Path) -> dict[str, bytes]:
     """A thousand images, every eighth of them broken in one of four ways, as files in `folder`."""
     folder.mkdir()
@@ -212,12 +246,13 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[bytes, dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", [over_http])
+@pytest.mark.parametrize("protocol", [over_http, over_grpc])
 @pytest.mark.parametrize("engine", ["processes", "threads"])
 def test_each_image_gets_the_row_of_predict_at_any_concurrency(
     engine: str, protocol: Protocol, expected: dict[bytes, dict[str, str]], tmp_path: Path
 ) -> None:
-    with serving(tmp_path, "--engine", engine, "--max-wait", 60) as server:
+    options = ("--engine", engine, "--max-wait", 60, "--grpc-port", 0)
+    with serving(tmp_path, *options) as server:
         for callers in (1, 16, 64):
             with protocol(server, callers) as ask, ThreadPoolExecutor(callers) as pool:
                 answers = list(pool.map(ask, expected))

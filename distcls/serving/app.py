@@ -11,7 +11,7 @@ import contextlib
 import re
 import urllib.parse
 import zlib
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ Send = Callable[[Message], Awaitable[None]]
 Scope = dict[str, Any]
 
 JSON = "application/json"
+EXACT = ("/predict", "/v2/health/live", "/v2/health/ready", "/metrics")
 COMPRESSED_FROM = 1000
 """Bytes of an answer from which compressing it pays."""
 OPEN_ROUTES = ("/v2/health/live", "/v2/health/ready")
@@ -106,10 +107,13 @@ class App(Service):
         """`token` is the bearer token that requests have to carry, if any."""
         super().__init__(options, token)
         self._pages = load_pages()
+        routes = _routes(self)
         self._routes = [
             (re.compile(pattern + r"/?"), _readable(pattern), handlers)
-            for pattern, handlers in _routes(self).items()
+            for pattern, handlers in routes.items()
         ]
+        self._exact = {pattern: (pattern, routes[pattern]) for pattern in EXACT}
+        """What is asked most, without trying all patterns."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI 3."""
@@ -171,6 +175,20 @@ class App(Service):
             refused = self.refuse(request, error)
             return _error(refused.status, refused.message, refused.headers)
 
+    def _matching(self, path: str) -> Iterator[tuple[str, dict[str, Handler], dict[str, str]]]:
+        """Routes that fit a path: the name, the handlers by method, and the parts of the path."""
+        if path in self._exact:
+            route, handlers = self._exact[path]
+            yield route, handlers, {}
+            return
+        for pattern, route, handlers in self._routes:
+            if (match := pattern.fullmatch(path)) is not None:
+                yield (
+                    route,
+                    handlers,
+                    {name: text or "" for name, text in match.groupdict().items()},
+                )
+
     async def _dispatch(self, request: Request) -> Reply:
         path = request.path
         if self.options.base_path:
@@ -178,10 +196,7 @@ class App(Service):
                 raise Refused(404, f"{path[:100]!r} is not below {self.options.base_path}")
             path = path[len(self.options.base_path) :] or "/"
         allowed: list[str] = []
-        for pattern, route, handlers in self._routes:
-            match = pattern.fullmatch(path)
-            if match is None:
-                continue
+        for route, handlers, values in self._matching(path):
             request.route = route
             if request.method == "OPTIONS" and self.options.cors:
                 return Reply(b"", 204)
@@ -191,7 +206,6 @@ class App(Service):
                 self.require_taking()
             handler = handlers.get("GET" if request.method == "HEAD" else request.method)
             if handler is not None:
-                values = {name: value or "" for name, value in match.groupdict().items()}
                 return await handler(request, **values)
             allowed += [*handlers]
         if allowed:
@@ -369,16 +383,27 @@ class App(Service):
         self, request: Request, found: Version, works: Sequence[Work], timeout: float | None
     ) -> list[Output]:
         """The outputs of images; their computing is dropped if the client leaves."""
-        computing = asyncio.ensure_future(self.compute(request, found, works, timeout))
+        here = asyncio.current_task()
+        assert here is not None
+        left = False
+
+        def leave(_: object) -> None:
+            nonlocal left
+            left = True
+            here.cancel()
+
         leaving = asyncio.ensure_future(request.body.gone())
+        leaving.add_done_callback(leave)
         try:
-            await asyncio.wait((computing, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not computing.done():
-                raise ClientGone
-            return computing.result()
+            return await self.compute(request, found, works, timeout)
+        except asyncio.CancelledError:
+            if not left:
+                raise
+            here.uncancel()
+            raise ClientGone from None
         finally:
+            leaving.remove_done_callback(leave)
             leaving.cancel()
-            computing.cancel()
 
     def _record(self, request: Request, status: int) -> None:
         request.size = request.body.size

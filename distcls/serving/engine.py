@@ -478,7 +478,8 @@ class ProcessLane:
         """See `Lane`."""
         try:
             self._writer.writelines(pack_batch(batch))
-            meta, arrays = await asyncio.wait_for(self._receive(), BATCH_TIMEOUT)
+            async with asyncio.timeout(BATCH_TIMEOUT):
+                meta, arrays = await self._receive()
             return unpack_outputs(meta, arrays, len(batch))
         except TimeoutError:
             self._kill()
@@ -493,8 +494,8 @@ class ProcessLane:
             text, arrays = HEADER.unpack(await self._reader.readexactly(HEADER.size))
             if text + arrays > MOST_ANSWER:
                 raise ValueError(f"an answer of {text + arrays:,} bytes")
-            meta = json.loads(await self._reader.readexactly(text))
-            return meta, await self._reader.readexactly(arrays)
+            message = await self._reader.readexactly(text + arrays)
+            return json.loads(message[:text]), message[text:]
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise LaneDied(_how_ended(await self.process.wait())) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,13 @@ BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 1
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
+_PROTOCOL = {
+    **{"total": "success", "queue": "queue", "decode": "compute_input"},
+    **{"infer": "compute_infer", "write": "compute_output"},
+}
+"""The protocol's names of the stages."""
+
+
 class _Histogram:
     """Counts of durations by bucket."""
 
@@ -30,8 +38,7 @@ class _Histogram:
         self.total = 0.0
 
     def add(self, seconds: float) -> None:
-        place = next((at for at, bound in enumerate(BOUNDS) if seconds <= bound), len(BOUNDS))
-        self.buckets[place] += 1
+        self.buckets[bisect.bisect_left(BOUNDS, seconds)] += 1
         self.total += seconds
 
     def cumulative(self) -> list[tuple[str, float]]:
@@ -61,9 +68,7 @@ class Statistics:
             self.stages[stage].add(spent)
         self.images += images
         self.last_ms = time.time_ns() // 1_000_000
-        names = {"total": "success", "queue": "queue", "decode": "compute_input"}
-        names |= {"infer": "compute_infer", "write": "compute_output"}
-        for stage, name in names.items():
+        for stage, name in _PROTOCOL.items():
             self._add(name, seconds.get(stage, 0.0))
 
     def failed(self, reason: str, seconds: float) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import os
 import queue
 import random
 import re
@@ -13,7 +14,6 @@ import sys
 import threading
 import time
 import traceback
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +44,7 @@ class Call:
     def __init__(self, method: str, path: str, request_id: str) -> None:
         """`request_id` is the client's own, if it is one."""
         self.method, self.path = method, path
-        self.id = request_id if REQUEST_ID.fullmatch(request_id) else uuid.uuid4().hex
+        self.id = request_id if REQUEST_ID.fullmatch(request_id) else os.urandom(16).hex()
         self.began = time.monotonic()
         self.route = "unknown"
         """The pattern that fits its path, for logs and metrics."""
