@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import gzip
 import http.client
 import io
@@ -500,3 +501,13 @@ def test_nobody_has_to_read_the_log_of_requests(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ServeOptions)])
+def test_every_option_is_read(field: str) -> None:
+    folder = ROOT / "distcls"
+    files = [path for path in (folder / "serving").glob("*.py") if path.name != "options.py"]
+    files.append(folder / "commands" / "serve.py")
+    read = [path.name for path in files if re.search(rf"\b\w+\.{field}\b", path.read_text())]
+    own = (folder / "serving" / "options.py").read_text()
+    assert read or f'"{field}": self.{field}' in own
