@@ -11,6 +11,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
@@ -329,8 +330,18 @@ def test_a_token_is_wanted_but_by_probes(tmp_path: Path) -> None:
         assert server.get("/metrics").status == 401
         assert server.get("/v2/health/ready").status == 200
         assert server.get("/").status == 200
+        assert server.get("/docs").status == 200
+        # models are not named to everybody
+        assert b'"best"' not in server.get("/openapi.json").body
         right = {"Authorization": "Bearer secret"}
         assert server.post("/predict", PHOTO, headers=right).status == 200
+        (tmp_path / "token").write_text("rotated\n", encoding="utf-8")
+        server.process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 10
+        rotated = {"Authorization": "Bearer rotated"}
+        while server.post("/predict", PHOTO, headers=rotated).status != 200:
+            assert time.monotonic() < end
+        assert server.post("/predict", PHOTO, headers=right).status == 401
 
 
 def test_pages_elsewhere_only_by_their_origin(tmp_path: Path) -> None:
@@ -340,6 +351,7 @@ def test_pages_elsewhere_only_by_their_origin(tmp_path: Path) -> None:
         assert server.post("/predict", PHOTO).status == 404
         answer = server.post("/vision/predict", PHOTO, headers={"Origin": origin})
         assert answer.headers["access-control-allow-origin"] == origin
+        assert "retry-after" in answer.headers["access-control-expose-headers"]
         asked = server.request("OPTIONS", "/vision/predict", headers={"Origin": origin})
         assert asked.status == 204
         assert "POST" in asked.headers["access-control-allow-methods"]
@@ -353,6 +365,12 @@ def call(*arguments: object) -> subprocess.CompletedProcess[str]:
     call = [sys.executable, "-m", "distcls", "serve"]
     words = [*call, *(["--port", "0"] * ("--port" not in arguments)), *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+
+
+def test_an_empty_token_is_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTCLS_TOKEN", "")
+    done = call("--model", WHOLE, "--check")
+    assert (done.returncode, "DISTCLS_TOKEN is set and empty" in done.stderr) == (2, True)
 
 
 def test_a_port_that_is_taken_is_refused(server: Server) -> None:

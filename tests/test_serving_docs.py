@@ -21,7 +21,6 @@ from distcls.serving.app import App
 from distcls.serving.body import LEAST_RATE, MOST_RATIO
 from distcls.serving.options import Limits
 from distcls.serving.protocol import MOST_JSON_NUMBERS
-from distcls.serving.server import HEADER_BYTES
 from tests.e2e.commands import ROOT
 from tests.environments import environment
 from tests.pictures import encode, smooth
@@ -139,7 +138,6 @@ def test_the_table_of_limits_is_that_of_the_options() -> None:
 def test_the_limits_that_cannot_be_changed() -> None:
     plain = " ".join(PAGE.split())
     for text in (
-        f"{HEADER_BYTES // 1024} kB of headers",
         f"at most {MOST_RATIO} times its size",
         f"{MOST_JSON_NUMBERS >> 20} MB of JSON",
         f"at {LEAST_RATE // 1000} kB/s at least",

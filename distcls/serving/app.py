@@ -40,10 +40,12 @@ Scope = dict[str, Any]
 
 JSON = "application/json"
 EXACT = ("/predict", "/v2/health/live", "/v2/health/ready", "/metrics")
+FORM = re.compile(rb"[\w.\[\]-]{1,50}=")
+"""How a form without files begins."""
 COMPRESSED_FROM = 1000
 """Bytes of an answer from which compressing it pays."""
-OPEN_ROUTES = ("/v2/health/live", "/v2/health/ready")
-"""Answered without a token: probes carry none."""
+OPEN_ROUTES = ("/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json")
+"""Answered without a token: probes and links carry none."""
 
 
 class Reply:
@@ -76,6 +78,7 @@ class Request(Call):
         )
         self.body = Body(receive, self.headers, options)
         super().__init__(self.method, self.path, self.header("x-request-id"))
+        self.client = (scope.get("client") or ("",))[0]
 
     def header(self, name: str) -> str:
         """The value of a header; empty if it is not there."""
@@ -360,6 +363,8 @@ class App(Service):
         served = list(self.repository.versions())
         names = [each.name for each in served]
         versions = sorted({each.version for each in served})
+        if self.wants_token:  # whoever reads it may not know them
+            names, versions = [], []
         return document(self.options, self.wants_token, names, versions)
 
     async def page(self, request: Request) -> Reply:
@@ -506,7 +511,7 @@ def _count_of(text: str, classes: int) -> int:
 def _files(body: bytes, kind: str, most: int) -> list[tuple[str | None, bytes]]:
     """Names and contents of the files in a body: its parts if it is a form, else the body."""
     name, options = parse_options_header(kind)
-    if name == "application/x-www-form-urlencoded" and body[:64].isascii():
+    if name == "application/x-www-form-urlencoded" and FORM.match(body):
         # curl calls everything a form that is not told otherwise; an image never begins like one
         raise Refused(
             415,
@@ -589,11 +594,17 @@ def _allow_origin(request: Request, reply: Reply, origin: str) -> None:
     """Let web pages of an origin read the reply."""
     if request.header("origin") != origin:
         return
-    reply.headers |= {"access-control-allow-origin": origin, "vary": "Origin"}
+    reply.headers |= {
+        "access-control-allow-origin": origin,
+        "access-control-expose-headers": "retry-after, x-request-id, "
+        "inference-header-content-length",
+        "vary": "Origin",
+    }
     if request.method == "OPTIONS":
         reply.headers["access-control-allow-methods"] = "GET, POST"
         allowed = "authorization, content-type, inference-header-content-length, x-request-id"
         reply.headers["access-control-allow-headers"] = allowed
+        reply.headers["access-control-max-age"] = "600"
 
 
 async def _send(send: Send, reply: Reply, head: bool = False) -> None:

@@ -14,7 +14,7 @@ from distcls.serving.protocol import Refused
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 
-LEAST_RATE, GRACE = 10_000, 2.0
+LEAST_RATE, GRACE = 10_000, 5.0
 """Bytes per second that a body has to come at, after the first seconds."""
 MOST_DRAINED, DRAIN_SECONDS = 64 * MB, 10.0
 """Of a body that is refused: what is still read, so that the client reads the answer."""

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from distcls import log
 from distcls.errors import BadImage, DistclsError, MachineError, UsageError
 from distcls.imaging.decode import decode
-from distcls.model_card import best_model, require_model
+from distcls.model_card import ModelCard, best_model, require_model
 from distcls.runtime.autotune import open_fastest
 from distcls.runtime.golden import check_golden
 from distcls.runtime.model import FEATURES, OnnxModel, WithFeatures
+from distcls.runtime.onnx_file import OnnxFile
 from distcls.runtime.pipeline import Profiler, infer
 from distcls.runtime.providers import (
     AUTO,
@@ -75,6 +76,8 @@ class Computer:
                 f"model: {path} is a checkpoint; `distcls export --ckpt {path}` makes the "
                 "best.onnx that is served"
             )
+        if (like := request.get("like")) is not None:
+            _require_like(OnnxFile(path), like)
         if request.get("execution") is not None:
             model = OnnxModel(path, ExecutionConfig.from_json(request["execution"]))
         else:
@@ -158,6 +161,23 @@ class Computer:
             "execution": model.execution.to_json(),
             "batch_size": self.batch_size,
         }
+
+
+def _require_like(file: OnnxFile, like: dict[str, Any]) -> None:
+    """Raise UsageError unless a file takes and gives what the version before it did."""
+    card = ModelCard.from_metadata(file.metadata, str(file.path))
+    size = card.preprocess.size
+    if list(size) != like["size"]:
+        raise UsageError(
+            f"{file.path}: its input is {size[0]}x{size[1]}, not {like['size'][0]}x"
+            f"{like['size'][1]} as before; clients that send tensors would fail. Serve it under "
+            "another name, or start the server again"
+        )
+    if card.task.to_json() != like["task"]:
+        raise UsageError(
+            f"{file.path}: its classes are not those of before; serve it under another name, or "
+            "start the server again"
+        )
 
 
 def _open(path: Path, request: dict[str, Any]) -> OnnxModel:

@@ -41,8 +41,10 @@ from distcls.serving.work import (
     unpack_outputs,
 )
 
-BATCH_TIMEOUT = 60.0
+BATCH_TIMEOUT = 30.0
 """Seconds after which a batch counts as hung, and its process is ended."""
+SLOW_BATCH = 10.0
+"""Seconds after which a lane is no longer counted on while its batch lasts."""
 START_TIMEOUT = 300.0
 """Seconds that a process may take to open a model."""
 RESPAWN_AFTER = (0.0, 0.5, 2.0, 10.0)
@@ -92,7 +94,10 @@ OpenLane = Callable[[dict[str, Any]], Awaitable[Lane]]
 class _Job:
     """A request: its images and the outputs so far."""
 
-    def __init__(self, works: Sequence[Work], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, works: Sequence[Work], loop: asyncio.AbstractEventLoop, deadline: float | None
+    ) -> None:
+        self.deadline = deadline
         self.outputs: list[Output | None] = [None] * len(works)
         self.left = len(works)
         self.done: asyncio.Future[None] = loop.create_future()
@@ -128,6 +133,10 @@ class Counts:
 
     batches: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
     """Batches computed, by their size."""
+    infer_ns: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    """Nanoseconds of computing them."""
+    decode_ns: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    """Nanoseconds of decoding their images."""
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     """Images that were not computed: cancelled, deadline."""
     deaths: int = 0
@@ -173,8 +182,8 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether a lane is there and new requests are taken."""
-        return bool(self.lanes) and not self._closed
+        """Whether new requests are taken and a lane is there that does not hang."""
+        return not self._closed and any(self._lasts(lane) <= SLOW_BATCH for lane in self.lanes)
 
     @property
     def waiting(self) -> int:
@@ -183,9 +192,14 @@ class Engine:
 
     @property
     def stuck(self) -> bool:
-        """Whether a batch has been computed for longer than any may take."""
-        now = time.monotonic()
-        return any(now - began > BATCH_TIMEOUT for began in self._oldest.values())
+        """Whether all lanes hang for longer than it takes to end and replace them."""
+        lasting = [self._lasts(lane) for lane in self.lanes]
+        return bool(lasting) and min(lasting) > BATCH_TIMEOUT + SLOW_BATCH
+
+    def _lasts(self, lane: Lane) -> float:
+        """Seconds for which a lane has computed its batch; 0 if it has none."""
+        began = self._oldest.get(lane)
+        return 0.0 if began is None else time.monotonic() - began
 
     @property
     def backlog(self) -> float:
@@ -215,12 +229,15 @@ class Engine:
         """The outputs of the images of a request, in order, and the seconds that they waited.
 
         `deadline` is a time of the monotonic clock before which all have to be begun. Cancelling
-        drops those that have not. Raises DeadlineMissed, EngineClosed, BatchFailed and LaneDied.
+        drops those that have not. Raises Busy, DeadlineMissed and EngineClosed.
         """
         if self._closed:
             raise EngineClosed
+        waiting = self._work_s / max(1, len(self.lanes))
+        if waiting > self.max_wait:  # what came meanwhile, or many images in one body
+            raise Busy(waiting)
         loop = asyncio.get_running_loop()
-        job = _Job(works, loop)
+        job = _Job(works, loop, deadline)
         for place, work in enumerate(works):
             cost = self._image_s + (0 if work.pixels else self._decode_cost(len(work.data)))
             self._work_s += cost
@@ -299,7 +316,10 @@ class Engine:
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 await self._compute(lane, half)
             return
-        self.counts.batches[len(batch)] += 1
+        size, spent = len(batch), sum(output.decode_s for output in outputs)
+        self.counts.batches[size] += 1
+        self.counts.infer_ns[size] += int(1e9 * outputs[0].infer_s)
+        self.counts.decode_ns[size] += int(1e9 * spent)
         self._learn(batch, outputs)
         for entry, output in zip(batch, outputs, strict=True):
             entry.job.finish(entry.place, output)
@@ -329,7 +349,11 @@ class Engine:
                 self._poison[_digest(entry.work)] = time.monotonic() + POISON_SECONDS
                 reason = f"it ends the process that decodes it ({how})"
                 self._finish_with_error(entry, reason, "image")
-            elif not entry.job.done.done() and entry.job.outputs[entry.place] is None:
+            elif entry.job.done.done() or entry.job.outputs[entry.place] is not None:
+                continue
+            elif (entry.job.deadline or math.inf) < time.monotonic():
+                entry.job.fail(DeadlineMissed())
+            else:
                 again.append(dataclasses.replace(entry, alone=True))
         self._work_s += sum(entry.cost for entry in again)
         self._queue.extendleft(reversed(again))

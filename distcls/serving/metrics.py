@@ -86,7 +86,7 @@ class Statistics:
         count, ns = self.ns[name]
         return {"count": count, "ns": ns}
 
-    def to_json(self, name: str, version: str, batches: dict[int, int]) -> dict[str, Any]:
+    def to_json(self, name: str, version: str, counts: Any) -> dict[str, Any]:
         """An entry of `model_stats`, with all of the keys that perf_analyzer reads."""
         keys = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
         pairs = {key: self.pair(key) for key in keys}
@@ -95,7 +95,7 @@ class Statistics:
             "version": version,
             "last_inference": self.last_ms,
             "inference_count": self.images,
-            "execution_count": sum(batches.values()),
+            "execution_count": sum(counts.batches.values()),
             "inference_stats": {
                 **pairs,
                 "cache_hit": {"count": 0, "ns": 0},
@@ -104,11 +104,11 @@ class Statistics:
             "batch_stats": [
                 {
                     "batch_size": size,
-                    "compute_input": {"count": count, "ns": 0},
-                    "compute_infer": {"count": count, "ns": 0},
+                    "compute_input": {"count": count, "ns": counts.decode_ns[size]},
+                    "compute_infer": {"count": count, "ns": counts.infer_ns[size]},
                     "compute_output": {"count": count, "ns": 0},
                 }
-                for size, count in sorted(batches.items())
+                for size, count in sorted(counts.batches.items())
             ],
             "response_stats": {},
             "memory_usage": [],
@@ -118,9 +118,9 @@ class Statistics:
 class Metrics(Collector):  # type: ignore[misc]  # the library has no types
     """The page for Prometheus, made from what models and server have counted when it is asked."""
 
-    def __init__(self, versions: Any) -> None:
-        """`versions` is a function that returns the versions that are served."""
-        self._versions = versions
+    def __init__(self, repository: Any) -> None:
+        """`repository` is what is served, a `Repository`."""
+        self._repository = repository
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         self.rejected: collections.Counter[str] = collections.Counter()
@@ -139,8 +139,9 @@ class Metrics(Collector):  # type: ignore[misc]  # the library has no types
 
     def collect(self) -> Iterator[Metric]:
         """All metrics."""
-        versions = list(self._versions())
+        versions = self._repository.counted()
         yield from self._ours(versions)
+        yield from self._served()
         yield from self._tritons(versions)
 
     def _ours(self, versions: list[Any]) -> Iterator[Metric]:
@@ -167,6 +168,19 @@ class Metrics(Collector):  # type: ignore[misc]  # the library has no types
         deaths = CounterMetricFamily(
             "distcls_process_deaths", "Compute processes that ended by themselves.", labels=labels
         )
+        for each in versions:
+            own = [each.name, each.version]
+            for stage, histogram in each.statistics.stages.items():
+                stages.add_metric([*own, stage], histogram.cumulative(), histogram.total)
+            sizes.add_metric(own, *_batch_buckets(each.engine.counts.batches))
+            for reason, count in each.engine.counts.dropped.items():
+                dropped.add_metric([*own, reason], count)
+            deaths.add_metric(own, each.engine.counts.deaths)
+        yield from (stages, sizes, dropped, deaths)
+
+    def _served(self) -> Iterator[Metric]:
+        """Of what is served now, and how loading went."""
+        labels = ["model", "version"]
         backlog = GaugeMetricFamily(
             "distcls_backlog_seconds", "Seconds of work that are waiting.", labels=labels
         )
@@ -179,20 +193,18 @@ class Metrics(Collector):  # type: ignore[misc]  # the library has no types
         info = GaugeMetricFamily(
             "distcls_model_info", "What is served.", labels=[*labels, "sha256", "provider"]
         )
-        for each in versions:
-            own = [each.name, each.version]
-            for stage, histogram in each.statistics.stages.items():
-                stages.add_metric([*own, stage], histogram.cumulative(), histogram.total)
-            sizes.add_metric(own, *_batch_buckets(each.engine.counts.batches))
-            for reason, count in each.engine.counts.dropped.items():
-                dropped.add_metric([*own, reason], count)
-            deaths.add_metric(own, each.engine.counts.deaths)
-            backlog.add_metric(own, each.engine.backlog)
+        loads = CounterMetricFamily(
+            "distcls_model_loads", "Files that were loaded.", labels=["model", "outcome"]
+        )
+        for each in self._repository.versions():
+            own, facts = [each.name, each.version], each.engine.facts
+            backlog.add_metric(own, round(each.engine.backlog, 6))
             lanes.add_metric(own, len(each.engine.lanes))
-            facts = each.engine.facts
             memory.add_metric(own, facts["memory"])
             info.add_metric([*own, facts["sha256"], facts["provider"]], 1)
-        yield from (stages, sizes, dropped, deaths, backlog, lanes, memory, info)
+        for name, outcome, count in self._repository.loads():
+            loads.add_metric([name, outcome], count)
+        yield from (backlog, lanes, memory, info, loads)
 
     def _tritons(self, versions: list[Any]) -> Iterator[Metric]:
         """The names of Triton's metrics, so that dashboards made for it work."""

@@ -94,7 +94,11 @@ def document(
 ) -> dict[str, Any]:
     """The OpenAPI 3.1 document of the server: its options, and the models with their versions."""
     paths = {row[0]: {row[1]: _operation(*row)} for row in _table()}
-    known = {"model": {**_TEXT, "enum": [*names]}, "version": {**_TEXT, "enum": [*versions]}}
+    known = {
+        key: {**_TEXT, "enum": [*values]}
+        for key, values in (("model", names), ("version", versions))
+        if values
+    }
     for methods in paths.values():
         for operation in methods.values():
             for parameter in operation["parameters"]:

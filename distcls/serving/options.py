@@ -32,7 +32,8 @@ class Limits:
     """Seconds in which the headers of a request have to arrive, and that a connection may be silent
     between two requests; beyond, it is closed."""
     body_timeout: float = 30.0
-    """Seconds in which a body has to arrive, at 10 kB/s at least; beyond: 408."""
+    """Seconds in which a body has to arrive, and at 10 kB/s at least after the first 5 s; beyond:
+    408."""
     max_connections: int = 4096
     """Open connections; beyond, new ones wait."""
 
@@ -69,7 +70,7 @@ class ServeOptions(Limits):
     """Where images are decoded and computed: processes (a decoder that crashes takes one batch with
     it) or threads of this process."""
     workers: int | None = None
-    """Compute processes or threads; default: one per core, on a GPU two."""
+    """Compute processes or threads of each model; default: one per core, on a GPU two."""
     batch_size: int | None = None
     """Maximum batch size; default: 64 images, fewer for large inputs on the CPU."""
     reload: float | None = None

@@ -8,6 +8,7 @@ file that cannot be served leaves the old version where it is, and its reason in
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -24,6 +25,8 @@ from distcls.serving.protocol import Interface, Refused
 from distcls.serving.work import BatchFailed
 from distcls.task import Task
 
+RETIRED = 8
+"""Versions that are no longer served whose counts are still shown: a scrape may come later."""
 DRAIN_OLD = 30.0
 """Seconds that requests of a replaced version may take."""
 MODEL_FILES = ("model.onnx", "best.onnx")
@@ -70,6 +73,8 @@ class _Model:
         self.failed_version = ""
         self.wanted = True
         """False once a client has unloaded it."""
+        self.loads = {"served": 0, "refused": 0}
+        """How often a file was loaded, by the outcome."""
         self.lock = asyncio.Lock()
 
 
@@ -81,6 +86,7 @@ class Repository:
         self._models: dict[str, _Model] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._old: list[Version] = []
+        self._retired: collections.deque[Version] = collections.deque(maxlen=RETIRED)
 
     async def start(self) -> None:
         """Load all models. Raises UsageError if there is none, or one cannot be served."""
@@ -98,6 +104,16 @@ class Repository:
         for model in self._models.values():
             if model.current is not None:
                 yield model.current
+
+    def counted(self) -> list[Version]:
+        """Versions whose counts are shown: those that are served, and the last ones before."""
+        return [*self.versions(), *self._old, *self._retired]
+
+    def loads(self) -> Iterator[tuple[str, str, int]]:
+        """How often a file of each model was loaded, by name and outcome."""
+        for name, model in self._models.items():
+            for outcome, count in model.loads.items():
+                yield name, outcome, count
 
     @property
     def names(self) -> list[str]:
@@ -140,7 +156,7 @@ class Repository:
         """The statistics of the protocol, of one model or of all. Raises Refused as `find` does."""
         versions = [self.find(name, version)] if name else self.versions()
         found = [
-            each.statistics.to_json(each.name, each.version, each.engine.counts.batches)
+            each.statistics.to_json(each.name, each.version, each.engine.counts)
             for each in versions
         ]
         return {"model_stats": found}
@@ -161,7 +177,11 @@ class Repository:
 
     async def reload(self) -> None:
         """Load what is new or has changed since, one model after the other."""
-        places = await asyncio.to_thread(self._places)
+        try:
+            places = await asyncio.to_thread(self._places)
+        except (DistclsError, OSError) as error:
+            log.warn(f"models are not reloaded: {error}")
+            return
         for name, place in places.items():
             model = self._models.setdefault(name, _Model())
             if model.wanted and model.stamp != place.stamp:
@@ -200,7 +220,9 @@ class Repository:
                 "UNLOADED",
                 "unloaded",
             )
-            self._retire(model.current)
+            if model.current is not None:
+                self._old.append(model.current)
+                self._retire(model.current)
             model.current = None
 
     async def close(self, timeout: float) -> None:
@@ -218,13 +240,13 @@ class Repository:
             before = model.current
             version = place.version or str(1 + int(before.version if before else 0))
             model.stamp, model.state = place.stamp, "LOADING"
-            engine = self._engine(place.path)
+            engine = self._engine(place.path, before)
             try:
                 await engine.start()
-                self._require_same(before, engine)
             except (DistclsError, LaneDied, BatchFailed, OSError) as error:
                 await engine.close(0)
                 model.state, model.reason, model.failed_version = "UNAVAILABLE", str(error), version
+                model.loads["refused"] += 1
                 if before is not None:
                     log.warn(f"{place.path} is not served, version {before.version} stays: {error}")
                 if isinstance(error, DistclsError):
@@ -232,41 +254,33 @@ class Repository:
                 raise DistclsError(f"{place.path}: {error}") from error
             model.current = Version(name, version, engine, self._options.max_images)
             model.state, model.reason, model.failed_version = "READY", "", ""
+            model.loads["served"] += 1
             if before is not None:
+                self._old.append(before)
                 log.say(f"{name}: version {version} is served, from {place.path}")
                 await engine.wait_for_lanes()
                 self._retire(before)
 
-    def _require_same(self, before: Version | None, engine: Engine) -> None:
-        """Raise UsageError unless a new version takes and gives what the one before did."""
-        if before is None:
-            return
-        size = engine.facts["card"]["preprocess"]["size"]
-        if list(before.interface.size) != list(size):
-            raise UsageError(
-                f"its input is {size[0]}x{size[1]}, not {before.interface.size[0]}x"
-                f"{before.interface.size[1]} as before: clients that send tensors would fail; "
-                "serve it under another name"
-            )
-        if before.interface.task != Task.from_json(engine.facts["task"]):
-            raise UsageError("its classes are not those of before; serve it under another name")
-
-    def _retire(self, version: Version | None) -> None:
-        if version is None:
-            return
-        self._old.append(version)
+    def _retire(self, version: Version) -> None:
+        """End a version that is no longer served once its requests are finished."""
 
         async def close() -> None:
             await asyncio.sleep(0)  # whoever found it in this turn submits first
             await version.engine.close(DRAIN_OLD)
             self._old.remove(version)
+            self._retired.append(version)
 
         task = asyncio.get_running_loop().create_task(close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    def _engine(self, path: Path) -> Engine:
-        request, most = self._options.request, self._options.max_wait
+    def _engine(self, path: Path, before: Version | None) -> Engine:
+        """An engine for a file, which has to take and give what the version before it did."""
+        like = None
+        if before is not None:
+            task = before.interface.task.to_json()
+            like = {"size": list(before.interface.size), "task": task}
+        request, most = {**self._options.request, "like": like}, self._options.max_wait
         if self._options.engine == "threads":
             return Engine(_Threads(path, request).open, most)
         return Engine(functools.partial(_open_process, path, request), most)

@@ -94,6 +94,7 @@ class _Serving:
         self.options = options
         self.app = App(options, _read_token(options))
         self._stop = asyncio.Event()
+        self._reloading: asyncio.Future[None] | None = None
         self._now = False
 
     async def run(self, began: float) -> None:
@@ -170,8 +171,11 @@ class _Serving:
         return [] if seconds is None else [self.app.repository.watch(seconds)]
 
     def _reload(self) -> None:
-        task = asyncio.ensure_future(self.app.repository.reload())
-        task.add_done_callback(lambda done: done.exception())
+        try:
+            self.app.token = _read_token(self.options)
+        except UsageError as error:
+            log.warn(f"the token stays as it was: {error}")
+        self._reloading = asyncio.ensure_future(self.app.repository.reload())
 
     def _ask_to_stop(self) -> None:
         if self._stop.is_set():
@@ -230,7 +234,10 @@ def _grpc_server() -> type[GrpcServer]:
 def _read_token(options: ServeOptions) -> str:
     """The bearer token; empty if none is wanted. Raises UsageError for a file without one."""
     if options.token_file is None:
-        token = os.environ.get(TOKEN, "").strip()
+        given = os.environ.get(TOKEN)
+        token = (given or "").strip()
+        if given is not None and not token:
+            raise UsageError(f"{TOKEN} is set and empty; unset it to serve without a token")
     else:
         try:
             data = read_bytes(options.token_file, MOST_TOKEN)
@@ -302,8 +309,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         height, width = model["input"]
         facts = (
             *(model["task"], f"input {height}x{width}", model["provider"]),
-            *(log.counted(model["workers"], "worker"), f"{model['image_ms']} ms an image"),
-            f"{model['memory_mb']} MB",
+            *(f"{model['image_ms']} ms an image", f"{model['memory_mb']} MB"),
         )
         title = f"{model['name']} (version {model['version']})"
         sys.stdout.write(f"{title}: {', '.join(facts)}\n")

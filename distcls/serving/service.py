@@ -55,6 +55,10 @@ class Call:
         """Of its stages, once it was computed."""
         self.size = 0
         """Bytes that came."""
+        self.client = ""
+        """The client's address, if that is known."""
+        self.error = ""
+        """Why it was refused."""
 
     def header(self, name: str) -> str:
         """The value of a header; empty if it is not there."""
@@ -111,20 +115,21 @@ class Service:
         """`token` is the bearer token that requests have to carry, if any."""
         self.options = options
         self.repository = Repository(options)
-        self.metrics = Metrics(self.repository.versions)
+        self.metrics = Metrics(self.repository)
         self.draining = False
         """Not ready any more, though what comes is still served."""
         self.refusing = False
         """New requests are refused, those under way finished."""
         self.in_flight = 0
-        self._token = token.encode()
+        self.token = token
+        """The bearer token that requests have to carry; empty if none is wanted."""
         self._tracer = open_tracer()
         self._access_log = AccessLog() if options.access_log else None
 
     @property
     def wants_token(self) -> bool:
         """Whether requests have to carry a token."""
-        return bool(self._token)
+        return bool(self.token)
 
     async def start(self) -> None:
         """Load the models. Raises UsageError if one cannot be served."""
@@ -151,10 +156,11 @@ class Service:
 
     def authorize(self, given: bytes) -> None:
         """Raise Refused unless `given`, the header Authorization, has the token."""
-        if not self._token:
+        if not self.token:
             return
+        wanted = self.token.encode()
         scheme, _, token = given.partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), wanted):
             message = "a bearer token is wanted, as in `Authorization: Bearer TOKEN`"
             raise Refused(401, message, {"www-authenticate": "Bearer"})
 
@@ -206,6 +212,7 @@ class Service:
     def refuse(self, call: Call, error: Exception) -> Refused:
         """What the client is told of an error, which is counted; one of ours is logged."""
         refused = self._refusal(call, error)
+        call.error = refused.message
         self.metrics.rejected[REASONS.get(refused.status, str(refused.status))] += 1
         if call.model is not None:
             for version in self.repository.versions():
@@ -249,6 +256,8 @@ class Service:
             "status": status,
             "bytes": call.size,
             "ms": round(1000 * (time.monotonic() - call.began), 2),
+            **({"error": call.error} if call.error else {}),
+            **({"client": call.client} if call.client else {}),
             "model": call.model and "/".join(call.model),
             "images": call.images,
             **{f"{name}_ms": round(1000 * s, 2) for name, s in call.seconds.items()},

@@ -194,6 +194,45 @@ def test_too_much_is_refused_at_once_and_the_rest_served(tmp_path: Path) -> None
 
 
 @pytest.mark.row(25)
+def test_many_images_in_a_request_wait_no_longer(tmp_path: Path) -> None:
+    """Bodies that are read at the same time are weighed again when their images are known."""
+    options = ("--workers", 1, "--batch-size", 1, "--max-wait", 0.3)
+    with serving(tmp_path, *options, env=PARTS) as server:
+        slow = b"SLEEP!" + PHOTO
+        for _ in range(6):
+            predicted(server.post("/predict", slow, headers=JPEG))
+        body, headers = form([("a", slow)] * 3)
+        answers = together(8, lambda _: server.post("/predict", body, headers=headers))
+        served = [answer for answer in answers if answer.status == 200]
+        assert {answer.status for answer in answers} == {200, 503}
+        assert 1 <= len(served) <= 3  # all eight would take 12 s
+        rows = [row for answer in served for row in answer.json["predictions"]]
+        assert max(row["seconds"]["queue"] for row in rows) < 4
+
+
+@pytest.mark.row(30)
+@pytest.mark.slow
+def test_processes_that_hang_are_replaced(fragile: Server) -> None:
+    for pid in fragile.processes():
+        os.kill(pid, signal.SIGSTOP)
+    answers: list[Any] = []
+    asking = threading.Thread(
+        target=lambda: answers.extend(together(3, lambda _: fragile.post("/predict", PHOTO)))
+    )
+    asking.start()
+    began, statuses = time.monotonic(), []
+    while asking.is_alive():
+        statuses.append(fragile.get("/v2/health/ready").status)
+        time.sleep(0.5)
+    assert 503 in statuses
+    assert time.monotonic() - began < 60
+    assert {answer.status for answer in answers} <= {200, 504}
+    assert "no answer within 30 s" in fragile.said
+    wait_for_processes(fragile, 2)
+    predicted(fragile.post("/predict", PHOTO))
+
+
+@pytest.mark.row(25)
 def test_a_deadline_that_cannot_be_met(fragile: Server) -> None:
     slow = threading.Thread(
         target=together,
@@ -288,6 +327,10 @@ def test_a_new_model_is_loaded_under_load_without_a_failed_request(tmp_path: Pat
         assert set(versions) == {"1", "2"}
         assert len({predicted(answer) for answer in load.answers}) == 1
         assert server.get("/v2/models/best/versions/1/ready").status == 404
+        lines = metrics(server).splitlines()
+        counts = [line for line in lines if line.startswith("nv_inference_request_success{")]
+        served = sum(float(line.split()[-1]) for line in counts)  # nothing is lost with a version
+        assert served == len(load.answers)
         end = time.monotonic() + 10
         while len(server.processes()) > available_cores():
             assert time.monotonic() < end, "the old processes stay"
@@ -327,6 +370,7 @@ def test_a_bad_new_model_leaves_the_old_one(tmp_path: Path, fault: str) -> None:
         index = server.post("/v2/repository/index").json
         assert [entry["state"] for entry in index] == ["READY", "UNAVAILABLE"]
         assert index[1]["reason"]
+        assert 'distcls_model_loads_total{model="best",outcome="refused"} 1.0' in metrics(server)
         assert server.get("/v2/health/ready").status == 200
         assert server.get("/card").json["version"] == "1"
         assert "Traceback" not in server.said
