@@ -58,7 +58,7 @@ Open = Callable[[ExecutionConfig], OnnxModel]
 
 
 def open_fastest(
-    path: Path, request: ExecutionRequest, source: ImageSource | None = None
+    path: Path | OnnxFile, request: ExecutionRequest, source: ImageSource | None = None
 ) -> OnnxModel:
     """Open a model as it runs fastest here, and log which way that is, and why.
 
@@ -68,7 +68,7 @@ def open_fastest(
     """
     if request.provider != AUTO:
         require_installed(request.provider)
-    file = OnnxFile(path)
+    file = path if isinstance(path, OnnxFile) else OnnxFile(path)
     key = cache_key(file.sha256, request)
     cached = read_cache(key, request)
     if cached is not None:

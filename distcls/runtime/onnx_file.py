@@ -56,10 +56,13 @@ class OnnxFile:
     or a link, and older runtimes follow it.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises UsageError if the file cannot be read, is no ONNX file, or fails verification."""
+    def __init__(self, path: Path, content: bytes | None = None) -> None:
+        """`content` are its bytes if they have been read already.
+
+        Raises UsageError if the file cannot be read, is no ONNX file, or fails verification.
+        """
         self.path = Path(path)
-        self.content = _read(self.path)
+        self.content = _read(self.path) if content is None else content
         """All of its bytes, a serialised ModelProto."""
         self.sha256 = hashlib.sha256(self.content).hexdigest()
         """Of the whole file, hexadecimal."""

@@ -29,6 +29,7 @@ from distcls.serving.protocol import (
     check_outputs,
     format_infer,
     parse_infer,
+    parse_object,
     server_metadata,
 )
 from distcls.serving.repository import Version
@@ -71,11 +72,8 @@ class Request(Call):
         self.headers: dict[bytes, bytes] = {}
         for name, value in scope["headers"]:
             self.headers[name.lower()] = value
-        self.query = dict(
-            urllib.parse.parse_qsl(
-                scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=50
-            )
-        )
+        self.query: dict[str, str] = {}
+        self._query: bytes = scope["query_string"]
         self.body = Body(receive, self.headers, options)
         super().__init__(self.method, self.path, self.header("x-request-id"))
         self.client = (scope.get("client") or ("",))[0]
@@ -85,7 +83,13 @@ class Request(Call):
         return self.headers.get(name.encode(), b"").decode("latin-1")
 
     def require_query(self, *known: str) -> None:
-        """Raise Refused for a parameter of the query that is unknown, or empty."""
+        """Read the query. Raises Refused for a parameter that is unknown, or empty."""
+        text = self._query.decode("latin-1")
+        try:
+            pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=50)
+        except ValueError as error:
+            raise Refused(400, f"the query cannot be read: {str(error)[:100]}") from error
+        self.query = dict(pairs)
         for name, value in self.query.items():
             if name not in known:
                 raise Refused(400, f"unknown parameter {shown(name)}{did_you_mean(name, known)}")
@@ -145,25 +149,22 @@ class App(Service):
                 return
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request: Request | None = None
+        request = Request(scope, receive, self.options)
+        request.body.budget = self.body_budget
         try:
-            request = Request(scope, receive, self.options)
             reply = await self._answer(request)
-        except ValueError as error:  # a query of thousands of fields
-            reply = _error(400, f"the query cannot be read: {str(error)[:100]}")
         except ClientGone:
-            if request is not None:
-                self._record(request, 499)
+            self._record(request, 499)
             with contextlib.suppress(Exception):  # nobody may be there to read it
                 await _send(send, _error(400, "the body ended before it was complete"))
             return
-        closes = self.draining
-        if request is not None:
-            closes = not await request.body.drain() or closes
-            reply.headers["x-request-id"] = request.id
-            if self.options.cors:
-                _allow_origin(request, reply, self.options.cors)
-            self._record(request, reply.status)
+        finally:
+            request.body.release()
+        closes = not await request.body.drain() or self.draining
+        reply.headers["x-request-id"] = request.id
+        if self.options.cors:
+            _allow_origin(request, reply, self.options.cors)
+        self._record(request, reply.status)
         if closes:
             reply.headers["connection"] = "close"
         await _send(send, reply, head=scope["method"] == "HEAD")
@@ -290,10 +291,11 @@ class App(Service):
         """POST /v2/models/{model}/infer"""
         found = self.admit(request, model, version)
         length = request.headers.get(b"inference-header-content-length")
-        with found.engine.admission(request.body.declared or 0):
-            body = await request.body.read()
-            text = None if length is None else length.decode("latin-1")
-            asked = parse_infer(body, text, found.interface)
+        found.engine.require_room()
+        body = await request.body.read()
+        found = self.still(request, found, model, version)
+        text = None if length is None else length.decode("latin-1")
+        asked = parse_infer(body, text, found.interface)
         outputs = await self._compute(request, found, asked.works, asked.timeout)
         body, json_bytes = format_infer(asked, outputs, found.interface)
         self.count(request, found, outputs)
@@ -306,14 +308,14 @@ class App(Service):
     async def predict(self, request: Request) -> Reply:
         """POST /predict"""
         request.require_query("model", "version", "top_k", "probabilities", "input")
-        found = self.admit(
-            request, request.query.get("model", ""), request.query.get("version", "")
-        )
+        model, version = request.query.get("model", ""), request.query.get("version", "")
+        found = self.admit(request, model, version)
         task = found.interface.task
         top_k = _count_of(request.query.get("top_k", "5"), len(task.classes))
         wants_input, everything = request.flag("input"), request.flag("probabilities")
-        with found.engine.admission(request.body.declared or 0):
-            body = await request.body.read()
+        found.engine.require_room()
+        body = await request.body.read()
+        found = self.still(request, found, model, version)
         files = _files(body, request.header("content-type"), self.options.max_images)
         works = [Work(data, keep_input=wants_input) for _, data in files]
         outputs = await self._compute(request, found, works, None)
@@ -532,7 +534,8 @@ def _files(body: bytes, kind: str, most: int) -> list[tuple[str | None, bytes]]:
         ) as parser:
             for event in parser.parse(body):
                 if event is None:
-                    if current is not None and title is not None:
+                    # without a name and content it is a file input that was left empty
+                    if current is not None and (title or (title is not None and current)):
                         found.append((title, bytes(current)))
                     current = title = None
                 elif isinstance(event, bytes | bytearray | memoryview):
@@ -552,15 +555,7 @@ def _files(body: bytes, kind: str, most: int) -> list[tuple[str | None, bytes]]:
 async def _json_object(request: Request) -> dict[str, Any]:
     """The JSON object in a body; empty if there is no body."""
     body = await request.body.read()
-    if not body.strip():
-        return {}
-    try:
-        values = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise Refused(400, f"the body is not JSON: {str(error)[:200]}") from error
-    if not isinstance(values, dict):
-        raise Refused(400, "the body is no JSON object")
-    return values
+    return parse_object(body) if body.strip() else {}
 
 
 def _json(values: Any) -> Reply:
@@ -580,7 +575,12 @@ def _error(
 def _compressed(request: Request, reply: Reply) -> Reply:
     """The answer of infer, compressed if the client takes that."""
     accepted = request.header("accept-encoding").lower()
-    offered = {part.partition(";")[0].strip() for part in accepted.split(",")}
+    offered = {
+        name.strip()
+        for name, _, quality in (part.partition(";") for part in accepted.split(","))
+        if not re.fullmatch(r"\s*q=0(\.0*)?\s*", quality)
+    }
+    reply.headers["vary"] = "Accept-Encoding"
     name = next((each for each in ("gzip", "deflate") if each in offered), None)
     if name is None or len(reply.body) < COMPRESSED_FROM:
         return reply

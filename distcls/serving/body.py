@@ -39,6 +39,9 @@ class Body:
         chunked = b"transfer-encoding" in headers
         self.complete = not chunked and not self.declared
         """Whether all of it has been read."""
+        self.budget: Any = None
+        """What bounds the memory of all bodies, a `BodyBudget`."""
+        self._taken = 0
         self.too_slow = False
         self.size = 0
         """Bytes read."""
@@ -57,6 +60,7 @@ class Body:
             async with asyncio.timeout_at(min(last, due)) as timer:
                 while not self.complete:
                     parts.append(await self._next())
+                    self._take(len(parts[-1]))
                     if self.size > most:
                         raise self._too_large(most)
                     timer.reschedule(min(last, due + self.size / LEAST_RATE))
@@ -65,6 +69,17 @@ class Body:
             raise self._came_slowly(time.monotonic() - began) from None
         data = parts[0] if len(parts) == 1 else b"".join(parts)
         return self._decompressed(data)
+
+    def _take(self, size: int) -> None:
+        if self.budget is not None:
+            self.budget.take(size)
+            self._taken += size
+
+    def release(self) -> None:
+        """Its bytes are not needed any more."""
+        if self.budget is not None:
+            self.budget.give(self._taken)
+        self._taken = 0
 
     async def drain(self) -> bool:
         """Read and discard what is left, so that the client reads our answer; whether it ended.

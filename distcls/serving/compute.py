@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from distcls import log
 from distcls.errors import BadImage, DistclsError, MachineError, UsageError
-from distcls.imaging.decode import decode
+from distcls.imaging.decode import decode, pixel_limit
+from distcls.imaging.reading import byte_limit
 from distcls.model_card import ModelCard, best_model, require_model
 from distcls.runtime.autotune import open_fastest
 from distcls.runtime.golden import check_golden
@@ -71,17 +72,20 @@ class Computer:
         """
         require_model(path)
         path = best_model(path)
+        pixel_limit()  # what the environment says wrongly is said now, not of each image
+        byte_limit()
         if path.suffix.lower() == ".pth":
             raise UsageError(
                 f"model: {path} is a checkpoint; `distcls export --ckpt {path}` makes the "
                 "best.onnx that is served"
             )
+        file = OnnxFile(path, _content(request.get("file")))
         if (like := request.get("like")) is not None:
-            _require_like(OnnxFile(path), like)
+            _require_like(file, like)
         if request.get("execution") is not None:
-            model = OnnxModel(path, ExecutionConfig.from_json(request["execution"]))
+            model = OnnxModel(file, ExecutionConfig.from_json(request["execution"]))
         else:
-            model = _open(path, request)
+            model = _open(file, request)
         return cls(model, request["batch_size"] or model.execution.batch_size)
 
     def run(self, batch: Sequence[Work]) -> list[Output]:
@@ -128,8 +132,10 @@ class Computer:
             if work.keep_input and output.fault != "machine":
                 output.input = images[place].tobytes() if output.error is None else None
 
-    def warm_up(self) -> float:
-        """Compute the largest batch, so that memory and kernels are there; seconds for one image.
+    def warm_up(self) -> tuple[float, float]:
+        """Compute the largest batch, so that memory and kernels are there.
+
+        Returns the seconds for one image, and for the largest batch.
 
         The golden samples of the file are compared first. Raises DistclsError if they differ,
         BatchFailed if the model cannot compute a batch.
@@ -142,10 +148,18 @@ class Computer:
                 "logits depend on the images that it is computed with"
             )
         self.run([blank] * self.batch_size)
-        self.run([blank])
-        began = time.perf_counter()
-        self.run([blank])
-        return time.perf_counter() - began
+        return self._seconds(1), self._seconds(self.batch_size)
+
+    def _seconds(self, size: int) -> float:
+        """Seconds for a batch of this size, the better of two."""
+        height, width = self.model.card.preprocess.size
+        batch = [Work(bytes(height * width * 3), pixels=True)] * size
+        taken = []
+        for _ in range(2):
+            began = time.perf_counter()
+            self.run(batch)
+            taken.append(time.perf_counter() - began)
+        return min(taken)
 
     def describe(self) -> dict[str, Any]:
         """What the server says of the model, as plain values."""
@@ -180,7 +194,18 @@ def _require_like(file: OnnxFile, like: dict[str, Any]) -> None:
         )
 
 
-def _open(path: Path, request: dict[str, Any]) -> OnnxModel:
+def _content(descriptor: int | None) -> bytes | None:
+    """The bytes of the file that the server has open; None if it has none."""
+    if descriptor is None:
+        return None
+    size, parts, at = os.fstat(descriptor).st_size, [], 0
+    while at < size and (part := os.pread(descriptor, size - at, at)):
+        parts.append(part)
+        at += len(part)
+    return b"".join(parts)
+
+
+def _open(file: OnnxFile, request: dict[str, Any]) -> OnnxModel:
     """The model with the provider that runs it fastest, which is measured where there are several.
 
     On a CPU each worker decodes and computes by itself, with one thread: nothing is handed over,
@@ -192,14 +217,14 @@ def _open(path: Path, request: dict[str, Any]) -> OnnxModel:
     if asked.provider == AUTO and installed() == [REFERENCE]:
         asked = dataclasses.replace(asked, provider=REFERENCE)
     if asked.provider == AUTO:
-        model = open_fastest(path, asked)
+        model = open_fastest(file, asked)
     else:
         fallback = PROVIDERS[asked.provider].default_execution(asked.cores, (1, 1))
-        model = OnnxModel(path, fallback)
+        model = OnnxModel(file, fallback)
     size, found = model.card.preprocess.size, model.execution
     default = PROVIDERS[found.provider].default_execution(asked.cores, size, asked.batch_size)
     execution = dataclasses.replace(default, precision=found.precision)
-    return model.with_execution(execution) or OnnxModel(path, execution)
+    return model.with_execution(execution) or OnnxModel(file, execution)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -207,17 +232,21 @@ def main(arguments: Sequence[str]) -> None:
     path, request, descriptor = Path(arguments[0]), json.loads(arguments[1]), int(arguments[2])
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's, which drains
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so is that of a whole process group
+    for name in (signal.SIGTERM, signal.SIGHUP):  # so are those of a whole process group
+        signal.signal(name, signal.SIG_IGN)
     server = socket.socket(fileno=descriptor)
     log.set_quiet(request["execution"] is not None)  # the first one has said it
     try:
         computer = Computer.open(path, request)
-        seconds = computer.warm_up()
+        single, largest = computer.warm_up()
     except (DistclsError, BatchFailed) as error:
         usage = isinstance(error, UsageError)
-        _send(server, pack_message({"error": str(error), "usage": usage}))
+        with contextlib.suppress(BrokenPipeError):  # the server has ended meanwhile
+            _send(server, pack_message({"error": str(error), "usage": usage}))
         return
-    _send(server, pack_message({**computer.describe(), "seconds": seconds, "memory": memory()}))
+    facts = {"seconds": single, "batch_seconds": largest, "memory": memory()}
+    with contextlib.suppress(BrokenPipeError):
+        _send(server, pack_message({**computer.describe(), **facts}))
     serve(server, computer)
 
 

@@ -296,8 +296,8 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]  # the library ha
     async def _infer(self, call: _Call, data: bytes) -> Any:
         service, asked = self._service, parse("ModelInferRequest", data)
         found = service.admit(call, asked.model_name, asked.model_version)
-        with found.engine.admission(len(data)):
-            request = check_infer(_values(asked), _contents(asked), found.interface)
+        found.engine.require_room()
+        request = check_infer(_values(asked), _contents(asked), found.interface)
         limits = [each for each in (request.timeout, call.remaining) if each is not None]
         timeout = max(0.001, min(limits)) if limits else None
         outputs = await service.compute(call, found, request.works, timeout)

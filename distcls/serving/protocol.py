@@ -35,6 +35,8 @@ EXTENSIONS = (
     *("binary_tensor_data", "classification", "statistics", "model_configuration"),
     *("model_repository", "parameters"),
 )
+MOST_VALUES = 1_000_000
+"""Values in a JSON body: each takes up to a hundred times its text once it is parsed."""
 MOST_JSON_NUMBERS = 4 << 20
 """Bytes of JSON that may hold a tensor: parsing it stops everything else for some 30 ms a MB."""
 _LENGTH = struct.Struct("<I")
@@ -165,7 +167,7 @@ def parse_infer(body: Buffer, header_length: str | None, interface: Interface) -
     def contents(given: dict[str, Any], datatype: str) -> Buffer | list[Any]:
         return _json_contents(given, datatype, blobs, length)
 
-    return check_infer(_parse_json(head), contents, interface)
+    return check_infer(parse_object(head), contents, interface)
 
 
 def check_infer(values: dict[str, Any], contents: Contents, interface: Interface) -> InferRequest:
@@ -220,13 +222,17 @@ def _looks_encoded(head: bytes) -> bool:
     return head.startswith(starts) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
-def _parse_json(text: Buffer) -> dict[str, Any]:
+def parse_object(text: Buffer) -> dict[str, Any]:
+    """The JSON object in a body. Raises Refused for what is none, or has too many values."""
+    data = bytes(text)
+    if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise Refused(413, f"the JSON has more than {MOST_VALUES:,} values; send tensors binary")
     try:
-        values = orjson.loads(text)
+        values = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise Refused(400, f"the body is not JSON: {str(error)[:200]}") from error
     if not isinstance(values, dict):
-        raise Refused(400, f"the body is {_kind(values)}, expected a JSON object with inputs")
+        raise Refused(400, f"the body is {_kind(values)}, expected a JSON object")
     return values
 
 
@@ -390,7 +396,7 @@ def _split_bytes(blobs: Buffer, count: int) -> list[memoryview]:
     """The elements of a BYTES tensor: each a length in 4 bytes, little-endian, and its bytes."""
     view, at = memoryview(blobs), 0
     found: list[memoryview] = []
-    while at < len(view):
+    while at < len(view) and len(found) <= count:  # no more than that: each is an object
         if at + 4 > len(view):
             raise Refused(400, "BYTES: the last length is cut off")
         (size,) = _LENGTH.unpack(view[at : at + 4])
@@ -402,7 +408,8 @@ def _split_bytes(blobs: Buffer, count: int) -> list[memoryview]:
         found.append(view[at : at + size])
         at += size
     if len(found) != count:
-        raise Refused(400, f"BYTES: {len(found)} elements, expected {count} for the shape")
+        several = "more" if len(found) > count else len(found)
+        raise Refused(400, f"BYTES: {several} elements, expected {count} for the shape")
     return found
 
 

@@ -12,6 +12,8 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from distcls.serving.metrics import Statistics
 from distcls.serving.options import NAME, ServeOptions
 from distcls.serving.protocol import Interface, Refused
 from distcls.serving.work import BatchFailed
+from distcls.stored import regular_descriptor
 from distcls.task import Task
 
 RETIRED = 8
@@ -86,6 +89,7 @@ class Repository:
         self._models: dict[str, _Model] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._old: list[Version] = []
+        self._said: set[str] = set()
         self._retired: collections.deque[Version] = collections.deque(maxlen=RETIRED)
 
     async def start(self) -> None:
@@ -238,6 +242,8 @@ class Repository:
         model = self._models[name]
         async with model.lock:
             before = model.current
+            if before is not None and model.stamp == place.stamp:
+                return  # another call has loaded it meanwhile
             version = place.version or str(1 + int(before.version if before else 0))
             model.stamp, model.state = place.stamp, "LOADING"
             engine = self._engine(place.path, before)
@@ -258,14 +264,16 @@ class Repository:
             if before is not None:
                 self._old.append(before)
                 log.say(f"{name}: version {version} is served, from {place.path}")
-                await engine.wait_for_lanes()
-                self._retire(before)
+                self._retire(before, engine)
 
-    def _retire(self, version: Version) -> None:
-        """End a version that is no longer served once its requests are finished."""
+    def _retire(self, version: Version, after: Engine | None = None) -> None:
+        """End a version that is no longer served once its requests are finished, and all lanes of
+        the engine `after` it are open."""
 
         async def close() -> None:
             await asyncio.sleep(0)  # whoever found it in this turn submits first
+            if after is not None:
+                await after.wait_for_lanes()
             await version.engine.close(DRAIN_OLD)
             self._old.remove(version)
             self._retired.append(version)
@@ -283,14 +291,20 @@ class Repository:
         request, most = {**self._options.request, "like": like}, self._options.max_wait
         if self._options.engine == "threads":
             return Engine(_Threads(path, request).open, most)
-        return Engine(functools.partial(_open_process, path, request), most)
+        file = _descriptor(path)
+        engine = Engine(functools.partial(_open_process, path, request, file), most)
+        if file is not None:
+            weakref.finalize(engine, os.close, file)
+        return engine
 
     def _places(self) -> dict[str, _Place]:
         """The newest version of each model on disk."""
         options = self._options
         if options.model is not None:
             path = options.model
-            name = options.name or (path.resolve().name if path.is_dir() else path.stem)
+            # by its own name: a link called `current` leads elsewhere tomorrow
+            own = os.path.abspath(path)  # noqa: PTH100 - keeps links
+            name = options.name or (Path(own).name if path.is_dir() else path.stem)
             file = path / "best.onnx" if path.is_dir() else path
             return {_checked_name(name): _Place(path, None, _stamp(file))}
         assert options.models is not None
@@ -298,18 +312,47 @@ class Repository:
             raise UsageError(f"models: {options.models} is no folder")
         found: dict[str, _Place] = {}
         for path in sorted(options.models.iterdir()):
+            place = None
             if path.suffix == ".onnx" and path.is_file():
-                found[_checked_name(path.stem)] = _Place(path, None, _stamp(path))
-            elif path.is_dir() and (newest := _newest(path)) is not None:
-                found[_checked_name(path.name)] = newest
+                place = _Place(path, None, _stamp(path))
+            elif path.is_dir():
+                place = _newest(path)
+            name = path.stem if path.suffix == ".onnx" else path.name
+            if place is None:
+                continue
+            if NAME.fullmatch(name) is None:
+                self._say_once(f"{path} is left out: its name cannot be part of a URL")
+                continue
+            found[name] = place
         return found
 
+    def _say_once(self, warning: str) -> None:
+        if warning not in self._said:
+            self._said.add(warning)
+            log.warn(warning)
 
-async def _open_process(path: Path, request: dict[str, Any], first: dict[str, Any]) -> Lane:
+
+def _descriptor(path: Path) -> int | None:
+    """The model file, opened: what lies at its path may be replaced before a process is started
+    again. None for what cannot be opened, which the process says better."""
+    if path.is_dir():
+        file, checkpoint = path / "best.onnx", path / "best.pth"
+        if checkpoint.exists() and _stamp(checkpoint)[2] > _stamp(file)[2]:
+            return None
+        path = file
+    try:
+        return regular_descriptor(path)
+    except (OSError, ValueError):
+        return None
+
+
+async def _open_process(
+    path: Path, request: dict[str, Any], file: int | None, first: dict[str, Any]
+) -> Lane:
     """A compute process; `first` are the facts of the first one, which the others follow."""
     if first:
         request = {**request, "execution": first["execution"], "batch_size": first["batch_size"]}
-    return await ProcessLane.open(path, request)
+    return await ProcessLane.open(path, request, file)
 
 
 class _Threads:

@@ -96,15 +96,19 @@ class _Serving:
         self._stop = asyncio.Event()
         self._reloading: asyncio.Future[None] | None = None
         self._now = False
+        self._address = options.host
 
     async def run(self, began: float) -> None:
         """Begin, serve, drain, end."""
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, self._ask_to_stop)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         _raise_descriptor_limit()
         port = _free_port(self.options.host, self.options.port)
+        self._address = _address_of(self.options.host, port)
         grpc = self._grpc(port)
+        claim = _claim_port(self._address, port)
         tasks = []
         try:
             starting = asyncio.ensure_future(self.app.start())
@@ -117,8 +121,7 @@ class _Serving:
             server = self._granian(port)
             serving = asyncio.ensure_future(server.serve())
             tasks = [asyncio.ensure_future(each) for each in self._watchers()]
-            loop.add_signal_handler(signal.SIGHUP, self._reload)
-            await _listening(self.options.host, port, serving)
+            await _listening(self._address, port, serving)
             if grpc is not None:
                 await grpc.start()
             self._say(port, None if grpc is None else grpc.port, time.monotonic() - began)
@@ -133,13 +136,14 @@ class _Serving:
             if grpc is not None:
                 await grpc.stop()
             await self.app.close()
+            claim.close()
         log.say("stopped")
 
     def _granian(self, port: int) -> Server:
         limits = self.options
         return Server(
             self.app,
-            address=self.options.host,
+            address=self._address,
             port=port,
             interface=Interfaces.ASGINL,
             http=HTTPModes.http1,
@@ -171,6 +175,8 @@ class _Serving:
         return [] if seconds is None else [self.app.repository.watch(seconds)]
 
     def _reload(self) -> None:
+        if not self.app.repository.names:  # still loading, so it is new
+            return
         try:
             self.app.token = _read_token(self.options)
         except UsageError as error:
@@ -268,6 +274,29 @@ def _free_port(host: str, port: int, key: str = "port") -> int:
             raise UsageError(f"host: {shown(host)} is no address") from error
         found: int = tried.getsockname()[1]
         return found
+
+
+def _address_of(host: str, port: int) -> str:
+    """The numbers of a host's address, which granian wants."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+    return str(found[0][4][0])
+
+
+def _claim_port(address: str, port: int) -> socket.socket:
+    """Hold a port against another server of ours that starts at the same time.
+
+    Until both listen neither sees the other, and granian's option would share the port between
+    them. Raises UsageError if it is held.
+    """
+    held = socket.socket(socket.AF_UNIX)
+    try:
+        held.bind(f"\0distcls-serve-{address}-{port}")
+    except OSError as error:
+        held.close()
+        message = f"port: {port} of {address} is taken by another server that is starting"
+        raise UsageError(message) from error
+    return held
 
 
 async def _listening(host: str, port: int, serving: asyncio.Future[None]) -> None:

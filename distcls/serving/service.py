@@ -19,8 +19,9 @@ from typing import Any
 
 from distcls import log
 from distcls.serving.engine import Busy, DeadlineMissed, EngineClosed
+from distcls.serving.header import pixels_of
 from distcls.serving.metrics import Metrics
-from distcls.serving.options import ServeOptions
+from distcls.serving.options import MB, ServeOptions
 from distcls.serving.protocol import Refused
 from distcls.serving.repository import Repository, Version
 from distcls.serving.tracing import open_tracer
@@ -34,6 +35,10 @@ REASONS = {
     **{501: "unsupported", 503: "busy", 504: "deadline"},
 }
 """Names of the reasons to refuse, by HTTP status, for the metrics."""
+MOST_PIXELS = 200_000_000
+"""Pixels of the images of one request."""
+BODIES = 16
+"""Bodies of the largest size that are in memory at a time; of usual photographs thousands."""
 MOST_LINES, LONGEST_PATH = 10_000, 500
 """Lines of the access log that may wait for their reader, and letters of a path in one."""
 
@@ -63,6 +68,24 @@ class Call:
     def header(self, name: str) -> str:
         """The value of a header; empty if it is not there."""
         return ""
+
+
+class BodyBudget:
+    """Bytes of bodies that may be in memory at a time, of all clients together."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    def take(self, size: int) -> None:
+        """Count bytes that came. Raises Refused if there is no room for more."""
+        if size > self._left:
+            message = "busy: too many large bodies are being read"
+            raise Refused(503, message, {"retry-after": "2"})
+        self._left -= size
+
+    def give(self, size: int) -> None:
+        """They are freed."""
+        self._left += size
 
 
 class AccessLog:
@@ -121,6 +144,7 @@ class Service:
         self.refusing = False
         """New requests are refused, those under way finished."""
         self.in_flight = 0
+        self.body_budget = BodyBudget(options.max_body * MB * BODIES)
         self.token = token
         """The bearer token that requests have to carry; empty if none is wanted."""
         self._tracer = open_tracer()
@@ -185,6 +209,10 @@ class Service:
         call.model = found.name, found.version
         return found
 
+    def still(self, call: Call, found: Version, model: str, version: str) -> Version:
+        """The same version, or the one that has replaced it while a body was read."""
+        return found if found.engine.ready else self.admit(call, model, version)
+
     async def compute(
         self, call: Call, found: Version, works: Sequence[Work], timeout: float | None
     ) -> list[Output]:
@@ -192,6 +220,11 @@ class Service:
         for index, work in enumerate(works):
             if found.engine.is_poison(work):
                 raise Refused(400, f"image {index}: it has ended two processes that decoded it")
+        pixels = sum(0 if work.pixels else pixels_of(work.data) for work in works)
+        if len(works) > 1 and pixels > MOST_PIXELS:
+            most = MOST_PIXELS // 10**6
+            message = f"{pixels // 10**6} megapixels in {len(works)} images, at most {most}"
+            raise Refused(413, message)
         call.images = len(works)
         read = time.monotonic() - call.began
         seconds = min(timeout or self.options.timeout, self.options.timeout)
