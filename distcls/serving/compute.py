@@ -53,6 +53,12 @@ from distcls.system import end_with_parent
 Images = NDArray[np.uint8]
 
 
+NICE = 10
+"""By how much compute processes give way to the server, which is woken several times for each
+request and works for a fraction of a millisecond. MobileNetV3-Large on two cores, 170 photographs a
+second: the median of the latency 27 to 32 ms, with 0 41 to 47."""
+
+
 class Computer:
     """A model file and the execution config that runs it; any number of threads may call it."""
 
@@ -231,6 +237,7 @@ def main(arguments: Sequence[str]) -> None:
     """A compute process: the path of the model, the request as JSON, and a socket's descriptor."""
     path, request, descriptor = Path(arguments[0]), json.loads(arguments[1]), int(arguments[2])
     end_with_parent()
+    os.nice(NICE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's, which drains
     for name in (signal.SIGTERM, signal.SIGHUP):  # so are those of a whole process group
         signal.signal(name, signal.SIG_IGN)
