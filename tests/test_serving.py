@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from PIL import Image
 from distcls.commands.predict import main as predict
 from distcls.imaging import decode
 from distcls.runtime.model import OnnxModel
+from distcls.serving.header import pixels_of
 from distcls.serving.options import ServeOptions
 from distcls.system import available_cores
 from tests.e2e.commands import ROOT
@@ -529,3 +531,85 @@ def test_every_option_is_read(field: str) -> None:
     read = [path.name for path in files if re.search(rf"\b\w+\.{field}\b", path.read_text())]
     own = (folder / "serving" / "options.py").read_text()
     assert read or f'"{field}": self.{field}' in own
+
+
+def test_lists_and_json_of_millions_are_refused_before_they_are_made(server: Server) -> None:
+    """15 million empty elements in 60 kB, and two million lists: seconds and gigabytes once."""
+    blob = bytes(30 << 20)
+    given = {"name": "images", "datatype": "BYTES", "shape": [1]}
+    body, headers = infer(
+        {"inputs": [{**given, "parameters": {"binary_data_size": len(blob)}}]}, blob
+    )
+    packed = gzip.compress(body, 1)
+    began = time.monotonic()
+    answer = server.post(INFER, packed, headers={**headers, "Content-Encoding": "gzip"})
+    assert (answer.status, "more elements" in answer.error) == (400, True)
+    for text in (b"[" + b"[]," * 2_000_000 + b"[]]", b'{"a":' + b'{"b":1},' * 1_500_000):
+        answer = server.post(INFER, text)
+        assert (answer.status, "values" in answer.error) == (413, True)
+    assert server.post("/v2/repository/index", b"[" + b"1," * 2_000_000).status == 413
+    assert time.monotonic() - began < 5
+
+
+def test_a_request_of_too_many_pixels_is_refused(server: Server) -> None:
+    large = encode(np.zeros((9000, 9000), np.uint8), "PNG")
+    body, headers = form([(str(place), large) for place in range(3)])
+    answer = server.post("/predict", body, headers=headers)
+    assert (answer.status, "243 megapixels in 3 images" in answer.error) == (413, True)
+    assert server.post("/predict", large).status == 200
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
+def test_the_size_of_an_image_from_its_header(format: str) -> None:
+    data = encode(smooth(37, 61, 3), format)
+    assert pixels_of(data) == pixels_of(memoryview(data)) == 37 * 61
+    if format == "WEBP":
+        assert pixels_of(encode(smooth(37, 61, 3), "WEBP", lossless=True)) == 37 * 61
+    for cut in range(1, 60):  # nothing else than a number comes of any beginning
+        assert pixels_of(data[:cut]) >= 0
+
+
+def test_a_name_that_is_no_url_is_left_out_and_the_others_are_served(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    for name in ("good.onnx", "two words.onnx", ".hidden.onnx"):
+        shutil.copy(WHOLE, folder / name)
+    with serving(tmp_path, "--models", folder, model=None) as server:
+        assert server.get("/v2/models").json["models"] == ["good"]
+        assert "two words.onnx is left out" in server.said
+
+
+def test_a_link_keeps_its_name(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        shutil.copy(WHOLE, tmp_path / name / "best.onnx")
+    (tmp_path / "current").symlink_to("first")
+    with serving(tmp_path, "--reload", 0.1, model=tmp_path / "current") as server:
+        assert server.get("/v2/models").json["models"] == ["current"]
+        (tmp_path / "next").symlink_to("second")
+        (tmp_path / "next").replace(tmp_path / "current")
+        end = time.monotonic() + 20
+        while server.get("/card").json["version"] != "2":
+            assert time.monotonic() < end, server.said
+            time.sleep(0.05)
+        assert server.get("/v2/models").json["models"] == ["current"]
+
+
+def test_servers_that_start_at_once_do_not_share_a_port(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "distcls", "serve", "--model", str(WHOLE), "--port", str(port)]
+    pair = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    try:
+        end = time.monotonic() + 30
+        while all(process.poll() is None for process in pair):
+            assert time.monotonic() < end, "both run"
+            time.sleep(0.05)
+        [refused] = [process for process in pair if process.poll() is not None]
+        assert refused.returncode == 2
+        assert f"port: {port}" in refused.communicate()[1]
+    finally:
+        for process in pair:
+            process.terminate()
+            process.communicate()

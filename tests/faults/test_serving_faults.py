@@ -434,6 +434,55 @@ def test_not_ready_while_there_is_no_compute_process(fragile: Server) -> None:
     predicted(fragile.post("/predict", PHOTO))
 
 
+@pytest.mark.row(28, 30)
+def test_processes_start_again_with_the_file_that_was_proven(tmp_path: Path) -> None:
+    """Another file lies at its path meanwhile, and was refused."""
+    file = tmp_path / "best.onnx"
+    shutil.copy(WHOLE, file)
+    with serving(tmp_path, "--workers", 2, "--max-wait", 60, model=file) as server:
+        wait_for_processes(server, 2)
+        expected = predicted(server.post("/predict", PHOTO))
+        shutil.copy(EXPORTED / "run_labels" / "best.onnx", tmp_path / "new.onnx")
+        (tmp_path / "new.onnx").replace(file)
+        server.process.send_signal(signal.SIGHUP)
+        for pid in server.processes()[:2]:
+            os.kill(pid, signal.SIGKILL)
+        assert predicted(server.post("/predict", PHOTO)) == expected
+        wait_for_processes(server, 2)
+        assert predicted(server.post("/predict", PHOTO)) == expected
+
+
+@pytest.mark.row(27)
+def test_an_upload_that_began_before_a_new_model_is_answered(tmp_path: Path) -> None:
+    file = tmp_path / "best.onnx"
+    shutil.copy(WHOLE, file)
+    with serving(tmp_path, "--reload", 0.1, model=file) as server:
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        head = HEAD + b"Content-Length: %d\r\n\r\n" % len(PHOTO)
+        connection.sendall(head + PHOTO[:100])
+        shutil.copy(WHOLE, tmp_path / "new.onnx")
+        (tmp_path / "new.onnx").replace(file)
+        wait_for_version(server, "2")
+        end = time.monotonic() + 3
+        while len(server.processes()) > available_cores() and time.monotonic() < end:
+            time.sleep(0.05)
+        connection.sendall(PHOTO[100:])
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        connection.close()
+
+
+@pytest.mark.row(24)
+def test_slow_uploads_keep_nobody_out(server: Server) -> None:
+    address = ("127.0.0.1", server.port)
+    slow = [socket.create_connection(address, timeout=20) for _ in range(300)]
+    for connection in slow:
+        connection.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n" + bytes(20_000))
+    for _ in range(20):
+        predicted(server.post("/predict", PHOTO))
+    for connection in slow:
+        connection.close()
+
+
 @pytest.mark.row(31)
 def test_only_the_image_that_crashes_the_decoder_fails(fragile: Server) -> None:
     expected = predicted(fragile.post("/predict", PHOTO))
