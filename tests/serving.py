@@ -137,9 +137,10 @@ def serving(
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(20)
-            except subprocess.TimeoutExpired:
+            except subprocess.TimeoutExpired as error:
                 process.kill()
                 process.wait()
+                raise AssertionError(f"SIGTERM did not end it: {said.read_text()}") from error
 
 
 def form(files: Sequence[tuple[str, bytes]]) -> tuple[bytes, dict[str, str]]:

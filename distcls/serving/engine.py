@@ -191,9 +191,9 @@ class Engine:
             self._background(self._add_lane_or_retry())
 
     async def wait_for_lanes(self, timeout: float = 60.0) -> None:
-        """Until all lanes are open, or the seconds are over."""
+        """Until all lanes are open, the seconds are over, or the engine is closed."""
         end = time.monotonic() + timeout
-        while len(self.lanes) < self._wanted and time.monotonic() < end:
+        while len(self.lanes) < self._wanted and time.monotonic() < end and not self._closed:
             await asyncio.sleep(0.01)
 
     @property
