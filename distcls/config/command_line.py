@@ -321,7 +321,7 @@ def _placeholder(leaf: Leaf) -> str:
 def _default(leaf: Leaf) -> str:
     if leaf.default is MISSING:
         return "[required]"
-    if leaf.default is None or leaf.default is False or leaf.default == ():
+    if leaf.default is None or leaf.default is False or leaf.default in ((), ""):
         return ""
     if isinstance(leaf.default, tuple):
         return f"[default: {','.join(map(str, leaf.default))}]"

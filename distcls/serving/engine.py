@@ -35,7 +35,6 @@ import numpy as np
 
 from distcls import log
 from distcls.errors import DistclsError, UsageError
-from distcls.serving.header import pixels_of
 from distcls.serving.work import (
     HEADER,
     MOST_ANSWER,
@@ -233,21 +232,19 @@ class Engine:
             raise Busy(self.backlog)
 
     async def submit(
-        self, works: Sequence[Work], deadline: float | None = None
+        self, works: Sequence[Work], sizes: Sequence[int], deadline: float | None = None
     ) -> tuple[list[Output], float]:
         """The outputs of the images of a request, in order, and the seconds that they waited.
 
-        `deadline` is a time of the monotonic clock before which all have to be begun. Cancelling
-        drops those that have not. Raises Busy, DeadlineMissed and EngineClosed.
+        `sizes` are the pixels of their files, 0 for those that are decoded already. `deadline` is a
+        time of the monotonic clock before which all have to be begun. Cancelling drops those that
+        have not. Raises Busy, DeadlineMissed and EngineClosed.
         """
-        if self._closed:
-            raise EngineClosed
         self.require_room()  # again: others came while its body was read
         loop = asyncio.get_running_loop()
         job = _Job(works, loop, deadline)
         self._jobs.add(job)
-        for place, work in enumerate(works):
-            pixels = 0 if work.pixels else pixels_of(work.data)
+        for place, (work, pixels) in enumerate(zip(works, sizes, strict=True)):
             cost = self._image_s + self._decode_cost(pixels)
             self._work_s += cost
             self._queue.append(_Entry(job, place, work, cost, pixels))
@@ -365,15 +362,14 @@ class Engine:
         if self._closed:
             for entry in batch:
                 entry.job.fail(EngineClosed())
+            return
         again = []
         for entry in batch:
             if entry.alone:
                 self._poison[_digest(entry.work)] = time.monotonic() + POISON_SECONDS
                 reason = f"it ends the process that decodes it ({how})"
                 self._finish_with_error(entry, reason, "image")
-            elif (
-                self._closed or entry.job.done.done() or entry.job.outputs[entry.place] is not None
-            ):
+            elif entry.job.done.done() or entry.job.outputs[entry.place] is not None:
                 continue
             elif (entry.job.deadline or math.inf) < time.monotonic():
                 entry.job.fail(DeadlineMissed())

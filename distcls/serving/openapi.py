@@ -259,11 +259,15 @@ def docs_page(found: dict[str, Any]) -> bytes:
                 f"<ul>{parameters}</ul><details><summary>answer</summary>"
                 f"<pre>{html.escape(json.dumps(answer, indent=2))}</pre></details></section>"
             )
+    base = found["servers"][0]["url"].rstrip("/")
+    header = '-H "Authorization: Bearer $TOKEN" ' if "security" in found else ""
+    example = html.escape(f"curl {header}--data-binary @photo.jpg http://HOST:PORT{base}/predict")
     errors = "".join(f"<li><code>{s}</code> {html.escape(t)}</li>" for s, t in _ERRORS.items())
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><title>distcls serve: reference</title>"
         '<meta name=viewport content="width=device-width"><link rel=stylesheet href=page.css>'
         "<main class=docs><h1>Reference</h1><p>The same as an OpenAPI document: "
         '<a href="openapi.json">openapi.json</a>. Every error is <code>{"error": "..."}</code>: '
-        f"</p><ul>{errors}</ul>{''.join(sections)}</main></html>"
+        f"</p><ul>{errors}</ul><p>An image file, with curl:</p><pre>{example}</pre>"
+        f"{''.join(sections)}</main></html>"
     ).encode()

@@ -220,15 +220,15 @@ class Service:
         for index, work in enumerate(works):
             if found.engine.is_poison(work):
                 raise Refused(400, f"image {index}: it has ended two processes that decoded it")
-        pixels = sum(0 if work.pixels else pixels_of(work.data) for work in works)
-        if len(works) > 1 and pixels > MOST_PIXELS:
+        sizes = [0 if work.pixels else pixels_of(work.data) for work in works]
+        if len(works) > 1 and sum(sizes) > MOST_PIXELS:
             most = MOST_PIXELS // 10**6
-            message = f"{pixels // 10**6} megapixels in {len(works)} images, at most {most}"
+            message = f"{sum(sizes) // 10**6} megapixels in {len(works)} images, at most {most}"
             raise Refused(413, message)
         call.images = len(works)
         read = time.monotonic() - call.began
         seconds = min(timeout or self.options.timeout, self.options.timeout)
-        outputs, queue = await found.engine.submit(works, time.monotonic() + seconds)
+        outputs, queue = await found.engine.submit(works, sizes, time.monotonic() + seconds)
         call.seconds = {
             "read": read,
             "queue": queue,
