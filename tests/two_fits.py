@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ def main(data: Path, out: Path) -> None:
         result = distcls.fit(data=data, out=out / name, **options)
         best = result.out / "best.pth"
         evaluation = distcls.evaluate_model(best, data, split="val", quiet=True)
-        print(result.best_score, evaluation.top1, evaluation.count, flush=True)
+        # one write: two processes print to the same pipe at the same time
+        line = f"{result.best_score} {evaluation.top1} {evaluation.count}\n"
+        os.write(sys.stdout.fileno(), line.encode())
 
 
 if __name__ == "__main__":
