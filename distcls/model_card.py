@@ -24,6 +24,8 @@ in a best.onnx."""
 GOLDEN = "golden"
 """Beside the card in a best.onnx: logits of a few inputs, see `distcls.runtime.golden`."""
 FORMAT = 1
+LEAST_TEMPERATURE = 1e-3
+"""Of a calibration; the greatest is its inverse."""
 
 
 _measured = stored.mapping(stored.plain(most=stored.MOST_NAMES))
@@ -47,6 +49,23 @@ def _certificate(value: Any, place: str) -> None:
     stored.number(0, 1e6)(value.get("tolerance", 0), f"{place}.tolerance")
 
 
+def _calibration(value: Any, place: str) -> None:
+    _measured(value, place)
+    temperature = stored.number(LEAST_TEMPERATURE, 1 / LEAST_TEMPERATURE)
+    each = stored.each(temperature, stored.MOST_NAMES, 1)
+    each(value.get("temperatures"), f"{place}.temperatures")
+    sets = stored.each(_SETS, 100)
+    sets(value.get("sets", []), f"{place}.sets")
+
+
+_SETS = stored.record(
+    {
+        "coverage": stored.number(0, 1),
+        "least_probability": stored.each(stored.number(0, 1), stored.MOST_NAMES, 1),
+    }
+)
+
+
 card_schema = stored.record(
     {
         "format": stored.whole(FORMAT, FORMAT),
@@ -56,7 +75,11 @@ card_schema = stored.record(
         "training": _training,
         "certificate": stored.nothing_or(_certificate),
     },
-    {"version": stored.text(100), "targets": task_schema},
+    {
+        "version": stored.text(100),
+        "targets": task_schema,
+        "calibration": stored.nothing_or(_calibration),
+    },
 )
 """What `ModelCard.to_json` gives."""
 
@@ -75,15 +98,32 @@ class ModelCard:
     """Training provenance: epoch, step, scores, dataset."""
     certificate: dict[str, Any] | None = None
     """Parity with the checkpoint on real images; set by the export."""
+    calibration: dict[str, Any] | None = None
+    """What `distcls calibrate` fitted and measured, see docs/evaluation.md; its `temperatures` are
+    the task's."""
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names, of heads as HEAD:CLASS; the index is that of the logit."""
         return self.task.classes
 
+    def calibrated(self, task: Task, record: dict[str, Any]) -> ModelCard:
+        """The card with a task that has temperatures, and the record of how they were fitted."""
+        record = {"temperatures": list(task.temperatures or ()), **record}
+        return dataclasses.replace(self, task=task, calibration=record)
+
+    @property
+    def of_means(self) -> ModelCard:
+        """The card of logits that are the logarithm of calibrated probabilities: no temperature is
+        applied twice, and prediction sets of the one model do not hold."""
+        return dataclasses.replace(self, task=self.task.plain, calibration=None)
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as stored in a checkpoint; `targets` only for multi-output tasks."""
-        several = {} if self.task.single else {"targets": self.task.to_json()}
+        """Plain values, as stored in a checkpoint; `targets` only for multi-output tasks,
+        `calibration` of calibrated models."""
+        several: dict[str, Any] = {} if self.task.single else {"targets": self.task.to_json()}
+        if self.calibration is not None:
+            several["calibration"] = self.calibration
         return {
             "format": FORMAT,
             "version": __version__,
@@ -110,12 +150,17 @@ class ModelCard:
             if "targets" in values:
                 task = Task.from_json(values["targets"])
                 require(task.classes == classes, "classes", classes, "those of targets")
+            calibration = values.get("calibration")
+            if calibration is not None:
+                given = tuple(map(float, calibration["temperatures"]))
+                task = dataclasses.replace(task, temperatures=given)
             return cls(
                 architecture=dict(values["architecture"]),
                 task=task,
                 preprocess=Preprocess.from_json(values["preprocess"]),
                 training=dict(values["training"]),
                 certificate=values["certificate"],
+                calibration=calibration,
             )
         except (KeyError, TypeError, ValueError, AttributeError, BadValue) as error:
             raise UsageError(f"{where}: not a model written by distcls ({error})") from error

@@ -173,7 +173,8 @@ def _draw_text(figure: Figure, tile: Tile, center: float, top: float, height: fl
         figure.text(center, below, name, va="top", fontsize=7, color=GREY, **style)
 
 
-_SPOKEN = {"top1": "top-1", "top5": "top-5", "f1": "F1"}
+_SPOKEN = {f"top{k}": f"top-{k}" for k in (1, 2, 3, 5, 10)}
+_SPOKEN |= {name: name.upper() for name in ("f1", "auroc", "mcc", "ece")} | {"brier": "Brier score"}
 
 
 def metric_title(name: str) -> str:

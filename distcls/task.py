@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -56,6 +57,9 @@ class Task:
     """Multi-head tasks only."""
     thresholds: tuple[float, ...] | None = None
     """Multi-label tasks only: probability from which each label is predicted; None is 0.5."""
+    temperatures: tuple[float, ...] | None = None
+    """What the logits are divided by before they become probabilities, which calibrates these: one
+    number, one for each head, or one for each label; None is 1. See `distcls calibrate`."""
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
@@ -69,9 +73,19 @@ class Task:
             require(fits, "thresholds", thresholds, "one for each label")
             valid = all(0 < number < 1 for number in thresholds)
             require(valid, "thresholds", thresholds, "numbers between 0 and 1")
+        self._check_temperatures()
         if not self.single and len(set(self.classes)) < len(self.classes):
             twice = next(name for name in self.classes if self.classes.count(name) > 1)
             raise BadValue("classes", twice, "unique names")
+
+    def _check_temperatures(self) -> None:
+        given = self.temperatures
+        if given is not None:
+            count = len(self.classes) if self.kind == "multi_label" else len(self.slices)
+            one = "label" if self.kind == "multi_label" else "head" if self.heads else "task"
+            require(len(given) == count, "temperatures", given, f"one for each {one}")
+            valid = all(number > 0 and math.isfinite(number) for number in given)
+            require(valid, "temperatures", given, "finite numbers above 0")
 
     @classmethod
     def of_heads(cls, heads: Sequence[Head]) -> Task:
@@ -122,11 +136,33 @@ class Task:
                 return f"{where}one class only ({head.classes[0]!r})"
         return ""
 
+    @property
+    def plain(self) -> Task:
+        """The same task without temperatures, for logits that are `scaled` already."""
+        return self if self.temperatures is None else dataclasses.replace(self, temperatures=None)
+
+    @functools.cached_property
+    def scales(self) -> Floats | None:
+        """What each logit is multiplied by before it becomes a probability, float32 [classes]; None
+        without temperatures."""
+        if self.temperatures is None:
+            return None
+        inverse = 1 / np.array(self.temperatures)
+        if self.kind != "multi_label":
+            inverse = np.repeat(inverse, [span.stop - span.start for span in self.slices])
+        return np.asarray(inverse, np.float32)
+
+    def scaled(self, logits: Floats) -> Floats:
+        """Logits [N, classes] divided by the temperatures."""
+        return logits if self.scales is None else np.asarray(logits * self.scales, np.float32)
+
     def probabilities(self, logits: Floats) -> Floats:
         """Logits [N, classes] to probabilities, float32 [N, classes].
 
-        Softmax over each head, or a sigmoid for each label.
+        Softmax over each head, or a sigmoid for each label, of the logits divided by the
+        temperatures.
         """
+        logits = self.scaled(logits)
         if self.kind == "multi_label":
             return sigmoid(logits).astype(np.float32)
         parts = [softmax(logits[:, span]) for span in self.slices]
@@ -140,7 +176,7 @@ class Task:
         """
         if self.kind == "multi_label":
             limits = np.array(self.thresholds or [THRESHOLD] * len(self.classes))
-            return (sigmoid(logits) >= limits).astype(np.int64)
+            return (sigmoid(self.scaled(logits)) >= limits).astype(np.int64)
         answers = [logits[:, span].argmax(axis=1) for span in self.slices]
         return np.asarray(np.stack(answers, axis=1), np.int64)
 

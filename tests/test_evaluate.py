@@ -12,6 +12,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
@@ -20,6 +21,9 @@ import distcls
 from distcls.commands.evaluate import main
 from distcls.commands.predict import main as predict_main
 from distcls.errors import DistclsError, UsageError
+from distcls.evaluation.intervals import wilson
+from distcls.evaluation.plots import PICTURES
+from distcls.task import softmax
 from tests import tiny_dataset, tiny_onnx
 from tests.e2e.commands import run
 from tests.sources import tree
@@ -91,11 +95,28 @@ def test_files(
 ) -> None:
     out = tmp_path / "results"
     result = figures(capsys, model, data, "--out", str(out))
+    table = pq.read_table(out / "predictions.parquet")
+    rows = table.to_pylist()
+    assert [row["truth"] for row in rows] == [tiny_onnx.COLOURS[label] for label in labels]
+    np.testing.assert_array_equal(
+        [row["label"] for row in rows], np.array(tiny_onnx.COLOURS)[logits().argmax(axis=1)]
+    )
+    chances = softmax(logits())
+    np.testing.assert_allclose([row["probabilities"] for row in rows], chances, rtol=1e-6)
+    own = np.log(chances[np.arange(COUNT), labels])
+    np.testing.assert_allclose([row["loss"] for row in rows], -own, atol=1e-5)
+    assert np.mean([row["right"] for row in rows]) == result["top1"]
+    top = np.sort(chances, axis=1)
+    np.testing.assert_allclose([row["margin"] for row in rows], top[:, 2] - top[:, 1], atol=1e-6)
+    about = json.loads(table.schema.metadata[b"distcls"])
+    assert about["task"] == list(tiny_onnx.COLOURS)
     assert {path.name for path in out.iterdir()} == {
         "metrics.json",
         "per_class.csv",
         "confusion.csv",
         "confusion.png",
+        "predictions.parquet",
+        *PICTURES,
     }
     assert json.loads((out / "metrics.json").read_text()) == result
     with (out / "confusion.csv").open(newline="") as handle:
@@ -118,7 +139,9 @@ def test_table_for_people(
     lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert lines["images"] == ["50"]
     assert lines["weighted"][-1] == "50"
-    assert lines["top-1"] == [f"{accuracy_score(labels[:50], logits()[:50].argmax(axis=1)):.4f}"]
+    right = accuracy_score(labels[:50], logits()[:50].argmax(axis=1))
+    low, high = wilson(right * 50, 50)
+    assert lines["top-1"] == [f"{right:.4f}", f"({low:.4f}", "to", f"{high:.4f})"]
 
 
 def test_without_matplotlib_the_rest_is_written(tmp_path: Path, model: Path, data: Path) -> None:
@@ -130,7 +153,7 @@ def test_without_matplotlib_the_rest_is_written(tmp_path: Path, model: Path, dat
     command = [sys.executable, "-c", program, *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 'pip install "distcls[plot]"' in done.stderr
-    names = {"metrics.json", "per_class.csv", "confusion.csv"}
+    names = {"metrics.json", "per_class.csv", "confusion.csv", "predictions.parquet"}
     assert {path.name for path in (tmp_path / "o").iterdir()} == names
 
 
@@ -218,9 +241,19 @@ def test_two_processes_count_each_image_once(checkpoint: Path, data: Path, tmp_p
         done = run(*flags, module="distcls.evaluate", processes=processes)
         result = json.loads(done.stdout)
         assert result["count"] == COUNT
-        results.append((result.pop("loss"), result, (out / "confusion.csv").read_text()))
-    assert results[0][1:] == results[1][1:]
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+        figures = {name: result.pop(name) for name in ("loss", "ece", "brier")}
+        figures |= {
+            f"{name} {at}": end
+            for name, pair in result.pop("intervals").items()
+            for at, end in enumerate(pair)
+        }
+        table = pq.read_table(out / "predictions.parquet")
+        chances = np.array(table.column("probabilities").to_pylist())
+        rows = table.drop_columns(["probability", "margin", "loss", "probabilities"]).to_pylist()
+        results.append((figures, chances, rows, result, (out / "confusion.csv").read_text()))
+    assert results[0][2:] == results[1][2:]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
 
 
 def test_onnx_on_two_processes_is_refused(
@@ -284,12 +317,8 @@ def test_an_ensemble_is_evaluated(tmp_path: Path, model: Path, data: Path) -> No
         found = distcls.evaluate_model(predictor, data, quiet=True)
         alone = distcls.evaluate_model(model, data, quiet=True)
     assert found.model == f"{model},{model}"
-    assert found.loss == pytest.approx(alone.loss, rel=1e-5)
-    assert {**found.to_json(), "model": "", "loss": 0} == {
-        **alone.to_json(),
-        "model": "",
-        "loss": 0,
-    }
+    assert found.figures == pytest.approx(alone.figures, rel=1e-5)
+    assert found.per_class == alone.per_class
 
 
 def test_what_cannot_be_evaluated(tmp_path: Path, model: Path, data: Path) -> None:

@@ -6,32 +6,26 @@ Model and data meet by the names of their classes (see `match_classes`).
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from distcls import log, plotting
-from distcls.cli import import_pandas, leave_process_group, packages_for
+from distcls.cli import import_pandas, packages_for
 from distcls.config import build, options_layer
 from distcls.data.dataset import IN_RUN, Dataset, Split, is_dataset, prepare_command
 from distcls.data.image_dataset import ImageDataset, StrPath, split_of
-from distcls.errors import DistclsError, UsageError, require
+from distcls.errors import UsageError, require
 from distcls.evaluation.classes import match_classes, shown_names
-from distcls.evaluation.metrics import (
-    Integers,
-    LogitSpread,
-    Metrics,
-    MetricState,
-    constant_answers,
-    metric_state,
-)
+from distcls.evaluation.metrics import Integers, Metrics, constant_answers
+from distcls.evaluation.outputs import PREDICTIONS, Outputs
+from distcls.evaluation.plots import PICTURES, draw
+from distcls.evaluation.scores import figures, with_intervals
+from distcls.evaluation.shards import evaluate_split, processes
 from distcls.files import csv_line, given_path, require_writable, write_json, write_text
 from distcls.model_card import best_model, model_choice
 from distcls.predictor import Predictor, load_model
@@ -41,13 +35,8 @@ from distcls.task import BLANK, BLANK_SHOWN, Task
 if TYPE_CHECKING:
     import pandas
 
-MAX_NAMED = 10
-"""Bad images that a message names; the rest are counted."""
-FILES = ("metrics.json", "per_class.csv", "confusion.csv", "confusion.png")
+FILES = ("metrics.json", "per_class.csv", "confusion.csv", "confusion.png", PREDICTIONS, *PICTURES)
 """What `--out` gets."""
-
-Sum = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-"""Sums a vector over all processes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +107,13 @@ class EvaluationResult:
     """Those classes, with the number of images of each."""
     warnings: tuple[str, ...] = ()
     """What makes the predictions suspicious, such as the same one for every image."""
+    outputs: Outputs
+    """What the model gives for each image."""
+    scores: dict[str, float]
+    """The figures beside those of the metrics: auroc, average_precision, mcc, kappa,
+    balanced_accuracy, ece, brier, and top2, top3, top5, top10 where there are more classes."""
+    intervals: dict[str, tuple[float, float]]
+    """95 % intervals of the figures that have one, lower and upper end."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -162,6 +158,12 @@ class EvaluationResult:
         return import_pandas().DataFrame(self._per_class(), columns=columns).set_index("class")
 
     @property
+    def figures(self) -> dict[str, float]:
+        """All figures of the whole split by name: those of the metrics, and `scores`."""
+        scalars = self.metrics.scalars()
+        return {**scalars, **self.scores, **scalars}
+
+    @property
     def absent_classes(self) -> list[str]:
         """The model's classes without an image: in no macro mean."""
         counts = zip(self.task.classes, self.metrics.support.tolist(), strict=True)
@@ -174,7 +176,8 @@ class EvaluationResult:
             "data": self.data,
             "split": self.split,
             "count": self.metrics.count,
-            **self.metrics.scalars(),
+            **self.figures,
+            "intervals": {name: list(pair) for name, pair in self.intervals.items()},
             "per_class": self.per_class,
             "absent_classes": self.absent_classes,
             "unknown_images": self.unknown_images,
@@ -192,9 +195,12 @@ class EvaluationResult:
             means = [getattr(metrics, f"{kind}_{name}") for name in ("precision", "recall", "f1")]
             lines.append(_line([kind, *means, int(metrics.support.sum())], width))
         lines += ["", f"images  {metrics.count:,}"]
-        for name, value in metrics.scalars().items():
-            if not name.startswith(("macro_", "weighted_")):
-                lines.append(f"{plotting.metric_title(name):<7} {value:.4f}")
+        for name, value in self.figures.items():
+            if not name.startswith("weighted_"):
+                ends = self.intervals.get(name)
+                between = "" if ends is None else f"  ({ends[0]:.4f} to {ends[1]:.4f})"
+                lines.append(f"{plotting.metric_title(name):<17} {value:.4f}{between}")
+        lines.append("in brackets: 95 % intervals, of other images of the same kind")
         return "\n".join([*lines, *self._left_out()])
 
     def _left_out(self) -> list[str]:
@@ -220,6 +226,8 @@ class EvaluationResult:
         is of a single label, or of heads with the same classes, summed.
         """
         write_json(folder / "metrics.json", self.to_json())
+        about = {"model": self.model, "data": self.data, "split": self.split}
+        self.outputs.write(folder / PREDICTIONS, about)
         columns = ("class", "precision", "recall", "f1", "support")
         write_text(folder / "per_class.csv", _table([columns, *self._per_class()]))
         classes = self.task.classes
@@ -355,7 +363,7 @@ def _evaluate(
 ) -> EvaluationResult:
     """Evaluate the predictor, or the model of the options, on a split."""
     _require_new_output(options)
-    with _processes(options.model) as (device, total):
+    with processes(options.model) as (device, total):
         if predictor is None:
             request = options.execution_request(len(split))
             model = load_model(options.model, device, request, split)
@@ -363,11 +371,10 @@ def _evaluate(
         task = predictor.task
         matched = match_classes(split.first(options.limit), task, str(options.data))
         began = time.monotonic()
-        shard = range(log.rank(), len(matched.split), log.world_size())
-        sums, bad = _evaluate_shard(predictor, matched.split, shard)
-        state, spread = _sum_over_ranks(sums, bad, task, total)
+        evaluated = evaluate_split(predictor, matched.split, total)
         seconds = time.monotonic() - began
-    metrics = state.compute()
+    metrics, outputs = evaluated.state.compute(), evaluated.outputs(task)
+    scores = figures(outputs)
     result = EvaluationResult(
         metrics=metrics,
         task=task,
@@ -378,13 +385,17 @@ def _evaluate(
         seconds=seconds,
         unknown_images=matched.unknown_images,
         unknown_classes=matched.unknown_classes,
-        warnings=tuple(constant_answers(metrics, spread, task)),
+        warnings=tuple(constant_answers(metrics, evaluated.spread, task)),
+        outputs=outputs,
+        scores={name: figure.value for name, figure in scores.items()},
+        intervals=with_intervals(scores),
     )
     log.say(f"{metrics.count / seconds:,.0f} images/s on {result.provider}")
     for warning in result.warnings:
         log.warn(warning)
     if options.out is not None and log.rank() == 0:
         result.write(options.out)
+        draw(outputs, evaluated.split, options.out)
         log.say(f"written: {options.out}")
     return result
 
@@ -420,68 +431,6 @@ def _require_new_output(options: EvaluateOptions) -> None:
         raise UsageError(f"{folders[0]} is a folder, expected the name of a file")
     if log.rank() == 0:
         require_writable(options.out)
-
-
-@contextlib.contextmanager
-def _processes(model: Path) -> Iterator[tuple[str, Sum]]:
-    """The device of this process, and a function that sums a vector over all processes."""
-    if log.world_size() == 1:
-        yield "auto", lambda vector: vector
-        return
-    if model.suffix.lower() != ".pth":
-        raise UsageError(f"model: {model} runs in one process, but {log.world_size()} were started")
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import reduce
-
-    state = PartialState(cpu=not torch.cuda.is_available())
-
-    def total(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-        summed = reduce(torch.from_numpy(vector).to(state.device), "sum")
-        return np.asarray(summed.cpu().numpy(), np.float64)
-
-    atexit.register(leave_process_group)  # not now: a script may go on with it
-    yield str(state.device), total
-
-
-Sums = tuple[MetricState, LogitSpread]
-
-
-def _evaluate_shard(predictor: Predictor, split: Split, indices: range) -> tuple[Sums, list[str]]:
-    """The sums over the images at `indices`, and the bad ones with their reasons.
-
-    The shards of all ranks are the split, each image once.
-    """
-    task = predictor.task
-    state, spread, bad = metric_state(task), LogitSpread(task), []
-    with (
-        contextlib.closing(predictor.chunks(split, indices=indices)) as chunks,
-        log.Progress("evaluating", len(indices)) as progress,
-    ):
-        for chunk in chunks:
-            good = np.array([error is None for error in chunk.errors])
-            state.update(chunk.logits[good], split.labels[np.array(chunk.indices)[good]])
-            spread.update(chunk.logits[good])
-            for index, error in zip(chunk.indices, chunk.errors, strict=True):
-                if error is not None:
-                    bad.append(f"{split.image_ids[index]}: {error}")
-            progress.update(len(chunk.indices))
-    return (state, spread), bad
-
-
-def _sum_over_ranks(own: Sums, bad: list[str], task: Task, total: Sum) -> Sums:
-    """The sums of all processes. Raises DistclsError, in all of them, if any image was bad."""
-    for line in bad[:MAX_NAMED]:
-        log.fail(line)
-    parts = [part.state() for part in own]
-    vector = total(np.concatenate([*parts, [len(bad)]]))
-    all_bad = round(float(vector[-1]))
-    if all_bad:
-        raise DistclsError(f"{log.counted(all_bad, 'image')} cannot be read; repair the data first")
-    state, spread = metric_state(task), LogitSpread(task)
-    state.merge(vector[: len(parts[0])])
-    spread.merge(vector[len(parts[0]) : -1])
-    return state, spread
 
 
 def _drawn_matrix(confusion: Integers, task: Task) -> tuple[Integers, Sequence[str]] | None:

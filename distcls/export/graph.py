@@ -14,7 +14,7 @@ from typing import Any
 from distcls.model_card import ModelCard
 from distcls.runtime.model import FEATURES, LOGITS, PROBABILITIES
 from distcls.runtime.onnx_file import KEY, METADATA_KEY, checksum, metadata_checksum
-from distcls.task import Head
+from distcls.task import Head, Task
 
 
 def add_features(model: Any) -> None:
@@ -60,6 +60,39 @@ def add_heads(model: Any, heads: Sequence[Head]) -> None:
         graph.output.append(onnx.helper.make_tensor_value_info(name, kind, [batch, size]))
 
 
+SCALED, SCALES = "calibrated logits", "inverse temperatures"
+"""Names in a calibrated graph: the logits times a constant [1, classes], and that constant."""
+
+
+def set_temperatures(model: Any, task: Task) -> None:
+    """Have the probabilities of a ModelProto be those of the logits divided by the temperatures of
+    a task, or of the plain logits without them; the output `logits` stays as it is.
+
+    Raises ValueError for a graph whose probabilities are not computed from its logits.
+    """
+    import onnx
+
+    graph = model.graph
+    if task.scales is None and not any(SCALED in node.output for node in graph.node):
+        return
+    for tensor in [tensor for tensor in graph.initializer if tensor.name == SCALES]:
+        graph.initializer.remove(tensor)
+    for node in [node for node in graph.node if SCALED in node.output]:
+        graph.node.remove(node)
+    users = [node for node in graph.node if {LOGITS, SCALED} & set(node.input)]
+    if not users:
+        raise ValueError("its probabilities are not computed from its logits")
+    source = LOGITS if task.scales is None else SCALED
+    for node in users:
+        for place, name in enumerate(node.input):
+            if name in (LOGITS, SCALED):
+                node.input[place] = source
+    if task.scales is not None:
+        graph.initializer.append(onnx.numpy_helper.from_array(task.scales[None], SCALES))
+        scale = onnx.helper.make_node("Mul", [LOGITS, SCALES], [SCALED], name=SCALED)
+        graph.node.insert(list(graph.node).index(users[0]), scale)
+
+
 def output_of(head: Head) -> str:
     """Name of the output of one head."""
     return f"{PROBABILITIES}:{head.name}"
@@ -103,9 +136,11 @@ def strip_debug_information(message: Any) -> None:
 
 
 def write(path: Path, model: Any, card: ModelCard, more: Mapping[str, str] | None = None) -> None:
-    """Check a ModelProto, give it its metadata (the card, `more`) and its checksums, write it."""
+    """Check a ModelProto, give it the temperatures of the card's task, its metadata (the card,
+    `more`) and its checksums, write it."""
     import onnx
 
+    set_temperatures(model, card.task)
     used = {node.domain for node in model.graph.node} | {""}
     for entry in [entry for entry in model.opset_import if entry.domain not in used]:
         model.opset_import.remove(entry)  # optimisers leave a dozen that no node uses

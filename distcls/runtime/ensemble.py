@@ -29,11 +29,12 @@ class FlipAveraged:
 
     def __init__(self, model: Model) -> None:
         self._model = model
+        self._card = model.card.of_means
 
     @property
     def card(self) -> ModelCard:
-        """The model's own."""
-        return self._model.card
+        """The model's own, without its calibration: that is in the logits."""
+        return self._card
 
     @property
     def provider(self) -> str:
@@ -54,7 +55,7 @@ class FlipAveraged:
         """Logits of the mean probabilities, float32 [N, K], of images [N, H, W, 3]."""
         mirrored = np.ascontiguousarray(images[:, :, ::-1])
         outputs = [self._model.logits(images), self._model.logits(mirrored)]
-        return _log_mean(outputs, self.card.task)
+        return _log_mean(outputs, [self._model.card.task] * 2)
 
 
 class Ensemble:
@@ -70,7 +71,7 @@ class Ensemble:
 
     @property
     def card(self) -> ModelCard:
-        """The first model's, without its certificate, which does not cover the mean.
+        """The first model's, without certificate and calibration, which do not cover the mean.
 
         The thresholds of labels are the means of the models', as the probabilities are.
         """
@@ -94,7 +95,7 @@ class Ensemble:
     def logits(self, images: Images) -> Floats:
         """Logits of the mean probabilities, float32 [N, K], of images [N, H, W, 3]."""
         outputs = [model.logits(images) for model in self.models]
-        return _log_mean(outputs, self._card.task)
+        return _log_mean(outputs, [model.card.task for model in self.models])
 
 
 def opened_models(model: Model) -> list[Model]:
@@ -111,17 +112,19 @@ def executions_of(model: Model) -> list[ExecutionConfig]:
     return [each.execution for each in opened_models(model)]
 
 
-def _log_mean(outputs: Sequence[Floats], task: Task) -> Floats:
-    """The logits that give the mean of the probabilities of [N, K] each."""
+def _log_mean(outputs: Sequence[Floats], tasks: Sequence[Task]) -> Floats:
+    """The logits that give the mean of the probabilities of [N, K] each, calibrated ones where a
+    task has temperatures."""
     if not len(outputs[0]):
         return outputs[0]
     with np.errstate(invalid="ignore"):  # infinite logits become NaN, which the stream reports
-        if task.kind != "multi_label":
-            return _log([task.probabilities(logits) for logits in outputs])
+        pairs = list(zip(tasks, outputs, strict=True))
+        if tasks[0].kind != "multi_label":
+            return _log([task.probabilities(logits) for task, logits in pairs])
         # both outcomes separately: one minus a probability near one would be zero
         broken = np.any([~np.isfinite(logits) for logits in outputs], axis=0)
-        odds = _log([sigmoid(logits) for logits in outputs])
-        odds -= _log([sigmoid(-logits) for logits in outputs])
+        odds = _log([sigmoid(task.scaled(logits)) for task, logits in pairs])
+        odds -= _log([sigmoid(-task.scaled(logits)) for task, logits in pairs])
     odds[broken] = np.nan
     return odds
 
@@ -138,7 +141,7 @@ def _ensemble_card(cards: Sequence[ModelCard]) -> ModelCard:
         known = [_thresholds(card.task) for card in cards]
         thresholds = tuple(float(mean) for mean in np.mean(known, axis=0))
         task = dataclasses.replace(task, thresholds=thresholds)
-    return dataclasses.replace(cards[0], task=task, certificate=None)
+    return dataclasses.replace(cards[0], task=task, certificate=None).of_means
 
 
 def _thresholds(task: Task) -> tuple[float, ...]:
