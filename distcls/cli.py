@@ -208,6 +208,7 @@ COMMANDS = {
         "augmented training images as the network gets them, with labels",
     ),
     "evaluate": ("distcls.commands.evaluate", "metrics of a .pth or .onnx model on a split"),
+    "report": ("distcls.commands.report", "one HTML page about a run, with its mistakes"),
     "export": ("distcls.commands.export", "best.pth to best.onnx, compared on real images"),
     "export-triton": (
         "distcls.commands.triton",

@@ -49,9 +49,12 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path, dpi: int = 120) -> None:
-    """Write the figure as a PNG, atomically."""
+    """Write the figure as a PNG, or an SVG by the ending of `path`, atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    if path.suffix == ".svg":
+        _save_svg(figure, path)
+        return
     with atomic_path(path) as part, warnings.catch_warnings():
         # a letter without a font is drawn as a box; a warning for each adds nothing
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -59,6 +62,21 @@ def save(figure: Figure, path: Path, dpi: int = 120) -> None:
         # a search for images recognises it by this, and leaves it out
         software = {"Software": f"distcls {__version__}"}
         figure.savefig(part, format="png", dpi=dpi, metadata=software)
+
+
+def _save_svg(figure: Figure, path: Path) -> None:
+    """Without a background, its letters as text: it takes the colours and fonts of a page."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    figure.set_facecolor("none")
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": path.stem}
+    with atomic_path(path) as part, warnings.catch_warnings(), matplotlib.rc_context(settings):
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        FigureCanvasSVG(figure)
+        figure.savefig(part, format="svg", metadata={"Date": None})
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""`distcls report`: one HTML page about a run, or several side by side."""

@@ -1,0 +1,428 @@
+"""`report`: one self-contained HTML page about a run: data, curves, figures, mistakes, model."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from distcls import __version__, log, plotting
+from distcls.data.dataset import Dataset
+from distcls.data.source import SPLITS
+from distcls.errors import BadImage, UsageError
+from distcls.evaluation import plots
+from distcls.evaluation.outputs import Outputs
+from distcls.files import given_path, require_distinct, require_writable, write_text
+from distcls.report.options import ReportOptions
+from distcls.report.page import (
+    Html,
+    bar,
+    drawing,
+    facts,
+    folded,
+    joined,
+    page,
+    picture,
+    section,
+    table,
+    tag,
+    tiles,
+)
+from distcls.report.runs import Run, dataset_of, read_run
+from distcls.runtime.providers import versions
+
+Section = tuple[str, str, Html]
+
+WORST = 24
+"""Mistakes that are shown."""
+MOST_ROWS = 40
+"""Rows of a table before it is folded."""
+MOST_CELLS = 40
+"""Classes up to which a confusion matrix is drawn."""
+WELL_CALIBRATED = 0.05
+NONE = "\N{EN DASH}"
+"""For a figure that is not there."""
+PERCENT = frozenset(
+    ("top1", "top2", "top3", "top5", "top10", "exact", "balanced_accuracy", "macro_f1",
+     "macro_precision", "macro_recall", "weighted_f1", "weighted_precision", "weighted_recall",
+     "ece")
+)  # fmt: skip
+"""Figures that are shares."""
+LEADING = ("top1", "exact", "loss", "macro_f1", "balanced_accuracy", "auroc", "ece", "brier")
+"""Figures that stand first in the table."""
+
+
+def report(options: ReportOptions) -> Path:
+    """Measure the models of runs on one split, and write the page; its path.
+
+    Raises UsageError for what is no run, images that are not there, and a file that exists.
+    """
+    out = _output(options)
+    data = options.data or dataset_of(options.runs[0])
+    dataset = Dataset.open(data)
+    counts = dataset.counts()
+    split = options.split or next((name for name in ("test", "val") if name in counts), "train")
+    runs = [read_run(path, data, split, options.limit) for path in options.runs]
+    require_distinct({"out": out}, {"runs": [run.model for run in runs]})
+    with tempfile.TemporaryDirectory(prefix="distcls-") as scratch:
+        written = one_run(runs[0], dataset, split, Path(scratch))
+    require_writable(out.parent)
+    write_text(out, written)
+    log.say(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    return out
+
+
+def _output(options: ReportOptions) -> Path:
+    if options.out is not None:
+        out = Path(given_path(options.out, "out"))
+    else:
+        first = options.runs[0]
+        folder = first if first.is_dir() else first.parent
+        out = folder / "report.html" if len(options.runs) == 1 else Path("report.html")
+    if out.is_dir():
+        raise UsageError(f"out: {out} is a folder, expected an HTML file")
+    if out.exists() and not options.overwrite:
+        raise UsageError(f"{out} exists already; choose another --out or add --overwrite")
+    return out
+
+
+def one_run(run: Run, dataset: Dataset, split: str, scratch: Path) -> str:
+    """The page about one run."""
+    sections = [
+        _summary(run, dataset),
+        _data(run, dataset),
+        _training(run, scratch),
+        _evaluation(run, scratch),
+        _mistakes(run, dataset, split),
+        _confidence(run, scratch),
+        _model(run),
+        _again(run, dataset),
+    ]
+    result = run.result
+    right = round(result.top1 * result.count)
+    what = "images" if result.task.single else "decisions on its images"
+    lead = tag(
+        "p",
+        f"On {result.count:,} {_of_split(split)} images the model is right for ",
+        tag("b", _value("top1", result.top1)),
+        f" ({right:,} of {result.count:,})" if result.task.single else f" of the {what}",
+        *_between(run, "top1"),
+        ".",
+    )
+    return page(f"Report: {run.name}", lead, [each for each in sections if each is not None])
+
+
+def _of_split(split: str) -> str:
+    return {"test": "test", "val": "validation", "train": "training"}[split]
+
+
+def _between(run: Run, name: str) -> list[str]:
+    ends = run.result.intervals.get(name)
+    if ends is None:
+        return []
+    low, high = (_value(name, end) for end in ends)
+    return [f", 95 % interval {low} to {high}"]
+
+
+def _value(name: str, value: float | None) -> str:
+    """A figure in words for people."""
+    if value is None or not np.isfinite(value):
+        return NONE
+    if name in PERCENT:
+        return f"{value:.2%}" if 0.99 < value < 1 or value < 0.01 else f"{value:.1%}"
+    return f"{value:.4f}"
+
+
+# the parts
+
+
+def _summary(run: Run, dataset: Dataset) -> Section:
+    result, seconds = run.result, run.result.seconds
+    accuracy = "accuracy (top-1)" if result.task.single else "decisions right"
+    cells = [
+        (_value("top1", result.top1), accuracy),
+        (_value("macro_f1", result.figures.get("macro_f1")), "macro F1"),
+        (_value("loss", result.loss), "loss (nats)"),
+        (_value("ece", result.figures.get("ece")), "calibration error"),
+        (f"{result.count / seconds:,.0f}/s" if seconds else NONE, f"images on {result.provider}"),
+        (_size(run.model), run.model.name),
+    ]
+    headline = tag("ul", *(tag("li", tag("b", v), tag("span", n)) for v, n in cells),
+                   class_="headline")  # fmt: skip
+    notes = [tag("li", each, class_="warning") for each in result.warnings]
+    notes += [tag("li", each) for each in _notes(run, dataset)]
+    return section("summary", "Summary", headline, tag("ul", *notes, class_="notes"))
+
+
+def _size(path: Path) -> str:
+    size = path.stat().st_size
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.0f} kB"
+
+
+def _notes(run: Run, dataset: Dataset) -> list[Html]:
+    """What to look at first."""
+    result, notes = run.result, []
+    trained_on = {"val": "chose the best epoch", "train": "trained it"}.get(result.split)
+    if trained_on:
+        notes.append(
+            f"These are the images that {trained_on}: other images will do worse. A test split "
+            "tells how much."
+        )
+    if result.task.single and result.count:
+        support = result.metrics.support
+        most = int(support.argmax())
+        share = float(support[most] / max(1, support.sum()))
+        always = result.classes[most]
+        notes.append(f"Answering {_name(always)} to everything would be right for {share:.1%}.")
+    counted = [(n, row) for n, row in result.per_class.items() if row["support"]]
+    if len(counted) > 1:
+        name, row = min(counted, key=lambda each: each[1]["recall"])
+        if row["recall"] < 1:
+            found = round(row["recall"] * row["support"])
+            notes.append(
+                f"The hardest class is {_name(name)}: {found:,} of its {row['support']:,.0f} "
+                f"images are found ({row['recall']:.0%})."
+            )
+    if result.absent_classes:
+        names = ", ".join(map(_name, result.absent_classes[:5]))
+        notes.append(f"{len(result.absent_classes):,} classes have no image here: {names}")
+    if result.unknown_images:
+        notes.append(
+            f"{result.unknown_images:,} images are of classes that the model does not know."
+        )
+    error = result.figures.get("ece", 0.0)
+    if error > WELL_CALIBRATED and result.task.temperatures is None:
+        notes.append(
+            f"Its probabilities are off by {error:.1%} on average: distcls calibrate corrects them."
+        )
+    return [tag("span", note) for note in notes]
+
+
+def _name(name: str) -> str:
+    return f"“{plotting.shorten(name, 60)}”" if name else "the empty class"
+
+
+def _data(run: Run, dataset: Dataset) -> Section:
+    info, counts = dataset.info, dataset.counts()
+    total = sum(counts.values())
+    pairs: list[tuple[str, object]] = [
+        ("Source", info.get("source") or str(dataset.folder)),
+        ("Task", dataset.task.summary()),
+        ("Images", ", ".join([f"{total:,}", *(f"{n} {c:,}" for n, c in counts.items())])),
+    ]
+    if info.get("rejected"):
+        pairs.append(("Left out as broken", f"{info['rejected']:,}"))
+    if info.get("transparent"):
+        pairs.append(("With transparency", f"{info['transparent']:,}"))
+    known = info.get("class_counts")
+    content: list[Html] = [facts(pairs)]
+    if isinstance(known, dict) and known:
+        names = [split for split in SPLITS if split in counts]
+        sums = {n: sum(row.get(s, 0) for s in names) for n, row in known.items()}
+        largest = max(sums.values())
+        rows = [
+            [n, bar(sums[n] / largest), *(f"{known[n].get(s, 0):,}" for s in names), f"{sums[n]:,}"]
+            for n in known
+        ]
+        content.append(_perhaps_folded(table(["class", "", *names, "all"], rows, numbers=2),
+                                       len(rows), "Images of each class"))  # fmt: skip
+    return section("data", "Data", *content)
+
+
+def _perhaps_folded(content: Html, rows: int, title: str) -> Html:
+    if rows > MOST_ROWS:
+        return folded(f"{title} ({rows:,})", content)
+    return joined([tag("h3", title), content])
+
+
+def _training(run: Run, scratch: Path) -> Section | None:
+    if not run.history and not run.config:
+        return None
+    training, content = run.card.training, []
+    pairs = [("Best epoch", training.get("epoch")), ("Epochs trained", len(run.history) or None)]
+    seconds = sum(row.get("seconds", 0.0) for row in run.history)
+    if seconds:
+        pairs.append(("Time", _duration(seconds)))
+    keys = ("model.name", "lr", "batch_size", "optimizer.name", "precision", "seed", "source")
+    pairs += [(key, run.config[key]) for key in keys if run.config.get(key) is not None]
+    content.append(facts((name, value) for name, value in pairs if value is not None))
+    if run.history:
+        path = scratch / "curves.svg"
+        metric = str(run.config.get("monitor.metric") or "top1")
+        plotting.curves(run.history, path, metric, int(training.get("epoch") or 0))
+        content.insert(0, drawing(path, "Loss, scores and learning rate of each epoch"))
+    if run.config:
+        rows = [[key, _setting(value)] for key, value in run.config.items()]
+        content.append(
+            folded(f"All {len(rows)} settings", table(["key", "value"], rows, numbers=2))
+        )
+    return section("training", "Training", *content)
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
+
+
+def _evaluation(run: Run, scratch: Path) -> Section:
+    result = run.result
+    figures = result.figures
+    order = [*(n for n in LEADING if n in figures), *(n for n in figures if n not in LEADING)]
+    rows = []
+    for name in order:
+        ends = result.intervals.get(name)
+        between = None if ends is None else " to ".join(_value(name, end) for end in ends)
+        rows.append([plotting.metric_title(name), _value(name, figures[name]), between])
+    note = "The interval is that of other images of the same kind: small sets have wide ones."
+    content: list[object] = [
+        table(["figure", "value", "95 % interval"], rows),
+        tag("p", note, class_="fine"),
+    ]
+    classes = sorted(result.per_class.items(), key=lambda each: (each[1]["f1"], each[0]))
+    heads = ["class", "precision", "recall", "F1", "images", ""]
+    lines = []
+    for name, row in classes:
+        scores = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
+        lines.append([name, *scores, f"{row['support']:,.0f}", bar(row["f1"])])
+    content.append(_perhaps_folded(table(heads, lines), len(lines), "Classes, the hardest first"))
+    if result.task.single and 2 <= len(result.classes) <= MOST_CELLS:
+        path = scratch / "confusion.svg"
+        plotting.confusion(result.confusion, list(result.classes), path)
+        content += [tag("h3", "Confusion matrix"), drawing(path, "Confusion matrix")]
+    if not result.outputs.right.all():
+        path = scratch / "pairs.svg"
+        plots.pairs(result.outputs, path)
+        content += [tag("h3", "What is taken for what"), drawing(path, "Most frequent confusions")]
+    return section("evaluation", "Evaluation", *content)
+
+
+def _mistakes(run: Run, dataset: Dataset, split: str) -> Section | None:
+    """The wrong predictions with the greatest loss."""
+    outputs = run.result.outputs
+    wrong = np.flatnonzero(~outputs.right)
+    if not len(wrong):
+        return section("mistakes", "Worst mistakes", tag("p", "Every prediction is right."))
+    worst = wrong[np.argsort(-outputs.loss[wrong], kind="stable")][:WORST]
+    source = dataset.split(split)
+    places = {name: place for place, name in enumerate(source.image_ids)}
+    shown, cells = outputs.take(worst), []
+    for name, words in zip(shown.image_ids, _answers(shown), strict=True):
+        try:
+            image = source.image(places[name])
+        except (BadImage, KeyError):  # it was there a moment ago
+            continue
+        cells.append(joined([picture(image, f"the image {name}"), words]))
+    note = f"The {len(cells):,} of {len(wrong):,} wrong predictions that cost most."
+    return section("mistakes", "Worst mistakes", tag("p", note), tiles(cells))
+
+
+def _answers(outputs: Outputs) -> list[Html]:
+    """What is said of each image, and what is true."""
+    said = outputs.task.texts(outputs.decided.astype(np.int64))
+    truth = outputs.task.texts(outputs.labels)
+    chances = outputs.confidence(slice(None)).tolist()
+    rows = zip(outputs.image_ids, said, truth, chances, strict=True)
+    return [
+        joined(
+            [
+                tag("b", label or "nothing", class_="bad"),
+                f" {chance:.0%}",
+                tag("div", "labelled ", tag("b", true or "nothing")),
+                tag("div", name, class_="name"),
+            ]
+        )
+        for name, label, true, chance in rows
+    ]
+
+
+def _confidence(run: Run, scratch: Path) -> Section:
+    outputs = run.result.outputs
+    error = run.result.figures.get("ece", 0.0)
+    state = "calibrated" if run.result.task.temperatures is not None else "as trained"
+    words = (
+        f"The probabilities are {state}; on average they are {error:.1%} away from how often they "
+        "come true. Few images make this error look larger than it is."
+    )
+    drawn: dict[str, tuple[Callable[[Outputs, Path], None], str]] = {
+        "reliability": (plots.reliability, "Reliability diagram: accuracy against confidence"),
+        "thresholds": (plots.thresholds, "What a minimum probability does"),
+    }
+    shown = []
+    for name, (draw, label) in drawn.items():
+        draw(outputs, scratch / f"{name}.svg")
+        shown.append(drawing(scratch / f"{name}.svg", label))
+    plots.curves(outputs, scratch / "roc.svg")
+    roc = drawing(scratch / "roc.svg", "ROC and precision-recall curves")
+    return section(
+        *("confidence", "Confidence", tag("p", words), tag("div", *shown, class_="two")),
+        *(tag("h3", "Each class against the rest"), roc),
+    )
+
+
+def _model(run: Run) -> Section:
+    card, certificate = run.card, run.card.certificate
+    height, width = card.preprocess.size
+    pairs: list[tuple[str, object]] = [
+        ("File", str(run.model)),
+        ("Architecture", card.architecture.get("name")),
+        ("Input", f"{height} x {width} pixels, resized by {card.preprocess.resize}"),
+        ("Size", _size(run.model)),
+        ("Trained with", f"distcls {card.to_json()['version']}"),
+    ]
+    if certificate is None:
+        said = "none: distcls export compares the exported model with the checkpoint"
+    else:
+        least = min(each["top1_agreement"] for each in certificate["results"])
+        most = max(each["max_logit_difference"] for each in certificate["results"])
+        said = (
+            f"{least:.2%} of the predictions for {certificate['images']:,} {certificate['split']} "
+            f"images are those of the checkpoint, logits within {most:.1e} "
+            f"({certificate['reference']})"
+        )
+    pairs.append(("Certificate", said))
+    if certificate and (distinct := certificate.get("distinct_predictions")):
+        pairs.append(("", f"{distinct:,} distinct predictions among them"))
+    return section("model", "Model", facts(pairs))
+
+
+def _again(run: Run, dataset: Dataset) -> Section:
+    quoted = {name: shlex.quote(str(path)) for name, path in
+              (("run", run.path), ("data", dataset.folder), ("model", run.model))}  # fmt: skip
+    lines = []
+    config = run.path / "config.yaml"
+    if run.path.is_dir() and config.is_file():
+        lines.append(f"distcls train --config {shlex.quote(str(config))} --out runs/again")
+    split = run.result.split
+    lines += [
+        f"distcls evaluate --model {quoted['model']} --data {quoted['data']} --split {split}",
+        f"distcls predict photos/ --model {quoted['model']}",
+        f"distcls report {quoted['run']} --data {quoted['data']} --split {split} --overwrite",
+    ]
+    found = {"distcls": __version__, "numpy": np.__version__, **versions()}
+    made = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    return section(
+        *("again", "Do it again", tag("pre", "\n".join(lines))),
+        tag("p", f"This page was made with {made}.", class_="fine"),
+    )
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """A short name for each run, all different."""
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]

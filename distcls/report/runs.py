@@ -1,0 +1,114 @@
+"""What a run directory, or a model file alone, says of a run; read as the untrusted file it is."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from distcls import log
+from distcls.config.load import read_yaml
+from distcls.data.dataset import IN_RUN, is_dataset
+from distcls.errors import UsageError
+from distcls.evaluation.evaluate import EvaluateOptions, EvaluationResult, evaluate
+from distcls.files import read_bounded
+from distcls.model_card import ModelCard, best_model, require_model
+
+CONFIG, HISTORY = "config.yaml", "history.csv"
+MOST_BYTES = 1 << 25
+"""Of a history."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run, and what its model does on the images of the report."""
+
+    path: Path
+    """As it was given."""
+    name: str
+    model: Path
+    """The model file."""
+    card: ModelCard
+    config: dict[str, Any]
+    """Dotted keys of config.yaml; empty for a model file alone."""
+    history: list[dict[str, float]]
+    """A row an epoch: `epoch`, `train_loss`, `val_top1`, ..., of those that are numbers."""
+    result: EvaluationResult
+
+
+def dataset_of(run: Path) -> Path:
+    """The dataset directory of a run. Raises UsageError if it is not there."""
+    folder = run if run.is_dir() else run.parent
+    if is_dataset(folder / IN_RUN):
+        return folder / IN_RUN
+    given = _config(folder).get("data")
+    if isinstance(given, str) and is_dataset(Path(given)):
+        return Path(given)
+    said = f", and {given!r} in its config.yaml is not there" if given else ""
+    raise UsageError(f"data: {run} has no dataset directory{said}; give it with --data")
+
+
+def read_run(path: Path, data: Path, split: str, limit: int | None) -> Run:
+    """Read a run and evaluate its model. Raises UsageError for what is none."""
+    require_model(path)
+    model = best_model(path, key="runs")
+    folder = path if path.is_dir() else path.parent
+    log.say(f"{path}: measuring {model.name} on the {split} split")
+    options = EvaluateOptions(model=model, data=data, split=split, limit=limit, quiet=True)
+    result = evaluate(options)
+    return Run(
+        path=path,
+        name=path.resolve().name if path.is_dir() else str(path),
+        model=model,
+        card=_card(model),
+        config=_config(folder),
+        history=_history(folder / HISTORY),
+        result=result,
+    )
+
+
+def _card(model: Path) -> ModelCard:
+    if model.suffix.lower() == ".onnx":
+        from distcls.runtime.onnx_file import OnnxFile
+
+        return ModelCard.from_metadata(OnnxFile(model).metadata, str(model))
+    from distcls.models.checkpoint import read_checkpoint  # needs torch, as the file does
+
+    card, _ = read_checkpoint(model)
+    return card
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        return {}
+    try:
+        return {key: given.value for key, given in read_yaml(folder / CONFIG).items()}
+    except UsageError as error:
+        log.warn(f"left out of the report: {error}")
+        return {}
+
+
+def _history(path: Path) -> list[dict[str, float]]:
+    if not path.is_file():
+        return []
+    try:
+        lines = read_bounded(path, MOST_BYTES).decode("utf-8").splitlines()
+        rows = [_numbers(row) for row in csv.DictReader(lines)]
+    except (OSError, ValueError, csv.Error) as error:
+        log.warn(f"{path} is left out of the report: {error}")
+        return []
+    return [row for row in rows if "epoch" in row]
+
+
+def _numbers(row: dict[str | Any, str | Any]) -> dict[str, float]:
+    found = {}
+    for key, value in row.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            continue
+        if math.isfinite(number):
+            found[str(key)] = number
+    return found
