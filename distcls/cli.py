@@ -208,6 +208,10 @@ COMMANDS = {
         "augmented training images as the network gets them, with labels",
     ),
     "evaluate": ("distcls.commands.evaluate", "metrics of a .pth or .onnx model on a split"),
+    "calibrate": (
+        "distcls.commands.calibrate",
+        "probabilities that can be believed, in a .pth or .onnx model",
+    ),
     "export": ("distcls.commands.export", "best.pth to best.onnx, compared on real images"),
     "export-triton": (
         "distcls.commands.triton",
