@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distcls.errors import BadImage, BadValue, DistclsError, Stopped, UsageError
     from distcls.evaluation.evaluate import EvaluationResult, evaluate_model
     from distcls.evaluation.metrics import register_metric
+    from distcls.export.calibrate import CalibrationResult, calibrate_model
     from distcls.export.onnx import ExportResult, export_onnx
     from distcls.models.registry import register_model
     from distcls.prediction import Prediction, Predictions
@@ -35,6 +36,7 @@ _NAMES = {
     "distcls.errors": ("BadImage", "BadValue", "DistclsError", "Stopped", "UsageError"),
     "distcls.evaluation.evaluate": ("EvaluationResult", "evaluate_model"),
     "distcls.evaluation.metrics": ("register_metric",),
+    "distcls.export.calibrate": ("CalibrationResult", "calibrate_model"),
     "distcls.export.onnx": ("ExportResult", "export_onnx"),
     "distcls.models.registry": ("register_model",),
     "distcls.prediction": ("Prediction", "Predictions"),
@@ -48,6 +50,7 @@ _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
     "BadImage",
     "BadValue",
+    "CalibrationResult",
     "DistclsError",
     "EvaluationResult",
     "Example",
@@ -60,6 +63,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "UsageError",
+    "calibrate_model",
     "evaluate_model",
     "export_onnx",
     "fit",

@@ -209,6 +209,10 @@ COMMANDS = {
     ),
     "evaluate": ("distcls.commands.evaluate", "metrics of a .pth or .onnx model on a split"),
     "report": ("distcls.commands.report", "one HTML page about a run, with its mistakes"),
+    "calibrate": (
+        "distcls.commands.calibrate",
+        "probabilities that can be believed, in a .pth or .onnx model",
+    ),
     "export": ("distcls.commands.export", "best.pth to best.onnx, compared on real images"),
     "export-triton": (
         "distcls.commands.triton",

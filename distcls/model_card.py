@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ _SETS = stored.record(
     {
         "coverage": stored.number(0, 1),
         "least_probability": stored.each(stored.number(0, 1), stored.MOST_NAMES, 1),
+        "size": stored.number(0),
     }
 )
 
@@ -106,11 +108,6 @@ class ModelCard:
     def classes(self) -> tuple[str, ...]:
         """Class names, of heads as HEAD:CLASS; the index is that of the logit."""
         return self.task.classes
-
-    def calibrated(self, task: Task, record: dict[str, Any]) -> ModelCard:
-        """The card with a task that has temperatures, and the record of how they were fitted."""
-        record = {"temperatures": list(task.temperatures or ()), **record}
-        return dataclasses.replace(self, task=task, calibration=record)
 
     @property
     def of_means(self) -> ModelCard:
@@ -185,6 +182,27 @@ class ModelCard:
         except ValueError as error:
             raise UsageError(f"{where}: its distcls metadata is damaged: {error}") from error
         return cls.from_json(values, where)
+
+
+def least_probabilities(card: ModelCard, coverage: float | None) -> list[float] | None:
+    """The least probability of a class in the prediction set of each head; None without a coverage.
+
+    Raises UsageError for a coverage that the model was not calibrated for.
+    """
+    if coverage is None:
+        return None
+    sets = (card.calibration or {}).get("sets", [])
+    for entry in sets:
+        if math.isclose(entry["coverage"], coverage, abs_tol=1e-9):
+            return list(entry["least_probability"])
+    known = ", ".join(f"{entry['coverage']:g}" for entry in sets)
+    has = (
+        f"the model has prediction sets of {known}" if known else "the model has no prediction sets"
+    )
+    raise UsageError(
+        f"coverage: {has}; distcls calibrate MODEL --coverage {coverage:g} fits them, of one model "
+        "without --tta"
+    )
 
 
 def model_paths(text: str) -> list[Path]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from distcls.cli import import_pandas
 from distcls.errors import BadImage, UsageError, is_count, require
-from distcls.task import Floats, Integers, Task, class_list
+from distcls.task import BLANK_SHOWN, JOINT, Floats, Integers, Task, class_list
 
 if TYPE_CHECKING:
     import pandas
@@ -222,6 +222,30 @@ def ranking(logits: Floats, k: int) -> Integers:
 ABSTAINED = "abstained"
 """Column with --threshold: whether a label, or that of any head, was not likely enough."""
 
+SET = "set"
+"""Column with --coverage: the classes of the prediction set, with `|` between."""
+
+
+def prediction_sets(task: Task, probabilities: Floats, least: Sequence[float]) -> list[list[str]]:
+    """The classes in the prediction set of each image, the likeliest first, a list for each head.
+
+    `least` are the least probabilities of each head's classes. A set may be empty.
+    """
+    heads = [head.classes for head in task.heads] or [task.classes]
+    columns = []
+    for classes, span, limit in zip(heads, task.slices, least, strict=True):
+        part = probabilities[:, span]
+        inside = part >= np.float32(limit)
+        sizes = inside.sum(axis=1)
+        ranked = np.argsort(-part, axis=1, kind="stable")[:, : sizes.max(initial=0)]
+        texts = [
+            JOINT.join(classes[place] or BLANK_SHOWN for place in row[:count])
+            for row, count in zip(ranked.tolist(), sizes.tolist(), strict=True)
+        ]
+        columns.append(texts)
+    return columns
+
+
 Columns = dict[str, Sequence[Any]]
 """Some rows, by column: text, numbers or None."""
 LabelColumns = tuple[list[str | None], Floats]
@@ -233,8 +257,9 @@ class RowBuilder:
 
     image_id, label, probability, then for single-label tasks the next likely classes (label_2,
     probability_2, ...), for heads each one's own (label:HEAD, probability:HEAD), then on request
-    p:CLASS, with a threshold abstained, and error. The probability of a multi-head or multi-label
-    prediction is the joint one of all its classes, as if they were independent.
+    p:CLASS and the prediction set (set, or set:HEAD), with a threshold abstained, and error. The
+    probability of a multi-head or multi-label prediction is the joint one of all its classes, as if
+    they were independent.
     """
 
     def __init__(
@@ -244,8 +269,11 @@ class RowBuilder:
         top_k: int = 1,
         probabilities: bool = False,
         threshold: float | None = None,
+        least: Sequence[float] | None = None,
     ) -> None:
-        """Raises BadValue for a `top_k` below 1, UsageError for what the task does not support.
+        """`least`, the least probability of each head's classes, asks for prediction sets.
+
+        Raises BadValue for a `top_k` below 1, UsageError for what the task does not support.
 
         That is a `top_k` of more classes than there are, or of heads or labels at all, and a
         threshold of labels.
@@ -268,6 +296,9 @@ class RowBuilder:
         self._task = task
         self._top_k = top_k
         self._threshold = threshold
+        self._least = least
+        endings = [f":{head.name}" for head in task.heads] or [""]
+        self._sets = [] if least is None else [f"{SET}{ending}" for ending in endings]
         self._all = [f"p:{name}" for name in task.classes] if probabilities else []
         endings = [f"_{rank + 1}" if rank else "" for rank in range(top_k)]
         endings += [f":{head.name}" for head in task.heads]
@@ -277,7 +308,8 @@ class RowBuilder:
     def names(self) -> list[str]:
         """All columns in order."""
         pairs = [name for pair in self._pairs for name in pair]
-        return ["image_id", *pairs, *self._all, *sorted(self.booleans), "error"]
+        more = (*self._sets, *sorted(self.booleans))
+        return ["image_id", *pairs, *self._all, *more, "error"]
 
     @property
     def numbers(self) -> set[str]:
@@ -306,6 +338,10 @@ class RowBuilder:
             columns[probability] = _spread(good, shortest(values))
         for index, name in enumerate(self._all):
             columns[name] = _spread(good, shortest(probabilities[:, index]))
+        if self._least is not None:
+            found_sets = prediction_sets(self._task, probabilities, self._least)
+            for name, sets in zip(self._sets, found_sets, strict=True):
+                columns[name] = _spread(good, sets)
         if self._threshold is not None:
             columns[ABSTAINED] = _spread(good, abstained.tolist())
         columns["error"] = chunk.errors

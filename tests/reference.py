@@ -19,6 +19,7 @@ import numpy as np
 import distcls
 from distcls.config.schema import MISSING, describe, field_docs, leaves, sections
 from distcls.evaluation.metrics import Metrics
+from distcls.evaluation.outputs import Outputs
 from distcls.export.certificate import Certificate
 from distcls.imaging import Preprocess
 from distcls.model_card import ModelCard
@@ -39,12 +40,15 @@ GROUPS = {
         *("register_model", "register_loss", "register_metric"),
         *("register_optimizer", "register_schedule"),
     ),
-    "Evaluation": ("evaluate_model", "EvaluationResult"),
+    "Evaluation": (
+        *("evaluate_model", "EvaluationResult"),
+        *("calibrate_model", "CalibrationResult"),
+    ),
     "Export": ("export_onnx", "ExportResult"),
     "Errors": ("DistclsError", "UsageError", "BadValue", "BadImage", "Stopped"),
 }
 """All public names."""
-HELD = (Task, Head, ModelCard, Preprocess, Metrics, Certificate)
+HELD = (Task, Head, ModelCard, Preprocess, Metrics, Outputs, Certificate)
 """The types of attributes of the public ones."""
 COMMANDS_USE = {"chunks"}
 """Methods that only the commands call."""

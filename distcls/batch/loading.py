@@ -202,6 +202,7 @@ def fingerprint_of(model: Model, source: ImageSource, options: PredictOptions) -
             "top_k": options.top_k,
             "probabilities": options.probabilities,
             "threshold": options.threshold,
+            "coverage": options.coverage,
             "tta": options.tta,
             "features": options.features is not None,
             "scaled_decode": options.scaled_decode,

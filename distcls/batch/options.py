@@ -56,6 +56,9 @@ class PredictOptions:
     threshold: float | None = None
     """Minimum probability of a class, for each head separately; below it the label is empty and the
     column `abstained` is true. Not for multi-label models, which have a threshold per label."""
+    coverage: float | None = None
+    """Add a column `set` with the classes of the prediction set, which holds the true one with this
+    probability, as in 0.9; of a model that `distcls calibrate --coverage` has fitted to it."""
     tta: Tta = "none"
     """Test-time augmentation: flip averages the probabilities of each image and its mirror
     image."""
@@ -117,6 +120,8 @@ class PredictOptions:
             require(value is None or value >= 1, name, value, "at least 1")
         chance = self.threshold
         require(chance is None or 0 < chance <= 1, "threshold", chance, "above 0 and at most 1")
+        held = self.coverage
+        require(held is None or 0 < held < 1, "coverage", held, "between 0 and 1, as in 0.9")
         require(self.fetch_timeout > 0, "fetch_timeout", self.fetch_timeout, "seconds above 0")
         require_fraction("max_bad", self.max_bad)
         both = self.resume and self.overwrite

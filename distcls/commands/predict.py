@@ -35,8 +35,8 @@ COMMAND = Command(
         "essential options": ("input", "model", "out", "overwrite", "resume", "provider", "show"),
         "input": ("split", "path_column", "root", "limit", "fetch_timeout", "max_bad"),
         "output": (
-            *("out_format", "top_k", "probabilities", "threshold", "tta", "features"),
-            *("show_out", "seed"),
+            *("out_format", "top_k", "probabilities", "threshold", "coverage", "tta"),
+            *("features", "show_out", "seed"),
         ),
         "speed": ("batch_size", "workers", "engine", "scaled_decode", "part_rows", "profile"),
         "ONNX files that distcls has not exported": ("classes", "size", "mean", "std"),

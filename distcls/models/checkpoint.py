@@ -6,6 +6,7 @@ itself never looks at, and in files of ours a SHA-256 over all tensors and plain
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import math
@@ -79,6 +80,16 @@ def save_checkpoint(
     weights = model.state_dict() if isinstance(model, Classifier) else model
     content = {"card": card.to_json(), "model": weights}
     content |= {} if state is None else {"state": state}
+    save_tensors(path, content | {CHECKSUM: content_digest(content)})
+
+
+def write_calibration(path: Path, card: ModelCard) -> None:
+    """Give a checkpoint the task and the calibration of a card; all else in it stays."""
+    own, _ = read_checkpoint(path)
+    content = {key: value for key, value in load_tensors(path).items() if key != CHECKSUM}
+    content["card"] = dataclasses.replace(
+        own, task=card.task, calibration=card.calibration
+    ).to_json()
     save_tensors(path, content | {CHECKSUM: content_digest(content)})
 
 

@@ -173,7 +173,6 @@ class Computer:
         wide = self._with_features
         return {
             "card": card.to_json(),
-            "task": card.task.to_json(),
             "sha256": model.sha256,
             "outputs": list(model.output_names),
             "features": 0 if wide is None else wide.width,
@@ -193,7 +192,7 @@ def _require_like(file: OnnxFile, like: dict[str, Any]) -> None:
             f"{like['size'][1]} as before; clients that send tensors would fail. Serve it under "
             "another name, or start the server again"
         )
-    if card.task.to_json() != like["task"]:
+    if dataclasses.replace(card.task, thresholds=None).to_json() != like["task"]:
         raise UsageError(
             f"{file.path}: its classes are not those of before; serve it under another name, or "
             "start the server again"

@@ -20,13 +20,13 @@ from typing import Any
 
 from distcls import log
 from distcls.errors import DistclsError, UsageError, did_you_mean
+from distcls.model_card import ModelCard
 from distcls.serving.engine import Engine, Lane, LaneDied, LocalLane, ProcessLane
 from distcls.serving.metrics import Statistics
 from distcls.serving.options import NAME, ServeOptions
 from distcls.serving.protocol import Interface, Refused
 from distcls.serving.work import BatchFailed
 from distcls.stored import regular_descriptor
-from distcls.task import Task
 
 RETIRED = 8
 """Versions that are no longer served whose counts are still shown: a scrape may come later."""
@@ -58,7 +58,7 @@ class Version:
             name=name,
             version=version,
             size=(facts["card"]["preprocess"]["size"][0], facts["card"]["preprocess"]["size"][1]),
-            task=Task.from_json(facts["task"]),
+            task=ModelCard.from_json(facts["card"], name).task,  # with its temperatures
             features=facts["features"],
             most=most,
         )
@@ -286,8 +286,8 @@ class Repository:
         """An engine for a file, which has to take and give what the version before it did."""
         like = None
         if before is not None:
-            task = before.interface.task.to_json()
-            like = {"size": list(before.interface.size), "task": task}
+            task = dataclasses.replace(before.interface.task, thresholds=None)
+            like = {"size": list(before.interface.size), "task": task.to_json()}
         request, most = {**self._options.request, "like": like}, self._options.max_wait
         if self._options.engine == "threads":
             return Engine(_Threads(path, request).open, most)

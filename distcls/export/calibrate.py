@@ -1,0 +1,325 @@
+"""`calibrate`: temperatures into the card of a model file, and into an exported graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distcls import log
+from distcls.cli import packages_for
+from distcls.config import build, options_layer, positional
+from distcls.data.dataset import IN_RUN, Dataset, Split, is_dataset
+from distcls.errors import UsageError, require
+from distcls.evaluation.calibration import (
+    Abstention,
+    abstain_for_accuracy,
+    abstain_for_answers,
+    fit_temperatures,
+    prediction_sets,
+)
+from distcls.evaluation.classes import match_classes, shown_names
+from distcls.evaluation.outputs import Outputs
+from distcls.evaluation.scores import calibration_bins
+from distcls.evaluation.shards import Evaluated, evaluate_split
+from distcls.files import atomic_path, given_path
+from distcls.model_card import BEST_ONNX, BEST_PTH, PREFIX, ModelCard, best_model, model_choice
+from distcls.predictor import Predictor, load_model
+from distcls.runtime.providers import ExecutionRequest
+
+FEW = 200
+"""Images below which a warning is said."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """Options of `distcls calibrate`."""
+
+    model: Path = positional()
+    """Model file, best.onnx or best.pth, which is changed in place; of a run directory both."""
+    data: Path | None = None
+    """Dataset directory; default: the one that the model was trained on."""
+    split: str = "val"
+    """Split of the dataset that is fitted to: train, val or test."""
+    coverage: tuple[float, ...] = ()
+    """Also fit prediction sets that hold the true class with this probability, as in 0.9, or
+    several, as in 0.9,0.95; for `distcls predict --coverage`."""
+    precision: float | None = None
+    """Also find the threshold above which this fraction of the predictions is right, as in 0.99;
+    for `distcls predict --threshold`."""
+    answered: float | None = None
+    """Also find the threshold that this fraction of the images reaches, as in 0.8."""
+    batch_size: int | None = None
+    """Batch size; default: 64."""
+    limit: int | None = None
+    """Fit to the first images only."""
+    workers: int | None = None
+    """Decoding threads; default: one per core."""
+    json: bool = False
+    """Print the result as one JSON object on standard output."""
+    quiet: bool = False
+    """Print warnings and errors only."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "limit", "workers"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
+        for value in self.coverage:
+            require(0 < value < 1, "coverage", value, "between 0 and 1, as in 0.9")
+        unique = len(set(self.coverage)) == len(self.coverage)
+        require(unique, "coverage", self.coverage, "each one once")
+        for name in ("precision", "answered"):
+            value = getattr(self, name)
+            fits = value is None or 0 < value <= 1
+            require(fits, name, value, "above 0 and at most 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrationResult:
+    """What was fitted, and what it did to the images that it was fitted to."""
+
+    files: tuple[Path, ...]
+    """The files that were changed."""
+    data: str
+    split: str
+    images: int
+    names: tuple[str, ...]
+    """Heads or labels, one for each temperature; of a single label an empty one."""
+    temperatures: tuple[float, ...]
+    ece: tuple[float, float]
+    """Expected calibration error before, of the plain logits, and after."""
+    loss: tuple[float, float]
+    """Cross-entropy in nats before and after."""
+    sets: tuple[dict[str, Any], ...] = ()
+    """For each `coverage`: `least_probability`, for each head, of a class in the set."""
+    thresholds: tuple[dict[str, float], ...] = ()
+    """For `precision` and `answered`: the threshold, and what it does."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `distcls calibrate --json` prints them."""
+        return {"files": [str(path) for path in self.files], "data": self.data} | self.record()
+
+    def record(self) -> dict[str, Any]:
+        """What the model card keeps; a path would reveal details of this machine."""
+        return {
+            "temperatures": list(self.temperatures),
+            "split": self.split,
+            "images": self.images,
+            "ece": list(self.ece),
+            "loss": list(self.loss),
+            "sets": list(self.sets),
+            "thresholds": list(self.thresholds),
+        }
+
+    def to_text(self) -> str:
+        """The result for people."""
+        pairs = list(zip(self.names, self.temperatures, strict=True))
+        shown = ", ".join(f"{name} {value:.4f}".strip() for name, value in pairs[:10])
+        more = f" and {len(pairs) - 10:,} more" if len(pairs) > 10 else ""
+        lines = [
+            f"temperature  {shown}{more}",
+            f"ECE          {self.ece[0]:.4f} before, {self.ece[1]:.4f} after",
+            f"loss         {self.loss[0]:.4f} before, {self.loss[1]:.4f} after",
+        ]
+        for entry in self.sets:
+            least = ", ".join(f"{value:.4g}" for value in entry["least_probability"])
+            lines.append(
+                f"sets         hold the true class of {entry['coverage']:.4g} of the images, "
+                f"{entry['size']:.2f} classes on average: those of probability {least} and more"
+            )
+        for entry in self.thresholds:
+            lines.append(
+                f"threshold    {entry['threshold']:.6g}: {entry['answered']:.2%} of the images are "
+                f"answered, {entry['accuracy']:.2%} of these right"
+            )
+        return "\n".join([*lines, f"on {self.images:,} images of {self.split}, fitted to them"])
+
+
+def calibrate_model(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str] | None = None,
+    *,
+    split: str = "val",
+    coverage: Sequence[float] = (),
+    precision: float | None = None,
+    answered: float | None = None,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> CalibrationResult:
+    """Fit temperatures to a split and keep them in the model file, as `distcls calibrate` does.
+
+        result = distcls.calibrate_model("runs/photos", coverage=[0.9])
+        print(result.temperatures, result.ece)
+
+    Args:
+        model: a best.onnx or best.pth, which is changed, or a run directory, where both are.
+        data: a dataset directory; by default the one that the model was trained on.
+        split: the images that are fitted to, which the model was not trained on.
+        coverage: also fit prediction sets that hold the true class with these probabilities.
+        precision: also find the threshold above which this fraction of the predictions is right.
+        answered: also find the threshold that this fraction of the images reaches.
+        batch_size: images that are computed together; by default 64.
+        limit: take the first images only.
+        workers: decoding threads; by default one per core.
+        quiet: print warnings and errors only.
+
+    Returns:
+        The temperatures, with the calibration error before and after.
+
+    Raises:
+        UsageError: for a model or data that cannot be read or do not fit each other, for labels
+            that no temperature fits, for a wrong value, and where `onnx` is not installed.
+        DistclsError: if an image cannot be decoded.
+    """
+    given = {**locals(), "model": given_path(model, "model")}
+    options = build(CalibrateOptions, options_layer(CalibrateOptions, given))
+    with packages_for(str(options.model)), log.hushed(options.quiet):
+        return calibrate(options)
+
+
+def calibrate(options: CalibrateOptions) -> CalibrationResult:
+    """Fit, and write the model file, or both of a run directory.
+
+    Predictions stay as they are, and so do the logits that files give; probabilities change.
+    Raises as `calibrate_model`.
+    """
+    if log.world_size() > 1:
+        raise UsageError("calibrate runs in one process; start it without a launcher")
+    found = best_model(options.model)
+    if line := model_choice(options.model, found):
+        log.say(line)
+    if found.suffix.lower() == ".onnx":
+        import onnx  # noqa: F401 - missing, it is said before anything is computed
+    request = ExecutionRequest(
+        provider="auto", batch_size=options.batch_size, workers=options.workers, images=1
+    )
+    model = load_model(found, "auto", request)
+    predictor = Predictor(model, batch_size=options.batch_size, workers=options.workers)
+    folder = _data_folder(options, model.card, found)
+    split = _open(folder, options)
+    matched = match_classes(split.first(options.limit), predictor.task, str(folder)).split
+    evaluated = evaluate_split(predictor, matched, lambda vector: vector)
+    card, result = _fitted(options, model.card, evaluated, str(folder))
+    files = _files(options.model, found)
+    for path in files:
+        write_card(path, card)
+    return dataclasses.replace(result, files=tuple(files))
+
+
+def _data_folder(options: CalibrateOptions, card: ModelCard, model: Path) -> Path:
+    trained_on = Path(card.training.get("dataset") or "")
+    choices = [model.parent / IN_RUN, trained_on]
+    known = next((path for path in choices if path.name and is_dataset(path)), None)
+    folder = options.data or known
+    if folder is None:
+        raise UsageError(
+            f"data: the dataset that {model} was trained on is not here; name one with --data"
+        )
+    return folder
+
+
+def _open(folder: Path, options: CalibrateOptions) -> Split:
+    split = Dataset.open(folder, prepare_flags="--val-fraction 1").split(options.split)
+    if options.split == "train":
+        log.warn("split: a model is surer of the images that it was trained on than of others")
+    return split
+
+
+def _fitted(
+    options: CalibrateOptions, card: ModelCard, evaluated: Evaluated, data: str
+) -> tuple[ModelCard, CalibrationResult]:
+    """The card with what was fitted; the result names no file yet."""
+    labels, logits = evaluated.split.labels, evaluated.logits
+    task, unknown = fit_temperatures(card.task, logits, labels)
+    if len(labels) < FEW:
+        log.warn(f"{log.counted(len(labels), 'image')} are few to calibrate on")
+    if unknown == [""]:
+        raise UsageError(
+            f"{data}: no temperature is best for {options.split}, as every prediction is right, or "
+            "none says more than chance; more images are needed"
+        )
+    if unknown:
+        log.warn(f"the temperature stays 1, as none is best, for {shown_names(unknown)}")
+    before, after = evaluated.outputs(card.task.plain), evaluated.outputs(task)
+    sets = []
+    for coverage in options.coverage:
+        least = prediction_sets(after, coverage)
+        entry = {"coverage": coverage, "least_probability": least}
+        sets.append(entry | {"size": _mean_size(after, least)})
+    thresholds = []
+    if options.precision is not None:
+        found = abstain_for_accuracy(after, options.precision)
+        thresholds.append({"precision": options.precision, **_plain(found)})
+    if options.answered is not None:
+        found = abstain_for_answers(after, options.answered)
+        thresholds.append({"answered_at_least": options.answered, **_plain(found)})
+    assert task.temperatures is not None
+    several = task.classes if task.kind == "multi_label" else [head.name for head in task.heads]
+    result = CalibrationResult(
+        files=(),
+        data=data,
+        split=options.split,
+        images=len(after),
+        names=tuple(several) or ("",),
+        temperatures=task.temperatures,
+        ece=(calibration_bins(before).error, calibration_bins(after).error),
+        loss=(float(before.loss.mean()), float(after.loss.mean())),
+        sets=tuple(sets),
+        thresholds=tuple(thresholds),
+    )
+    return dataclasses.replace(card, task=task, calibration=result.record()), result
+
+
+def _mean_size(outputs: Outputs, least: Sequence[float]) -> float:
+    """Classes in the prediction set of an image, the mean over the heads too."""
+    total = sum(
+        int((outputs.probabilities[:, span] >= limit).sum())
+        for span, limit in zip(outputs.task.slices, least, strict=True)
+    )
+    return total / len(outputs) / len(least)
+
+
+def _plain(found: Abstention) -> dict[str, float]:
+    return dataclasses.asdict(found)
+
+
+def _files(given: Path, found: Path) -> list[Path]:
+    """The files to write: of a run directory its best.pth first, so that it is not the newer one.
+
+    A best.onnx that is older than best.pth is another model.
+    """
+    if not given.is_dir() or found.name != BEST_ONNX or not (given / BEST_PTH).is_file():
+        return [found]
+    return [given / BEST_PTH, found]
+
+
+def write_card(path: Path, card: ModelCard) -> None:
+    """Give a model file the task and the calibration of a card; all else in it stays.
+
+    Raises UsageError for a graph whose probabilities are not computed from its logits.
+    """
+    if path.suffix.lower() == ".pth":
+        from distcls.models.checkpoint import write_calibration
+
+        write_calibration(path, card)
+        return
+    import onnx
+
+    from distcls.export.graph import write
+    from distcls.runtime.onnx_file import KEY, METADATA_KEY, OnnxFile
+
+    file = OnnxFile(path)
+    own = ModelCard.from_metadata(file.metadata, str(path))
+    changed = dataclasses.replace(own, task=card.task, calibration=card.calibration)
+    named = {PREFIX + key for key in own.to_json()} | {KEY, METADATA_KEY}
+    more = {name: value for name, value in file.metadata.items() if name not in named}
+    graph = onnx.load_model_from_string(file.content)
+    try:
+        with atomic_path(path) as temporary:
+            write(temporary, graph, changed, more)
+    except ValueError as error:
+        raise UsageError(f"{path}: cannot be calibrated: {error}") from error
