@@ -47,6 +47,7 @@ from distcls.training.optim import make_optimizer
 from distcls.training.sampler import EpochSampler, MicroBatching, ShardedSampler
 from distcls.training.schedule import make_schedule
 from distcls.training.stability import POLL_EVERY, Anomalies, LossSpikeDetector, NonFiniteGuard
+from distcls.training.stall import StageTimes
 from distcls.training.weight_averaging import WeightAverages
 
 MOMENTS = 3
@@ -228,6 +229,11 @@ class Engine:
     def steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch."""
         return self._sampler.steps
+
+    @property
+    def loading(self) -> StageTimes:
+        """Where this process's loader of training images has spent its time so far."""
+        return self._train_loader.stages
 
     def train_epoch(self, epoch: int, first: int = 0) -> Iterator[StepReport]:
         """Run the steps of `epoch` (counted from 0) from its step `first` on, yielding after each.

@@ -84,6 +84,7 @@ from distcls.training.resolve import (
 from distcls.training.schedule import make_schedule
 from distcls.training.signals import StopSignals
 from distcls.training.stability import EpochChecks
+from distcls.training.stall import StallAdvice
 from distcls.training.weight_averaging import select_weights
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ class Run:
     progress: RunProgress
     signals: StopSignals
     checks: EpochChecks
+    stall: StallAdvice
     callbacks: Callbacks | None
     """The user's, on the main process alone."""
 
@@ -381,6 +383,7 @@ def train_steps(run: Run) -> dict[str, float]:
         if state.epoch_step < engine.steps_per_epoch:  # the end of the epoch saves, and stops
             _save_or_stop(run, sums)
     speed, wait = epoch.lap()
+    run.stall.count(epoch.seconds)
     loss_sum, right, counted = sums_over_processes(sums)
     return {
         "lr": lr,
@@ -452,9 +455,9 @@ def decide(run: Run, figures: dict[str, float], evaluation: Evaluation, seconds:
     mark = "" if not best else f"best ({evaluation.chosen})" if several else "best"
     left = run.progress.left_after_epoch()
     say(epoch_line(row, chosen(config.epochs), mark, left, monitor.figure))
-    for problem in run.checks.problems(
-        state.history, evaluation.metrics[evaluation.chosen], chosen(config.lr)
-    ):
+    chosen_metrics = evaluation.metrics[evaluation.chosen]
+    problems = run.checks.problems(state.history, chosen_metrics, chosen(config.lr))
+    for problem in [*problems, *run.stall.problems()]:
         warn(problem)
     rate = run.engine.end_epoch(state.step, improved=best)
     if rate is not None:
@@ -668,6 +671,7 @@ def open_run(
             records=records,
             progress=progress,
             signals=signals,
+            stall=StallAdvice(engine.loading, config),
             checks=EpochChecks(data.classes if data.task.single else (), config.monitor.figure),
             callbacks=Callbacks(config) if main else None,
         )
