@@ -203,6 +203,10 @@ COMMANDS = {
         "distcls.commands.train",
         "train a model (several processes: accelerate launch -m distcls.train)",
     ),
+    "lr-find": (
+        "distcls.commands.lr_find",
+        "a learning rate, by a short run whose rate grows until it diverges",
+    ),
     "show": (
         "distcls.commands.show",
         "augmented training images as the network gets them, with labels",

@@ -57,6 +57,7 @@ WITHOUT_TORCH = [
     "distcls.commands.train",
     "distcls.commands.shipped",
     "distcls.commands.show",
+    "distcls.commands.lr_find",
     "distcls.commands.triton",
     "distcls.training.config",
     "distcls.training.schedule",

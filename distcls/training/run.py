@@ -270,7 +270,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> TrainingState:
     """All epochs of the run, in a run directory that is its own; the state at its end."""
     set_project_folder(accelerator, config.out)
     data = open_input(config)
-    given, config, model, preprocess, reasons = _set_up(config, data, accelerator.mixed_precision)
+    given, config, model, preprocess, reasons = set_up(config, data, accelerator.mixed_precision)
     epochs = chosen(config.epochs)
     engine = Engine(config, accelerator, data, model, preprocess)
     main = accelerator.is_main_process
@@ -490,7 +490,7 @@ def _stop(run: Run) -> None:
     )
 
 
-def _set_up(
+def set_up(
     config: TrainConfig, data: TrainingInput, precision: str
 ) -> tuple[TrainConfig, TrainConfig, Classifier, Preprocess, list[str]]:
     """The config as given and resolved, the network and its preprocessing, as config, weights and
