@@ -211,6 +211,7 @@ COMMANDS = {
         "distcls.commands.show",
         "augmented training images as the network gets them, with labels",
     ),
+    "merge": ("distcls.commands.merge", "the mean of the weights of several runs, as one best.pth"),
     "evaluate": ("distcls.commands.evaluate", "metrics of a .pth or .onnx model on a split"),
     "export": ("distcls.commands.export", "best.pth to best.onnx, compared on real images"),
     "export-triton": (

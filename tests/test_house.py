@@ -58,6 +58,7 @@ WITHOUT_TORCH = [
     "distcls.commands.shipped",
     "distcls.commands.show",
     "distcls.commands.lr_find",
+    "distcls.commands.merge",
     "distcls.commands.triton",
     "distcls.training.config",
     "distcls.training.schedule",
