@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distcls.errors import BadImage, BadValue, DistclsError, Stopped, UsageError
     from distcls.evaluation.evaluate import EvaluationResult, evaluate_model
     from distcls.evaluation.metrics import register_metric
+    from distcls.explanation.explain import explain
     from distcls.export.onnx import ExportResult, export_onnx
     from distcls.models.registry import register_model
     from distcls.prediction import Prediction, Predictions
@@ -35,6 +36,7 @@ _NAMES = {
     "distcls.errors": ("BadImage", "BadValue", "DistclsError", "Stopped", "UsageError"),
     "distcls.evaluation.evaluate": ("EvaluationResult", "evaluate_model"),
     "distcls.evaluation.metrics": ("register_metric",),
+    "distcls.explanation.explain": ("explain",),
     "distcls.export.onnx": ("ExportResult", "export_onnx"),
     "distcls.models.registry": ("register_model",),
     "distcls.prediction": ("Prediction", "Predictions"),
@@ -61,6 +63,7 @@ __all__ = [
     "TrainResult",
     "UsageError",
     "evaluate_model",
+    "explain",
     "export_onnx",
     "fit",
     "load",

@@ -40,6 +40,7 @@ GROUPS = {
         *("register_optimizer", "register_schedule"),
     ),
     "Evaluation": ("evaluate_model", "EvaluationResult"),
+    "Explanation": ("explain",),
     "Export": ("export_onnx", "ExportResult"),
     "Errors": ("DistclsError", "UsageError", "BadValue", "BadImage", "Stopped"),
 }
