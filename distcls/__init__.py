@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from distcls.evaluation.evaluate import EvaluationResult, evaluate_model
     from distcls.evaluation.metrics import register_metric
     from distcls.export.calibrate import CalibrationResult, calibrate_model
+    from distcls.explanation.explain import explain
     from distcls.export.onnx import ExportResult, export_onnx
     from distcls.models.registry import register_model
     from distcls.prediction import Prediction, Predictions
@@ -37,6 +38,7 @@ _NAMES = {
     "distcls.evaluation.evaluate": ("EvaluationResult", "evaluate_model"),
     "distcls.evaluation.metrics": ("register_metric",),
     "distcls.export.calibrate": ("CalibrationResult", "calibrate_model"),
+    "distcls.explanation.explain": ("explain",),
     "distcls.export.onnx": ("ExportResult", "export_onnx"),
     "distcls.models.registry": ("register_model",),
     "distcls.prediction": ("Prediction", "Predictions"),
@@ -65,6 +67,7 @@ __all__ = [
     "UsageError",
     "calibrate_model",
     "evaluate_model",
+    "explain",
     "export_onnx",
     "fit",
     "load",

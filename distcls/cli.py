@@ -203,10 +203,15 @@ COMMANDS = {
         "distcls.commands.train",
         "train a model (several processes: accelerate launch -m distcls.train)",
     ),
+    "lr-find": (
+        "distcls.commands.lr_find",
+        "a learning rate, by a short run whose rate grows until it diverges",
+    ),
     "show": (
         "distcls.commands.show",
         "augmented training images as the network gets them, with labels",
     ),
+    "merge": ("distcls.commands.merge", "the mean of the weights of several runs, as one best.pth"),
     "evaluate": ("distcls.commands.evaluate", "metrics of a .pth or .onnx model on a split"),
     "report": ("distcls.commands.report", "one HTML page about a run, with its mistakes"),
     "calibrate": (

@@ -337,6 +337,34 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
+def draw_rates(
+    rates: Floats, losses: Floats, smoothed: Floats, marks: Mapping[str, float], path: Path
+) -> None:
+    """Draw the loss of a learning-rate range test against the learning rate, as a PNG.
+
+    `rates`, `losses` and `smoothed` are float64 [steps]; `marks` has learning rates by what they
+    are, the first of which is the suggestion. Raises UsageError without matplotlib.
+    """
+    figure = new_figure(8, 4.5)
+    axes = figure.subplots()
+    axes.plot(rates, losses, color=GREY, alpha=0.45, linewidth=1, label="loss of each step")
+    axes.plot(rates, smoothed, color=BLUE, linewidth=2, label="smoothed")
+    for (words, rate), color in zip(marks.items(), (GREEN, ORANGE, RED), strict=False):
+        dashed = "-" if color == GREEN else "--"
+        axes.axvline(rate, color=color, linestyle=dashed, label=f"{words}: {rate:.2g}")
+    axes.set_xscale("log")
+    low, high = float(losses.min()), float(smoothed[0])
+    # the loss beyond the divergence would flatten the rest
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.4 * (high - low))
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("training loss")
+    axes.grid(color="#e5e7eb")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    save(figure, path)
+
+
 PHASES = {"decode": BLUE, "infer": ORANGE, "write": GREEN, "wait": GREY}
 """Colours of the phases of a prediction."""
 

@@ -68,6 +68,10 @@ class PredictOptions:
     """The PNG that --show writes; default: the name of --out with .png."""
     seed: int = 0
     """Seed of the random images of --show."""
+    explain: Path | None = None
+    """Folder to write a PNG for each image to, with what in it speaks for the prediction: Grad-CAM
+    of a .pth, an occlusion map of other models, which takes some 270 passes an image; --limit
+    bounds the images."""
     limit: int | None = None
     """Predict the first images only."""
     workers: int | None = None

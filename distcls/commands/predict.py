@@ -18,6 +18,7 @@ from distcls.cli import run
 from distcls.config import Command
 from distcls.data.source import most_bad
 from distcls.errors import DistclsError
+from distcls.explanation.explain import check_folder, explain_source
 from distcls.model_card import require_model
 
 MAX_BAD = 0.5
@@ -36,7 +37,7 @@ COMMAND = Command(
         "input": ("split", "path_column", "root", "limit", "fetch_timeout", "max_bad"),
         "output": (
             *("out_format", "top_k", "probabilities", "threshold", "coverage", "tta"),
-            *("features", "show_out", "seed"),
+            *("features", "show_out", "seed", "explain"),
         ),
         "speed": ("batch_size", "workers", "engine", "scaled_decode", "part_rows", "profile"),
         "ONNX files that distcls has not exported": ("classes", "size", "mean", "std"),
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str]) -> None:
         require_model(model_file)  # before a million inputs are listed
     source = open_inputs(options)
     check_output(options)
+    if options.explain is not None:
+        check_folder(options.explain, replace=options.overwrite or options.resume)
     for line in options.model_choices():
         log.say(line)
     model = load_models(options, source)
@@ -69,6 +72,9 @@ def main(arguments: Sequence[str]) -> None:
         log.say(f"features: {result.features}")
     if result.shown is not None:
         log.say(f"drawn: {result.shown}")
+    if options.explain is not None:
+        drawn = explain_source(model, source, options.explain, limit=options.limit)
+        log.say(f"explained: {log.counted(sum(1 for _ in drawn), 'image')}: {options.explain}")
     if options.json:
         log.print_json(result.to_json())
     if result.errors > most_bad(options.max_bad, MAX_BAD, result.images):

@@ -69,6 +69,7 @@ _OF_THE_KERNEL = frozenset(
 _reading: dict[int, tuple[str | os.PathLike[str], float]] = {}
 """The file that each thread reads, and since when."""
 _ALLOCATE = re.compile(r"allocate (\d+) bytes")
+_spent = threading.local()
 
 
 def byte_limit() -> int:
@@ -106,7 +107,13 @@ def read_file(path: str | os.PathLike[str], offset: int = 0, size: int | None = 
     except ValueError as error:  # a zero byte in the name
         raise BadImage(f"cannot be read: {error}") from error
     finally:
-        _reading.pop(thread, None)
+        _, began = _reading.pop(thread)
+        _spent.seconds = seconds_reading() + time.monotonic() - began
+
+
+def seconds_reading() -> float:
+    """Seconds that this thread has spent in `read_file` so far."""
+    return float(getattr(_spent, "seconds", 0.0))
 
 
 def result_of(future: Future[T]) -> T:

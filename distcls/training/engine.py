@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,9 @@ from distcls.training.loader import Batch, make_crops, make_loader
 from distcls.training.losses import Objective
 from distcls.training.optim import make_optimizer
 from distcls.training.sampler import EpochSampler, MicroBatching, ShardedSampler
-from distcls.training.schedule import make_schedule
+from distcls.training.schedule import Schedule, make_schedule
 from distcls.training.stability import POLL_EVERY, Anomalies, LossSpikeDetector, NonFiniteGuard
+from distcls.training.stall import StageTimes
 from distcls.training.weight_averaging import WeightAverages
 
 MOMENTS = 3
@@ -104,8 +105,11 @@ class Engine:
         data: TrainingInput,
         model: Classifier,
         preprocess: Preprocess,
+        *,
+        schedule: Schedule | None = None,
     ) -> None:
-        """Raises UsageError if the global batch is too small for the processes."""
+        """`schedule` is that of the config unless given. Raises UsageError if the global batch is
+        too small for the processes."""
         self._config = config
         self._accelerator = accelerator
         self._data = data
@@ -120,7 +124,7 @@ class Engine:
         )
         self.micro_batching.require_possible()
         self._prepare_model(model)
-        self._schedule = make_schedule(
+        self._schedule = schedule or make_schedule(
             config.schedule, chosen(config.lr), self.steps_per_epoch, chosen(config.epochs)
         )
         self._freezing = FreezeSchedule(
@@ -229,7 +233,12 @@ class Engine:
         """Optimiser steps of an epoch."""
         return self._sampler.steps
 
-    def train_epoch(self, epoch: int, first: int = 0) -> Iterator[StepReport]:
+    @property
+    def loading(self) -> StageTimes:
+        """Where this process's loader of training images has spent its time so far."""
+        return self._train_loader.stages
+
+    def train_epoch(self, epoch: int, first: int = 0) -> Generator[StepReport]:
         """Run the steps of `epoch` (counted from 0) from its step `first` on, yielding after each.
 
         Raises DistclsError for too many skipped steps in a row.

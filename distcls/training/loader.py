@@ -31,6 +31,7 @@ from distcls.training.config import SMALL_IMAGE, AugmentConfig, LoaderConfig, ch
 from distcls.training.hooks import ImageTransform
 from distcls.training.inputs import SIZES_READ
 from distcls.training.sampler import Indices, seeds, uniforms
+from distcls.training.stall import StageTimes
 
 NAMED = 4
 """Files that an error about a stall names at most."""
@@ -98,7 +99,12 @@ class RandomResizedCrop:
         return Box((height - tall) // 2, (width - wide) // 2, tall, wide)
 
     def read(
-        self, split: Split, index: int, draws: Sequence[float], preprocess: Preprocess
+        self,
+        split: Split,
+        index: int,
+        draws: Sequence[float],
+        preprocess: Preprocess,
+        stages: StageTimes,
     ) -> Image:
         """An image's region at the network's size, uint8 RGB [*size, 3].
 
@@ -112,9 +118,12 @@ class RandomResizedCrop:
             box = self.box(draws, height, width)
             return min(box.height / self.size[0], box.width / self.size[1])
 
-        image = split.image(index, downscale)
+        with stages.reading():
+            image = split.image(index, downscale)
         full = _full_size(image.shape[:2], asked)
-        return preprocess.region(image, _rescaled(self.box(draws, *full), full, image.shape[:2]))
+        box = _rescaled(self.box(draws, *full), full, image.shape[:2])
+        with stages.measure("augment"):
+            return preprocess.region(image, box)
 
     @property
     def _aspect(self) -> float:
@@ -204,8 +213,12 @@ class Loader:
         self._prefetch = prefetch
         self._pin = pin
         self._workers = workers
-        self.waited = 0.0
+        self.stages = StageTimes(workers, packed=split.packed)
+
+    @property
+    def waited(self) -> float:
         """Seconds that the consumer has waited for data so far."""
+        return self.stages.waited
 
     def batches(self, index_batches: Iterable[Indices], epoch: int = 0) -> Generator[Batch]:
         """Yield a batch for each array of indices, int64 [B]. Crops depend on the `epoch`.
@@ -223,11 +236,13 @@ class Loader:
             daemon=True,
         )
         reader.start()
+        first = True
         try:
             while True:
                 start = time.perf_counter()
                 item = self._next(ready, reader)
-                self.waited += time.perf_counter() - start
+                self.stages.wait(time.perf_counter() - start, first=first)
+                first = False
                 if item is None:
                     return
                 if isinstance(item, Exception):
@@ -271,32 +286,48 @@ class Loader:
         pixels = self._pixels(indices, epoch, pool)
         if self._transform is not None:
             each = seeds(self._seed, epoch, indices).tolist()
-            pixels = np.stack(list(pool.map(self._transformed, indices.tolist(), pixels, each)))
-        images = torch.from_numpy(pixels)
-        labels = torch.from_numpy(self._split.labels[indices])
-        if self._pin:
-            images, labels = images.pin_memory(), labels.pin_memory()
+            pixels = self._stacked(pool.map(self._transformed, indices.tolist(), pixels, each))
+        with self.stages.measure("copy", alone=True):
+            images = torch.from_numpy(pixels)
+            labels = torch.from_numpy(self._split.labels[indices])
+            if self._pin:
+                images, labels = images.pin_memory(), labels.pin_memory()
         return Batch(images, labels, indices)
 
     def _pixels(self, indices: Indices, epoch: int, pool: ThreadPoolExecutor) -> np.ndarray:
         if self._crops is not None:
             draws = self._crops.draws(epoch, indices).tolist()
-            return np.stack(list(pool.map(self._one, indices.tolist(), draws)))
+            return self._stacked(pool.map(self._one, indices.tolist(), draws))
         uniform = self._split.uniform
         if uniform is not None and self._preprocess.keeps(uniform.shape[1:3]):
-            return to_rgb(self._split.rows(indices))
-        return np.stack(list(pool.map(self._one, indices.tolist())))
+            with self.stages.reading(alone=True):
+                rows = self._split.rows(indices)
+            with self.stages.measure("copy", alone=True):
+                return to_rgb(rows)
+        return self._stacked(pool.map(self._one, indices.tolist()))
+
+    def _stacked(self, images: Iterator[Image]) -> np.ndarray:
+        """The images of the threads as one array."""
+        found = list(images)
+        with self.stages.measure("copy", alone=True):
+            return np.stack(found)
 
     def _one(self, index: int, draws: Sequence[float] = ()) -> np.ndarray:
         with self._at_work(index, "reading"):
             if self._crops is not None:
-                return self._crops.read(self._split, index, draws, self._preprocess)
-            return self._preprocess(self._split.image(index))
+                return self._crops.read(self._split, index, draws, self._preprocess, self.stages)
+            with self.stages.reading():
+                image = self._split.image(index)
+            with self.stages.measure("augment"):
+                return self._preprocess(image)
 
     def _transformed(self, index: int, image: Image, seed: int) -> np.ndarray:
         assert self._transform is not None
         with self._at_work(index, "transforming"):
-            return self._transform(image, seed)
+            began = time.perf_counter()
+            found = self._transform(image, seed)
+            self.stages.transformed(time.perf_counter() - began)
+            return found
 
     @contextlib.contextmanager
     def _at_work(self, index: int, doing: str) -> Iterator[None]:
@@ -321,8 +352,10 @@ class Loader:
         with ThreadPoolExecutor(self._workers, thread_name_prefix="distcls-decode") as pool:
             try:
                 for indices in index_batches:
-                    if not _put(ready, self.load(indices, epoch, pool), stopping):
+                    batch, began = self.load(indices, epoch, pool), time.perf_counter()
+                    if not _put(ready, batch, stopping):
                         return
+                    self.stages.idle += time.perf_counter() - began
             except BaseException as error:
                 # handed over before the pool is left, which waits for a read that may hang
                 _put(ready, error, stopping)

@@ -31,9 +31,8 @@ from distcls.training.engine import EngineSummary, StepReport
 from distcls.training.hooks import own_parts
 from distcls.training.inputs import TrainingInput
 from distcls.training.stability import Anomalies
+from distcls.training.stall import NOTED_WAIT
 
-NOTED_WAIT = 0.1
-"""Fraction of the time spent waiting for images from which it is shown."""
 REMEMBERED = 0.995
 """Weight of a step's time beside that of the step after it."""
 HINT_AFTER, LONG = 10.0, 180.0
@@ -46,6 +45,8 @@ class Stopwatch:
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self._images, self._waited = 0, 0.0
+        self.seconds = 0.0
+        """Of the last lap."""
 
     def count(self, report: StepReport) -> None:
         """Count a step's images and its wait for them."""
@@ -57,6 +58,7 @@ class Stopwatch:
         now = time.perf_counter()
         seconds = max(now - self._start, 1e-9)
         rates = self._images / seconds, min(1.0, self._waited / seconds)
+        self.seconds = seconds
         self._start, self._images, self._waited = now, 0, 0.0
         return rates
 

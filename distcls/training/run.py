@@ -84,6 +84,7 @@ from distcls.training.resolve import (
 from distcls.training.schedule import make_schedule
 from distcls.training.signals import StopSignals
 from distcls.training.stability import EpochChecks
+from distcls.training.stall import StallAdvice
 from distcls.training.weight_averaging import select_weights
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ class Run:
     progress: RunProgress
     signals: StopSignals
     checks: EpochChecks
+    stall: StallAdvice
     callbacks: Callbacks | None
     """The user's, on the main process alone."""
 
@@ -268,7 +270,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> TrainingState:
     """All epochs of the run, in a run directory that is its own; the state at its end."""
     set_project_folder(accelerator, config.out)
     data = open_input(config)
-    given, config, model, preprocess, reasons = _set_up(config, data, accelerator.mixed_precision)
+    given, config, model, preprocess, reasons = set_up(config, data, accelerator.mixed_precision)
     epochs = chosen(config.epochs)
     engine = Engine(config, accelerator, data, model, preprocess)
     main = accelerator.is_main_process
@@ -381,6 +383,7 @@ def train_steps(run: Run) -> dict[str, float]:
         if state.epoch_step < engine.steps_per_epoch:  # the end of the epoch saves, and stops
             _save_or_stop(run, sums)
     speed, wait = epoch.lap()
+    run.stall.count(epoch.seconds)
     loss_sum, right, counted = sums_over_processes(sums)
     return {
         "lr": lr,
@@ -452,9 +455,9 @@ def decide(run: Run, figures: dict[str, float], evaluation: Evaluation, seconds:
     mark = "" if not best else f"best ({evaluation.chosen})" if several else "best"
     left = run.progress.left_after_epoch()
     say(epoch_line(row, chosen(config.epochs), mark, left, monitor.figure))
-    for problem in run.checks.problems(
-        state.history, evaluation.metrics[evaluation.chosen], chosen(config.lr)
-    ):
+    chosen_metrics = evaluation.metrics[evaluation.chosen]
+    problems = run.checks.problems(state.history, chosen_metrics, chosen(config.lr))
+    for problem in [*problems, *run.stall.problems()]:
         warn(problem)
     rate = run.engine.end_epoch(state.step, improved=best)
     if rate is not None:
@@ -487,7 +490,7 @@ def _stop(run: Run) -> None:
     )
 
 
-def _set_up(
+def set_up(
     config: TrainConfig, data: TrainingInput, precision: str
 ) -> tuple[TrainConfig, TrainConfig, Classifier, Preprocess, list[str]]:
     """The config as given and resolved, the network and its preprocessing, as config, weights and
@@ -668,6 +671,7 @@ def open_run(
             records=records,
             progress=progress,
             signals=signals,
+            stall=StallAdvice(engine.loading, config),
             checks=EpochChecks(data.classes if data.task.single else (), config.monitor.figure),
             callbacks=Callbacks(config) if main else None,
         )
