@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from distcls.errors import BadImage, BadValue, DistclsError, Stopped, UsageError
     from distcls.evaluation.evaluate import EvaluationResult, evaluate_model
     from distcls.evaluation.metrics import register_metric
-    from distcls.export.calibrate import CalibrationResult, calibrate_model
     from distcls.explanation.explain import explain
+    from distcls.export.calibrate import CalibrationResult, calibrate_model
     from distcls.export.onnx import ExportResult, export_onnx
     from distcls.models.registry import register_model
     from distcls.prediction import Prediction, Predictions

@@ -44,7 +44,6 @@ GROUPS = {
         *("evaluate_model", "EvaluationResult"),
         *("calibrate_model", "CalibrationResult"),
     ),
-    "Evaluation": ("evaluate_model", "EvaluationResult"),
     "Explanation": ("explain",),
     "Export": ("export_onnx", "ExportResult"),
     "Errors": ("DistclsError", "UsageError", "BadValue", "BadImage", "Stopped"),

@@ -12,6 +12,8 @@ from distcls.errors import UsageError, require
 MOST_RUNS = 8
 """Runs that one page compares."""
 
+MOST_EXPLAINED = 48
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportOptions:
@@ -29,6 +31,8 @@ class ReportOptions:
     """Replace the file."""
     limit: int | None = None
     """Measure on so many images only."""
+    explain: int = 6
+    """Images with a map of what their prediction rests on; 0 for none."""
     quiet: bool = False
     """Print warnings and errors only."""
 
@@ -40,4 +44,7 @@ class ReportOptions:
             raise UsageError("runs: one is given twice")
         if self.split is not None:
             require(self.split in SPLITS, "split", self.split, ", ".join(SPLITS))
+        require(
+            0 <= self.explain <= MOST_EXPLAINED, "explain", self.explain, f"0 to {MOST_EXPLAINED}"
+        )
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more")

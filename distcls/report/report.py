@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distcls import __version__, log, plotting
 from distcls.data.dataset import Dataset
@@ -15,7 +17,10 @@ from distcls.data.source import SPLITS
 from distcls.errors import BadImage, UsageError
 from distcls.evaluation import plots
 from distcls.evaluation.outputs import Outputs
+from distcls.explanation.explain import explain_pixels, overlay
 from distcls.files import given_path, require_distinct, require_writable, write_text
+from distcls.model_card import require_model
+from distcls.predictor import load
 from distcls.report.options import ReportOptions
 from distcls.report.page import (
     Html,
@@ -61,6 +66,8 @@ def report(options: ReportOptions) -> Path:
     Raises UsageError for what is no run, images that are not there, and a file that exists.
     """
     out = _output(options)
+    for path in options.runs:
+        require_model(path)
     data = options.data or dataset_of(options.runs[0])
     dataset = Dataset.open(data)
     counts = dataset.counts()
@@ -68,7 +75,7 @@ def report(options: ReportOptions) -> Path:
     runs = [read_run(path, data, split, options.limit) for path in options.runs]
     require_distinct({"out": out}, {"runs": [run.model for run in runs]})
     with tempfile.TemporaryDirectory(prefix="distcls-") as scratch:
-        written = one_run(runs[0], dataset, split, Path(scratch))
+        written = one_run(runs[0], dataset, split, options.explain, Path(scratch))
     require_writable(out.parent)
     write_text(out, written)
     log.say(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)")
@@ -89,7 +96,7 @@ def _output(options: ReportOptions) -> Path:
     return out
 
 
-def one_run(run: Run, dataset: Dataset, split: str, scratch: Path) -> str:
+def one_run(run: Run, dataset: Dataset, split: str, explain: int, scratch: Path) -> str:
     """The page about one run."""
     sections = [
         _summary(run, dataset),
@@ -97,6 +104,7 @@ def one_run(run: Run, dataset: Dataset, split: str, scratch: Path) -> str:
         _training(run, scratch),
         _evaluation(run, scratch),
         _mistakes(run, dataset, split),
+        _explanations(run, dataset, split, explain) if explain else None,
         _confidence(run, scratch),
         _model(run),
         _again(run, dataset),
@@ -337,18 +345,60 @@ def _answers(outputs: Outputs) -> list[Html]:
     said = outputs.task.texts(outputs.decided.astype(np.int64))
     truth = outputs.task.texts(outputs.labels)
     chances = outputs.confidence(slice(None)).tolist()
-    rows = zip(outputs.image_ids, said, truth, chances, strict=True)
+    rows = zip(outputs.image_ids, said, truth, chances, outputs.right.tolist(), strict=True)
     return [
         joined(
             [
-                tag("b", label or "nothing", class_="bad"),
+                tag("b", label or "nothing", class_=None if right else "bad"),
                 f" {chance:.0%}",
                 tag("div", "labelled ", tag("b", true or "nothing")),
                 tag("div", name, class_="name"),
             ]
         )
-        for name, label, true, chance in rows
+        for name, label, true, chance, right in rows
     ]
+
+
+def _explanations(run: Run, dataset: Dataset, split: str, number: int) -> Section | None:
+    """Where the network looks: half of the pictures are the worst mistakes, half are right."""
+    outputs = run.result.outputs
+    wrong = np.flatnonzero(~outputs.right)
+    mistakes = wrong[np.argsort(-outputs.loss[wrong], kind="stable")]
+    good = _one_of_each(outputs, np.flatnonzero(outputs.right))
+    half = min(len(mistakes), max(number // 2, number - len(good)))
+    chosen = [*mistakes[:half].tolist(), *good[: number - half]]
+    if not chosen:
+        return None
+    source = dataset.split(split)
+    places = {name: place for place, name in enumerate(source.image_ids)}
+    shown, cells = outputs.take(np.array(chosen)), []
+    log.say(f"{run.path}: explaining {log.counted(len(chosen), 'image')}")
+    with load(run.model) as predictor:
+        for name, words in zip(shown.image_ids, _answers(shown), strict=True):
+            try:
+                image = source.image(places[name])
+            except (BadImage, KeyError):
+                continue
+            found = explain_pixels(predictor.model, predictor.card.preprocess(image))
+            pair = (
+                picture(found.pixels, f"what the network sees of {name}"),
+                picture(overlay(found.pixels, found.heat), "what its prediction rests on"),
+            )
+            cells.append(joined([tag("div", *pair, class_="pair"), words]))
+    note = (
+        "What the prediction rests on is bright. A map on the background, a watermark or a corner "
+        "shows a shortcut; one on the object does not prove that the network knows it."
+    )
+    return section("explanation", "Where it looks", tag("p", note), tiles(cells))
+
+
+def _one_of_each(outputs: Outputs, rows: NDArray[np.int64]) -> list[int]:
+    """Some of these images, of as many classes as there are, in turn."""
+    seen: dict[tuple[int, ...], list[int]] = {}
+    for row in rows.tolist():
+        seen.setdefault(tuple(outputs.labels[row].tolist()), []).append(row)
+    turns = itertools.zip_longest(*seen.values())
+    return [row for turn in turns for row in turn if row is not None]
 
 
 def _confidence(run: Run, scratch: Path) -> Section:

@@ -14,7 +14,7 @@ from distcls.data.dataset import IN_RUN, is_dataset
 from distcls.errors import UsageError
 from distcls.evaluation.evaluate import EvaluateOptions, EvaluationResult, evaluate
 from distcls.files import read_bounded
-from distcls.model_card import ModelCard, best_model, require_model
+from distcls.model_card import ModelCard, best_model
 
 CONFIG, HISTORY = "config.yaml", "history.csv"
 MOST_BYTES = 1 << 25
@@ -52,7 +52,6 @@ def dataset_of(run: Path) -> Path:
 
 def read_run(path: Path, data: Path, split: str, limit: int | None) -> Run:
     """Read a run and evaluate its model. Raises UsageError for what is none."""
-    require_model(path)
     model = best_model(path, key="runs")
     folder = path if path.is_dir() else path.parent
     log.say(f"{path}: measuring {model.name} on the {split} split")

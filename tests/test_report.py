@@ -1,0 +1,260 @@
+"""`distcls report`: what its page says, and how it looks in a real browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import distcls
+from distcls.commands.report import main
+from distcls.data.dataset import Dataset
+from distcls.errors import UsageError
+from tests import tiny_dataset, tiny_onnx
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+NAMES = ("<img src=x onerror=alert(1)>", "x" * 120, "قطة & 🦊")
+COUNT = 60
+
+
+class Outline(HTMLParser):
+    """Texts of a page, its sections, and what it would load."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.sections: list[str] = []
+        self.sources: list[str] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "section":
+            self.sections.append(str(values["id"]))
+        self.sources += [str(values[key]) for key in ("src", "href") if key in values]
+        if tag not in ("meta", "img", "path", "use", "rect"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "svg"} & set(self.open):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def make_run(folder: Path, classes: tuple[str, ...] = tiny_onnx.COLOURS, seed: int = 0) -> Path:
+    """A run directory with a model that is right for three of four of its test images."""
+    folder.mkdir(parents=True)
+    tiny_onnx.write(folder / "best.onnx", tiny_onnx.card(classes))
+    images, labels = tiny_dataset.coloured(COUNT, seed=seed)
+    truth = np.array(labels)
+    truth[:15] = (truth[:15] + 1) % 3
+    splits = ["test"] * 50 + ["train"] * 10
+    where = {"splits": splits, "files": True}
+    tiny_dataset.write(folder / "dataset", list(images), truth.tolist(), classes, **where)
+    (folder / "config.yaml").write_text(f"lr: 0.01\nmodel:\n  name: tiny\nnote: '{classes[0]}'\n")
+    (folder / "history.csv").write_text(
+        "epoch,train_loss,val_loss,val_top1,lr,seconds\n1,1.1,1.0,0.5,0.01,61\n2,0.9,nan,0.7,0,60\n"
+    )
+    return folder
+
+
+def outline(path: Path) -> Outline:
+    return Outline(path.read_text(encoding="utf-8"))
+
+
+def test_the_page_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    main([str(run), "--quiet"])
+    path = run / "report.html"
+    assert capsys.readouterr().out == f"{path}\n"
+    found = outline(path)
+    assert found.sections == [
+        *("summary", "data", "training", "evaluation", "mistakes", "explanation", "confidence"),
+        *("model", "again"),
+    ]
+    assert not found.open or found.open == ["html"]
+    # nothing is loaded: pictures lie in it, links lead to its sections
+    assert all(source.startswith(("data:image/", "#")) for source in found.sources)
+    assert {f"#{name}" for name in found.sections} <= set(found.sources)
+    assert "On 50 test images the model is right for 72.0% (36 of 50)" in found.text
+    assert "Time 2 min 1 s" in found.text
+    assert f"distcls train --config {run}/config.yaml" in found.text
+    assert found.text.count("labelled") >= 15
+    assert path.stat().st_size < 3_000_000
+    with pytest.raises(UsageError, match="exists already"):
+        main([str(run)])
+
+
+def test_the_figures_are_those_of_evaluate(tmp_path: Path) -> None:
+    from distcls import evaluate_model
+
+    run = make_run(tmp_path / "run")
+    main([str(run), "--quiet", "--explain", "0"])
+    found = outline(run / "report.html")
+    assert "explanation" not in found.sections
+    result = evaluate_model(run, run / "dataset", split="test", quiet=True)
+    low, high = result.intervals["top1"]
+    assert f"top-1 {result.top1:.1%} {low:.1%} to {high:.1%}" in found.text
+    assert f"loss {result.loss:.4f}" in found.text
+    name, row = min(result.per_class.items(), key=lambda each: each[1]["recall"])
+    assert f"The hardest class is \N{LEFT DOUBLE QUOTATION MARK}{name}" in found.text
+    assert f"({row['recall']:.0%})" in found.text
+
+
+@pytest.mark.parametrize("kind", ["heads", "labels"])
+def test_other_tasks(tmp_path: Path, kind: str) -> None:
+    images, labels = tiny_dataset.coloured(COUNT)
+    tiny_dataset.write_images(tmp_path / "files", images)
+    lines, options = ["path,hue,odd,all"], {"path_column": "path", "test_fraction": 0.5}
+    for place, label in enumerate(labels):
+        name, odd = tiny_onnx.COLOURS[label], place % 2
+        lines.append(f"{place:03d}.png,{name},{odd},{name}{' odd' if odd else ''}")
+    (tmp_path / "files" / "all.csv").write_text("\n".join(lines) + "\n")
+    options |= {"label_columns": ["hue", "odd"]} if kind == "heads" else {"labels_column": "all"}
+    if kind == "labels":
+        options["separator"] = " "
+    distcls.prepare_dataset(tmp_path / "files" / "all.csv", tmp_path / "data", **options)
+    task = Dataset.open(tmp_path / "data").task
+    assert task.kind == ("multi_head" if kind == "heads" else "multi_label")
+    card = dataclasses.replace(tiny_onnx.card(), task=task)
+    model = tiny_onnx.write(tmp_path / "model.onnx", card)
+    out = tmp_path / "page.html"
+    main([str(model), "--data", str(tmp_path / "data"), "--out", str(out), "--quiet"])
+    found = outline(out)
+    assert {"mistakes", "confidence", "explanation"} <= set(found.sections)
+    assert "% of the decisions on its images" in found.text
+
+
+def test_without_a_run_around_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    model = shutil.move(run / "best.onnx", tmp_path / "alone.onnx")
+    out = tmp_path / "deep" / "page.html"
+    with pytest.raises(UsageError, match=r"data: .*alone.onnx has no dataset directory"):
+        main([str(model), "--out", str(out)])
+    assert not out.parent.exists()
+    main([str(model), "--data", str(run / "dataset"), "--out", str(out), "--quiet"])
+    found = outline(out)
+    assert "training" not in found.sections
+    assert "--config" not in found.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["none"], "none"),
+        (["run", "--split", "tset"], "split: 'tset' is not valid"),
+        (["run", "--split", "val"], "no split 'val'"),
+        (["run", "--explain", "-1"], "explain: -1 is not valid, expected 0 to 48"),
+        (["run", "--out", "."], "is a folder, expected an HTML file"),
+        (["run", "run/"], "one is given twice"),
+        (["run", "--out", "run/best.onnx", "--overwrite"], "best.onnx"),
+        ([], "RUNS"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
+) -> None:
+    run = make_run(tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    size = (run / "best.onnx").stat().st_size
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        main(arguments)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (run / "best.onnx").stat().st_size == size
+
+
+@pytest.mark.parametrize("content", ["\0\xff", "epoch\nx\n", "a,b\n1,2\n", "[" * 5000])
+def test_damaged_files_of_a_run_are_left_out(tmp_path: Path, content: str) -> None:
+    run = make_run(tmp_path / "run")
+    for name in ("history.csv", "config.yaml"):
+        (run / name).write_bytes(content.encode("latin-1"))
+    main([str(run), "--quiet"])
+    assert "evaluation" in outline(run / "report.html").sections
+
+
+def test_needs_no_torch(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    code = "import sys; sys.modules['torch'] = None; from distcls.commands.report import main; "
+    call = [sys.executable, "-c", code + f"main([{str(run)!r}, '--quiet'])"]
+    subprocess.run(call, check=True)
+    assert "explanation" in outline(run / "report.html").sections
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="distcls[dev] is not installed")
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("needs Chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.add_argument("--disable-background-networking")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def test_in_a_browser(tmp_path: Path, chromium: Any) -> None:
+    """Names of classes as hostile as they come, a phone, dark, keyboard, print."""
+    run = make_run(tmp_path / "run", NAMES)
+    main([str(run), "--quiet"])
+    for width, scheme in ((1200, "light"), (390, "dark")):
+        screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        chromium.get((run / "report.html").as_uri())
+        ask = chromium.execute_script
+        assert ask("return document.documentElement.scrollWidth") <= width
+        pictures = ask("return [...document.images].map((image) => image.naturalWidth)")
+        assert len(pictures) >= 15
+        assert min(pictures) > 0
+        heights = "map((drawing) => drawing.getBoundingClientRect().height)"
+        drawings = ask(f"return [...document.querySelectorAll('svg')].{heights}")
+        assert len(drawings) == 6
+        assert min(drawings) > 100
+        # the letters of drawings stand out from the ground in both schemes
+        ink, ground = (
+            ask(f"return getComputedStyle({where}).{key}")
+            for where, key in (
+                ("document.querySelector('svg text')", "fill"),
+                ("document.querySelector('section')", "backgroundColor"),
+            )
+        )
+        assert abs(_light(ink) - _light(ground)) > 120
+        assert NAMES[1] in ask("return document.body.innerText")
+    ask("document.activeElement.blur()")
+    from selenium.webdriver.common.keys import Keys
+
+    chromium.switch_to.active_element.send_keys(Keys.TAB)
+    assert ask("return document.activeElement.getAttribute('href')") == "#content"
+    assert not [e for e in chromium.get_log("browser") if "favicon" not in e["message"]]
+    printed = chromium.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
+    assert len(printed["data"]) > 20_000
+
+
+def _light(color: str) -> float:
+    return sum(map(float, re.findall(r"[\d.]+", color)[:3])) / 3
