@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shlex
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,8 @@ from distcls.report.page import (
     tiles,
 )
 from distcls.report.runs import Run, dataset_of, read_run
+from distcls.report.several import several_runs
+from distcls.report.words import NONE, duration, file_size, in_words, of_split
 from distcls.runtime.providers import versions
 
 Section = tuple[str, str, Html]
@@ -48,14 +50,6 @@ MOST_ROWS = 40
 MOST_CELLS = 40
 """Classes up to which a confusion matrix is drawn."""
 WELL_CALIBRATED = 0.05
-NONE = "\N{EN DASH}"
-"""For a figure that is not there."""
-PERCENT = frozenset(
-    ("top1", "top2", "top3", "top5", "top10", "exact", "balanced_accuracy", "macro_f1",
-     "macro_precision", "macro_recall", "weighted_f1", "weighted_precision", "weighted_recall",
-     "ece")
-)  # fmt: skip
-"""Figures that are shares."""
 LEADING = ("top1", "exact", "loss", "macro_f1", "balanced_accuracy", "auroc", "ece", "brier")
 """Figures that stand first in the table."""
 
@@ -75,7 +69,10 @@ def report(options: ReportOptions) -> Path:
     runs = [read_run(path, data, split, options.limit) for path in options.runs]
     require_distinct({"out": out}, {"runs": [run.model for run in runs]})
     with tempfile.TemporaryDirectory(prefix="distcls-") as scratch:
-        written = one_run(runs[0], dataset, split, options.explain, Path(scratch))
+        if len(runs) == 1:
+            written = one_run(runs[0], dataset, split, options.explain, Path(scratch))
+        else:
+            written = several_runs(runs, dataset, split, Path(scratch))
     require_writable(out.parent)
     write_text(out, written)
     log.say(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)")
@@ -114,8 +111,8 @@ def one_run(run: Run, dataset: Dataset, split: str, explain: int, scratch: Path)
     what = "images" if result.task.single else "decisions on its images"
     lead = tag(
         "p",
-        f"On {result.count:,} {_of_split(split)} images the model is right for ",
-        tag("b", _value("top1", result.top1)),
+        f"On {result.count:,} {of_split(split)} images the model is right for ",
+        tag("b", in_words("top1", result.top1)),
         f" ({right:,} of {result.count:,})" if result.task.single else f" of the {what}",
         *_between(run, "top1"),
         ".",
@@ -123,25 +120,12 @@ def one_run(run: Run, dataset: Dataset, split: str, explain: int, scratch: Path)
     return page(f"Report: {run.name}", lead, [each for each in sections if each is not None])
 
 
-def _of_split(split: str) -> str:
-    return {"test": "test", "val": "validation", "train": "training"}[split]
-
-
 def _between(run: Run, name: str) -> list[str]:
     ends = run.result.intervals.get(name)
     if ends is None:
         return []
-    low, high = (_value(name, end) for end in ends)
+    low, high = (in_words(name, end) for end in ends)
     return [f", 95 % interval {low} to {high}"]
-
-
-def _value(name: str, value: float | None) -> str:
-    """A figure in words for people."""
-    if value is None or not np.isfinite(value):
-        return NONE
-    if name in PERCENT:
-        return f"{value:.2%}" if 0.99 < value < 1 or value < 0.01 else f"{value:.1%}"
-    return f"{value:.4f}"
 
 
 # the parts
@@ -151,23 +135,18 @@ def _summary(run: Run, dataset: Dataset) -> Section:
     result, seconds = run.result, run.result.seconds
     accuracy = "accuracy (top-1)" if result.task.single else "decisions right"
     cells = [
-        (_value("top1", result.top1), accuracy),
-        (_value("macro_f1", result.figures.get("macro_f1")), "macro F1"),
-        (_value("loss", result.loss), "loss (nats)"),
-        (_value("ece", result.figures.get("ece")), "calibration error"),
+        (in_words("top1", result.top1), accuracy),
+        (in_words("macro_f1", result.figures.get("macro_f1")), "macro F1"),
+        (in_words("loss", result.loss), "loss (nats)"),
+        (in_words("ece", result.figures.get("ece")), "calibration error"),
         (f"{result.count / seconds:,.0f}/s" if seconds else NONE, f"images on {result.provider}"),
-        (_size(run.model), run.model.name),
+        (file_size(run.model), run.model.name),
     ]
     headline = tag("ul", *(tag("li", tag("b", v), tag("span", n)) for v, n in cells),
                    class_="headline")  # fmt: skip
     notes = [tag("li", each, class_="warning") for each in result.warnings]
     notes += [tag("li", each) for each in _notes(run, dataset)]
     return section("summary", "Summary", headline, tag("ul", *notes, class_="notes"))
-
-
-def _size(path: Path) -> str:
-    size = path.stat().st_size
-    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.0f} kB"
 
 
 def _notes(run: Run, dataset: Dataset) -> list[Html]:
@@ -253,7 +232,7 @@ def _training(run: Run, scratch: Path) -> Section | None:
     pairs = [("Best epoch", training.get("epoch")), ("Epochs trained", len(run.history) or None)]
     seconds = sum(row.get("seconds", 0.0) for row in run.history)
     if seconds:
-        pairs.append(("Time", _duration(seconds)))
+        pairs.append(("Time", duration(seconds)))
     keys = ("model.name", "lr", "batch_size", "optimizer.name", "precision", "seed", "source")
     pairs += [(key, run.config[key]) for key in keys if run.config.get(key) is not None]
     content.append(facts((name, value) for name, value in pairs if value is not None))
@@ -276,18 +255,6 @@ def _setting(value: object) -> str:
     return str(value)
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )
-
-
 def _evaluation(run: Run, scratch: Path) -> Section:
     result = run.result
     figures = result.figures
@@ -295,8 +262,8 @@ def _evaluation(run: Run, scratch: Path) -> Section:
     rows = []
     for name in order:
         ends = result.intervals.get(name)
-        between = None if ends is None else " to ".join(_value(name, end) for end in ends)
-        rows.append([plotting.metric_title(name), _value(name, figures[name]), between])
+        between = None if ends is None else " to ".join(in_words(name, end) for end in ends)
+        rows.append([plotting.metric_title(name), in_words(name, figures[name]), between])
     note = "The interval is that of other images of the same kind: small sets have wide ones."
     content: list[object] = [
         table(["figure", "value", "95 % interval"], rows),
@@ -432,7 +399,7 @@ def _model(run: Run) -> Section:
         ("File", str(run.model)),
         ("Architecture", card.architecture.get("name")),
         ("Input", f"{height} x {width} pixels, resized by {card.preprocess.resize}"),
-        ("Size", _size(run.model)),
+        ("Size", file_size(run.model)),
         ("Trained with", f"distcls {card.to_json()['version']}"),
     ]
     if certificate is None:
@@ -470,9 +437,3 @@ def _again(run: Run, dataset: Dataset) -> Section:
         *("again", "Do it again", tag("pre", "\n".join(lines))),
         tag("p", f"This page was made with {made}.", class_="fine"),
     )
-
-
-def names_of(runs: Sequence[Run]) -> list[str]:
-    """A short name for each run, all different."""
-    names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]

@@ -1,0 +1,207 @@
+"""The page that sets several runs side by side, on the same images."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from distcls import plotting
+from distcls.data.dataset import Dataset
+from distcls.errors import BadImage
+from distcls.evaluation.compare import Comparison, compare_results
+from distcls.report.page import (
+    Html,
+    bar,
+    drawing,
+    facts,
+    folded,
+    joined,
+    page,
+    picture,
+    section,
+    table,
+    tag,
+    tiles,
+)
+from distcls.report.runs import Run
+from distcls.report.words import file_size, in_words, of_split
+
+Section = tuple[str, str, Html]
+
+MOST_IMAGES = 12
+"""Images that only one of two models gets right, of each."""
+FIGURES = ("top1", "exact", "loss", "macro_f1", "balanced_accuracy", "auroc", "ece", "brier")
+UNTOLD = frozenset(("out", "resume", "quiet", "json"))
+"""Settings in which runs differ without being different."""
+
+
+def several_runs(runs: Sequence[Run], dataset: Dataset, split: str, scratch: Path) -> str:
+    """The page about runs A, B, ... against the first."""
+    letters = string.ascii_uppercase[: len(runs)]
+    names = [run.name for run in runs]
+    compared = compare_results(names, [run.result for run in runs])
+    sections = [
+        _verdict(runs, compared, letters),
+        _figures(runs, compared, letters),
+        _classes(runs, letters),
+        _curves(runs, letters, scratch),
+        _settings(runs, letters),
+        _images(runs, dataset, split, letters),
+        _again(runs, dataset, split),
+    ]
+    lead = tag("p", f"{compared.verdict(1)}, on {compared.images:,} {of_split(split)} images.")
+    title = "Report: " + ", ".join(f"{a} {name}" for a, name in zip(letters, names, strict=True))
+    return page(plotting.shorten(title, 200), lead, [each for each in sections if each is not None])
+
+
+def _verdict(runs: Sequence[Run], compared: Comparison, letters: str) -> Section:
+    lines = [tag("li", compared.verdict(place)) for place in range(1, len(runs))]
+    cells = [
+        tag(
+            "li",
+            tag("b", in_words("top1", run.result.top1)),
+            tag("span", f"{letter} {plotting.shorten(run.name, 40)}"),
+        )
+        for letter, run in zip(letters, runs, strict=True)
+    ]
+    note = (
+        "This is about these models. Another seed gives other models: distcls compare with several "
+        "runs of each recipe tells whether the recipe is better."
+    )
+    return section(
+        *("verdict", "Verdict", tag("ul", *cells, class_="headline")),
+        *(tag("ul", *lines, class_="notes"), tag("p", note, class_="fine")),
+    )
+
+
+def _figures(runs: Sequence[Run], compared: Comparison, letters: str) -> Section:
+    known = [name for name in FIGURES if all(name in run.result.figures for run in runs)]
+    rows = [
+        [plotting.metric_title(name), *(in_words(name, run.result.figures[name]) for run in runs)]
+        for name in known
+    ]
+    speeds = [run.result.count / run.result.seconds if run.result.seconds else 0 for run in runs]
+    rows.append(["images a second", *(f"{speed:,.0f}" for speed in speeds)])
+    rows.append(["model file", *(file_size(run.model) for run in runs)])
+    content = [table(["figure", *letters], rows)]
+    for letter, found in zip(letters[1:], compared.differences, strict=True):
+        content.append(tag("h3", f"{letter} minus A"))
+        lines = [
+            [
+                plotting.metric_title(each.figure),
+                f"{each.value:+.4f}",
+                f"{each.low:+.4f} to {each.high:+.4f}",
+                f"{each.p:.3g}",
+                each.test,
+            ]
+            for each in found
+        ]
+        heads = ["figure", "difference", "95 % interval", "p", "test"]
+        content.append(table(heads, lines))
+    return section("figures", "Figures", *content)
+
+
+def _classes(runs: Sequence[Run], letters: str) -> Section:
+    """F1 of each class, those that differ most first."""
+    scores = [run.result.per_class for run in runs]
+    names = [name for name in scores[0] if all(name in each for each in scores)]
+    spread = {name: max(s[name]["f1"] for s in scores) - min(s[name]["f1"] for s in scores)
+              for name in names}  # fmt: skip
+    ranked = sorted(names, key=lambda name: -spread[name])
+    rows = []
+    for name in ranked:
+        cells = [joined([f"{each[name]['f1']:.3f} ", bar(each[name]["f1"])]) for each in scores]
+        rows.append([name, f"{scores[0][name]['support']:,.0f}", *cells])
+    whole = table(["class", "images", *(f"F1 of {a}" for a in letters)], rows)
+    many = len(rows) > 40
+    return section(
+        *("classes", "Classes", tag("p", "Those that differ most come first.")),
+        folded(f"{len(rows):,} classes", whole) if many else whole,
+    )
+
+
+def _curves(runs: Sequence[Run], letters: str, scratch: Path) -> Section | None:
+    histories = {letter: run.history for letter, run in zip(letters, runs, strict=True)}
+    if sum(bool(rows) for rows in histories.values()) < 2:
+        return None
+    path = scratch / "curves.svg"
+    plotting.compared_curves(histories, path)
+    return section("training", "Training", drawing(path, "Validation loss and top-1 by epoch"))
+
+
+def _settings(runs: Sequence[Run], letters: str) -> Section | None:
+    """Those that are not the same in all."""
+    if not all(run.config for run in runs):
+        return None
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    rows = [
+        [key, *(_setting(run.config.get(key)) for run in runs)]
+        for key in keys
+        if key not in UNTOLD and len({repr(run.config.get(key)) for run in runs}) > 1
+    ]
+    content = (
+        table(["setting", *letters], rows, numbers=len(letters) + 1)
+        if rows
+        else tag("p", "All settings are the same.")
+    )
+    return section("settings", "Settings that differ", content)
+
+
+def _setting(value: object) -> object:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def _images(runs: Sequence[Run], dataset: Dataset, split: str, letters: str) -> Section:
+    """What only one of the first and another gets right."""
+    source = dataset.split(split)
+    places = {name: place for place, name in enumerate(source.image_ids)}
+    content: list[Html] = []
+    for other in range(1, len(runs)):
+        for better, worse in ((other, 0), (0, other)):
+            cells, count = _only(runs[better], runs[worse])
+            shown = []
+            for name, words in itertools.islice(cells, MOST_IMAGES):
+                try:
+                    image = source.image(places[name])
+                except (BadImage, KeyError):
+                    continue
+                shown.append(joined([picture(image, f"the image {name}"), words]))
+            title = f"{letters[better]} is right, {letters[worse]} is wrong: {count:,}"
+            content += [tag("h3", title), tiles(shown) if shown else tag("p", "None.")]
+    return section("images", "Images that only one gets right", *content)
+
+
+def _only(better: Run, worse: Run) -> tuple[list[tuple[str, Html]], int]:
+    """Images that only the first gets right, those first that cost the second most."""
+    right = dict(zip(better.result.outputs.image_ids, better.result.outputs.right, strict=True))
+    outputs = worse.result.outputs
+    own = np.array([bool(right.get(name, False)) for name in outputs.image_ids])
+    places = np.flatnonzero(own & ~outputs.right)
+    places = places[np.argsort(-outputs.loss[places], kind="stable")][:MOST_IMAGES]
+    shown = outputs.take(places)
+    said = outputs.task.texts(shown.decided.astype(np.int64))
+    truth = outputs.task.texts(shown.labels)
+    cells = []
+    for name, label, true in zip(shown.image_ids, said, truth, strict=True):
+        words = joined(
+            [
+                tag("b", true or "nothing"),
+                tag("div", "not ", tag("b", label or "nothing", class_="bad")),
+                tag("div", name, class_="name"),
+            ]
+        )
+        cells.append((name, words))
+    return cells, int((own & ~outputs.right).sum())
+
+
+def _again(runs: Sequence[Run], dataset: Dataset, split: str) -> Section:
+    paths = " ".join(shlex.quote(str(run.path)) for run in runs)
+    given = f"--data {shlex.quote(str(dataset.folder))} --split {split}"
+    lines = [f"distcls report {paths} {given} --overwrite", f"distcls compare {paths} {given}"]
+    models = [(letter, str(run.model)) for letter, run in zip(string.ascii_uppercase, runs)]  # noqa: B905
+    return section("again", "Do it again", facts(models), tag("pre", "\n".join(lines)))
