@@ -208,6 +208,7 @@ COMMANDS = {
         "augmented training images as the network gets them, with labels",
     ),
     "evaluate": ("distcls.commands.evaluate", "metrics of a .pth or .onnx model on a split"),
+    "compare": ("distcls.commands.compare", "whether one model is better than another, or chance"),
     "calibrate": (
         "distcls.commands.calibrate",
         "probabilities that can be believed, in a .pth or .onnx model",
