@@ -214,6 +214,7 @@ COMMANDS = {
     "merge": ("distcls.commands.merge", "the mean of the weights of several runs, as one best.pth"),
     "evaluate": ("distcls.commands.evaluate", "metrics of a .pth or .onnx model on a split"),
     "report": ("distcls.commands.report", "one HTML page about a run, with its mistakes"),
+    "compare": ("distcls.commands.compare", "whether one model is better than another, or chance"),
     "calibrate": (
         "distcls.commands.calibrate",
         "probabilities that can be believed, in a .pth or .onnx model",

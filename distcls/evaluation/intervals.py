@@ -99,20 +99,32 @@ def paired_difference(one: int, other: int, count: int) -> Pair:
 
 
 def student_p(t: float, freedom: float) -> float:
-    """Two-sided p-value of Student's t. With x = sqrt(freedom) tan(angle) its density is that of
-    cos(angle) ** (freedom - 1), which is summed on a fine grid."""
-    if freedom > 1e4:
+    """Two-sided p-value of Student's t."""
+    if freedom > NORMAL:
         return 2 * NormalDist().cdf(-abs(t))
-    angles = np.linspace(0, math.pi / 2, 100_001)
-    density = np.cos(angles[:-1] + angles[1] / 2) ** (freedom - 1)
-    beyond = angles[:-1] >= math.atan(abs(t) / math.sqrt(freedom))
-    return float(density[beyond].sum() / density.sum())
+    angles, beyond = _student(freedom)
+    return float(np.interp(math.atan(abs(t) / math.sqrt(freedom)), angles, beyond))
 
 
 def student_quantile(freedom: float) -> float:
-    """The t beyond which, on both sides, 5 % of Student's distribution lie; at most 1,000."""
-    low, high = 1.0, 1000.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, freedom) > 1 - LEVEL else (low, middle)
-    return high
+    """The t beyond which, on both sides, 5 % of Student's distribution lie."""
+    if freedom > NORMAL:
+        return Z
+    angles, beyond = _student(freedom)
+    angle = float(np.interp(LEVEL - 1, -beyond, angles))
+    return math.sqrt(freedom) * math.tan(angle)
+
+
+NORMAL = 2000
+"""Degrees of freedom from which Student's distribution is taken to be normal."""
+
+
+def _student(freedom: float) -> tuple[Floats, Floats]:
+    """Angles from 0 to pi/2, and the part of Student's distribution beyond each on both sides.
+
+    With t = sqrt(freedom) tan(angle) the density is that of cos(angle) ** (freedom - 1).
+    """
+    angles = np.linspace(0, math.pi / 2, 8001)
+    density = np.cos((angles[:-1] + angles[1:]) / 2) ** (freedom - 1)
+    beyond = np.concatenate([np.cumsum(density[::-1])[::-1], [0.0]])
+    return angles, beyond / beyond[0]

@@ -1,0 +1,454 @@
+"""`compare`: the difference of models on the same images, and whether it may be chance."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distcls import log, plotting, stored
+from distcls.config import positional
+from distcls.data.dataset import IN_RUN
+from distcls.errors import BadValue, UsageError, require
+from distcls.evaluation.evaluate import EvaluateOptions, EvaluationResult, evaluate
+from distcls.evaluation.intervals import (
+    LEAST_P,
+    LEVEL,
+    bootstrap_p,
+    mcnemar,
+    paired_difference,
+    percentiles,
+    resampled_means,
+    student_p,
+    student_quantile,
+)
+from distcls.evaluation.outputs import KEY, PREDICTIONS, Outputs
+from distcls.evaluation.scores import figures
+from distcls.task import Task
+
+Floats = NDArray[np.float64]
+
+ACCURACY = "top1"
+"""The figure that the verdict is about; of several outputs an image counts if all are right."""
+COMPARED = (ACCURACY, "loss", "macro_f1", "auroc", "average_precision", "brier")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Options of `distcls compare`."""
+
+    runs: str | tuple[str, ...] = positional()
+    """Two or more of: run directory, model file, folder of an evaluation, predictions.parquet. With
+    commas between, as in a1,a2,a3, runs of one recipe with several seeds. All are compared with the
+    first."""
+    data: Path | None = None
+    """Dataset directory that runs and model files are evaluated on; default: that of each run."""
+    split: str = "test"
+    """Its split: train, val or test."""
+    intersect: bool = False
+    """Compare the images that all have, where the images differ."""
+    limit: int | None = None
+    """Evaluate the first images only."""
+    batch_size: int | None = None
+    """Batch size of an evaluation; default: chosen with the provider (64 for a .pth)."""
+    provider: str = "auto"
+    """Execution provider of an ONNX model, as for `distcls evaluate`."""
+    workers: int | None = None
+    """Decoding threads; default: one per core."""
+    json: bool = False
+    """Print the result as one JSON object on standard output."""
+    quiet: bool = False
+    """Print warnings and errors only."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "limit", "workers"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
+        count = len(self.sides)
+        require(2 <= count <= 26, "runs", ", ".join(self.given), "2 to 26 of them to compare")
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The sides as they were given."""
+        return (self.runs,) if isinstance(self.runs, str) else self.runs
+
+    @property
+    def sides(self) -> list[list[Path]]:
+        """The paths of each side; the name of an existing file may hold a comma."""
+        return [
+            [Path(text)]
+            if Path(text).exists()
+            else [Path(name.strip()) for name in text.split(",") if name.strip()]
+            for text in self.given
+        ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How a side differs from the first in one figure."""
+
+    figure: str
+    first: float
+    """The first side's, the mean over its runs."""
+    other: float
+    low: float
+    """Of the 95 % interval of `other` minus `first`."""
+    high: float
+    p: float
+    """Of a difference at least as great if there is none."""
+    test: str
+    """McNemar (exact), bootstrap (paired), or Welch's t over images and runs."""
+
+    @property
+    def value(self) -> float:
+        """`other` minus `first`."""
+        return self.other - self.first
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All sides against the first."""
+
+    names: tuple[str, ...]
+    """Of the sides, as given."""
+    runs: tuple[int, ...]
+    """Of each side."""
+    images: int
+    left_out: int
+    """Images that not all have."""
+    differences: tuple[tuple[Difference, ...], ...]
+    """Of each side but the first, the figures."""
+
+    def verdict(self, place: int) -> str:
+        """In words, of side 1, 2, ... against the first.
+
+        The p-value is corrected for the number of sides (Holm 1979).
+        """
+        letter, found = string.ascii_uppercase[place], self._accuracy(place)
+        ends = f"{_points(found.low)} to {_points(found.high)}"
+        p = self._corrected()[place - 1]
+        if p < 1 - LEVEL and (found.low > 0 or found.high < 0):
+            better, worse = (letter, "A") if found.value > 0 else ("A", letter)
+            low, high = sorted((abs(found.low), abs(found.high)))
+            ends = f"{100 * low:.2f} to {100 * high:.2f}"
+            return (
+                f"{better} is better than {worse} by {100 * abs(found.value):.2f} points of "
+                f"accuracy ({ends}), p {_p(p)}"
+            )
+        return (
+            f"A and {letter} cannot be told apart: {letter} has {_points(found.value)} points of "
+            f"accuracy ({ends}), p {_p(p)}"
+        )
+
+    def to_text(self) -> str:
+        """The comparison for people."""
+        lines = [
+            f"{string.ascii_uppercase[place]}  {name}" + (f"  ({count} runs)" if count > 1 else "")
+            for place, (name, count) in enumerate(zip(self.names, self.runs, strict=True))
+        ]
+        for place, found in enumerate(self.differences, 1):
+            letter = string.ascii_uppercase[place]
+            head = f"{'':<17} {'A':>8} {letter:>8}   {letter} - A (95 % interval)"
+            lines += ["", f"{head:<66} p"]
+            for each in found:
+                ends = f"{each.value:+.4f} ({each.low:+.4f} to {each.high:+.4f})"
+                row = f"{_title(each.figure):<17} {each.first:8.4f} {each.other:8.4f}   {ends}"
+                lines.append(f"{row:<66} {_p(each.p)}  {each.test}")
+        lines.append("")
+        lines += [self.verdict(place) for place in range(1, len(self.names))]
+        also = f"; {self.left_out:,} that not all have are left out" if self.left_out else ""
+        lines.append(f"on {self.images:,} images{also}")
+        if max(self.runs) == 1:
+            lines.append(
+                "of these models: another seed gives another one; several of each, as in "
+                "a1,a2,a3 b1,b2,b3, compare the recipes"
+            )
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `distcls compare --json` prints them."""
+        return {
+            "images": self.images,
+            "left_out": self.left_out,
+            "sides": [
+                {"name": name, "runs": count}
+                for name, count in zip(self.names, self.runs, strict=True)
+            ],
+            "comparisons": [
+                {
+                    "side": place,
+                    "verdict": self.verdict(place),
+                    "differences": [
+                        {**dataclasses.asdict(each), "difference": each.value} for each in found
+                    ],
+                }
+                for place, found in enumerate(self.differences, 1)
+            ],
+        }
+
+    def _accuracy(self, place: int) -> Difference:
+        return next(each for each in self.differences[place - 1] if each.figure == ACCURACY)
+
+    def _corrected(self) -> list[float]:
+        """The p-values of the accuracy, of each side but the first."""
+        plain = np.array([self._accuracy(at).p for at in range(1, len(self.names))])
+        order = np.argsort(plain, kind="stable")
+        factors = np.arange(len(plain), 0, -1)
+        corrected = np.empty(len(plain))
+        corrected[order] = np.minimum(1, np.maximum.accumulate(plain[order] * factors))
+        return corrected.tolist()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Run:
+    """The predictions of one run."""
+
+    name: str
+    image_ids: list[str]
+    truth: NDArray[Any]
+    """Names of the true classes, [N]."""
+    right: NDArray[np.bool_]
+    loss: Floats
+    outputs: Outputs | None
+    """Of a single label, from which more figures follow."""
+
+    def take(self, image_ids: Sequence[str]) -> _Run:
+        """Some of the images, in this order."""
+        places = {name: place for place, name in enumerate(self.image_ids)}
+        order = np.array([places[name] for name in image_ids], np.int64)
+        outputs = None if self.outputs is None else self.outputs.take(order)
+        arrays = (self.truth[order], self.right[order], self.loss[order])
+        return _Run(self.name, list(image_ids), *arrays, outputs)
+
+    def values(self) -> dict[str, Floats]:
+        """The numbers of each image whose mean is a figure, [N] each."""
+        found = {ACCURACY: self.right.astype(np.float64), "loss": self.loss}
+        if self.outputs is not None:
+            every = figures(self.outputs)
+            found |= {
+                name: np.asarray(every[name].values) for name in COMPARED[2:] if name in every
+            }
+        return found
+
+
+def compare(options: CompareOptions) -> Comparison:
+    """Compare all sides with the first, on the same images, matched by their ids.
+
+    Raises UsageError for what is no run, other images (unless `intersect`) or other true classes.
+    """
+    if log.world_size() > 1:
+        raise UsageError("compare runs in one process; start it without a launcher")
+    read = [[_read(path, options) for path in paths] for paths in options.sides]
+    return _compared(options.given, read, options.intersect)
+
+
+def compare_results(names: Sequence[str], results: Sequence[EvaluationResult]) -> Comparison:
+    """The same of models that are evaluated already, on the same images."""
+    runs = [_of_result(name, result) for name, result in zip(names, results, strict=True)]
+    return _compared(names, [[run] for run in runs], intersect=False)
+
+
+def _compared(names: Sequence[str], read: Sequence[Sequence[_Run]], intersect: bool) -> Comparison:
+    shared, left_out = _shared([run for side in read for run in side], intersect)
+    sides = [[run.take(shared) for run in side] for side in read]
+    _require_same_truth([run for side in sides for run in side])
+    values = [[run.values() for run in side] for side in sides]
+    return Comparison(
+        names=tuple(names),
+        runs=tuple(map(len, sides)),
+        images=len(shared),
+        left_out=left_out,
+        differences=tuple(tuple(_differences(values[0], other)) for other in values[1:]),
+    )
+
+
+def _shared(runs: Sequence[_Run], intersect: bool) -> tuple[list[str], int]:
+    """The ids of the images that all runs have, in the first's order, and how many others are."""
+    sets = [set(run.image_ids) for run in runs]
+    for run, ids in zip(runs, sets, strict=True):
+        if len(ids) < len(run.image_ids):
+            raise UsageError(f"{run.name}: has an image twice, so that images cannot be matched")
+    common, every = set.intersection(*sets), set.union(*sets)
+    if not common:
+        raise UsageError(f"{runs[0].name} and the others have no image in common")
+    if len(common) < len(every) and not intersect:
+        other = next(i for i, ids in enumerate(sets) if ids != sets[0])
+        first, second = runs[0], runs[other]
+        raise UsageError(
+            f"{first.name} has {len(sets[0]):,} images and {second.name} {len(sets[other]):,}, "
+            f"{len(sets[0] & sets[other]):,} of them the same; --intersect compares those that "
+            "all have"
+        )
+    shared = [name for name in runs[0].image_ids if name in common]
+    return shared, len(every) - len(common)
+
+
+def _require_same_truth(runs: Sequence[_Run]) -> None:
+    for run in runs[1:]:
+        other = np.flatnonzero(run.truth != runs[0].truth)
+        if len(other):
+            place = int(other[0])
+            raise UsageError(
+                f"{run.name}: {log.counted(len(other), 'image')} of other true classes than in "
+                f"{runs[0].name}, first {run.image_ids[place]!r}: {run.truth[place]!r}, not "
+                f"{runs[0].truth[place]!r}"
+            )
+
+
+def _differences(
+    first: Sequence[dict[str, Floats]], other: Sequence[dict[str, Floats]]
+) -> list[Difference]:
+    """The figures that all runs have, of two sides."""
+    known = [name for name in COMPARED if all(name in run for run in (*first, *other))]
+    means = [
+        {name: np.mean([run[name] for run in side], axis=0) for name in known}
+        for side in (first, other)
+    ]
+    changes = np.stack([means[1][name] - means[0][name] for name in known], axis=1)
+    several = len(first) > 1 or len(other) > 1
+    resampled = None if several else resampled_means(changes)
+    found = []
+    for place, name in enumerate(known):
+        if several:
+            seeds = [[float(run[name].mean()) for run in side] for side in (first, other)]
+            low, high, p = _over_seeds(changes[:, place], *seeds)
+            test = "Welch, over images and runs"
+        elif name == ACCURACY:
+            only_first = int((changes[:, place] < 0).sum())
+            only_other = int((changes[:, place] > 0).sum())
+            low, high = paired_difference(only_other, only_first, len(changes))
+            p, test = mcnemar(only_other, only_first), "McNemar, exact"
+        else:
+            assert resampled is not None
+            column = resampled[:, place : place + 1]
+            low, high = percentiles(column)[0] or (float(column[0, 0]),) * 2
+            p, test = float(bootstrap_p(column)[0]), "bootstrap, paired"
+        found.append(
+            Difference(
+                figure=name,
+                first=float(means[0][name].mean()),
+                other=float(means[1][name].mean()),
+                low=low,
+                high=high,
+                p=p,
+                test=test,
+            )
+        )
+    return found
+
+
+def _over_seeds(
+    changes: Floats, first: Sequence[float], other: Sequence[float]
+) -> tuple[float, float, float]:
+    """Interval and p-value of the mean of `changes`, [N], over other images and other runs.
+
+    The variance is that of the images plus that of the runs of each side, with the degrees of
+    freedom of Welch and Satterthwaite; a side of one run is taken to vary as the other does.
+    """
+    count, sides = len(changes), (first, other)
+    known = [(float(np.var(side, ddof=1)), len(side) - 1) for side in sides if len(side) > 1]
+    own = known if len(known) > 1 else known * 2
+    parts = [(float(changes.var(ddof=min(1, count - 1))) / count, count - 1)]
+    parts += [(v / len(side), f) for (v, f), side in zip(own, sides, strict=True)]
+    variance = sum(part for part, _ in parts)
+    mean = float(changes.mean())
+    if not variance:
+        return mean, mean, 1.0 if mean == 0 else 0.0
+    freedom = variance**2 / sum(part**2 / max(1, number) for part, number in parts)
+    half = student_quantile(freedom) * math.sqrt(variance)
+    return mean - half, mean + half, student_p(mean / math.sqrt(variance), freedom)
+
+
+def _read(path: Path, options: CompareOptions) -> _Run:
+    """The predictions of a file, of an evaluation, or of a run that is evaluated now."""
+    if path.suffix.lower() == ".parquet":
+        return _read_table(path)
+    if (path / PREDICTIONS).is_file():
+        return _read_table(path / PREDICTIONS)
+    if not path.exists():
+        raise UsageError(f"{path} does not exist")
+    data = options.data or (path if path.is_dir() else path.parent) / IN_RUN
+    if options.data is None and not data.is_dir():
+        raise UsageError(
+            f"{path} is no evaluation (it has no {PREDICTIONS}) and its dataset is not in it; name "
+            "one to evaluate it on: --data"
+        )
+    log.say(f"{path}: evaluating it on {options.split} of {data}")
+    result = evaluate(
+        EvaluateOptions(
+            model=path,
+            data=data,
+            split=options.split,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            provider=options.provider,
+            workers=options.workers,
+        )
+    )
+    return _of_result(str(path), result)
+
+
+def _of_result(name: str, result: EvaluationResult) -> _Run:
+    found, task = result.outputs, result.task
+    truth = np.array(task.texts(found.labels), object)
+    outputs = found if task.single else None
+    return _Run(name, list(found.image_ids), truth, found.right, found.loss, outputs)
+
+
+def _read_table(path: Path) -> _Run:
+    """Raises UsageError for what `Outputs.write` has not written."""
+    import pyarrow as pa
+
+    columns = ["image_id", "truth", "label", "right", "loss", "probabilities"]
+    try:
+        with stored.open_parquet(path) as file:
+            about = stored.parse_json((file.schema_arrow.metadata or {})[KEY])
+            task = Task.from_json(about["task"])
+            table = file.read(columns)
+        texts = [table.column(name).to_pylist() for name in columns[:3]]
+        right = np.asarray(table.column("right").to_numpy(zero_copy_only=False), np.bool_)
+        loss = np.asarray(table.column("loss").to_numpy(), np.float64)
+        flat = table.column("probabilities").combine_chunks().flatten().to_numpy()
+        chances = np.asarray(flat, np.float32).reshape(len(loss), len(task.classes))
+        if any(value is None for column in texts for value in column) or not len(loss):
+            raise ValueError("it has no row, or a cell without a value")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist") from error
+    except (OSError, KeyError, TypeError, ValueError, BadValue, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"{path}: not the {PREDICTIONS} of distcls evaluate --out ({reason})"
+        ) from error
+    ids, truth, labels = texts
+    places = {name: place for place, name in enumerate(task.classes)}
+    outputs = None
+    if task.single and len(places) == len(task.classes):
+        outputs = Outputs(
+            task=task,
+            image_ids=ids,
+            labels=np.array([[places[name]] for name in truth], np.int64),
+            probabilities=chances,
+            decided=np.array([[places[name]] for name in labels], np.int32),
+            loss=loss,
+            ranks=np.zeros((len(ids), 1), np.int32),
+        )
+    return _Run(str(path), ids, np.array(truth, object), right, loss, outputs)
+
+
+def _title(figure: str) -> str:
+    return "accuracy" if figure == ACCURACY else plotting.metric_title(figure)
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.2f}"
+
+
+def _p(value: float) -> str:
+    """A p-value for people."""
+    return f"< {LEAST_P:.3f}" if value < LEAST_P else f"{value:.3f}"

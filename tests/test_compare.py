@@ -1,0 +1,190 @@
+"""`distcls compare`: paired differences, their intervals and p-values, and its verdict in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+
+from distcls.commands.compare import main
+from distcls.errors import BadValue, UsageError
+from distcls.evaluation.compare import CompareOptions, Comparison, _over_seeds, compare
+from distcls.evaluation.evaluate import evaluate_model
+from distcls.evaluation.intervals import mcnemar, paired_difference
+from distcls.evaluation.outputs import Outputs
+from distcls.task import Task
+from tests import tiny_dataset, tiny_onnx
+from tests.serving import EXPORTED
+
+TASK = Task(classes=("cat", "dog", "owl"))
+COUNT = 2000
+
+
+def logits_of(accuracy: float, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Logits of a model that is right by chance, and the labels, which no seed changes."""
+    labels = np.random.default_rng(99).integers(0, 3, COUNT)
+    rng = np.random.default_rng(seed)
+    said = np.where(rng.random(COUNT) < accuracy, labels, (labels + 1) % 3)
+    logits = rng.normal(size=(COUNT, 3)).astype(np.float32) / 4
+    logits[np.arange(COUNT), said] += 3
+    return logits, labels
+
+
+def write(path: Path, accuracy: float, seed: int, order: int | None = None) -> Path:
+    logits, labels = logits_of(accuracy, seed)
+    outputs = Outputs.of(TASK, logits, labels, [f"{number}.png" for number in range(COUNT)])
+    if order is not None:
+        outputs = outputs.take(np.random.default_rng(order).permutation(COUNT))
+    path.parent.mkdir(exist_ok=True, parents=True)
+    outputs.write(path, {})
+    return path
+
+
+def compared(*runs: Path | str, **more: Any) -> Comparison:
+    return compare(CompareOptions(runs=tuple(map(str, runs)), **more))
+
+
+def test_a_better_model_is_said_to_be_better_whatever_the_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = write(tmp_path / "a" / "predictions.parquet", 0.80, 1)
+    other = write(tmp_path / "b.parquet", 0.86, 2, order=5)
+    models = (logits_of(0.80, 1), logits_of(0.86, 2))
+    right = [logits.argmax(axis=1) == labels for logits, labels in models]
+    one, two = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    main([str(first.parent), str(other), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    by_name = {each["figure"]: each for each in found["comparisons"][0]["differences"]}
+    accuracy = by_name["top1"]
+    assert (accuracy["first"], accuracy["other"]) == (right[0].mean(), right[1].mean())
+    assert (accuracy["low"], accuracy["high"]) == paired_difference(two, one, COUNT)
+    assert accuracy["p"] == mcnemar(one, two)
+    assert set(by_name) == {"top1", "loss", "macro_f1", "auroc", "average_precision", "brier"}
+    assert by_name["loss"]["p"] < 0.01
+    assert by_name["loss"]["high"] < 0
+    main([str(first), str(other)])
+    lines = capsys.readouterr().out.splitlines()
+    difference = 100 * accuracy["difference"]
+    ends = f"{100 * accuracy['low']:.2f} to {100 * accuracy['high']:.2f}"
+    verdict = f"B is better than A by {difference:.2f} points of accuracy ({ends}), p < 0.001"
+    assert verdict in lines
+    assert compared(other, first).verdict(1).startswith(f"A is better than B by {difference:.2f} ")
+
+
+def test_equal_ones_cannot_be_told_apart(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{seed}.parquet", 0.8, seed) for seed in (1, 2)]
+    assert compared(*paths).verdict(1).startswith("A and B cannot be told apart: B has ")
+    same = compared(paths[0], paths[0])
+    assert same.verdict(1).endswith("(-0.10 to +0.10), p 1.000")
+    assert "another seed" in same.to_text()
+
+
+def test_many_sides_are_corrected_for_their_number(tmp_path: Path) -> None:
+    first = write(tmp_path / "0.parquet", 0.8, 0)
+    others = [write(tmp_path / f"{seed}.parquet", 0.815, seed) for seed in range(1, 20)]
+    alone = [compared(first, other) for other in others]
+    together = compared(first, *others)
+    better = sum("is better" in each.verdict(1) for each in alone)
+    assert sum("is better" in together.verdict(place) for place in range(1, 20)) < better
+
+
+def test_runs_of_several_seeds(tmp_path: Path) -> None:
+    a = [write(tmp_path / f"a{s}.parquet", share, s) for s, share in enumerate((0.80, 0.82, 0.78))]
+    b = [
+        write(tmp_path / f"b{s}.parquet", share, 9 + s) for s, share in enumerate((0.9, 0.91, 0.89))
+    ]
+    found = compared(",".join(map(str, a)), ",".join(map(str, b)))
+    assert found.runs == (3, 3)
+    assert found.verdict(1).startswith("B is better than A by ")
+    assert "another seed" not in found.to_text()
+    # one lucky seed against another is no proof: the spread of the seeds counts
+    lucky = compared(",".join(map(str, a)), a[1])
+    assert "cannot be told apart" in lucky.verdict(1)
+    assert "B is better" in compared(a[2], a[1]).verdict(1)
+
+
+def test_intervals_over_seeds_cover_what_they_say() -> None:
+    """Runs differ by their seed and the images by chance; no recipe is better."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(1000):
+        hard = rng.normal(size=400)
+        sides = [
+            [rng.normal(0, 0.03) + 0.3 * hard + rng.normal(0, 0.4, 400) for _ in range(3)]
+            for _ in range(2)
+        ]
+        changes = np.mean(sides[1], axis=0) - np.mean(sides[0], axis=0)
+        means = [[float(run.mean()) for run in side] for side in sides]
+        low, high, p = _over_seeds(changes, *means)
+        assert (p > 0.05) == (low <= 0 <= high) or abs(p - 0.05) < 1e-3
+        inside += low <= 0 <= high
+    assert 935 <= inside <= 990  # the chance of the images is in the spread of the runs as well
+
+
+def test_other_images_are_refused_or_left_out(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.parquet", 0.8, 1)
+    some = pq.read_table(first).slice(0, 1500)
+    pq.write_table(some, tmp_path / "some.parquet")
+    with pytest.raises(UsageError, match=r"has 2,000 images and .* 1,500, 1,500 of them the same"):
+        compared(first, tmp_path / "some.parquet")
+    found = compared(first, tmp_path / "some.parquet", intersect=True)
+    assert (found.images, found.left_out) == (1500, 500)
+    renamed = some.set_column(0, "image_id", [[f"x{n}" for n in range(1500)]])
+    pq.write_table(renamed, tmp_path / "renamed.parquet")
+    with pytest.raises(UsageError, match="no image in common"):
+        compared(first, tmp_path / "renamed.parquet", intersect=True)
+    twice = some.set_column(0, "image_id", [["0.png"] * 1500])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(UsageError, match="has an image twice"):
+        compared(first, tmp_path / "twice.parquet", intersect=True)
+    labels = some.column("truth").to_pylist()
+    other = some.set_column(1, "truth", [["dog" if labels[0] != "dog" else "cat", *labels[1:]]])
+    pq.write_table(other, tmp_path / "other.parquet")
+    with pytest.raises(UsageError, match=r"1 image of other true classes than in .* first '0.png'"):
+        compared(tmp_path / "some.parquet", tmp_path / "other.parquet")
+
+
+def test_what_cannot_be_compared(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.parquet", 0.8, 1)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    pq.write_table(pq.read_table(first).drop_columns(["loss"]), tmp_path / "less.parquet")
+    plain = pq.read_table(first).replace_schema_metadata(None)
+    pq.write_table(plain, tmp_path / "plain.parquet")
+    (tmp_path / "empty").mkdir()
+    for name, told in (
+        ("none.parquet", "none.parquet does not exist"),
+        ("none", "none does not exist"),
+        ("bad.parquet", r"bad.parquet: not the predictions.parquet of distcls evaluate --out"),
+        ("less.parquet", "not the predictions.parquet"),
+        ("plain.parquet", "not the predictions.parquet"),
+        ("empty", r"is no evaluation \(it has no predictions.parquet\) .* --data"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            compared(first, tmp_path / name)
+    with pytest.raises(BadValue, match="2 to 26 of them"):
+        compared(first)
+
+
+def test_model_files_are_evaluated(tmp_path: Path) -> None:
+    images, labels = tiny_dataset.coloured(60)
+    data = tiny_dataset.write(tmp_path / "d", list(images), labels, tiny_onnx.COLOURS)
+    model = tiny_onnx.write(tmp_path / "m.onnx")
+    evaluate_model(model, data, out=tmp_path / "out", quiet=True)
+    found = compared(model, tmp_path / "out", data=data, quiet=True)
+    assert found.images == 60
+    assert found.differences[0][0].p == 1
+
+
+@pytest.mark.parametrize(("run", "data"), [("run_heads", "heads"), ("run_labels", "labels")])
+def test_several_outputs(tmp_path: Path, run: str, data: str) -> None:
+    for name in ("best.pth", "best.onnx"):
+        evaluate_model(EXPORTED / run / name, EXPORTED / data, out=tmp_path / name, quiet=True)
+    (found,) = compared(tmp_path / "best.pth", tmp_path / "best.onnx").differences
+    assert [each.figure for each in found] == ["top1", "loss"]
+    exact = json.loads((tmp_path / "best.onnx" / "metrics.json").read_text())["exact"]
+    assert found[0].other == pytest.approx(exact)
