@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 import distcls
+from distcls.commands.compare import main as compare
 from distcls.commands.report import main
 from distcls.data.dataset import Dataset
 from distcls.errors import UsageError
@@ -141,6 +143,31 @@ def test_other_tasks(tmp_path: Path, kind: str) -> None:
     found = outline(out)
     assert {"mistakes", "confidence", "explanation"} <= set(found.sections)
     assert "% of the decisions on its images" in found.text
+
+
+def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second takes red for green."""
+    first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second")
+    swapped = tiny_onnx.card(("green", "red", "blue"))
+    tiny_onnx.write(second / "best.onnx", swapped)
+    (second / "config.yaml").write_text("lr: 0.02\nmodel:\n  name: tiny\nnote: red\n")
+    words = [str(first), str(second), "--data", str(first / "dataset")]
+    main([*words, "--out", str(tmp_path / "both.html"), "--quiet"])
+    capsys.readouterr()
+    compare([*words, "--json", "--quiet"])
+    told = json.loads(capsys.readouterr().out)["comparisons"][0]
+    found = outline(tmp_path / "both.html")
+    assert found.sections == [
+        *("verdict", "figures", "classes", "training", "settings", "images", "again"),
+    ]
+    assert told["verdict"].startswith("A is better than B by")
+    assert told["verdict"] in found.text
+    only = re.findall(r"is right, . is wrong: (\d+)", found.text)
+    difference = next(each for each in told["differences"] if each["figure"] == "top1")
+    assert int(only[0]) - int(only[1]) == round(50 * difference["difference"])
+    assert "setting A B lr 0.01 0.02" in found.text
+    assert "note" not in found.text
+    assert found.text.count("labelled") == 0
 
 
 def test_without_a_run_around_it(tmp_path: Path) -> None:
