@@ -1,6 +1,6 @@
 """The ASGI application: routes, and what is done for every request.
 
-`make_app` gives one that any ASGI server runs; `distcls serve` runs it on granian (see `server`).
+`make_app` gives one that any ASGI server runs; `distcls serve` runs it on uvicorn (`connection`).
 """
 
 from __future__ import annotations

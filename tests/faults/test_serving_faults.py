@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import json
 import os
 import shutil
 import signal
@@ -166,6 +168,63 @@ def _rest(connection: socket.socket) -> bytes:
         except ConnectionResetError:
             pass
     return found
+
+
+@pytest.mark.row(24)
+def test_a_client_that_does_not_read_is_closed(tmp_path: Path) -> None:
+    with serving(tmp_path, "--write-timeout", 0.5, "--engine", "threads") as server:
+        request = b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n"
+        size = len(server.get("/docs").body)
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", server.port))
+            connection.settimeout(20)
+            with pytest.raises((ConnectionResetError, BrokenPipeError)):
+                _send_slowly(connection, [request] * (100_000_000 // size))
+        assert server.get("/v2/health/ready").status == 200
+
+
+def _send_slowly(connection: socket.socket, requests: list[bytes]) -> None:
+    for request in requests:  # whose answers are more than the system holds in between
+        connection.sendall(request)
+        time.sleep(0.0002)
+    connection.recv(1)
+
+
+@pytest.mark.row(24)
+def test_too_many_connections_and_requests_on_one(tmp_path: Path) -> None:
+    limits = ("--max-connections", 8, "--header-timeout", 0.5, "--engine", "threads")
+    with serving(tmp_path, *limits) as server, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", server.port)
+        held = [stack.enter_context(socket.create_connection(address)) for _ in range(8)]
+        answer = server.get("/v2/health/live")
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert answer.error == "busy: too many connections are open"
+        held[0].sendall(b"GET / HTTP/1.1\r\nHost:")
+        head, _, body = _rest(held[0]).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(body)["error"].startswith("the headers came too slowly")
+        assert server.get("/v2/health/live").status == 200  # the silent ones are closed as well
+        # all in one segment: beyond the limit the connection ends
+        assert server.raw(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n" * 300).count(b"200 OK") <= 101
+        page = server.get("/metrics").body.decode()
+        assert 'distcls_rejected_total{reason="slow_body"} 1.0' in page
+
+
+@pytest.mark.row(22)
+@pytest.mark.parametrize(
+    ("data", "status", "text"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 40_000 + b"\r\n", 431, "headers"),
+        (b"GET / HTTP/1.1\r\nA: " + b"a" * 70_000, 431, "headers are larger than 65,536"),
+        (HEAD + b"Content-Length: -5\r\n\r\n", 400, "not valid HTTP"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n", 400, "not valid HTTP"),
+    ],
+)
+def test_what_is_no_http_is_said(server: Server, data: bytes, status: int, text: str) -> None:
+    head, _, body = server.raw(data).partition(b"\r\n\r\n")
+    assert int(head.split()[1]) == status
+    assert text in json.loads(body)["error"]
 
 
 @pytest.mark.row(25)
