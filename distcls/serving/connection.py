@@ -7,6 +7,7 @@ headers byte by byte or that does not read its answer, and it bounds neither hea
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import ssl
 from http import HTTPStatus
@@ -31,12 +32,46 @@ closed with unread bytes is reset, and the client loses the answer."""
 BACKLOG = 1024
 
 
+CONTINUE = b"HTTP/1.1 100 "
+"""How the interim answer begins that asks for the body."""
+
+
 class _TooLarge(Exception):
     """The headers are larger than `HEADER_BYTES`."""
 
 
 class _TooMany(Exception):
     """More requests than `MOST_PIPELINED` wait on this connection."""
+
+
+class _JoinedWrites:
+    """A transport to which the head of an answer goes together with its body.
+
+    One call of the system instead of two, and the client is woken once: some 0.1 ms a request.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        if not self._head and data.startswith(b"HTTP/1.1 ") and not data.startswith(CONTINUE):
+            self._head = data
+        else:
+            data, self._head = self._head + data, b""
+            self._transport.write(data)
+
+    def flush(self) -> None:
+        if self._head:  # an answer without a body
+            head, self._head = self._head, b""
+            self._transport.write(head)
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
 
 
 class Connection(HttpToolsProtocol):
@@ -116,11 +151,18 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MOST_PIPELINED:
             raise _TooMany
         super().on_headers_complete()
+        joined = _JoinedWrites(self.transport)
+        self.cycle.transport = joined  # type: ignore[assignment]
+        self.cycle.on_response = functools.partial(self._complete, joined)
 
-    def on_response_complete(self) -> None:
+    def _complete(self, answer: _JoinedWrites) -> None:
         """An answer was handed to the system, or waits to be."""
-        super().on_response_complete()
-        if self._timer is None and self.transport.get_write_buffer_size():
+        answer.flush()
+        others = bool(self.pipeline)
+        self.on_response_complete()
+        if self._refused and not others:
+            self._linger()
+        elif self._timer is None and self.transport.get_write_buffer_size():
             self._start_timer(self._limits.write_timeout, self._require_read)
 
     def pause_writing(self) -> None:
@@ -157,8 +199,15 @@ class Connection(HttpToolsProtocol):
         """Tell the client why it is not answered, and close."""
         self._refused = True
         self._service.metrics.rejected[REASONS.get(status, str(status))] += 1
-        if self.cycle is not None and self.cycle.response_started:
-            self.transport.abort()  # in the middle of another answer
+        cycle = self.cycle
+        pending = cycle is not None and not cycle.response_complete
+        if pending and cycle.more_body and self.pipeline:
+            self.pipeline.popleft()  # the one at fault, which came last
+            return  # those before it are answered; `_complete` closes
+        if pending and not cycle.more_body:
+            return
+        if pending and cycle.response_started:
+            self.transport.abort()  # in the middle of the answer to this one
             return
         body = orjson.dumps({"error": message})
         head = (
@@ -167,15 +216,19 @@ class Connection(HttpToolsProtocol):
             + ("retry-after: 1\r\n" if status == 503 else "")
         )
         self.transport.write(head.encode() + b"\r\n" + body)
+        self._linger()
+        if pending:  # the application was reading the body
+            cycle.disconnected = True
+            cycle.message_event.set()
+
+    def _linger(self) -> None:
+        """Close, but read on for a while."""
         if self.transport.can_write_eof():
             self.transport.write_eof()
             self._start_timer(LINGER, self.transport.abort)
         else:
             self.transport.close()
             self._start_timer(self._limits.write_timeout, self.transport.abort)
-        if self.cycle is not None:  # the application was reading the body
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
 
     def _start_timer(self, seconds: float, then: Any) -> None:
         self._stop_timer()
@@ -204,6 +257,7 @@ class HttpServer:
             lifespan="off",
             log_config=None,
             access_log=False,
+            proxy_headers=False,
             timeout_keep_alive=idle,  # type: ignore[arg-type]  # seconds for call_later
         )
         self._server: asyncio.Server | None = None

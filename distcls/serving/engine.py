@@ -58,8 +58,6 @@ POISON_SECONDS = 600.0
 """For how long an image that ended two processes is refused without another try."""
 MOST_PIXELS = 100_000_000
 """Pixels of the files in one batch, which are decoded one after the other: some seconds."""
-PAIR = 2
-"""Images that are taken at once where batches gain little."""
 EAGER = 1.3
 """How much faster a batch has to be than as many single images, for lanes to take all there is."""
 SMOOTHING = 0.1
@@ -277,7 +275,7 @@ class Engine:
         if self._eager:
             wanted = math.ceil(length / len(self._free))
         else:
-            wanted = max(min(PAIR, length), math.ceil(length / (2 * len(self.lanes))))
+            wanted = math.ceil(length / (2 * len(self.lanes)))
         wanted = min(size, wanted)
         batch: list[_Entry] = []
         pixels = 0

@@ -225,6 +225,22 @@ def test_what_is_no_http_is_said(server: Server, data: bytes, status: int, text:
     head, _, body = server.raw(data).partition(b"\r\n\r\n")
     assert int(head.split()[1]) == status
     assert text in json.loads(body)["error"]
+    # a request before it is answered first
+    found = server.raw(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n" + data)
+    assert found.startswith(b"HTTP/1.1 200 OK")
+    assert found.count(b"HTTP/1.1 ") == 1
+
+
+def test_pipelined_requests_are_answered_in_their_order(server: Server) -> None:
+    asked = [b"GET /v2/health/live", b"HEAD /v2", b"GET /v2/models/none", b"GET /v2/models"]
+    data = b"".join(line + b" HTTP/1.1\r\nHost: x\r\n\r\n" for line in asked)
+    found = server.raw(data + b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    answers = found.split(b"HTTP/1.1 ")[1:]
+    assert [int(answer[:3]) for answer in answers] == [200, 200, 404, 200, 200]
+    bodies = [answer.partition(b"\r\n\r\n")[2] for answer in answers]
+    assert bodies[1] == b""
+    assert [b"live" in bodies[0], b"error" in bodies[2], b"models" in bodies[3]] == [True] * 3
+    assert b"name" in bodies[4]
 
 
 @pytest.mark.row(25)
