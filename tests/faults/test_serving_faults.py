@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,23 @@ def test_many_images_in_a_request_wait_no_longer(tmp_path: Path) -> None:
         assert 1 <= len(served) <= 3  # all eight would take 12 s
         rows = [row for answer in served for row in answer.json["predictions"]]
         assert max(row["seconds"]["queue"] for row in rows) < 4
+
+
+@pytest.mark.row(25)
+def test_a_request_of_many_images_takes_turns_with_others(tmp_path: Path) -> None:
+    options = ("--workers", 1, "--batch-size", 1, "--max-wait", 60)
+    with serving(tmp_path, *options, env=PARTS) as server:
+        body, headers = form([("a", b"SLEEP!" + PHOTO)] * 8)
+        with ThreadPoolExecutor(1) as pool:
+            many = pool.submit(server.post, "/predict", body, headers=headers)
+            time.sleep(0.3)
+            began = time.monotonic()
+            predicted(server.post("/predict", PHOTO))
+            taken = time.monotonic() - began
+            assert not many.done()
+            rows = many.result().json["predictions"]
+        assert [row["error"] for row in rows] == [None] * 8
+        assert taken < 3 * rows[0]["seconds"]["decode"]  # not behind all eight
 
 
 @pytest.mark.row(30)
