@@ -330,7 +330,7 @@ def test_the_reference_names_every_route() -> None:
         for path, methods in document(app.options, False, [], [])["paths"].items()
         for method in methods
     ]
-    left_out = (app.no_setting, app.page, app.openapi, app.docs)
+    left_out = (app.no_setting, app.page, app.openapi, app.docs, app.setting, app.regions)
     for pattern, route, handlers in app._routes:
         for method, handler in handlers.items():
             found = any(pattern.fullmatch(path) and method == each for path, each in documented)

@@ -278,6 +278,8 @@ class App(Service):
 
     async def setting(self, request: Request, model: str = "") -> Reply:
         """GET trace and logging settings: there are none"""
+        if model:
+            self.repository.find(model, "")
         return _json({})
 
     async def no_setting(self, request: Request, model: str = "", region: str = "") -> Reply:

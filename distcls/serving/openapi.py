@@ -180,11 +180,6 @@ def _table() -> list[tuple[Any, ...]]:
         ),
         ("/v2/models", "get", "Names of the models", ("401",), _object({"models": _TEXTS})),
         ("/v2/models/stats", "get", "Statistics of all models", ("401",), stats),
-        ("/v2/logging", "get", "Settings of the log: none", ("401",), _OBJECT),
-        ("/v2/trace/setting", "get", "Settings of traces: none", ("401",), _OBJECT),
-        (model + "/trace/setting", "get", "Settings of traces: none", ("401",), _OBJECT),
-        ("/v2/systemsharedmemory/status", "get", "Shared memory: none", ("401",), _list(_OBJECT)),
-        ("/v2/cudasharedmemory/status", "get", "Shared memory: none", ("401",), _list(_OBJECT)),
         ("/metrics", "get", "Metrics for Prometheus", ("401",), None),
         (
             *("/v2/repository/index", "post", "Models, versions and their states"),
