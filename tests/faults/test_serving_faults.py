@@ -151,7 +151,7 @@ def test_slow_and_silent_clients_are_closed_and_hurt_nobody(server: Server) -> N
         one = time.monotonic()
         predicted(server.post("/predict", PHOTO))
         taken.append(time.monotonic() - one)
-    assert np.percentile(taken, 99) < 0.25
+    assert np.percentile(taken, 99) < 0.5
     for connection in (*silent, *slow_header):
         assert b"HTTP/1.1 2" not in _rest(connection)
     for connection in slow_body:
