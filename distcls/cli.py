@@ -25,7 +25,7 @@ EXTRAS = {
     **dict.fromkeys(("accelerate", "onnx", "onnxscript", "sklearn", "timm"), "train"),
     **dict.fromkeys(("psutil", "safetensors", "scipy", "torch", "torchvision"), "train"),
     **dict.fromkeys(("fsspec", "gcsfs", "s3fs"), "remote"),
-    **dict.fromkeys(("granian", "multipart", "orjson", "prometheus_client"), "serve"),
+    **dict.fromkeys(("httptools", "multipart", "orjson", "prometheus_client", "uvicorn"), "serve"),
     **dict.fromkeys(("grpc", "google"), "serve-grpc"),
     "optuna": "search",
     "ray": "ray",

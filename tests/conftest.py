@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from distcls import cli, log
 from distcls.data.prepare import PrepareOptions, prepare
@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["DISTCLS_OFFLINE"] = "1"
 
 # how long an example takes says how busy the machine is
-settings.register_profile("distcls", deadline=None)
+settings.register_profile("distcls", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("distcls")
 
 

@@ -30,7 +30,9 @@ from PIL import Image
 from distcls.commands.predict import main as predict
 from distcls.imaging import decode
 from distcls.runtime.model import OnnxModel
+from distcls.serving.app import make_app
 from distcls.serving.header import pixels_of
+from distcls.serving.openapi import document
 from distcls.serving.options import ServeOptions
 from distcls.system import available_cores
 from tests.e2e.commands import ROOT
@@ -319,6 +321,22 @@ def test_many_at_once_are_answered_each_with_its_own(server: Server, tmp_path: P
                 assert found["probability"] == float(rows[name]["probability"])
 
     assert together(16, ask) == [None] * 16
+
+
+def test_the_reference_names_every_route() -> None:
+    app = make_app(WHOLE)
+    documented = [
+        (path.format(model="m", version="1"), method.upper())
+        for path, methods in document(app.options, False, [], [])["paths"].items()
+        for method in methods
+    ]
+    left_out = (app.no_setting, app.page, app.openapi, app.docs, app.setting, app.regions)
+    for pattern, route, handlers in app._routes:
+        for method, handler in handlers.items():
+            found = any(pattern.fullmatch(path) and method == each for path, each in documented)
+            assert found or handler in left_out, f"{method} {route}"
+    for path, method in documented:
+        assert any(method in handlers for _, handlers, _ in app._matching(path)), path
 
 
 def test_a_token_is_wanted_but_by_probes(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.environments import environment
 from tests.pictures import encode, smooth
 from tests.serving import WHOLE, Server, serving
 
-pytest.importorskip("granian", reason="distcls[serve] is not installed")
+pytest.importorskip("uvicorn", reason="distcls[serve] is not installed")
 pytest.importorskip("grpc", reason="distcls[serve-grpc] is not installed")
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("granian", reason="distcls[serve] is not installed")
+pytest.importorskip("uvicorn", reason="distcls[serve] is not installed")
 from distcls.commands.serve import COMMAND
 from distcls.config.schema import field_docs
 from distcls.serving.app import App

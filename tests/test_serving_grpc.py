@@ -29,7 +29,7 @@ from distcls.serving.server import check, serve
 from tests.pictures import encode, smooth
 from tests.serving import WHOLE, Server, infer, serving
 
-pytest.importorskip("granian", reason="distcls[serve] is not installed")
+pytest.importorskip("uvicorn", reason="distcls[serve] is not installed")
 grpc = pytest.importorskip("grpc", reason="distcls[serve-grpc] is not installed")
 from google.protobuf import descriptor_pool, json_format  # noqa: E402
 

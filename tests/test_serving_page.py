@@ -35,7 +35,7 @@ from distcls.task import Head, Task
 from tests import tiny_onnx
 from tests.pictures import BLUE, GREEN, RED, Pixels, encode, smooth
 
-pytest.importorskip("granian", reason="distcls[serve] is not installed")
+pytest.importorskip("uvicorn", reason="distcls[serve] is not installed")
 webdriver = pytest.importorskip("selenium.webdriver", reason="distcls[dev] is not installed")
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import yaml
 
-pytest.importorskip("granian", reason="distcls[serve] is not installed")
+pytest.importorskip("uvicorn", reason="distcls[serve] is not installed")
 from distcls.commands.serve import COMMAND
 from distcls.files import TEMPLATES
 from distcls.serving.options import Limits, ServeOptions

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("granian", reason="distcls[serve] is not installed")
+pytest.importorskip("uvicorn", reason="distcls[serve] is not installed")
 from distcls.serving.tracing import ENDPOINTS, PROTOCOLS, open_tracer
 from tests.serving import PHOTO, serving
 

@@ -30,7 +30,7 @@ from distcls.export.triton import TritonOptions, write_repository
 from tests.environments import environment
 from tests.serving import WHOLE, infer, serving
 
-pytest.importorskip("granian", reason="distcls[serve] is not installed")
+pytest.importorskip("uvicorn", reason="distcls[serve] is not installed")
 grpc = pytest.importorskip("grpc", reason="distcls[serve-grpc] is not installed")
 pytestmark = [
     pytest.mark.slow,

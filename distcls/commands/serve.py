@@ -24,7 +24,7 @@ COMMAND = Command(
         "access": ("token_file", "tls_cert", "tls_key", "cors", "base_path", "control"),
         "limits": (
             *("max_body", "max_images", "max_wait", "timeout", "header_timeout", "body_timeout"),
-            "max_connections",
+            *("write_timeout", "max_connections"),
         ),
         "operation": ("reload", "drain_delay", "drain_timeout", "access_log"),
     },

@@ -1,6 +1,6 @@
 """The ASGI application: routes, and what is done for every request.
 
-`make_app` gives one that any ASGI server runs; `distcls serve` runs it on granian (see `server`).
+`make_app` gives one that any ASGI server runs; `distcls serve` runs it on uvicorn (`connection`).
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ JSON = "application/json"
 EXACT = ("/predict", "/v2/health/live", "/v2/health/ready", "/metrics")
 FORM = re.compile(rb"[\w.\[\]-]{1,50}=")
 """How a form without files begins."""
+WATCH_AFTER = 0.05
+"""Seconds after which a client that waits is watched for leaving; most are answered before."""
 COMPRESSED_FROM = 1000
 """Bytes of an answer from which compressing it pays."""
 OPEN_ROUTES = ("/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json")
@@ -276,6 +278,8 @@ class App(Service):
 
     async def setting(self, request: Request, model: str = "") -> Reply:
         """GET trace and logging settings: there are none"""
+        if model:
+            self.repository.find(model, "")
         return _json({})
 
     async def no_setting(self, request: Request, model: str = "", region: str = "") -> Reply:
@@ -392,6 +396,7 @@ class App(Service):
         """The outputs of images; their computing is dropped if the client leaves."""
         here = asyncio.current_task()
         assert here is not None
+        leaving: asyncio.Future[None] | None = None
         left = False
 
         def leave(_: object) -> None:
@@ -399,8 +404,12 @@ class App(Service):
             left = True
             here.cancel()
 
-        leaving = asyncio.ensure_future(request.body.gone())
-        leaving.add_done_callback(leave)
+        def watch() -> None:
+            nonlocal leaving
+            leaving = asyncio.ensure_future(request.body.gone())
+            leaving.add_done_callback(leave)
+
+        watching = asyncio.get_running_loop().call_later(WATCH_AFTER, watch)
         try:
             return await self.compute(request, found, works, timeout)
         except asyncio.CancelledError:
@@ -409,8 +418,10 @@ class App(Service):
             here.uncancel()
             raise ClientGone from None
         finally:
-            leaving.remove_done_callback(leave)
-            leaving.cancel()
+            watching.cancel()
+            if leaving is not None:
+                leaving.remove_done_callback(leave)
+                leaving.cancel()
 
     def _record(self, request: Request, status: int) -> None:
         request.size = request.body.size

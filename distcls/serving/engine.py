@@ -21,6 +21,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import socket
@@ -58,8 +59,6 @@ POISON_SECONDS = 600.0
 """For how long an image that ended two processes is refused without another try."""
 MOST_PIXELS = 100_000_000
 """Pixels of the files in one batch, which are decoded one after the other: some seconds."""
-PAIR = 2
-"""Images that are taken at once where batches gain little."""
 EAGER = 1.3
 """How much faster a batch has to be than as many single images, for lanes to take all there is."""
 SMOOTHING = 0.1
@@ -140,6 +139,51 @@ class _Entry:
     """It was in a batch that ended a process, and is tried once more."""
 
 
+class _Queue:
+    """Images that wait: requests take turns, so that one of many images delays the others little.
+
+    Images that are tried again come before all.
+    """
+
+    def __init__(self) -> None:
+        self._again: collections.deque[_Entry] = collections.deque()
+        self._turns: collections.deque[collections.deque[_Entry]] = collections.deque()
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, entries: Sequence[_Entry]) -> None:
+        """The images of a request."""
+        self._turns.append(collections.deque(entries))
+        self._length += len(entries)
+
+    def retry(self, entries: Sequence[_Entry]) -> None:
+        """Images that a lane has lost."""
+        self._again.extendleft(reversed(entries))
+        self._length += len(entries)
+
+    def peek(self) -> _Entry:
+        """The next one."""
+        return self._again[0] if self._again else self._turns[0][0]
+
+    def take(self) -> _Entry:
+        """The next one, which is removed; its request has its turn again after all others."""
+        self._length -= 1
+        if self._again:
+            return self._again.popleft()
+        request = self._turns.popleft()
+        entry = request.popleft()
+        if request:
+            self._turns.append(request)
+        return entry
+
+    def holds(self, job: _Job) -> bool:
+        """Whether images of a request wait."""
+        waiting = itertools.chain(self._again, (request[0] for request in self._turns))
+        return any(entry.job is job for entry in waiting)
+
+
 @dataclasses.dataclass
 class Counts:
     """What the engine has done, for the metrics."""
@@ -171,7 +215,7 @@ class Engine:
         self.facts: dict[str, Any] = {}
         self.lanes: list[Lane] = []
         self._free: list[Lane] = []
-        self._queue: collections.deque[_Entry] = collections.deque()
+        self._queue = _Queue()
         self._work_s = 0.0  # cost of what waits and of what is computed
         self._image_s, self._decode_s, self._pixels = 0.01, 0.001, 200_000.0
         self._eager = False
@@ -244,10 +288,12 @@ class Engine:
         loop = asyncio.get_running_loop()
         job = _Job(works, loop, deadline)
         self._jobs.add(job)
-        for place, (work, pixels) in enumerate(zip(works, sizes, strict=True)):
-            cost = self._image_s + self._decode_cost(pixels)
-            self._work_s += cost
-            self._queue.append(_Entry(job, place, work, cost, pixels))
+        entries = [
+            _Entry(job, place, work, self._image_s + self._decode_cost(pixels), pixels)
+            for place, (work, pixels) in enumerate(zip(works, sizes, strict=True))
+        ]
+        self._work_s += sum(entry.cost for entry in entries)
+        self._queue.add(entries)
         self._dispatch()
         timer = None
         if deadline is not None:
@@ -262,7 +308,7 @@ class Engine:
         return [output for output in job.outputs if output is not None], job.waited
 
     def _expire(self, job: _Job) -> None:
-        if any(entry.job is job for entry in self._queue):
+        if self._queue.holds(job):
             job.fail(DeadlineMissed())
 
     def _dispatch(self) -> None:
@@ -277,16 +323,16 @@ class Engine:
         if self._eager:
             wanted = math.ceil(length / len(self._free))
         else:
-            wanted = max(min(PAIR, length), math.ceil(length / (2 * len(self.lanes))))
+            wanted = math.ceil(length / (2 * len(self.lanes)))
         wanted = min(size, wanted)
         batch: list[_Entry] = []
         pixels = 0
         while self._queue and len(batch) < wanted:
-            entry = self._queue[0]
+            entry = self._queue.peek()
             pixels += entry.pixels
             if batch and (entry.alone or pixels > MOST_PIXELS):
                 break
-            self._queue.popleft()
+            self._queue.take()
             if entry.job.done.done():  # the client left, or the deadline has passed
                 cancelled = entry.job.done.cancelled()
                 self.counts.dropped["cancelled" if cancelled else "deadline"] += 1
@@ -376,7 +422,7 @@ class Engine:
             else:
                 again.append(dataclasses.replace(entry, alone=True))
         self._work_s += sum(entry.cost for entry in again)
-        self._queue.extendleft(reversed(again))
+        self._queue.retry(again)
         self.remove(lane, how)
 
     def remove(self, lane: Lane, how: str) -> None:
@@ -447,7 +493,7 @@ class Engine:
         while (self._queue or self._oldest) and time.monotonic() < end and self.lanes:
             await asyncio.sleep(0.005)
         self._closed = True
-        self._queue.clear()
+        self._queue = _Queue()
         lanes, self.lanes, self._free = self.lanes, [], []
         for lane in lanes:
             await lane.close()

@@ -98,6 +98,8 @@ class GrpcServer:
                 ("grpc.server_handshake_timeout_ms", int(options.header_timeout * 1000)),
                 # finds clients that vanished
                 ("grpc.keepalive_time_ms", 60_000),
+                # clients open another one when they need it
+                ("grpc.max_connection_idle_ms", 300_000),
             ],
             maximum_concurrent_rpcs=options.max_connections,
         )

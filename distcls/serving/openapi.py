@@ -75,6 +75,11 @@ _INFER = _object(
         "parameters": _OBJECT,
     },
 )
+_OPTIONAL: dict[Any, dict[str, Any]] = {
+    "options": {"ready": {"type": "boolean"}},
+    "parameters": {"parameters": _OBJECT},
+}
+"""Properties of bodies that may be left out."""
 _ERRORS = {
     "400": "what was sent is wrong",
     "401": "a bearer token is wanted",
@@ -175,11 +180,16 @@ def _table() -> list[tuple[Any, ...]]:
         ),
         ("/v2/models", "get", "Names of the models", ("401",), _object({"models": _TEXTS})),
         ("/v2/models/stats", "get", "Statistics of all models", ("401",), stats),
+        ("/metrics", "get", "Metrics for Prometheus", ("401",), None),
         (
             *("/v2/repository/index", "post", "Models, versions and their states"),
             *(("400", "401", "408", "413", "415"), _list(_object({"name": _TEXT})), "options"),
         ),
     ]
+    control = ("400", "401", "403", "404", "408", "413", "415", "503")
+    for action in ("load", "unload"):
+        path = f"/v2/repository/models/{{model}}/{action}"
+        rows.append((path, "post", f"{action.title()} a model", control, _OBJECT, "parameters"))
     for base in (model, version):
         rows += [
             (base, "get", "Inputs and outputs of a model", one, metadata),
@@ -196,7 +206,7 @@ def _operation(  # noqa: PLR0917 - a row of the table
     method: str,
     summary: str,
     errors: tuple[str, ...],
-    answer: dict[str, Any],
+    answer: dict[str, Any] | None,
     body: Any = None,
     query: tuple[str, ...] = (),
 ) -> dict[str, Any]:
@@ -221,13 +231,18 @@ def _operation(  # noqa: PLR0917 - a row of the table
         "responses": {
             "200": {
                 "description": "done",
-                "content": {"application/json": {"schema": answer}},
+                "content": {"text/plain": {"schema": _TEXT}}
+                if answer is None
+                else {"application/json": {"schema": answer}},
             },
             **{status: {"$ref": f"#/components/responses/{status}"} for status in errors},
         },
     }
     if body is not None:
-        found["requestBody"] = {"required": body != "options", "content": _content(body)}
+        found["requestBody"] = {
+            "required": not isinstance(body, str) or body == "files",
+            "content": _content(body),
+        }
     return found
 
 
@@ -237,8 +252,8 @@ def _content(body: Any) -> dict[str, Any]:
         file = {"type": "string", "format": "binary"}
         files = _object({}, {"file": {"type": "array", "items": file}})
         return {"multipart/form-data": {"schema": files}, "image/*": {"schema": file}}
-    if body == "options":
-        return {"application/json": {"schema": _object({}, {"ready": {"type": "boolean"}})}}
+    if isinstance(body, str):  # of `_OPTIONAL`
+        return {"application/json": {"schema": _object({}, _OPTIONAL[body])}}
     return {"application/json": {"schema": body}}
 
 
@@ -251,7 +266,8 @@ def docs_page(found: dict[str, Any]) -> bytes:
                 f"<li><code>{html.escape(each['name'])}</code> ({each['in']})</li>"
                 for each in operation["parameters"]
             )
-            answer = operation["responses"]["200"]["content"]["application/json"]["schema"]
+            (content,) = operation["responses"]["200"]["content"].values()
+            answer = content["schema"]
             statuses = ", ".join(sorted(operation["responses"]))
             sections.append(
                 f"<section><h2><code>{method.upper()} {html.escape(path)}</code></h2>"

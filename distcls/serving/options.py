@@ -34,14 +34,16 @@ class Limits:
     body_timeout: float = 30.0
     """Seconds in which a body has to arrive, and at 10 kB/s at least after the first 5 s; beyond:
     408."""
+    write_timeout: float = 30.0
+    """Seconds in which a client has to read an answer; beyond, it is closed."""
     max_connections: int = 4096
-    """Open connections; beyond, new ones wait."""
+    """Open connections; beyond, new ones get 503."""
 
     def __post_init__(self) -> None:
         for name in ("max_body", "max_images", "max_connections"):
             value = getattr(self, name)
             require(1 <= value <= 1 << 20, name, value, "1 to 1,048,576")
-        for name in ("max_wait", "timeout", "header_timeout", "body_timeout"):
+        for name in ("max_wait", "timeout", "header_timeout", "body_timeout", "write_timeout"):
             value = getattr(self, name)
             require(0 < value <= 86_400, name, value, "seconds above 0, at most a day")
 

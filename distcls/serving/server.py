@@ -1,10 +1,4 @@
-"""`distcls serve`: the application on granian, its port, its signals and its end.
-
-granian is embedded, so that SIGTERM is ours. What its behaviour asks for (each tried): `http=1`,
-as with its `auto` a connection that says nothing is never closed; `backpressure` near the limit of
-file descriptors, as it counts idle connections; the port is tested before, as it would share it
-with another server silently.
-"""
+"""`distcls serve`: the application on its port, its signals and its end."""
 
 from __future__ import annotations
 
@@ -19,15 +13,11 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from granian.constants import HTTPModes, Interfaces
-from granian.http import HTTP1Settings
-from granian.log import LogLevels
-from granian.server.embed import Server
-
 from distcls import log
 from distcls.cli import packages_for
-from distcls.errors import DistclsError, UsageError, shown
+from distcls.errors import UsageError, shown
 from distcls.serving.app import App
+from distcls.serving.connection import HttpServer
 from distcls.serving.options import ServeOptions
 from distcls.stored import read_bytes
 
@@ -36,16 +26,28 @@ if TYPE_CHECKING:
 
 TOKEN = "DISTCLS_TOKEN"
 """Environment variable with the bearer token."""
-HEADER_BYTES = 65_536
 MOST_TOKEN = 4096
+SPARE_FILES = 64
+"""Open files that are no connections: models, compute processes, libraries."""
 POLL = 0.01
+LAST_ANSWERS = 2.0
+"""Seconds in which clients have to read what was sent to them before the end."""
 
 
 def serve(options: ServeOptions) -> None:
     """Serve until SIGTERM or SIGINT. Raises DistclsError if it cannot begin."""
     began = time.monotonic()
-    with asyncio.Runner() as runner:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_Serving(options).run(began))
+
+
+def _loop_factory() -> Any:
+    """uvloop's event loop, which is the faster one, where it is installed."""
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        return uvloop.new_event_loop
+    return None
 
 
 def check(options: ServeOptions) -> dict[str, Any]:
@@ -96,7 +98,6 @@ class _Serving:
         self._stop = asyncio.Event()
         self._reloading: asyncio.Future[None] | None = None
         self._now = False
-        self._address = options.host
 
     async def run(self, began: float) -> None:
         """Begin, serve, drain, end."""
@@ -104,13 +105,13 @@ class _Serving:
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, self._ask_to_stop)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        _raise_descriptor_limit()
-        port = _free_port(self.options.host, self.options.port)
-        self._address = _address_of(self.options.host, port)
-        grpc = self._grpc(port)
-        claim = _claim_port(self._address, port)
-        tasks = []
+        _raise_descriptor_limit(self.options.max_connections)
+        http = HttpServer(self.app, self.app, _tls(self.options))
+        bound = _bind(self.options.host, self.options.port)
+        port = bound.getsockname()[1]
+        grpc = watching = None
         try:
+            grpc = self._grpc(port)
             starting = asyncio.ensure_future(self.app.start())
             stopping = asyncio.ensure_future(self._stop.wait())
             await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -118,61 +119,32 @@ class _Serving:
                 starting.cancel()
                 return
             await starting
-            server = self._granian(port)
-            serving = asyncio.ensure_future(server.serve())
-            tasks = [asyncio.ensure_future(each) for each in self._watchers()]
-            await _listening(self._address, port, serving)
+            if self.options.reload is not None:
+                watching = asyncio.ensure_future(self.app.repository.watch(self.options.reload))
+            await _listen(http, bound, self.options)
             if grpc is not None:
                 await grpc.start()
             self._say(port, None if grpc is None else grpc.port, time.monotonic() - began)
-            await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if serving.done():
-                raise DistclsError(f"the server ended: {serving.exception() or 'no reason'}")
-            await self._drain(server, grpc)
-            await asyncio.wait((serving,), timeout=2)
+            await stopping
+            await self._drain(http, grpc)
         finally:
-            for task in tasks:
-                task.cancel()
+            bound.close()
+            if watching is not None:
+                watching.cancel()
             if grpc is not None:
                 await grpc.stop()
             await self.app.close()
-            claim.close()
         log.say("stopped")
-
-    def _granian(self, port: int) -> Server:
-        limits = self.options
-        return Server(
-            self.app,
-            address=self._address,
-            port=port,
-            interface=Interfaces.ASGINL,
-            http=HTTPModes.http1,
-            websockets=False,
-            backlog=1024,
-            backpressure=limits.max_connections,
-            http1_settings=HTTP1Settings(
-                header_read_timeout=int(limits.header_timeout * 1000),
-                max_buffer_size=HEADER_BYTES,
-            ),
-            log_enabled=False,
-            log_level=LogLevels.critical,
-            **_tls(self.options),
-        )
 
     def _grpc(self, http_port: int) -> GrpcServer | None:
         """The server for gRPC, if one is wanted. Raises UsageError if it cannot listen."""
         port = self.options.grpc_port
         if port is None:
             return None
-        _tls(self.options)  # says what is wrong with its files
         found = _free_port(self.options.host, port, "grpc_port")
         while found == http_port:  # a free one that nobody listens on yet
             found = _free_port(self.options.host, port, "grpc_port")
         return _grpc_server()(self.app, found)
-
-    def _watchers(self) -> list[Any]:
-        seconds = self.options.reload
-        return [] if seconds is None else [self.app.repository.watch(seconds)]
 
     def _reload(self) -> None:
         if not self.app.repository.names:  # still loading, so it is new
@@ -188,7 +160,7 @@ class _Serving:
             self._now = True
         self._stop.set()
 
-    async def _drain(self, server: Server, grpc: GrpcServer | None) -> None:
+    async def _drain(self, http: HttpServer, grpc: GrpcServer | None) -> None:
         """Not ready, then no new requests, then the end once those under way are done."""
         options = self.options
         self.app.draining = True
@@ -200,8 +172,7 @@ class _Serving:
         if self.app.in_flight:
             left = log.counted(self.app.in_flight, "request")
             log.warn(f"{left} were still under way after {options.drain_timeout:g} s")
-        await asyncio.sleep(0.05)  # the last answers leave
-        server.stop()  # type: ignore[no-untyped-call]
+        await http.stop(LAST_ANSWERS)
         if grpc and ending:
             await grpc.stop()
             await ending
@@ -258,78 +229,61 @@ def _read_token(options: ServeOptions) -> str:
     return token
 
 
-def _free_port(host: str, port: int, key: str = "port") -> int:
-    """The port to listen on, tried first. Raises UsageError if it is taken or not ours to take."""
+def _bind(host: str, port: int, key: str = "port") -> socket.socket:
+    """A socket at an address, not listening yet. Raises UsageError if the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as tried:
-        # as servers do: a port whose last connections are still closing is free. Without the
-        # option that granian sets, so that a port that is shared is taken as well.
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            tried.bind((host, port))
-        except OSError as error:
-            where = f"host: {host}" if port == 0 else f"{key}: {port} of {host}"
-            raise UsageError(f"{where} cannot be listened on: {error.strerror}") from error
-        except (ValueError, UnicodeError) as error:
-            raise UsageError(f"host: {shown(host)} is no address") from error
+    found = socket.socket(family)
+    # as servers do: a port whose last connections are still closing is free
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        where = f"host: {host}" if port == 0 else f"{key}: {port} of {host}"
+        raise UsageError(f"{where} cannot be listened on: {error.strerror}") from error
+    except (ValueError, UnicodeError) as error:
+        found.close()
+        raise UsageError(f"host: {shown(host)} is no address") from error
+    return found
+
+
+def _free_port(host: str, port: int, key: str = "port") -> int:
+    """The port to listen on, tried. Raises UsageError if it is taken or not ours to take."""
+    with _bind(host, port, key) as tried:
         found: int = tried.getsockname()[1]
         return found
 
 
-def _address_of(host: str, port: int) -> str:
-    """The numbers of a host's address, which granian wants."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
-    return str(found[0][4][0])
-
-
-def _claim_port(address: str, port: int) -> socket.socket:
-    """Hold a port against another server of ours that starts at the same time.
-
-    Until both listen neither sees the other, and granian's option would share the port between
-    them. Raises UsageError if it is held.
-    """
-    held = socket.socket(socket.AF_UNIX)
+async def _listen(http: HttpServer, bound: socket.socket, options: ServeOptions) -> None:
     try:
-        held.bind(f"\0distcls-serve-{address}-{port}")
-    except OSError as error:
-        held.close()
-        message = f"port: {port} of {address} is taken by another server that is starting"
+        await http.start(bound)
+    except OSError as error:  # by a server that was starting at the same time
+        message = f"port: {options.port} of {options.host} cannot be listened on: {error.strerror}"
         raise UsageError(message) from error
-    return held
 
 
-async def _listening(host: str, port: int, serving: asyncio.Future[None]) -> None:
-    """Until the port answers; raises what ended the server before."""
-    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    for _ in range(500):
-        if serving.done():
-            await serving
-            raise DistclsError(f"the server does not listen on {host}:{port}")
-        with contextlib.suppress(OSError):
-            _, writer = await asyncio.open_connection(address, port)
-            writer.close()
-            return
-        await asyncio.sleep(POLL)
-    raise DistclsError(f"the server does not listen on {host}:{port}")
-
-
-def _tls(options: ServeOptions) -> dict[str, Any]:
+def _tls(options: ServeOptions) -> ssl.SSLContext | None:
     if options.tls_cert is None or options.tls_key is None:
-        return {}
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.tls_cert, options.tls_key)
+        context.load_cert_chain(options.tls_cert, options.tls_key)
     except OSError as error:
         message = f"tls_cert: {options.tls_cert} and {options.tls_key} are no pair: {error}"
         raise UsageError(message) from error
-    return {"ssl_cert": options.tls_cert, "ssl_key": options.tls_key}
+    return context
 
 
-def _raise_descriptor_limit() -> None:
-    """As many connections as the system allows: each is a file descriptor."""
+def _raise_descriptor_limit(wanted: int) -> None:
+    """As many open files as the system allows: each connection is one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and hard < wanted + SPARE_FILES:
+        log.warn(
+            f"the system allows {hard} open files (ulimit -n), too few for --max-connections "
+            f"{wanted}: clients beyond some {max(1, hard - SPARE_FILES)} have to wait"
+        )
 
 
 def print_plan(plan: dict[str, Any]) -> None:

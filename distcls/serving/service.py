@@ -256,8 +256,7 @@ class Service:
 
     def _refusal(self, call: Call, error: Exception) -> Refused:
         if isinstance(error, Refused):
-            # whoever keeps it in a variable keeps no frame: granian closes a connection, and a body
-            # is freed, when the last reference goes
+            # whoever keeps it in a variable keeps no frame, and with it a body
             return error.with_traceback(None)
         if isinstance(error, Busy):
             wait = 1 + int(error.backlog) + random.randrange(2)  # not all at the same moment
