@@ -27,7 +27,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import distcls
 from distcls.commands.predict import main as predict
+from distcls.explanation.explain import explain_pixels, overlay
 from distcls.imaging import decode
 from distcls.runtime.model import OnnxModel
 from distcls.serving.app import make_app
@@ -337,6 +339,32 @@ def test_the_reference_names_every_route() -> None:
             assert found or handler in left_out, f"{method} {route}"
     for path, method in documented:
         assert any(method in handlers for _, handlers, _ in app._matching(path)), path
+
+
+def test_what_a_prediction_rests_on(tmp_path: Path) -> None:
+    """The map is that of `distcls.explain`, to the last pixel."""
+    with serving(tmp_path, "--explain") as server:
+        answer = server.post("/predict?explain=true", PHOTO, headers={"Content-Type": "image/jpeg"})
+        [row] = answer.json["predictions"]
+        data = base64.b64decode(row["explanation"].removeprefix("data:image/png;base64,"))
+        found = np.asarray(Image.open(io.BytesIO(data)))
+        with distcls.load(WHOLE) as predictor:
+            pixels = predictor.card.preprocess(decode(PHOTO))
+            own = explain_pixels(predictor.model, pixels)
+        assert (row["label"], "input" in row) == (own.label, False)
+        assert np.array_equal(found, overlay(pixels, own.heat))
+        assert own.heat.max() == 1
+        body, headers = form([("a", PHOTO), ("b", PHOTO)])
+        two = server.post("/predict?explain=true", body, headers=headers)
+        assert (two.status, two.error) == (400, "explain: is for a single image")
+        bad = server.post("/predict?explain=true", b"hello")
+        assert bad.status == 400
+        assert server.get("/card").json["limits"]["explain"]
+
+
+def test_explanations_are_not_for_everybody(server: Server) -> None:
+    answer = server.post("/predict?explain=true", PHOTO)
+    assert (answer.status, "--explain allows them" in answer.error) == (403, True)
 
 
 def test_a_token_is_wanted_but_by_probes(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def _address(log: Path, process: subprocess.Popen[bytes]) -> str | None:
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server of all the models, which takes 1 MB in a request."""
     log = tmp_path_factory.mktemp("serve") / "log"
-    with serving(log, "--models", models, "--max-body", 1) as address:
+    with serving(log, "--models", models, "--max-body", 1, "--explain") as address:
         yield address
 
 
@@ -293,6 +293,22 @@ def test_dropped_image(page: Page, server: str, models: Path) -> None:
     assert large.size["width"] % 16 == 0
     assert large.size["width"] > 200
     assert "80\u202f% of its sides" in page.text("#seen-rule")
+
+
+def test_what_a_prediction_rests_on(page: Page, server: str) -> None:
+    page.ready(server)
+    page.drop(RED_FILE, ("blue.png", "image/png", encode(plain(BLUE), "PNG")))
+    page.answers(2)
+    page.all(".input")[0].click()
+    assert not page("#seen-heat").is_displayed()
+    page("#seen-explain").click()
+    until(lambda: page("#seen-heat").is_displayed())
+    assert page.run("return document.getElementById('seen-heat').naturalWidth") >= 224
+    assert page.text("#seen-told") == "What the prediction rests on is bright."
+    page("#seen-close").click()
+    page.all(".input")[1].click()  # another image has a map of its own
+    assert not page("#seen-heat").is_displayed()
+    assert page("#seen-explain").is_displayed()
 
 
 def test_dropped_folder(page: Page, server: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ COMMAND = Command(
     groups={
         "essential options": ("model", "models", "name", "host", "port", "grpc_port", "check"),
         "computing": ("provider", "engine", "workers", "batch_size"),
-        "access": ("token_file", "tls_cert", "tls_key", "cors", "base_path", "control"),
+        "access": ("token_file", "tls_cert", "tls_key", "cors", "base_path", "control", "explain"),
         "limits": (
             *("max_body", "max_images", "max_wait", "timeout", "header_timeout", "body_timeout"),
             *("write_timeout", "max_connections"),

@@ -106,7 +106,7 @@ def explain_pixels(
     logits = model.logits(pixels[None])[:, : len(task.classes)]
     if not np.isfinite(logits).all():
         raise BadImage("the model's output is not finite")
-    chosen, text, probability = _target(task, logits, label)
+    chosen, text, probability = target(task, logits, label)
     heat, used = None, "occlusion"
     torch_model = _torch_model(model)
     if torch_model is not None and method != "occlusion":
@@ -193,9 +193,7 @@ def draw(found: Explanation, path: Path, name: str) -> None:
     draw_grid(tiles, path)
 
 
-def _target(
-    task: Task, logits: Floats, label: str | int | None
-) -> tuple[Sequence[int], str, float]:
+def target(task: Task, logits: Floats, label: str | int | None) -> tuple[Sequence[int], str, float]:
     """The positions of the logits to explain, the text of their label, and its probability."""
     probabilities = task.probabilities(logits)
     if label is None:

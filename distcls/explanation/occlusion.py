@@ -57,21 +57,44 @@ def occlusion_map(model: Model, pixels: Images, chosen: Sequence[int]) -> NDArra
     zeros if it lowers them nowhere. Raises DistclsError if the model cannot compute.
     """
     task, count = model.card.task, len(model.card.classes)
-    before = float(log_odds(model.logits(pixels[None])[:, :count], task, chosen)[0])
-    fill = pixels.reshape(-1, 3).mean(axis=0).round().astype(np.uint8)
     size = max(1, min(BATCH, model.execution.batch_size))
-    height, width = pixels.shape[:2]
-    heat = np.zeros((height, width))
+    boxes = [box for group in all_patches(*pixels.shape[:2]) for box in group]
+    groups = [boxes[start : start + size] for start in range(0, len(boxes), size)]
     with ThreadPoolExecutor(max(1, model.execution.streams)) as pool:
-        for part in PARTS:
-            boxes = list(patches(height, width, part))
-            groups = [boxes[start : start + size] for start in range(0, len(boxes), size)]
-            covered = (pool.submit(_logits, model, pixels, group, fill) for group in groups)
-            found = [future.result() for future in list(covered)]
-            logits = np.concatenate(found)[:, :count]
-            heat += _spread(heat.shape, boxes, before - log_odds(logits, task, chosen))
+        waiting = [
+            pool.submit(lambda group: model.logits(covered(pixels, group)), group)
+            for group in groups
+        ]
+        logits = np.concatenate([each.result() for each in waiting])[:, :count]
+    whole = model.logits(pixels[None])[:, :count]
+    return heat_of(pixels.shape[:2], log_odds(whole, task, chosen), log_odds(logits, task, chosen))
+
+
+def heat_of(
+    size: tuple[int, ...], before: NDArray[np.float64], after: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """The map of the log-odds of an image [1] and of its `covered` images [N], for all boxes of
+    `all_patches` in their order; see `occlusion_map`."""
+    heat, at = np.zeros(size), 0
+    for boxes in all_patches(*size):
+        heat += _spread(heat.shape, boxes, before[0] - after[at : at + len(boxes)])
+        at += len(boxes)
     heat = np.where(np.isfinite(heat), heat, 0.0).clip(0)
     return (heat / heat.max() if heat.max() > 0 else heat).astype(np.float32)
+
+
+def all_patches(height: int, width: int) -> list[list[Box]]:
+    """The patches of each size."""
+    return [list(patches(height, width, part)) for part in PARTS]
+
+
+def covered(pixels: Images, boxes: Sequence[Box]) -> Images:
+    """The image, uint8 [H, W, 3], once for each box, which is filled with its mean colour."""
+    fill = pixels.reshape(-1, 3).mean(axis=0).round().astype(np.uint8)
+    images = np.repeat(pixels[None], len(boxes), axis=0)
+    for image, box in zip(images, boxes, strict=True):
+        image[box.top : box.top + box.height, box.left : box.left + box.width] = fill
+    return images
 
 
 def patches(height: int, width: int, part: int) -> Iterator[Box]:
@@ -85,13 +108,6 @@ def patches(height: int, width: int, part: int) -> Iterator[Box]:
 def _starts(side: int, patch: int) -> list[int]:
     steps = -(-(side - patch) // max(1, patch // 2))
     return [round(place) for place in np.linspace(0, side - patch, steps + 1)]
-
-
-def _logits(model: Model, pixels: Images, boxes: list[Box], fill: NDArray[np.uint8]) -> Floats:
-    images = np.repeat(pixels[None], len(boxes), axis=0)
-    for image, box in zip(images, boxes, strict=True):
-        image[box.top : box.top + box.height, box.left : box.left + box.width] = fill
-    return model.logits(images)
 
 
 def _spread(

@@ -9,12 +9,14 @@ import asyncio
 import base64
 import contextlib
 import re
+import time
 import urllib.parse
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 from multipart import MultipartError, PushMultipartParser, parse_options_header
 
@@ -311,17 +313,22 @@ class App(Service):
 
     async def predict(self, request: Request) -> Reply:
         """POST /predict"""
-        request.require_query("model", "version", "top_k", "probabilities", "input")
+        request.require_query("model", "version", "top_k", "probabilities", "input", "explain")
         model, version = request.query.get("model", ""), request.query.get("version", "")
         found = self.admit(request, model, version)
         task = found.interface.task
         top_k = _count_of(request.query.get("top_k", "5"), len(task.classes))
         wants_input, everything = request.flag("input"), request.flag("probabilities")
+        explains = request.flag("explain")
+        if explains and not self.options.explain:
+            raise Refused(403, "explanations are not allowed; --explain allows them")
         found.engine.require_room()
         body = await request.body.read()
         found = self.still(request, found, model, version)
         files = _files(body, request.header("content-type"), self.options.max_images)
-        works = [Work(data, keep_input=wants_input) for _, data in files]
+        if explains and len(files) > 1:
+            raise Refused(400, "explain: is for a single image")
+        works = [Work(data, keep_input=wants_input or explains) for _, data in files]
         outputs = await self._compute(request, found, works, None)
         check_outputs(outputs, skip_errors=len(outputs) > 1)
         predictions = [
@@ -331,8 +338,40 @@ class App(Service):
             }
             for (name, _), output in zip(files, outputs, strict=True)
         ]
-        self.count(request, found, outputs)
+        if explains:
+            if not wants_input:
+                del predictions[0]["input"]
+            began = time.monotonic()
+            predictions[0]["explanation"] = await self._explanation(request, found, outputs[0])
+            self.count(request, found, outputs)
+            request.seconds["explain"] = time.monotonic() - began
+        else:
+            self.count(request, found, outputs)
         return _json({"model": found.name, "version": found.version, "predictions": predictions})
+
+    async def _explanation(self, request: Request, found: Version, output: Output) -> str:
+        """What the prediction of an image rests on, as a PNG in a data URL.
+
+        Its covered images are a request like any other: they take turns, may miss a deadline, and
+        are dropped if the client leaves.
+        """
+        from distcls.explanation.explain import overlay, target
+        from distcls.explanation.occlusion import all_patches, covered, heat_of, log_odds
+
+        task, size, seconds = found.interface.task, found.interface.size, request.seconds
+        assert output.input is not None
+        pixels = np.frombuffer(output.input, np.uint8).reshape(*size, 3)
+        boxes = [box for group in all_patches(*size) for box in group]
+        images = await asyncio.to_thread(covered, pixels, boxes)
+        works = [Work(image.reshape(-1).data, pixels=True) for image in images]
+        outputs = await self._compute(request, found, works, None)
+        request.images, request.seconds = 1, seconds
+        check_outputs(outputs, skip_errors=False)
+        chosen, _, _ = target(task, output.logits[None], None)
+        before = log_odds(output.logits[None], task, chosen)
+        after = log_odds(np.stack([each.logits for each in outputs]), task, chosen)
+        drawn = overlay(pixels, heat_of(size, before, after))
+        return _data_url(png(drawn.tobytes(), *drawn.shape[:2]))
 
     async def card(self, request: Request) -> Reply:
         """GET /card"""
@@ -357,6 +396,7 @@ class App(Service):
             "limits": {
                 "images": self.options.max_images,
                 "body_bytes": self.options.max_body * MB,
+                "explain": self.options.explain,
             },
         }
         return _json(values)
@@ -484,9 +524,7 @@ def _prediction(
         "seconds": {name: round(value, 6) for name, value in seconds.items()},
     }
     if output.input is not None:
-        found["input"] = "data:image/png;base64," + base64.b64encode(
-            png(output.input, *version.interface.size)
-        ).decode("ascii")
+        found["input"] = _data_url(png(output.input, *version.interface.size))
     if output.error is not None:
         return found
     logits = output.logits[None]
@@ -512,6 +550,10 @@ def _prediction(
     if everything:
         found["probabilities"] = dict(zip(task.classes, shortest(probabilities[0]), strict=True))
     return found
+
+
+def _data_url(image: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(image).decode("ascii")
 
 
 def _count_of(text: str, classes: int) -> int:

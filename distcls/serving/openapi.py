@@ -45,6 +45,10 @@ _PREDICTION = _object(
     {
         "input": {"type": "string", "description": "the preprocessed input, a PNG as data URL"},
         "probabilities": {"type": "object", "additionalProperties": _NUMBER},
+        "explanation": {
+            "type": "string",
+            "description": "what the prediction rests on, a PNG as data URL",
+        },
     },
 )
 _TENSOR = _object(
@@ -163,10 +167,10 @@ def _table() -> list[tuple[Any, ...]]:
     failing = ("400", "401", "404", "408", "413", "415", "503", "504")
     rows: list[tuple[Any, ...]] = [
         (
-            *("/predict", "post", "Predict one or several image files", failing),
+            *("/predict", "post", "Predict one or several image files", ("403", *failing)),
             _object({"model": _TEXT, "version": _TEXT, "predictions": _list(_PREDICTION)}),
             "files",
-            ("model", "version", "top_k", "probabilities", "input"),
+            ("model", "version", "top_k", "probabilities", "input", "explain"),
         ),
         ("/card", "get", "What the model is", ("400", *one), _OBJECT, None, ("model", "version")),
         ("/v2", "get", "Name and version of the server", ("401",), _object({"name": _TEXT})),
@@ -219,6 +223,7 @@ def _operation(  # noqa: PLR0917 - a row of the table
         "top_k": {"type": "integer", "minimum": 1, "maximum": 1_000_000, "default": 5},
         "probabilities": {"type": "boolean", "default": False},
         "input": {"type": "boolean", "default": False},
+        "explain": {"type": "boolean", "default": False},
     }
     parameters += [
         {"name": name, "in": "query", "required": False, "schema": schemas.get(name, _TEXT)}

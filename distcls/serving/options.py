@@ -90,6 +90,9 @@ class ServeOptions(Limits):
     default: none."""
     base_path: str = ""
     """Path below which all routes lie, behind a proxy: /vision."""
+    explain: bool = False
+    """Let clients ask what a prediction rests on (`/predict?explain=true`, a button of the page);
+    some 270 times the work of a prediction."""
     control: bool = False
     """Let clients load and unload models over the protocol's repository API."""
     drain_delay: float = 0.0

@@ -463,7 +463,36 @@ function showSeen(item, source) {
   fit($("seen-large"), width, height, factor);
   $("seen-factor").textContent = `${factor} times enlarged, pixel by pixel`;
   $("seen-rule").textContent = `${width} × ${height} pixels: ${rule(card.preprocess)}.`;
+  $("seen-why").hidden = !card.limits?.explain;
+  $("seen-heat").hidden = true;
+  $("seen-explain").hidden = false;
+  $("seen-told").textContent = "";
+  $("seen-explain").onclick = () => explain(item);
   $("seen").showModal();
+}
+
+/** Ask for the map, and show it in the dialog, unless that shows another image by then. */
+async function explain(item) {
+  const told = $("seen-told");
+  const shown = item.url;
+  $("seen-explain").hidden = true;
+  told.textContent = "Covering parts of the image\u2026";
+  try {
+    const body = new FormData();
+    body.append("image", item.file, item.file.name);
+    const asked = { ...chosen(), explain: true, top_k: 1 };
+    const reply = await request(address("predict", asked), { method: "POST", body, signal: current.signal });
+    if ($("seen-file").src !== shown) return;
+    const source = reply.predictions?.[0]?.explanation;
+    if (typeof source !== "string" || !source.startsWith("data:image/")) throw new Error("no map came");
+    $("seen-heat").src = source;
+    $("seen-heat").hidden = false;
+    told.textContent = "What the prediction rests on is bright.";
+  } catch (error) {
+    if ($("seen-file").src !== shown) return;
+    $("seen-explain").hidden = false;
+    told.textContent = error instanceof Gone ? "The server does not answer." : error.message;
+  }
 }
 
 function showTime(item, spent, seconds, together) {
