@@ -303,7 +303,7 @@ def test_what_a_prediction_rests_on(page: Page, server: str) -> None:
     assert not page("#seen-heat").is_displayed()
     page("#seen-explain").click()
     until(lambda: page("#seen-heat").is_displayed())
-    assert page.run("return document.getElementById('seen-heat').naturalWidth") >= 224
+    assert page.run("return document.getElementById('seen-heat').naturalWidth") >= 100
     assert page.text("#seen-told") == "What the prediction rests on is bright."
     page("#seen-close").click()
     page.all(".input")[1].click()  # another image has a map of its own
