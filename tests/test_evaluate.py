@@ -277,6 +277,36 @@ def test_bad_images_stop_both_processes(checkpoint: Path, tmp_path: Path) -> Non
     assert "error: 1 image cannot be read" in done.stderr
 
 
+def test_groups_of_a_column(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, labels: list[int]
+) -> None:
+    images = tmp_path / "images"
+    rows = [("path", "label", "group", "split")]
+    tiny_dataset.write_images(images, tiny_dataset.coloured(COUNT)[0])
+    for number, label in enumerate(labels):
+        place = ("lab", "field", "field")[number % 3]
+        rows.append((f"images/{number:03d}.png", tiny_onnx.COLOURS[label], place, "test"))
+    (tmp_path / "list.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    by = ["--by", "group"]
+    result = figures(capsys, model, tmp_path / "list.csv", *by, "--out", str(out))
+    right = logits().argmax(axis=1) == labels
+    places = np.arange(COUNT) % 3 > 0
+    expected = {"field": right[places], "lab": right[~places]}
+    found = {group["value"]: group for group in result["groups"]}
+    assert found.keys() == expected.keys()
+    for name, own in expected.items():
+        assert (found[name]["count"], found[name]["top1"]) == (len(own), own.mean())
+        assert (found[name]["low"], found[name]["high"]) == wilson(own.sum(), len(own))
+    with (out / "groups.csv").open(newline="") as handle:
+        table = list(csv.DictReader(handle))
+    assert [row["group"] for row in table] == [group["value"] for group in result["groups"]]
+    main(["--model", str(model), "--data", str(tmp_path / "list.csv"), *by])
+    assert "\ngroup " in capsys.readouterr().out
+    figures(capsys, model, tmp_path / "list.csv", "--out", str(out), "--overwrite")
+    assert not (out / "groups.csv").exists()
+
+
 # --- from Python
 
 
@@ -329,7 +359,9 @@ def test_what_cannot_be_evaluated(tmp_path: Path, model: Path, data: Path) -> No
         (model, 3, {}, "data: 3 is not a path"),
         (tmp_path / "none.onnx", data, {}, r"none\.onnx does not exist"),
         (model, tmp_path / "none", {}, "no such dataset directory"),
-        (model, photos, {}, "is not a dataset directory; prepare it"),
+        (model, photos, {}, "photos: no image of test has a class of the model; it predicts red"),
+        (model, photos, {"split": "val"}, "photos: no split 'val'"),
+        (model, data, {"by": "weather"}, r"by: the manifest has no column 'weather'; it has label"),
         (model, distcls.open_dataset(photos), {}, r"prepare_dataset\('.*', OUT, test_fraction=1"),
         (model, data, {"split": "tset"}, "no split 'tset'; did you mean 'test'"),
         (model, distcls.open_dataset(data), {"split": "val"}, "no split 'val'"),

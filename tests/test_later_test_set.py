@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from distcls.cli import dispatch
 from distcls.commands.evaluate import main
 from distcls.data.dataset import Dataset
 from distcls.data.prepare import PrepareOptions, prepare
@@ -171,21 +169,43 @@ def test_one_class_is_enough_to_test(
         prepare(PrepareOptions(source=str(tmp_path / "photos"), out=tmp_path / "e"))
 
 
-def test_a_folder_of_images_is_told_the_command_that_prepares_it(
+def test_a_folder_of_images_is_evaluated_as_it_is(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     model: Path,
     colours: list[str],
 ) -> None:
+    """Also one that lacks a class, has one more, or is divided; figures are those of a dataset."""
     monkeypatch.chdir(tmp_path)
-    photos(tmp_path / "my photos", colours)
-    with pytest.raises(UsageError, match="is not a dataset directory; prepare it: ") as told:
-        main(["--model", str(model), "--data", "my photos"])
-    command = shlex.split(str(told.value).partition("prepare it: ")[2])
-    assert command[:3] == ["distcls", "prepare", "my photos"]
-    dispatch(command[1:])
-    assert evaluated(capsys, model, Path(command[command.index("--out") + 1]))["count"] == COUNT
+    names = [{"red": "violet", "green": "green", "blue": "blue"}[name] for name in colours]
+    photos(tmp_path / "my photos", names)
+    photos(tmp_path / "divided" / "test", names)
+    photos(tmp_path / "divided" / "train", names)
+    prepare(PrepareOptions(source="my photos", out=tmp_path / "d", test_fraction=1, quiet=True))
+    expected = evaluated(capsys, model, Path("d"))
+    assert expected["unknown_classes"] == {"violet": names.count("violet")}
+    assert expected["absent_classes"] == ["red"]
+    for folder in ("my photos", "divided"):
+        found = evaluated(capsys, model, Path(folder))
+        assert {**found, "data": ""} == {**expected, "data": ""}
+    with pytest.raises(UsageError, match="my photos: no split 'val'"):
+        main(["--model", str(model), "--data", "my photos", "--split", "val"])
+    with pytest.raises(UsageError, match=r"divided: no split 'val' \(choices: test, train"):
+        main(["--model", str(model), "--data", "divided", "--split", "val"])
+
+
+def test_the_folder_that_a_model_was_trained_on_is_refused(
+    tmp_path: Path, model: Path, colours: list[str]
+) -> None:
+    photos(tmp_path / "photos", colours)
+    own = tmp_path / "dataset"
+    prepare(PrepareOptions(source=str(tmp_path / "photos"), out=own, quiet=True))
+    told = r"photos is what the model was trained on; its test split is in --data .*dataset"
+    with pytest.raises(UsageError, match=told):
+        main(["--model", str(model), "--data", str(tmp_path / "photos")])
+    photos(tmp_path / "later", colours)
+    main(["--model", str(model), "--data", str(tmp_path / "later")])
 
 
 def card(task: Task) -> ModelCard:

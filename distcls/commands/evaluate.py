@@ -1,4 +1,4 @@
-"""`distcls evaluate`: metrics of a `.pth` or `.onnx` model on a split of a dataset directory.
+"""`distcls evaluate`: metrics of a `.pth` or `.onnx` model on labelled images.
 
 `accelerate launch -m distcls.evaluate` shards the images over multiple processes.
 """
@@ -19,8 +19,9 @@ COMMAND = Command(
     examples=(
         "distcls evaluate --model runs/photos --data runs/photos/dataset",
         "distcls evaluate --model best.onnx --data datasets/photos --split val --out evaluation",
+        "distcls evaluate --model best.onnx --data new_photos/ --out evaluation",
     ),
-    groups={"essential options": ("model", "data", "split", "out", "overwrite")},
+    groups={"essential options": ("model", "data", "split", "by", "out", "overwrite")},
 )
 
 

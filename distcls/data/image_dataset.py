@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 from distcls import log
 from distcls.cli import import_pandas, packages_for
 from distcls.config import build, options_layer
-from distcls.data.dataset import IN_RUN, LABELS, MANIFEST, Dataset, Split, is_dataset, read_labels
+from distcls.data.dataset import (
+    IN_RUN,
+    LABELS,
+    MANIFEST,
+    Dataset,
+    Split,
+    is_dataset,
+    prepare_command,
+    read_labels,
+)
 from distcls.data.formats.detect import open_labelled
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.data.source import SPLITS, ImageRecord, Images, ImageSource, read_class_names
@@ -291,6 +300,46 @@ def split_of(data: ImageDataset, name: str | None) -> Split:
     indices = [record.index for record in data.split(name)._records]
     whole = data._directory.split(name)
     return dataclasses.replace(whole, table=whole.table.take(indices))
+
+
+def split_of_files(location: Path, name: str) -> Split:
+    """The labelled image files of class folders, or of a manifest, as a split; nothing is written.
+
+    Where the source says which images are for testing and so on, those of `name`, else all for
+    test. Raises UsageError for images that are no files of their own, and for another split.
+    """
+    import pyarrow as pa
+
+    from distcls.data.writer import manifest_schema
+
+    found = open_labelled(str(location))
+    if found.format != "folder" and found.rejected:
+        first = found.rejected[0]
+        log.warn(
+            f"{location}: {log.counted(len(found.rejected), 'image')} left out, first "
+            f"{first.image_id}: {first.reason}"
+        )
+    root = found.root
+    if root is None or any(record.path is None for record in found.records):
+        command = prepare_command(str(location), "--test-fraction 1")
+        raise UsageError(
+            f"{location}: its images are no files; make a dataset directory: {command}"
+        )
+    named = {record.split for record in found.records if record.split is not None}
+    records = [record for record in found.records if record.split == name or not named]
+    if not records or (not named and name != "test"):
+        choices = sorted(named) or ["test"]
+        raise UsageError(f"{location}: no split {name!r}{did_you_mean(name, choices)}")
+    schema = manifest_schema().append(pa.field("group", pa.string()))
+    columns: dict[str, list[Any]] = dict.fromkeys(schema.names, [None] * len(records))
+    for column in ("image_id", "path", "label", "group"):
+        columns[column] = [getattr(record, column) for record in records]
+    columns["split"] = [name] * len(records)
+    if not found.task.single:
+        schema = schema.append(pa.field(LABELS, pa.list_(pa.int32())))
+        columns[LABELS] = [list(record.labels or ()) for record in records]
+    table = pa.table(columns, schema=schema)
+    return Split(name, location, root, table, False, found.task, transparent=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,12 @@ import numpy as np
 from distcls import log, plotting
 from distcls.cli import import_pandas, packages_for
 from distcls.config import build, options_layer
-from distcls.data.dataset import IN_RUN, Dataset, Split, is_dataset, prepare_command
-from distcls.data.image_dataset import ImageDataset, StrPath, split_of
+from distcls.data.dataset import IN_RUN, INFO, Dataset, Split, is_dataset
+from distcls.data.image_dataset import ImageDataset, StrPath, split_of, split_of_files
+from distcls.data.integrity import read_info
 from distcls.errors import UsageError, require
 from distcls.evaluation.classes import match_classes, shown_names
+from distcls.evaluation.groups import Group, groups_of, require_column
 from distcls.evaluation.metrics import Integers, Metrics, constant_answers
 from distcls.evaluation.outputs import PREDICTIONS, Outputs
 from distcls.evaluation.plots import PICTURES, draw
@@ -35,7 +37,11 @@ from distcls.task import BLANK, BLANK_SHOWN, Task
 if TYPE_CHECKING:
     import pandas
 
-FILES = ("metrics.json", "per_class.csv", "confusion.csv", "confusion.png", PREDICTIONS, *PICTURES)
+GROUPS = "groups.csv"
+FILES = (
+    *("metrics.json", "per_class.csv", "confusion.csv", "confusion.png"),
+    *(GROUPS, PREDICTIONS, *PICTURES),
+)
 """What `--out` gets."""
 
 
@@ -47,12 +53,15 @@ class EvaluateOptions:
     """Model file: best.onnx, or a checkpoint best.pth; a run directory means its best.onnx, or its
     best.pth if that is newer or several processes evaluate."""
     data: Path
-    """Dataset directory, as `distcls prepare` writes it. Its classes are matched with the model's
-    by name; images of other classes are counted separately."""
+    """Dataset directory, folder of class folders, or manifest. Its classes are matched with the
+    model's by name; images of other classes are counted separately."""
     split: str = "test"
-    """Split of the dataset: train, val or test."""
+    """Split of the dataset: train, val or test; a folder or manifest without splits is one for
+    test."""
     out: Path | None = None
-    """Folder for metrics.json, per_class.csv, confusion.csv and confusion.png."""
+    """Folder for metrics.json, per_class.csv, confusion.csv, predictions.parquet and pictures."""
+    by: str | None = None
+    """Column of the manifest, such as group: figures of the images of each of its values."""
     overwrite: bool = False
     """Replace an evaluation in --out."""
     batch_size: int | None = None
@@ -114,6 +123,10 @@ class EvaluationResult:
     balanced_accuracy, ece, brier, and top2, top3, top5, top10 where there are more classes."""
     intervals: dict[str, tuple[float, float]]
     """95 % intervals of the figures that have one, lower and upper end."""
+    by: str | None = None
+    """The column of `groups`."""
+    groups: tuple[Group, ...] = ()
+    """Figures of the images of each value of a column of the manifest."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -179,6 +192,7 @@ class EvaluationResult:
             **self.figures,
             "intervals": {name: list(pair) for name, pair in self.intervals.items()},
             "per_class": self.per_class,
+            **({} if self.by is None else {"by": self.by, "groups": self._groups()}),
             "absent_classes": self.absent_classes,
             "unknown_images": self.unknown_images,
             "unknown_classes": self.unknown_classes,
@@ -201,7 +215,15 @@ class EvaluationResult:
                 between = "" if ends is None else f"  ({ends[0]:.4f} to {ends[1]:.4f})"
                 lines.append(f"{plotting.metric_title(name):<17} {value:.4f}{between}")
         lines.append("in brackets: 95 % intervals, of other images of the same kind")
+        if self.by is not None:
+            lines += ["", f"{self.by:<{width}}    images   top-1  95 % interval"]
+            for each in self.groups:
+                row = f"{each.value:<{width}}  {each.count:8,}  {each.top1:.4f}"
+                lines.append(f"{row}  {each.low:.4f} to {each.high:.4f}")
         return "\n".join([*lines, *self._left_out()])
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(group) for group in self.groups]
 
     def _left_out(self) -> list[str]:
         """What is in no metric, a line each."""
@@ -234,6 +256,11 @@ class EvaluationResult:
         header = ["truth", *classes]
         if self.task.kind == "multi_label":
             header = ["label", "true_no", "false_yes", "false_no", "true_yes"]
+        (folder / GROUPS).unlink(missing_ok=True)  # of an evaluation that is replaced
+        if self.by is not None:
+            names = [field.name for field in dataclasses.fields(Group)]
+            rows = [[group[name] for name in names] for group in self._groups()]
+            write_text(folder / GROUPS, _table([[self.by, *names[1:]], *rows]))
         counts = self.metrics.confusion.reshape(len(classes), -1).tolist()
         rows = [[name, *row] for name, row in zip(classes, counts, strict=True)]
         write_text(folder / "confusion.csv", _table([header, *rows]))
@@ -269,6 +296,7 @@ def evaluate_model(
     data: StrPath | ImageDataset,
     *,
     split: str | None = None,
+    by: str | None = None,
     out: StrPath | None = None,
     overwrite: bool = False,
     provider: str = "auto",
@@ -288,9 +316,12 @@ def evaluate_model(
 
     Args:
         model: a best.onnx, a best.pth, a run directory, or a predictor, of an ensemble too.
-        data: a dataset directory, or an `ImageDataset` of one, whose images are taken.
+        data: a dataset directory, or an `ImageDataset` of one, whose images are taken; or a folder
+            of class folders, or a manifest.
         split: train, val or test; by default test, or the only one of an `ImageDataset`.
-        out: folder for metrics.json, per_class.csv, confusion.csv and confusion.png.
+        by: a column of the manifest, such as group: the result has figures of each of its values.
+        out: folder for metrics.json, per_class.csv, confusion.csv, predictions.parquet and
+            pictures.
         overwrite: replace an evaluation in `out`.
         provider: execution provider of an exported model, see `distcls.load`; auto measures them
             for 256 images and more, and takes the fastest that agrees with the CPU.
@@ -308,7 +339,14 @@ def evaluate_model(
         DistclsError: if an image of the split cannot be decoded: nothing is left out silently.
     """
     given: dict[str, object] = {
-        **{"split": split, "out": out, "overwrite": overwrite, "limit": limit, "quiet": quiet},
+        **{
+            "split": split,
+            "by": by,
+            "out": out,
+            "overwrite": overwrite,
+            "limit": limit,
+            "quiet": quiet,
+        },
         **{"provider": provider, "batch_size": batch_size, "workers": workers},
     }
     if split is None:
@@ -354,8 +392,10 @@ def evaluate(options: EvaluateOptions) -> EvaluationResult:
 
 
 def _open_split(options: EvaluateOptions) -> Split:
-    dataset = Dataset.open(options.data, prepare_flags="--test-fraction 1")
-    return dataset.split(options.split)
+    data = options.data
+    if data.exists() and not is_dataset(data) and not is_dataset(data / IN_RUN):
+        return split_of_files(data, options.split)
+    return Dataset.open(data, prepare_flags="--test-fraction 1").split(options.split)
 
 
 def _evaluate(
@@ -363,6 +403,8 @@ def _evaluate(
 ) -> EvaluationResult:
     """Evaluate the predictor, or the model of the options, on a split."""
     _require_new_output(options)
+    if options.by is not None:
+        require_column(split, options.by)
     with processes(options.model) as (device, total):
         if predictor is None:
             request = options.execution_request(len(split))
@@ -389,6 +431,8 @@ def _evaluate(
         outputs=outputs,
         scores={name: figure.value for name, figure in scores.items()},
         intervals=with_intervals(scores),
+        by=options.by,
+        groups=groups_of(outputs, evaluated.split, options.by),
     )
     log.say(f"{metrics.count / seconds:,.0f} images/s on {result.provider}")
     for warning in result.warnings:
@@ -401,15 +445,15 @@ def _evaluate(
 
 
 def _check_data(options: EvaluateOptions) -> None:
-    """Name the dataset of the model's run where `data` is none: a new one of the same folder would
-    test on what was trained on."""
+    """Name the dataset of the model's run where `data` is the folder that it was made of: most of
+    its images were trained on."""
     run = options.model if options.model.is_dir() else options.model.parent
-    known = is_dataset(options.data) or is_dataset(options.data / IN_RUN)
-    if options.data.is_dir() and not known and is_dataset(run / IN_RUN):
-        command = prepare_command(str(options.data), "--test-fraction 1")
+    own = run / IN_RUN
+    if is_dataset(options.data) or not options.data.exists() or not (own / INFO).is_file():
+        return
+    if read_info(own / INFO).get("source") == str(options.data.resolve()):
         raise UsageError(
-            f"{options.data} is not a dataset directory; the model's own, with its test split, is "
-            f"--data {run / IN_RUN}; for other images make one of them: {command}"
+            f"{options.data} is what the model was trained on; its test split is in --data {own}"
         )
 
 
