@@ -203,6 +203,7 @@ COMMANDS = {
         "distcls.commands.train",
         "train a model (several processes: accelerate launch -m distcls.train)",
     ),
+    "cv": ("distcls.commands.cv", "cross-validation: a run for each fold, mean and interval"),
     "lr-find": (
         "distcls.commands.lr_find",
         "a learning rate, by a short run whose rate grows until it diverges",

@@ -59,6 +59,7 @@ WITHOUT_TORCH = [
     "distcls.commands.train",
     "distcls.commands.shipped",
     "distcls.commands.show",
+    "distcls.commands.cv",
     "distcls.commands.lr_find",
     "distcls.commands.merge",
     "distcls.commands.triton",

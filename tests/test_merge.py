@@ -17,7 +17,9 @@ from distcls.cli import dispatch
 from distcls.data.dataset import Dataset
 from distcls.errors import BadValue, UsageError
 from distcls.imaging import Preprocess
+from distcls.model_card import ModelCard
 from distcls.models.checkpoint import read_checkpoint, save_checkpoint
+from distcls.task import Task
 from distcls.training.merge import averaged, merge, recount
 from distcls.training.run import fit
 from tests import small_networks
@@ -105,6 +107,23 @@ def test_statistics_are_those_of_the_training_images(digits: Path) -> None:
     assert torch.equal(norm.weight, before)
     assert norm.momentum == momentum
     assert not any(module.training for module in network.modules())
+
+
+def test_a_mean_has_statistics_of_its_own(digits: Path, tmp_path: Path) -> None:
+    files = []
+    for seed in (1, 2):
+        card = ModelCard(
+            architecture={"name": "mobilenet_v3_small"},
+            task=Task(classes=tuple("0123456789")),
+            preprocess=small_networks.PROCESS,
+        )
+        files.append(tmp_path / f"{seed}.pth")
+        save_checkpoint(files[-1], small_networks.network(10, seed), card)
+    merge(files, tmp_path / "out", data=digits)
+    before, after = (read_checkpoint(path)[1] for path in (files[0], tmp_path / "out/best.pth"))
+    name = next(name for name in after if name.endswith("running_mean"))
+    assert not before[name].any()  # untrained
+    assert after[name].any()
 
 
 def changed(run: Path, out: Path, **changes: Any) -> Path:

@@ -346,6 +346,36 @@ def write_moved(folder: Path, dataset: Dataset, root: Path, relative: str | None
     return _write_info(folder, info)
 
 
+def write_resplit(
+    folder: Path, dataset: Dataset, splits: Sequence[str], *, seed: int, options: dict[str, Any]
+) -> None:
+    """Write a dataset directory with the images of another one in other splits, [N].
+
+    Its pack is a link to the other's, its files stay where they are.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    place, column = dataset.table.column_names.index("split"), dataset.table.schema.field("split")
+    table = dataset.table.set_column(place, column, pa.array(splits, column.type))
+    order = sorted(range(len(splits)), key=lambda index: SPLITS.index(splits[index]))
+    pq.write_table(table.take(order), folder / MANIFEST)
+    shutil.copyfile(dataset.folder / CLASSES, folder / CLASSES)
+    info = {**dataset.info, "seed": seed, "options": options, "relative_root": None}
+    if dataset.has_files:
+        info["root"] = str(dataset.files_root(str(table.column("path")[0])).resolve())
+    # what was counted for the other splits
+    info = {key: info[key] for key in info if key not in ("class_counts", "repeated")}
+    info["counts"] = {name: splits.count(name) for name in SPLITS if name in splits}
+    digests = {name: digest(folder / name) for name in (CLASSES, MANIFEST)}
+    if dataset.packed:
+        verify_pack(dataset.folder / PACK, dataset.info.get("sha256", {}).get(PACK))
+        (folder / PACK).symlink_to((dataset.folder / PACK).resolve())
+        verified = info.get("sha256", {}).get(PACK)
+        digests |= {} if verified is None else {PACK: verified}
+    _write_info(folder, {**info, "sha256": digests})
+
+
 def copy_paths(source: LabelledImages, assignment: SplitAssignment) -> list[str]:
     """Path of each image under --write-images: images/SPLIT/CLASS/ID.png."""
     folders = safe_names(source.classes)

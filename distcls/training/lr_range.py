@@ -166,10 +166,9 @@ def curve_of(rates: Floats, losses: Floats, diverged: float | None, batch_size: 
     """The curve of measured losses, and the learning rate that it suggests.
 
     That is the geometric mean of the rate at which the loss falls fastest and the one where it is
-    lowest, which already is at the edge. With AdamW and SGD, on digits and FashionMNIST, runs of
-    two to four epochs with it ended at or near the lowest validation loss of rates from a hundredth
-    to three times of it; a third of it, and the steepest rate alone, ended higher. Raises
-    DistclsError if the loss fell nowhere.
+    lowest, which already is at the edge. Of five short runs (digits and FashionMNIST, AdamW and
+    SGD) four ended higher with a third of it, three with three times of it; docs/choosing.md has
+    the figures. Raises DistclsError if the loss fell nowhere.
     """
     if diverged is not None and len(rates) < 2 * FIRST:
         raise DistclsError(
