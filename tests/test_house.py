@@ -23,7 +23,7 @@ LAYERS = [
     "predictor",
     "evaluation batch serving",
     "training",
-    "export launch",
+    "export launch audit",
     "commands",
     "train evaluate __main__",
 ]
@@ -45,6 +45,7 @@ WITHOUT_TORCH = [
     "distcls.predictor",
     "distcls.batch.job",
     "distcls.evaluation.evaluate",
+    "distcls.commands.audit",
     "distcls.commands.prepare",
     "distcls.commands.predict",
     "distcls.commands.serve",
