@@ -185,3 +185,20 @@ def test_transparent_images_are_seen_on_their_background(tmp_path: Path) -> None
     (data / "train/cat/alpha.png").write_bytes(encode(Image.fromarray(picture), "PNG"))
     put(data / "train/cat/flat.png", shown)
     assert ("duplicate", "train/cat/flat.png") in kinds(look(data))
+
+
+def test_prepare_says_what_needs_no_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tree(tmp_path / "digits", 60)
+    (source / "0").rename(source / "Cat")
+    (source / "1").rename(source / "cat ")
+    copied = next((source / "Cat").iterdir())
+    (source / "cat " / "copy.png").write_bytes(copied.read_bytes())
+    prepare(PrepareOptions(source=str(source), out=tmp_path / "data", quiet=True))
+    said = capsys.readouterr().err.splitlines()
+    assert any("1 image with pixels of another and other labels, first" in line for line in said)
+    assert (
+        "warning: classes 'Cat' and 'cat ' differ in case, blanks or Unicode form only: are they "
+        "one?" in said
+    )

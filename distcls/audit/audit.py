@@ -8,18 +8,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distcls import log
-from distcls.audit.checks import image_findings
+from distcls.audit.checks import Teller, image_findings, turned_copies
 from distcls.audit.findings import KINDS, Finding, counted, in_order, table
+from distcls.audit.fix import write_fixed
+from distcls.audit.labels import label_findings
+from distcls.audit.model import drift, features_of, turned_pairs
+from distcls.audit.page import page
 from distcls.audit.scan import Scan, scan
 from distcls.cli import packages_for
 from distcls.config import positional
-from distcls.data.image_dataset import ImageDataset, Opened, open_dataset, opened
+from distcls.data.image_dataset import Opened, open_dataset, opened
 from distcls.data.source import Rejected
 from distcls.data.writer import REJECTED
-from distcls.errors import DistclsError, UsageError
-from distcls.files import require_writable, write_json, write_text
+from distcls.errors import DistclsError, UsageError, require
+from distcls.files import require_distinct, require_writable, write_json, write_text
 from distcls.imaging.preprocess import WHITE, Background, background_color
+from distcls.task import Task
 
 FILES = ("audit.csv", "audit.json", "audit.html")
 """What `--out` gets."""
@@ -42,6 +49,23 @@ class AuditOptions:
     """Folder for audit.csv, audit.json and audit.html."""
     overwrite: bool = False
     """Replace an audit in --out."""
+    model: Path | None = None
+    """Model file best.onnx, or a run directory with one: its features find mirrored and turned
+    copies, and tell whether the images of val and test are drawn as those of train are."""
+    label_errors: bool = False
+    """Train `folds` models, each without a part of the images, and list the labels of these parts
+    that they contradict. Takes as long as these runs; needs torch."""
+    folds: int = 4
+    """With label_errors: number of parts."""
+    recipe: str | None = None
+    """With label_errors: YAML file of training options, or the name of a recipe (`distcls recipes`
+    lists them); default: what `distcls train` chooses."""
+    seed: int = 0
+    """With label_errors: seed of the parts and of the runs."""
+    fix: Path | None = None
+    """CSV or Parquet manifest to write for `distcls prepare`, with the repairs that are proposed:
+    broken images and copies left out, class names that mean one class made one, near copies in one
+    group. No image is touched."""
     strict: bool = False
     """End with exit code 3 if there is any error."""
     path_column: str | None = None
@@ -58,6 +82,14 @@ class AuditOptions:
     """Print one JSON object with the counts."""
     quiet: bool = False
     """Print warnings and errors only."""
+
+    def __post_init__(self) -> None:
+        ending = self.fix is None or self.fix.suffix.lower() in (".csv", ".parquet")
+        require(self.folds >= 2, "folds", self.folds, "at least 2")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        judged = self.label_errors or self.recipe is None
+        require(judged, "recipe", self.recipe, "nothing without label_errors")
+        require(ending, "fix", self.fix, "the name of a .csv or .parquet file")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,30 +141,51 @@ def audit(options: AuditOptions) -> AuditResult:
         raise UsageError(f"{options.data}: there are no images")
     inside = opened(data)
     scanned = scan(inside, _background(options, inside))
-    findings = in_order(image_findings(scanned, data.task, _rejected(data, inside)))
+    findings = list(image_findings(scanned, data.task, _rejected(inside)))
+    if options.model is not None:
+        findings += _by_model(
+            options.model, scanned, inside, Teller(inside.records, data.task), findings
+        )
+    if options.label_errors:
+        good = np.array([at for at in range(len(data)) if at not in scanned.broken], np.int64)
+        findings += label_findings(
+            *(inside, data.task, good),
+            folds=options.folds,
+            recipe=options.recipe,
+            seed=options.seed,
+        )
     result = AuditResult(
         data=options.data,
         images=len(data),
         splits=data.splits,
         classes=list(data.classes),
-        findings=findings,
+        findings=in_order(findings),
         seconds=round(time.monotonic() - started, 2),
     )
-    _finish(options, result, scanned, inside)
+    _finish(options, result, inside, data.task)
     return result
+
+
+def _by_model(
+    model: Path, scanned: Scan, inside: Opened, tell: Teller, known: list[Finding]
+) -> list[Finding]:
+    """What the features of a model tell."""
+    features = features_of(model, inside)
+    pairs = turned_pairs(scanned.thumbs, features)
+    splits = [record.split for record in inside.records]
+    return [*turned_copies(tell, pairs, known), *drift(features, splits)]
 
 
 def check_output(options: AuditOptions) -> None:
     """Raise UsageError, before any work, if the result could not be written."""
-    if options.out is None:
-        return
-    if not options.overwrite:
-        for name in FILES:
-            if (options.out / name).exists():
-                raise UsageError(
-                    f"{options.out / name} exists already; choose another --out or add --overwrite"
-                )
-    require_writable(options.out)
+    written = {} if options.out is None else {options.out / name: "out" for name in FILES}
+    written |= {} if options.fix is None else {options.fix: "fix"}
+    for path, key in written.items():
+        if path.exists() and not options.overwrite:
+            raise UsageError(f"{path} exists already; choose another --{key} or add --overwrite")
+        require_writable(path.parent)
+    if options.fix is not None:
+        require_distinct({"fix": options.fix}, {"data": [Path(options.data)]})
 
 
 def _reading(options: AuditOptions) -> dict[str, Any]:
@@ -147,7 +200,7 @@ def _background(options: AuditOptions, inside: Opened) -> Any:
     return background_color(options.background)
 
 
-def _rejected(data: ImageDataset, inside: Opened) -> list[Rejected]:
+def _rejected(inside: Opened) -> list[Rejected]:
     """What `distcls prepare` left out of a dataset directory."""
     if inside.directory is None:
         return []
@@ -162,13 +215,19 @@ def _rejected(data: ImageDataset, inside: Opened) -> list[Rejected]:
     ]
 
 
-def _finish(options: AuditOptions, result: AuditResult, scanned: Scan, inside: Opened) -> None:
+def _finish(options: AuditOptions, result: AuditResult, inside: Opened, task: Task) -> None:
     splits = ", ".join(f"{count:,} {name}" for name, count in result.splits.items())
-    log.say(
-        f"{result.data}: {result.images:,} images{f' ({splits})' if splits else ''} of "
-        f"{len(result.classes):,} classes in {result.seconds} s"
+    about = (
+        f"{result.images:,} images{f' ({splits})' if splits else ''} of "
+        f"{len(result.classes):,} classes"
     )
+    log.say(f"{result.data}: {about} in {result.seconds} s")
     if options.out is not None:
         write_text(options.out / "audit.csv", table(result.findings))
         write_json(options.out / "audit.json", result.to_json())
-        log.say(f"wrote {options.out}: {len(result.findings):,} findings")
+        text = page(f"Audit of {result.data}", f"{about}.", result.findings, inside)
+        write_text(options.out / "audit.html", text)
+        log.say(f"wrote {options.out}: {log.counted(len(result.findings), 'finding')}")
+    if options.fix is not None:
+        left_out = write_fixed(options.fix, result.findings, inside, task)
+        log.say(f"wrote {options.fix}: {log.counted(left_out, 'image')} left out")

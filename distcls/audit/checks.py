@@ -43,7 +43,7 @@ def image_findings(scanned: Scan, task: Task, rejected: Sequence[Rejected]) -> I
     """All that is found without a model."""
     for row in rejected:
         yield Finding(kind="broken", severity="error", image=row.image_id, text=row.reason)
-    tell = _Teller(scanned.records, task)
+    tell = Teller(scanned.records, task)
     for at, reason in scanned.broken.items():
         yield tell(at, "broken", "error", reason)
     good = np.ones(len(scanned.records), bool)
@@ -53,7 +53,7 @@ def image_findings(scanned: Scan, task: Task, rejected: Sequence[Rejected]) -> I
     yield from _odd(scanned, tell, np.flatnonzero(good))
 
 
-class _Teller:
+class Teller:
     """Findings about images by position."""
 
     def __init__(self, records: Sequence[ImageRecord], task: Task) -> None:
@@ -96,7 +96,7 @@ class _Teller:
         )
 
 
-def duplicates(scanned: Scan, tell: _Teller, good: NDArray[np.bool_]) -> Iterator[Finding]:
+def duplicates(scanned: Scan, tell: Teller, good: NDArray[np.bool_]) -> Iterator[Finding]:
     """Copies, exact and near ones. Each is named with the image that it repeats."""
     records = scanned.records
     groups: dict[bytes, list[int]] = defaultdict(list)
@@ -117,11 +117,23 @@ def duplicates(scanned: Scan, tell: _Teller, good: NDArray[np.bool_]) -> Iterato
         yield _near_copy(tell, at, other, score)
 
 
+def turned_copies(
+    tell: Teller, pairs: Iterable[tuple[Pair, str]], known: Iterable[Finding]
+) -> Iterator[Finding]:
+    """Findings for turned and mirrored copies, but for images that are copies already."""
+    taken = {each.position for each in known if each.related_position is not None}
+    for pair, how in pairs:
+        first, second = sorted(pair[:2], key=lambda at: (_favour(tell.records[at]), at))
+        if second not in taken:
+            taken.add(second)
+            yield _near_copy(tell, second, first, pair.score, f" {how}")
+
+
 def _favour(record: ImageRecord) -> int:
     return FAVOUR.index(record.split) if record.split in FAVOUR else len(FAVOUR)
 
 
-def _copy(scanned: Scan, tell: _Teller, at: int, first: int, members: list[int]) -> Finding:
+def _copy(scanned: Scan, tell: Teller, at: int, first: int, members: list[int]) -> Finding:
     """The finding for one of several images with the same pixels."""
     file = scanned.table["file"]
     what = "the same file as" if file[at] and file[at] == file[first] else "the same pixels as"
@@ -152,8 +164,8 @@ def _partners(
     return [(at, *best[at]) for at in sorted(best)]
 
 
-def _near_copy(tell: _Teller, at: int, other: int, score: float) -> Finding:
-    where = tell.place(other)
+def _near_copy(tell: Teller, at: int, other: int, score: float, how: str = "") -> Finding:
+    where = f"{tell.place(other)}{how}"
     if tell.label(at) != tell.label(other):
         text = f"nearly the same picture as {where}, which is labelled {tell.label(other)!r}"
         return tell(at, "near_conflict", "warning", text, other=other, value=score)
@@ -166,12 +178,7 @@ def _near_copy(tell: _Teller, at: int, other: int, score: float) -> Finding:
 
 def class_findings(records: Sequence[ImageRecord], task: Task) -> Iterator[Finding]:
     """Names that mean one class, tiny and unbalanced classes."""
-    for names in same_names(task.classes):
-        for name in names[1:]:
-            text = f"{names[0]!r} and {name!r} differ in case, blanks or Unicode form only"
-            yield Finding(
-                kind="class_name", severity="error", label=name, related=names[0], text=text
-            )
+    yield from _named_twice(records, task)
     divided = any(record.split == "train" for record in records)
     counts: Counter[int] = Counter()
     for record in records:
@@ -194,7 +201,24 @@ def class_findings(records: Sequence[ImageRecord], task: Task) -> Iterator[Findi
         yield Finding(kind="imbalance", severity="info", label=least[1], related=most[1], text=text)
 
 
-def _odd(scanned: Scan, tell: _Teller, good: NDArray[np.int64]) -> Iterator[Finding]:
+def _named_twice(records: Sequence[ImageRecord], task: Task) -> Iterator[Finding]:
+    """A finding for each class name but the most used one of those that mean one class."""
+    groups = same_names(task.classes)
+    if not groups:
+        return
+    sizes = Counter(
+        task.classes[place]
+        for record in records
+        for place in ([record.label] if record.labels is None else task.flat(record.labels))
+    )
+    for names in groups:
+        kept, *others = sorted(names, key=lambda name: -sizes[name])
+        for name in others:
+            text = f"{name!r} and {kept!r} differ in case, blanks or Unicode form only"
+            yield Finding(kind="class_name", severity="error", label=name, related=kept, text=text)
+
+
+def _odd(scanned: Scan, tell: Teller, good: NDArray[np.int64]) -> Iterator[Finding]:
     """Images that are hard to see anything on, or unlike the others in shape."""
     rows = scanned.table[good]
     blank = rows["spread"] <= BLANK

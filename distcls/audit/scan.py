@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -23,7 +20,7 @@ from distcls.data.source import ImageRecord, Images, ImageSource
 from distcls.errors import BadImage
 from distcls.imaging import Color, decode
 from distcls.imaging.decode import may_be_transparent, open_header
-from distcls.imaging.reading import leave, result_of
+from distcls.imaging.reading import in_order
 from distcls.system import available_cores
 
 THUMB = 32
@@ -85,6 +82,10 @@ def scan(data: Opened, background: Color | None) -> Scan:
     def sources(split: str | None) -> ImageSource:
         return data.source_of(split).on_background(background)
 
+    def look(start: int) -> list[Seen | BadImage]:
+        part = records[start : start + TASK]
+        return [_look_at(sources(each.split), each, side, background) for each in part]
+
     table = np.zeros(len(records), list(MEASURES.items()))
     broken: dict[int, str] = {}
     side = _side(records, sources)
@@ -96,7 +97,9 @@ def scan(data: Opened, background: Color | None) -> Scan:
     )
     handle.close()
     with log.Progress("looking at", len(records)) as progress:
-        for start, found in _all(records, sources, side, background):
+        starts = range(0, len(records), TASK)
+        looked = in_order(look, starts, min(available_cores(), 16))
+        for start, found in zip(starts, looked, strict=True):
             for at, seen in enumerate(found, start=start):
                 if isinstance(seen, BadImage):
                     broken[at] = str(seen)
@@ -115,65 +118,32 @@ def _side(records: Sequence[ImageRecord], sources: Sources) -> int:
     return THUMB
 
 
-def _all(
-    records: Sequence[ImageRecord], sources: Sources, side: int, background: Color | None
-) -> Iterator[tuple[int, list[Seen | BadImage]]]:
-    """What was found, in order, some images at a time."""
-    workers = min(available_cores(), 16)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="distcls-audit")
-    waiting: collections.deque[tuple[int, Future[list[Seen | BadImage]]]] = collections.deque()
-    starts = iter(range(0, len(records), TASK))
-
-    def submit(count: int) -> None:
-        for start in itertools.islice(starts, count):
-            part = records[start : start + TASK]
-            waiting.append((start, pool.submit(_look_at_some, part, sources, side, background)))
-
+def _look_at(
+    source: ImageSource, record: ImageRecord, side: int, background: Color | None
+) -> Seen | BadImage:
     try:
-        submit(2 * workers)
-        while waiting:
-            start, future = waiting[0]
-            found = result_of(future)
-            waiting.popleft()
-            submit(1)
-            yield start, found
-    except BaseException as error:
-        leave(pool, collections.deque(future for _, future in waiting), error)
-        raise
-    pool.shutdown()
+        return _seen(source, record.index, side, background)
+    except BadImage as error:
+        return error
 
 
-def _look_at_some(
-    records: Sequence[ImageRecord], sources: Sources, side: int, background: Color | None
-) -> list[Seen | BadImage]:
-    found: list[Seen | BadImage] = []
-    for record in records:
-        try:
-            found.append(_look_at(sources(record.split), record, side, background))
-        except BadImage as error:
-            found.append(error)
-    return found
-
-
-def _look_at(source: ImageSource, record: ImageRecord, side: int, background: Color | None) -> Seen:
+def _seen(source: ImageSource, index: int, side: int, background: Color | None) -> Seen:
     file, orientation, transparent, hidden = b"", 0, 0.0, False
     if source.encoded:
-        data = source.read(record.index)
+        data = source.read(index)
         image = decode(data, background=background)
         file = hashlib.sha256(data).digest()[:16]
         orientation = _orientation(data)
         if may_be_transparent(data):
             transparent, hidden = _transparency(data)
     else:
-        image = source.image(record.index)
+        image = source.image(index)
     grey = _grey(image)
     thumb = cv2.resize(grey, (side, side), interpolation=cv2.INTER_AREA)
     pixels = hashlib.sha256(repr(image.shape).encode())
     pixels.update(np.ascontiguousarray(image).data)
-    height, width = grey.shape
-    measures = _measure(grey)
-    found = (height, width, *measures, orientation, transparent, hidden)
-    return Seen((*found, file, pixels.digest()[:16]), np.asarray(thumb, np.uint8))
+    measures = (*grey.shape, *_measure(grey), orientation, transparent, hidden)
+    return Seen((*measures, file, pixels.digest()[:16]), np.asarray(thumb, np.uint8))
 
 
 def _grey(image: Images) -> Images:

@@ -16,10 +16,13 @@ COMMAND = Command(
     about="Look at a dataset before it is trained on: copies, broken files, odd images, labels.",
     examples=(
         "distcls audit photos/ --out audit",
-        "distcls audit datasets/photos --strict",
+        "distcls audit photos/ --fix repaired.csv",
+        "distcls audit photos/ --label-errors --out audit",
+        "distcls audit datasets/photos --model runs/photos --strict",
     ),
     groups={
-        "essential options": ("data", "out", "overwrite", "strict"),
+        "essential options": ("data", "out", "overwrite", "model", "fix", "strict"),
+        "label errors": ("label_errors", "folds", "recipe", "seed"),
         "manifests": ("path_column", "label_column", "labels_column", "root"),
     },
 )
