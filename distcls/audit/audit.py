@@ -68,10 +68,16 @@ class AuditOptions:
     group. No image is touched."""
     strict: bool = False
     """End with exit code 3 if there is any error."""
+    format: str = "auto"
+    """Format of the images, as for `distcls prepare`."""
+    splits: tuple[str, ...] = ()
+    """Folder trees: the folder of each split, as for `distcls prepare`."""
     path_column: str | None = None
     """Column of a manifest with the path of each image, as for `distcls prepare`."""
     label_column: str | None = None
     """Column of a manifest with the class of each image."""
+    label_columns: tuple[str, ...] = ()
+    """Multi-head: columns of a manifest, one head per column."""
     labels_column: str | None = None
     """Multi-label: column of a manifest with any number of labels per image."""
     root: Path | None = None
@@ -189,9 +195,9 @@ def check_output(options: AuditOptions) -> None:
 
 
 def _reading(options: AuditOptions) -> dict[str, Any]:
-    names = ("path_column", "label_column", "labels_column", "root")
-    given = {name: getattr(options, name) for name in names}
-    return {name: value for name, value in given.items() if value is not None}
+    names = ("format", "splits", "path_column", "label_column", "label_columns", "labels_column")
+    given = {name: getattr(options, name) for name in (*names, "root")}
+    return {name: value for name, value in given.items() if value not in (None, (), "auto")}
 
 
 def _background(options: AuditOptions, inside: Opened) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from distcls import log
 from distcls.audit.findings import Finding, Severity
 from distcls.audit.near import Pair, near_pairs
 from distcls.audit.scan import Scan
@@ -110,10 +111,7 @@ def duplicates(scanned: Scan, tell: Teller, good: NDArray[np.bool_]) -> Iterator
             yield _copy(scanned, tell, at, members[0], members)
     single.sort()
     kept = np.array(single, np.int64)
-    if len(kept) < 2:
-        return
-    pairs = near_pairs(scanned.thumbs if len(kept) == len(records) else scanned.thumbs[kept])
-    for at, other, score in _partners(pairs, kept, records):
+    for at, other, score in _partners(near_pairs(scanned.thumbs, kept), records):
         yield _near_copy(tell, at, other, score)
 
 
@@ -150,15 +148,12 @@ def _copy(scanned: Scan, tell: Teller, at: int, first: int, members: list[int]) 
 
 
 def _partners(
-    pairs: Iterable[Pair], kept: NDArray[np.int64], records: Sequence[ImageRecord]
+    pairs: Iterable[Pair], records: Sequence[ImageRecord]
 ) -> list[tuple[int, int, float]]:
     """For each image that is nearly another's, the best of those that are kept rather than it."""
     best: dict[int, tuple[int, float]] = {}
     for pair in pairs:
-        ends = sorted(
-            (int(kept[pair.first]), int(kept[pair.second])),
-            key=lambda at: (_favour(records[at]), at),
-        )
+        ends = sorted(pair[:2], key=lambda at: (_favour(records[at]), at))
         if ends[1] not in best or best[ends[1]][1] < pair.score:
             best[ends[1]] = (ends[0], pair.score)
     return [(at, *best[at]) for at in sorted(best)]
@@ -184,10 +179,11 @@ def class_findings(records: Sequence[ImageRecord], task: Task) -> Iterator[Findi
     for record in records:
         if record.split == "train" or not divided:
             counts.update([record.label] if record.labels is None else task.flat(record.labels))
-    what = "training images" if divided else "images"
+    what = "training image" if divided else "image"
     for place, name in enumerate(task.classes):
         if counts[place] < FEW:
-            text = f"{name!r} has {counts[place]} {what}, fewer than {FEW}"
+            number = log.counted(counts[place], what)
+            text = f"{name!r} has {number}, fewer than {FEW}"
             yield Finding(
                 kind="tiny_class", severity="warning", label=name, text=text, value=counts[place]
             )
@@ -195,7 +191,7 @@ def class_findings(records: Sequence[ImageRecord], task: Task) -> Iterator[Findi
     least, most = min(sizes), max(sizes)
     if task.single and most[0] > UNEVEN * least[0]:
         text = (
-            f"{most[1]!r} has {most[0]:,} {what}, {least[1]!r} {least[0]:,}: see balanced "
+            f"{most[1]!r} has {most[0]:,} {what}s, {least[1]!r} {least[0]:,}: see balanced "
             "sampling and class weights in docs/training-options.md"
         )
         yield Finding(kind="imbalance", severity="info", label=least[1], related=most[1], text=text)

@@ -36,7 +36,7 @@ LEAST_COSINE = 0.5
 """Of descriptors, from which a pair is a candidate."""
 FARTHEST = 0.15
 """Shift that is found, as a fraction of the thumbnail's side."""
-LEAST_ALIKE, MOST_ALIKE, ABOVE = 2.0, 3.4, 2.1
+LEAST_ALIKE, MOST_ALIKE, ABOVE = 2.0, 3.4, 2.3
 """Score from which two images are one picture: so much above the score that as many pairs reach as
 a fifth of the images, within these bounds. Photographs of different things have scores near 0, of
 70,000 pictures of clothes many reach 1.3; chosen on both, with copies in them."""
@@ -46,7 +46,7 @@ MOST_GAIN = 3.0
 """Brightness, as a factor, up to which two pictures may be one."""
 FLAT = 1.0
 """Standard deviation of a thumbnail up to which there is nothing to compare."""
-BLOCK = 4096
+BLOCK = 1024
 PAIRS = 2048
 """Thumbnails, and pairs of them, that are computed together."""
 
@@ -59,15 +59,14 @@ class Pair(NamedTuple):
     score: float
 
 
-def near_pairs(thumbs: Thumbs) -> list[Pair]:
-    """The pairs of near duplicates among thumbnails, uint8 [N, side, side], `first < second`.
+def near_pairs(thumbs: Thumbs, among: Integers) -> list[Pair]:
+    """The pairs of near duplicates among some of the thumbnails, uint8 [N, side, side].
 
     Of many copies of one picture each is in a pair with some of the others. Images without any
     texture are in none.
     """
-    textured = np.flatnonzero(
-        np.concatenate([part.std((1, 2)) > FLAT for part in _blocks(thumbs)] or [np.zeros(0)])
-    )
+    spreads = [part.std((1, 2)) for part in _blocks(thumbs, among)]
+    textured = among[np.concatenate([*spreads, np.zeros(0)]) > FLAT]
     if len(textured) < 2:
         return []
     vectors = describe(thumbs, textured)
@@ -88,11 +87,9 @@ def near_pairs(thumbs: Thumbs) -> list[Pair]:
     ]
 
 
-def _blocks(thumbs: Thumbs, chosen: Integers | None = None) -> Iterator[Thumbs]:
-    count = len(thumbs) if chosen is None else len(chosen)
-    for start in range(0, count, BLOCK):
-        stop = start + BLOCK
-        yield thumbs[start:stop] if chosen is None else thumbs[chosen[start:stop]]
+def _blocks(thumbs: Thumbs, chosen: Integers) -> Iterator[Thumbs]:
+    for start in range(0, len(chosen), BLOCK):
+        yield thumbs[chosen[start : start + BLOCK]]
 
 
 def describe(thumbs: Thumbs, chosen: Integers) -> Floats:

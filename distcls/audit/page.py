@@ -17,7 +17,7 @@ from distcls.errors import BadImage
 SHOWN = 24
 """Findings of a kind that the page shows; audit.csv has all."""
 SIDE = 128
-"""Longer side of a picture on the page, in pixels; small images are enlarged to it."""
+"""Longer side of a picture on the page; larger images are embedded at twice that."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #d1d5db; --soft: #6b7280; --error: #b91c1c;
@@ -32,7 +32,8 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17.5rem, 1fr)); }
 figure { margin: 0; border: 1px solid var(--line); border-radius: .4rem; padding: .5rem; }
 figure img { height: 8rem; max-width: 48%; object-fit: contain; margin-right: 2%;
-  image-rendering: pixelated; background: #8883; }
+  background: #8883; }
+figure img.small { image-rendering: pixelated; }
 figcaption { font-size: .85rem; overflow-wrap: anywhere; } figcaption small { color: var(--soft); }
 @media print { figure { break-inside: avoid; } }
 """
@@ -91,7 +92,8 @@ def _pictures(finding: Finding, inside: Opened) -> Iterator[str]:
         except BadImage:
             continue
         alt = html.escape(record.image_id, quote=True)
-        yield f'<img alt="{alt}" src="data:image/{_encoded(image)}">'
+        small = ' class="small"' if max(image.shape[:2]) < SIDE else ""
+        yield f'<img{small} alt="{alt}" src="data:image/{_encoded(image)}">'
 
 
 def _encoded(image: np.ndarray) -> str:

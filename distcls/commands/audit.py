@@ -23,7 +23,10 @@ COMMAND = Command(
     groups={
         "essential options": ("data", "out", "overwrite", "model", "fix", "strict"),
         "label errors": ("label_errors", "folds", "recipe", "seed"),
-        "manifests": ("path_column", "label_column", "labels_column", "root"),
+        "reading": (
+            *("format", "splits", "path_column", "label_column", "label_columns"),
+            *("labels_column", "root", "background"),
+        ),
     },
 )
 

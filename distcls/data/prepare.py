@@ -592,6 +592,7 @@ def _summarise(
     if set(prepared.counts) == {"test"}:
         say("all images are in the test split: use it with distcls evaluate, not for training")
     for split in ("val", "test") if "train" in prepared.counts else ():
-        if split not in prepared.counts:
+        chosen = split == "test" and options.test_fraction == 0
+        if split not in prepared.counts and not chosen:
             log.warn(f"there are no images for {split}")
     say(f"wrote {options.out} in {prepared.seconds} s")
