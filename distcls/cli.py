@@ -198,6 +198,10 @@ COMMANDS = {
         "distcls.commands.prepare",
         "make a dataset directory from images, IDX files or a manifest",
     ),
+    "audit": (
+        "distcls.commands.audit",
+        "copies, broken files, odd images and wrong labels of a dataset",
+    ),
     "models": ("distcls.commands.models", "networks by name, with parameters, MACs and input size"),
     "train": (
         "distcls.commands.train",
@@ -247,7 +251,8 @@ commands:
 {chr(10).join(f"  {name:<13} {about}" for name, (_, about) in COMMANDS.items())}
 
 `distcls COMMAND --help`, or `distcls help COMMAND`, lists a command's options.
-Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 stopped by a signal and ready to resume.
+Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 findings with audit --strict,
+75 stopped by a signal and ready to resume.
 """
 
 

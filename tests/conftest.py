@@ -69,5 +69,5 @@ def registered_here() -> Iterator[None]:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Dataset directory of scikit-learn's handwritten digits: 1259 train, 179 val, 359 test."""
     folder = tmp_path_factory.mktemp("data") / "digits"
-    prepare(PrepareOptions(source="digits", out=folder, quiet=True))
+    prepare(PrepareOptions(source="digits", out=folder, split_by="draw", quiet=True))
     return folder

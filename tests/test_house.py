@@ -24,7 +24,7 @@ LAYERS = [
     "explanation",
     "evaluation batch serving",
     "training",
-    "export launch",
+    "export launch audit",
     "commands",
     "train evaluate __main__",
 ]
@@ -47,6 +47,7 @@ WITHOUT_TORCH = [
     "distcls.batch.job",
     "distcls.explanation.explain",
     "distcls.evaluation.evaluate",
+    "distcls.commands.audit",
     "distcls.commands.prepare",
     "distcls.commands.predict",
     "distcls.commands.serve",

@@ -116,7 +116,12 @@ def test_the_first_head_decides_the_splits(tmp_path: Path) -> None:
     rows = [f"{'ab'[n % 2]};{n % 5}" for n in range(60)]
     path = listed(tmp_path, "one;two", *rows)
     data = Dataset.open(
-        multi_output.dataset(path, tmp_path / "out", label_columns=("one", "two"), val_fraction=0.2)
+        multi_output.dataset(
+            *(path, tmp_path / "out"),
+            label_columns=("one", "two"),
+            val_fraction=0.2,
+            split_by="draw",
+        )
     )
     for name, each in (("val", 6), ("test", 6), ("train", 18)):
         assert np.bincount(data.split(name).labels[:, 0]).tolist() == [each, each]

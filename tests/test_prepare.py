@@ -51,7 +51,7 @@ def test_digits_are_all_there_and_unharmed(tmp_path: Path) -> None:
 
 
 def test_every_class_gives_the_same_part(tmp_path: Path) -> None:
-    data = run("digits", tmp_path / "out")
+    data = run("digits", tmp_path / "out", split_by="draw")
     per_class = np.bincount(digits(1797)[1])
     for name, fraction in (("test", 0.2), ("val", 0.1)):
         found = np.bincount(data.split(name).labels)
@@ -110,11 +110,11 @@ def test_limit_draws_evenly(tmp_path: Path) -> None:
 
 def test_limit_does_not_decode_the_rest(tmp_path: Path) -> None:
     source = tree(tmp_path / "source", 400)
-    chosen = set(all_ids(run(source, tmp_path / "whole", limit=30)))
+    chosen = set(all_ids(run(source, tmp_path / "whole", limit=30, split_by="draw")))
     for path in source.rglob("*.png"):
         if path.relative_to(source).as_posix() not in chosen:
             path.write_bytes(b"damaged")
-    again = run(source, tmp_path / "again", limit=30)
+    again = run(source, tmp_path / "again", limit=30, split_by="draw")
     assert set(all_ids(again)) == chosen
     assert again.info["rejected"] == 0
 

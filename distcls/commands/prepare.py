@@ -26,7 +26,7 @@ COMMAND = Command(
             "test_fraction",
             "max_bad",
         ),
-        "splits": ("splits", "folds", "fold", "bootstrap", "seed", "limit"),
+        "splits": ("splits", "split_by", "folds", "fold", "bootstrap", "seed", "limit"),
         "manifests": ("path_column", "label_column", "weight_column", "root"),
         "several outputs per image": (
             *("label_columns", "text_column", "labels_column", "separator"),

@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, overload
 
 from distcls import log
 from distcls.cli import import_pandas, packages_for
@@ -340,6 +340,22 @@ def split_of_files(location: Path, name: str) -> Split:
         columns[LABELS] = [list(record.labels or ()) for record in records]
     table = pa.table(columns, schema=schema)
     return Split(name, location, root, table, False, found.task, transparent=True)
+
+
+class Opened(NamedTuple):
+    """What an `ImageDataset` reads its images from."""
+
+    records: Sequence[ImageRecord]
+    """The index of a record counts in the source of its split."""
+    source_of: Callable[[str | None], ImageSource]
+    root: Path | None
+    """The folder that the records' paths start from; None where the images are no files."""
+    directory: Dataset | None
+
+
+def opened(data: ImageDataset) -> Opened:
+    """The records and sources of a dataset, for commands that read the files themselves."""
+    return Opened(data._records, data._sources, data._root, data._directory)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from distcls import log
 from distcls.config import bare, positional
 from distcls.data import writer
+from distcls.data.checks import conflicts, same_names
 from distcls.data.dataset import INFO, PACK, Dataset
 from distcls.data.formats.detect import format_names, open_labelled
 from distcls.data.formats.folder import by_ending, ending_of_name
@@ -121,6 +122,10 @@ class PrepareOptions:
     """Bootstrap sample: training images drawn with replacement, with the number of draws as the
     weight; images never drawn (37 %) are the validation split. The value is the number of the
     sample, 1 by default; each number draws another sample of the same images."""
+    split_by: Literal["hash", "draw"] = "hash"
+    """How images are divided for validation and testing: hash (by their content: images that are
+    added later move no other from its split, and copies are in one; sizes are near the fractions)
+    or draw (sizes are exact, every image may change its split when some are added)."""
     seed: int = 0
     """Seed of the splits (also of folds and bootstrap samples) and of `limit`."""
     limit: int | None = None
@@ -253,6 +258,7 @@ def prepare(options: PrepareOptions) -> Prepared:
         limit=options.limit,
         seed=options.seed,
         resampling=options.resampling,
+        by_hash=options.split_by == "hash",
     )
     with atomic_folder(options.out) as folder:
         info, rejected = _fill(folder, source, assignment, options)
@@ -373,6 +379,7 @@ def _fill(
     by_id = {assignment.records[i].image_id: digest for i, digest in digests.items()}
     repeated = repeated_in_training(after, by_id)
     _warn_of_repeated(repeated, after)
+    _warn_of_labels(source, after, by_id)
     recorded = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(options).items()
@@ -488,6 +495,26 @@ def _warn_of_repeated(
         )
 
 
+def _warn_of_labels(
+    source: LabelledImages, assignment: SplitAssignment, digests: Mapping[str, bytes]
+) -> None:
+    """Say that labels contradict each other, by pixels or by the names of classes."""
+    labels = {
+        record.image_id: (record.label, *(record.labels or ())) for record in assignment.records
+    }
+    if pairs := conflicts(labels, digests):
+        name, other = pairs[0]
+        log.warn(
+            f"{log.counted(len(pairs), 'image')} with pixels of another and other labels, first "
+            f"{name!r} and {other!r}; distcls audit lists them"
+        )
+    for names in same_names(source.classes):
+        log.warn(
+            f"classes {' and '.join(map(repr, names))} differ in case, blanks or Unicode form "
+            "only: are they one?"
+        )
+
+
 def _open_pack(
     stack: ExitStack, folder: Path, source: LabelledImages, images: int, options: PrepareOptions
 ) -> PackWriter | None:
@@ -565,6 +592,7 @@ def _summarise(
     if set(prepared.counts) == {"test"}:
         say("all images are in the test split: use it with distcls evaluate, not for training")
     for split in ("val", "test") if "train" in prepared.counts else ():
-        if split not in prepared.counts:
+        chosen = split == "test" and options.test_fraction == 0
+        if split not in prepared.counts and not chosen:
             log.warn(f"there are no images for {split}")
     say(f"wrote {options.out} in {prepared.seconds} s")

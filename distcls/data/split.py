@@ -14,20 +14,26 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from distcls.data.hash_split import content_of, cut_by_hash
 from distcls.data.source import SPLITS, ImageRecord, LabelledImages
 from distcls.errors import UsageError, require
 
 
 def assign_splits(
-    records: Sequence[ImageRecord], *, val_fraction: float, test_fraction: float, seed: int
+    records: Sequence[ImageRecord],
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    content: Sequence[bytes] | None = None,
 ) -> list[str]:
     """The split of each record.
 
     The source's own splits stay as they are. Those it lacks are cut from its training images, the
     same fraction of each class (rounded to the nearest, at least one image where the class has
     enough); a class always keeps a training image, unless `test_fraction` is 1: then all images
-    without a split of their own are for testing. Raises UsageError if the source's splits divide a
-    group.
+    without a split of their own are for testing. With the `content` of each image, a digest, that
+    alone decides (see `cut_by_hash`). Raises UsageError if the source's splits divide a group.
     """
     given = {record.split for record in records} - {None}
     fractions = {
@@ -38,7 +44,9 @@ def assign_splits(
     splits = [record.split or ("test" if test_fraction == 1 else "train") for record in records]
     _check_groups(records, splits)
     training = [index for index, split in enumerate(splits) if split == "train"]
-    if any(records[index].group is not None for index in training):
+    if content is not None:
+        chosen = cut_by_hash(records, training, fractions, seed=seed, content=content)
+    elif any(records[index].group is not None for index in training):
         chosen = _cut_groups(records, training, fractions, seed)
     else:
         chosen = _cut(records, training, fractions, seed)
@@ -385,17 +393,24 @@ def split_images(
     limit: int | None,
     seed: int,
     resampling: Resampling | None = None,
+    by_hash: bool = False,
 ) -> SplitAssignment:
     """Put each image into a split and take at most `limit`.
 
+    `by_hash` reads all images that are to be divided, and lets their content decide.
     With `resampling`, which divides the images taken for training, `val_fraction` has to be 0.
     Raises UsageError if a class cannot be trained on, or if the source chose its validation images.
     """
     records = source.records
     if resampling is not None:
         _check_no_validation(source, resampling)
+    dividing = 0 < val_fraction < 1 or 0 < test_fraction < 1
     splits = assign_splits(
-        records, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed
+        records,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+        content=content_of(source.source, records) if by_hash and dividing else None,
     )
     assignment = SplitAssignment(records=records, splits=splits)
     check_training_images(assignment, source)

@@ -10,10 +10,12 @@ dead network file system, cannot be ended, but whoever waits for it can: see `re
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import errno
 import functools
+import itertools
 import os
 import re
 import threading
@@ -32,6 +34,7 @@ from distcls.errors import BadImage, MachineError, UsageError
 from distcls.stored import regular_descriptor
 from distcls.system import memory_limit
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 MAX_BYTES = 1 << 28
@@ -130,6 +133,27 @@ def result_of(future: Future[T]) -> T:
                     f"environment variable {READ_LIMIT} sets the limit"
                 )
     return future.result()
+
+
+def in_order(function: Callable[[S], T], items: Iterable[S], workers: int) -> Iterator[T]:
+    """What a function that reads files returns for each item, in order, from several threads.
+
+    A few items are taken ahead. Raises what the function raises, and MachineError as `result_of`.
+    """
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="distcls-read")
+    waiting: collections.deque[Future[T]] = collections.deque()
+    left = iter(items)
+    try:
+        waiting.extend(pool.submit(function, item) for item in itertools.islice(left, 2 * workers))
+        while waiting:
+            found = result_of(waiting[0])
+            waiting.popleft()
+            waiting.extend(pool.submit(function, item) for item in itertools.islice(left, 1))
+            yield found
+    except BaseException as error:
+        leave(pool, waiting, error)
+        raise
+    pool.shutdown()
 
 
 def leave(pool: ThreadPoolExecutor, pending: Iterable[Future[Any]], error: object) -> None:

@@ -46,8 +46,8 @@ def test_it_is_prepared_into_the_run_directory(
     train(f"{photos}/", "--out", "runs/a", "--seed", 3)
     said = capsys.readouterr().err
     line = (
-        "data: photos, prepared in runs/a/dataset: 48 images (34 train, 4 "
-        "val, 10 test) of 3 classes: blue, green, red"
+        "data: photos, prepared in runs/a/dataset: 48 images (33 train, 4 "
+        "val, 11 test) of 3 classes: blue, green, red"
     )
     assert line in said.splitlines()
     assert "pack:" not in said

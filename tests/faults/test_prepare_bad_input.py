@@ -72,7 +72,7 @@ def bad_training_images(source: Path) -> None:
         (too_few_labels, "", "holds 100 images, but train-labels-idx1-ubyte.gz 98 labels"),
         (idx_folder, "--format=mnist", "expected 6bbc9ace898e44ae57da46a324031adb (mnist)"),
         (idx_folder, "--pack=off", "are not files; add --write-images"),
-        (nothing_readable, "", "none of 30 images is readable; first '0/0010.png': corrupt"),
+        (nothing_readable, "", "none of 30 images is readable; first '0/0000.png': corrupt"),
         (bad_training_images, "", "class '3' has no training images"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Looking at a dataset before it is trained on: copies, broken files, odd images, wrong labels."""

@@ -1,0 +1,239 @@
+"""`distcls audit`: look at a dataset before it is trained on, or trusted."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distcls import log
+from distcls.audit.checks import Teller, image_findings, turned_copies
+from distcls.audit.findings import KINDS, Finding, counted, in_order, table
+from distcls.audit.fix import write_fixed
+from distcls.audit.labels import label_findings
+from distcls.audit.model import drift, features_of, turned_pairs
+from distcls.audit.page import page
+from distcls.audit.scan import Scan, scan
+from distcls.cli import packages_for
+from distcls.config import positional
+from distcls.data.image_dataset import Opened, open_dataset, opened
+from distcls.data.source import Rejected
+from distcls.data.writer import REJECTED
+from distcls.errors import DistclsError, UsageError, require
+from distcls.files import require_distinct, require_writable, write_json, write_text
+from distcls.imaging.preprocess import WHITE, Background, background_color
+from distcls.task import Task
+
+FILES = ("audit.csv", "audit.json", "audit.html")
+"""What `--out` gets."""
+
+
+class Findings(DistclsError):
+    """There are errors, with `strict`."""
+
+    exit_code = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditOptions:
+    """Options of `distcls audit`."""
+
+    data: str = positional()
+    """Dataset directory, or anything that `distcls prepare` reads. Of a packed directory the pack
+    is looked at, of everything else the files."""
+    out: Path | None = None
+    """Folder for audit.csv, audit.json and audit.html."""
+    overwrite: bool = False
+    """Replace an audit in --out."""
+    model: Path | None = None
+    """Model file best.onnx, or a run directory with one: its features find mirrored and turned
+    copies, and tell whether the images of val and test are drawn as those of train are."""
+    label_errors: bool = False
+    """Train `folds` models, each without a part of the images, and list the labels of these parts
+    that they contradict. Takes as long as these runs; needs torch."""
+    folds: int = 4
+    """With label_errors: number of parts."""
+    recipe: str | None = None
+    """With label_errors: YAML file of training options, or the name of a recipe (`distcls recipes`
+    lists them); default: what `distcls train` chooses."""
+    seed: int = 0
+    """With label_errors: seed of the parts and of the runs."""
+    fix: Path | None = None
+    """CSV or Parquet manifest to write for `distcls prepare`, with the repairs that are proposed:
+    broken images and copies left out, class names that mean one class made one, near copies in one
+    group. No image is touched."""
+    strict: bool = False
+    """End with exit code 3 if there is any error."""
+    format: str = "auto"
+    """Format of the images, as for `distcls prepare`."""
+    splits: tuple[str, ...] = ()
+    """Folder trees: the folder of each split, as for `distcls prepare`."""
+    path_column: str | None = None
+    """Column of a manifest with the path of each image, as for `distcls prepare`."""
+    label_column: str | None = None
+    """Column of a manifest with the class of each image."""
+    label_columns: tuple[str, ...] = ()
+    """Multi-head: columns of a manifest, one head per column."""
+    labels_column: str | None = None
+    """Multi-label: column of a manifest with any number of labels per image."""
+    root: Path | None = None
+    """Folder that relative paths of a manifest start from."""
+    background: Background = WHITE
+    """Colour that transparent pixels are blended with; ignore discards the alpha channel."""
+    json: bool = False
+    """Print one JSON object with the counts."""
+    quiet: bool = False
+    """Print warnings and errors only."""
+
+    def __post_init__(self) -> None:
+        ending = self.fix is None or self.fix.suffix.lower() in (".csv", ".parquet")
+        require(self.folds >= 2, "folds", self.folds, "at least 2")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        judged = self.label_errors or self.recipe is None
+        require(judged, "recipe", self.recipe, "nothing without label_errors")
+        require(ending, "fix", self.fix, "the name of a .csv or .parquet file")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditResult:
+    """What was found."""
+
+    data: str
+    images: int
+    splits: dict[str, int]
+    classes: list[str]
+    findings: list[Finding]
+    """In the order of the report."""
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary, as audit.json and `--json` have it."""
+        return {
+            "data": self.data,
+            "images": self.images,
+            "splits": self.splits,
+            "classes": len(self.classes),
+            "findings": counted(self.findings),
+            "seconds": self.seconds,
+        }
+
+    def to_text(self) -> str:
+        """A line for each kind of finding, with the first of them."""
+        lines = []
+        for severity, kinds in counted(self.findings).items():
+            for kind, count in kinds.items():
+                chosen = (f for f in self.findings if (f.severity, f.kind) == (severity, kind))
+                first = next(chosen)
+                name = f"{first.image}: " if first.image else ""
+                lines.append(f"{severity:<8} {count:>7,}  {KINDS[kind]}")
+                lines.append(f"{'':<17} first {name}{first.text}")
+        return "\n".join(lines or ["nothing found"])
+
+
+def audit(options: AuditOptions) -> AuditResult:
+    """Look at all images of a dataset, and write `options.out` if given.
+
+    Raises UsageError for data that cannot be read, an audit in `options.out`, or wrong options.
+    """
+    started = time.monotonic()
+    check_output(options)
+    with packages_for(options.data):
+        data = open_dataset(options.data, **_reading(options))
+    if not len(data):
+        raise UsageError(f"{options.data}: there are no images")
+    inside = opened(data)
+    scanned = scan(inside, _background(options, inside))
+    findings = list(image_findings(scanned, data.task, _rejected(inside)))
+    if options.model is not None:
+        findings += _by_model(
+            options.model, scanned, inside, Teller(inside.records, data.task), findings
+        )
+    if options.label_errors:
+        good = np.array([at for at in range(len(data)) if at not in scanned.broken], np.int64)
+        findings += label_findings(
+            *(inside, data.task, good),
+            folds=options.folds,
+            recipe=options.recipe,
+            seed=options.seed,
+        )
+    result = AuditResult(
+        data=options.data,
+        images=len(data),
+        splits=data.splits,
+        classes=list(data.classes),
+        findings=in_order(findings),
+        seconds=round(time.monotonic() - started, 2),
+    )
+    _finish(options, result, inside, data.task)
+    return result
+
+
+def _by_model(
+    model: Path, scanned: Scan, inside: Opened, tell: Teller, known: list[Finding]
+) -> list[Finding]:
+    """What the features of a model tell."""
+    features = features_of(model, inside)
+    pairs = turned_pairs(scanned.thumbs, features)
+    splits = [record.split for record in inside.records]
+    return [*turned_copies(tell, pairs, known), *drift(features, splits)]
+
+
+def check_output(options: AuditOptions) -> None:
+    """Raise UsageError, before any work, if the result could not be written."""
+    written = {} if options.out is None else {options.out / name: "out" for name in FILES}
+    written |= {} if options.fix is None else {options.fix: "fix"}
+    for path, key in written.items():
+        if path.exists() and not options.overwrite:
+            raise UsageError(f"{path} exists already; choose another --{key} or add --overwrite")
+        require_writable(path.parent)
+    if options.fix is not None:
+        require_distinct({"fix": options.fix}, {"data": [Path(options.data)]})
+
+
+def _reading(options: AuditOptions) -> dict[str, Any]:
+    names = ("format", "splits", "path_column", "label_column", "label_columns", "labels_column")
+    given = {name: getattr(options, name) for name in (*names, "root")}
+    return {name: value for name, value in given.items() if value not in (None, (), "auto")}
+
+
+def _background(options: AuditOptions, inside: Opened) -> Any:
+    if inside.directory is not None:
+        return inside.directory.background
+    return background_color(options.background)
+
+
+def _rejected(inside: Opened) -> list[Rejected]:
+    """What `distcls prepare` left out of a dataset directory."""
+    if inside.directory is None:
+        return []
+    path = inside.directory.folder / REJECTED
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", errors="replace", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    return [
+        Rejected(row.get("image_id") or "", row.get("path"), row.get("reason") or "left out")
+        for row in rows
+    ]
+
+
+def _finish(options: AuditOptions, result: AuditResult, inside: Opened, task: Task) -> None:
+    splits = ", ".join(f"{count:,} {name}" for name, count in result.splits.items())
+    about = (
+        f"{result.images:,} images{f' ({splits})' if splits else ''} of "
+        f"{len(result.classes):,} classes"
+    )
+    log.say(f"{result.data}: {about} in {result.seconds} s")
+    if options.out is not None:
+        write_text(options.out / "audit.csv", table(result.findings))
+        write_json(options.out / "audit.json", result.to_json())
+        text = page(f"Audit of {result.data}", f"{about}.", result.findings, inside)
+        write_text(options.out / "audit.html", text)
+        log.say(f"wrote {options.out}: {log.counted(len(result.findings), 'finding')}")
+    if options.fix is not None:
+        left_out = write_fixed(options.fix, result.findings, inside, task)
+        log.say(f"wrote {options.fix}: {log.counted(left_out, 'image')} left out")

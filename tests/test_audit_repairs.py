@@ -1,0 +1,123 @@
+"""What follows from an audit: the repaired manifest, the page, and what a model adds."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from distcls.audit.audit import AuditOptions
+from distcls.audit.model import drift, two_sample_test
+from distcls.data.dataset import Dataset
+from distcls.data.prepare import PrepareOptions, prepare
+from distcls.errors import BadValue, UsageError
+from tests.sources import put
+from tests.test_audit import folder, kinds, look, photo
+from tests.test_predict_rows import with_features
+
+
+def damaged(root: Path) -> Path:
+    """Pictures with a leak, a copy, a conflict, a broken file and two names of one class."""
+    data = folder(root)
+    put(data / "train/cat/leak.png", photo(2))
+    put(data / "train/dog/again.png", photo(1))
+    put(data / "train/cat/other.png", photo(5))  # train/dog/5.png
+    put(data / "train/Cat/new.png", photo(200))
+    (data / "train/cat/broken.png").write_bytes(b"nothing")
+    return data
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_repaired_manifest_can_be_prepared_and_has_no_error(tmp_path: Path, ending: str) -> None:
+    data, fixed = damaged(tmp_path / "photos"), tmp_path / f"fixed.{ending}"
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+    look(data, fix=fixed)
+    assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
+    prepare(PrepareOptions(source=str(fixed), out=tmp_path / "data", quiet=True))
+    prepared = Dataset.open(tmp_path / "data")
+    assert prepared.classes == ("cat", "dog")
+    counts = prepared.counts()
+    assert (counts["test"], counts["train"] + counts["val"]) == (16, 16)
+    assert not kinds(look(fixed))
+    with pytest.raises(UsageError, match=r"exists already; choose another --fix or add"):
+        look(data, fix=fixed)
+
+
+def test_near_copies_without_a_split_are_put_into_one_group(tmp_path: Path) -> None:
+    for number in range(12):
+        put(tmp_path / "photos" / "ab"[number % 2] / f"{number}.png", photo(number))
+    near = (photo(4)[1:], photo(4)[:, 2:])
+    for number, picture in enumerate(near):
+        put(tmp_path / "photos/a" / f"near{number}.png", picture)
+    look(tmp_path / "photos", fix=tmp_path / "fixed.csv")
+    with (tmp_path / "fixed.csv").open(newline="") as handle:
+        groups = {row["image_id"]: row["group"] for row in csv.DictReader(handle)}
+    assert {name for name, group in groups.items() if group} == {
+        *("a/4.png", "a/near0.png", "a/near1.png")
+    }
+    assert len(set(groups.values())) == 2
+    prepare(PrepareOptions(source=str(tmp_path / "fixed.csv"), out=tmp_path / "data", quiet=True))
+    table = pq.read_table(tmp_path / "data/manifest.parquet").to_pydict()
+    homes = dict(zip(table["image_id"], table["split"], strict=True))
+    assert len({homes[name] for name, group in groups.items() if group}) == 1
+
+
+def test_repairs_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(BadValue, match=r"fix: .* expected the name of a \.csv or \.parquet file"):
+        AuditOptions(data="digits", fix=Path("fixed.txt"))
+    with pytest.raises(UsageError, match="fix: the images are no files"):
+        look(Path("digits"), fix=tmp_path / "fixed.csv")
+
+
+def test_the_page_needs_no_network_and_shows_both_pictures(tmp_path: Path) -> None:
+    data = damaged(tmp_path / "<photos>")
+    look(data, out=tmp_path / "audit")
+    page = (tmp_path / "audit/audit.html").read_text()
+    assert "http" not in page
+    assert "<photos>" not in page
+    assert "&lt;photos&gt;" in page
+    images = re.findall(
+        r'<img class="small" alt="([^"]*)" src="data:image/(?:png|jpeg);base64,[^"]+">', page
+    )
+    assert {"train/cat/leak.png", "test/cat/2.png"} <= set(images)
+    assert page.count("<figure>") == len(look(data).findings)
+
+
+def test_a_model_finds_mirrored_and_turned_pictures(tmp_path: Path) -> None:
+    data = folder(tmp_path / "photos")
+    put(data / "train/cat/mirrored.png", photo(2)[:, ::-1])
+    put(data / "train/cat/turned.png", np.rot90(photo(6)))
+    assert not kinds(look(data))
+    model = with_features(tmp_path / "f.onnx")
+    found = look(data, model=model)
+    texts = {each.image: each.text for each in found.findings if each.kind == "near_leak"}
+    assert {name: "mirrored" in text for name, text in texts.items()} == {
+        "train/cat/mirrored.png": True,
+        "train/cat/turned.png": False,
+    }
+
+
+def test_drift_is_told_from_chance() -> None:
+    rng = np.random.default_rng(3)
+    same = rng.normal(size=(900, 8)).astype(np.float32)
+    other = (rng.normal(size=(300, 8)) + 0.6).astype(np.float32)
+    splits = ["train"] * 600 + ["val"] * 300
+    assert not list(drift(same, splits))
+    [finding] = drift(np.concatenate([same, other]), [*splits, *["test"] * 300])
+    assert (finding.kind, finding.split, finding.related) == ("drift", "test", "train")
+    assert finding.value is not None
+    assert finding.value < 0.001
+
+
+def test_the_p_value_of_equal_samples_is_uniform() -> None:
+    rng = np.random.default_rng(0)
+    found = [
+        two_sample_test(*rng.normal(size=(2, 30, 3)).astype(np.float32), seed=n)[1]
+        for n in range(60)
+    ]
+    assert 0.3 < np.mean(found) < 0.7
+    assert np.mean(np.array(found) < 0.2) < 0.4
