@@ -77,7 +77,8 @@ def test_the_page_needs_no_network_and_shows_both_pictures(tmp_path: Path) -> No
     data = damaged(tmp_path / "<photos>")
     look(data, out=tmp_path / "audit")
     page = (tmp_path / "audit/audit.html").read_text()
-    assert "http" not in page
+    assert "http:" not in page
+    assert "https:" not in page
     assert "<photos>" not in page
     assert "&lt;photos&gt;" in page
     images = re.findall(

@@ -89,8 +89,8 @@ def test_the_page_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == f"{path}\n"
     found = outline(path)
     assert found.sections == [
-        *("summary", "data", "training", "evaluation", "mistakes", "explanation", "confidence"),
-        *("model", "again"),
+        *("summary", "data", "audit", "training", "evaluation", "mistakes", "explanation"),
+        *("confidence", "model", "again"),
     ]
     assert not found.open or found.open == ["html"]
     # nothing is loaded: pictures lie in it, links lead to its sections

@@ -16,7 +16,7 @@ from distcls.audit.findings import KINDS, Finding, counted, in_order, table
 from distcls.audit.fix import write_fixed
 from distcls.audit.labels import label_findings
 from distcls.audit.model import drift, features_of, turned_pairs
-from distcls.audit.page import page
+from distcls.audit.page import audit_page
 from distcls.audit.scan import Scan, scan
 from distcls.cli import packages_for
 from distcls.config import positional
@@ -231,7 +231,7 @@ def _finish(options: AuditOptions, result: AuditResult, inside: Opened, task: Ta
     if options.out is not None:
         write_text(options.out / "audit.csv", table(result.findings))
         write_json(options.out / "audit.json", result.to_json())
-        text = page(f"Audit of {result.data}", f"{about}.", result.findings, inside)
+        text = audit_page(f"Audit of {result.data}", f"{about}.", result.findings, inside)
         write_text(options.out / "audit.html", text)
         log.say(f"wrote {options.out}: {log.counted(len(result.findings), 'finding')}")
     if options.fix is not None:

@@ -31,6 +31,8 @@ class ReportOptions:
     """Replace the file."""
     limit: int | None = None
     """Measure on so many images only."""
+    audit: bool = True
+    """Look at the images of the dataset as `distcls audit` does; of one run."""
     explain: int = 6
     """Images with a map of what their prediction rests on; 0 for none."""
     quiet: bool = False

@@ -12,7 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls import __version__, log, plotting
+from distcls.audit.audit import AuditOptions, audit
+from distcls.audit.findings import KINDS, counted
+from distcls.audit.page import finding_tiles
 from distcls.data.dataset import Dataset
+from distcls.data.image_dataset import open_dataset, opened
 from distcls.data.source import SPLITS
 from distcls.errors import BadImage, UsageError
 from distcls.evaluation import plots
@@ -20,9 +24,7 @@ from distcls.evaluation.outputs import Outputs
 from distcls.explanation.explain import explain_pixels, overlay
 from distcls.files import given_path, require_distinct, require_writable, write_text
 from distcls.model_card import require_model
-from distcls.predictor import load
-from distcls.report.options import ReportOptions
-from distcls.report.page import (
+from distcls.page import (
     Html,
     bar,
     drawing,
@@ -36,6 +38,8 @@ from distcls.report.page import (
     tag,
     tiles,
 )
+from distcls.predictor import load
+from distcls.report.options import ReportOptions
 from distcls.report.runs import Run, dataset_of, read_run
 from distcls.report.several import several_runs
 from distcls.report.words import NONE, duration, file_size, in_words, of_split
@@ -43,6 +47,9 @@ from distcls.runtime.providers import versions
 
 Section = tuple[str, str, Html]
 
+SEVERITY_STYLES = {"error": "bad", "warning": "warning", "info": "soft"}
+MOST_FINDINGS = 12
+"""Findings that are shown as pictures."""
 WORST = 24
 """Mistakes that are shown."""
 MOST_ROWS = 40
@@ -70,7 +77,7 @@ def report(options: ReportOptions) -> Path:
     require_distinct({"out": out}, {"runs": [run.model for run in runs]})
     with tempfile.TemporaryDirectory(prefix="distcls-") as scratch:
         if len(runs) == 1:
-            written = one_run(runs[0], dataset, split, options.explain, Path(scratch))
+            written = one_run(runs[0], dataset, split, options, Path(scratch))
         else:
             written = several_runs(runs, dataset, split, Path(scratch))
     require_writable(out.parent)
@@ -93,15 +100,16 @@ def _output(options: ReportOptions) -> Path:
     return out
 
 
-def one_run(run: Run, dataset: Dataset, split: str, explain: int, scratch: Path) -> str:
+def one_run(run: Run, dataset: Dataset, split: str, options: ReportOptions, scratch: Path) -> str:
     """The page about one run."""
     sections = [
         _summary(run, dataset),
         _data(run, dataset),
+        _findings(dataset) if options.audit else None,
         _training(run, scratch),
         _evaluation(run, scratch),
         _mistakes(run, dataset, split),
-        _explanations(run, dataset, split, explain) if explain else None,
+        _explanations(run, dataset, split, options.explain) if options.explain else None,
         _confidence(run, scratch),
         _model(run),
         _again(run, dataset),
@@ -217,6 +225,29 @@ def _data(run: Run, dataset: Dataset) -> Section:
         content.append(_perhaps_folded(table(["class", "", *names, "all"], rows, numbers=2),
                                        len(rows), "Images of each class"))  # fmt: skip
     return section("data", "Data", *content)
+
+
+def _findings(dataset: Dataset) -> Section:
+    """What `distcls audit` finds in the images."""
+    log.say(f"{dataset.folder}: looking at its images")
+    result = audit(AuditOptions(data=str(dataset.folder), quiet=True))
+    rows = [
+        [KINDS[kind], tag("span", severity, class_=SEVERITY_STYLES[severity]), f"{count:,}"]
+        for severity, kinds in counted(result.findings).items()
+        for kind, count in kinds.items()
+    ]
+    if not rows:
+        return section("audit", "Audit", tag("p", "Nothing stands out in the images."))
+    shown = [each for each in result.findings if each.severity != "info"][:MOST_FINDINGS]
+    inside = opened(open_dataset(dataset.folder))
+    more = f"distcls audit {shlex.quote(str(dataset.folder))} --out audit"
+    return section(
+        *("audit", "Audit", table(["finding", "severity", "images"], rows, numbers=2)),
+        *(
+            finding_tiles(shown, inside),
+            tag("p", "All of them: ", tag("code", more), class_="fine"),
+        ),
+    )
 
 
 def _perhaps_folded(content: Html, rows: int, title: str) -> Html:

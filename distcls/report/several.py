@@ -14,7 +14,7 @@ from distcls import plotting
 from distcls.data.dataset import Dataset
 from distcls.errors import BadImage
 from distcls.evaluation.compare import Comparison, compare_results
-from distcls.report.page import (
+from distcls.page import (
     Html,
     bar,
     drawing,
