@@ -55,6 +55,8 @@ WITHOUT_TORCH = [
     "distcls.serving.compute",
     "distcls.serving.grpc",
     "distcls.commands.evaluate",
+    "distcls.commands.compare",
+    "distcls.commands.calibrate",
     "distcls.commands.completion",
     "distcls.commands.models",
     "distcls.commands.train",

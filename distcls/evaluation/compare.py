@@ -166,8 +166,8 @@ class Comparison:
         lines.append(f"on {self.images:,} images{also}")
         if max(self.runs) == 1:
             lines.append(
-                "of these models: another seed gives another one; several of each, as in "
-                "a1,a2,a3 b1,b2,b3, compare the recipes"
+                "this is about these models, not their recipes: another seed gives another model; "
+                "to compare recipes give several runs of each, as in a1,a2,a3 b1,b2,b3"
             )
         return "\n".join(lines)
 

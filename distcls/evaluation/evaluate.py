@@ -316,12 +316,11 @@ def evaluate_model(
 
     Args:
         model: a best.onnx, a best.pth, a run directory, or a predictor, of an ensemble too.
-        data: a dataset directory, or an `ImageDataset` of one, whose images are taken; or a folder
-            of class folders, or a manifest.
+        data: a dataset directory, a folder of class folders, a manifest, or an `ImageDataset` of a
+            dataset directory.
         split: train, val or test; by default test, or the only one of an `ImageDataset`.
-        by: a column of the manifest, such as group: the result has figures of each of its values.
-        out: folder for metrics.json, per_class.csv, confusion.csv, predictions.parquet and
-            pictures.
+        by: a column of the manifest, such as group, for figures of each of its values.
+        out: folder for metrics.json, predictions.parquet, pictures and more.
         overwrite: replace an evaluation in `out`.
         provider: execution provider of an exported model, see `distcls.load`; auto measures them
             for 256 images and more, and takes the fastest that agrees with the CPU.

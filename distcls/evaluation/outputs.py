@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 PREDICTIONS = "predictions.parquet"
 MOST_HELD = 1 << 26
 """Bytes of an array of one row an image that are held in memory; a larger one lies in a file."""
-BLOCK = 1 << 20
-"""Values that are computed with at a time."""
+BLOCK, MOST_ROWS = 1 << 17, 1 << 13
+"""Values, and rows, that are computed with at a time."""
 KEY = b"distcls"
 """Key of the table's metadata, JSON: the model, the data, the split, and the task."""
 
@@ -40,8 +40,8 @@ def rows_of(count: int, width: int) -> Floats:
 
 
 def blocks(count: int, width: int) -> Iterator[slice]:
-    """Consecutive rows of [count, width], about BLOCK values each."""
-    rows = max(1, BLOCK // max(1, width))
+    """Consecutive rows of [count, width], at most BLOCK values each."""
+    rows = min(MOST_ROWS, max(1, BLOCK // max(1, width)))
     return (slice(start, min(count, start + rows)) for start in range(0, count, rows))
 
 
