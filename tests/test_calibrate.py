@@ -35,6 +35,8 @@ from distcls.export.graph import SCALED, set_temperatures
 from distcls.model_card import ModelCard
 from distcls.prediction import prediction_sets as set_texts
 from distcls.runtime.model import OnnxModel
+from distcls.runtime.onnx_file import OnnxFile
+from distcls.serving.compute import _require_like
 from distcls.task import Head, Task
 from tests import tiny_dataset, tiny_onnx
 from tests.pictures import encode
@@ -208,6 +210,21 @@ def test_what_else_is_in_the_files_stays(calibrated: Path, tmp_path: Path) -> No
         assert old_file.keys() <= new_file.keys()
         for name, tensor in old_file["model"].items():
             assert torch.equal(tensor, new_file["model"][name])
+
+
+def test_a_server_takes_a_calibrated_file_for_the_one_before(calibrated: Path) -> None:
+    """Its thresholds are others, its labels the same."""
+    old, new = (OnnxFile(f / "run_labels" / "best.onnx") for f in (EXPORTED, calibrated))
+    card = ModelCard.from_metadata(old.metadata, "old")
+    assert ModelCard.from_metadata(new.metadata, "new").task.thresholds != card.task.thresholds
+    like: dict[str, Any] = {
+        "size": list(card.preprocess.size),
+        "task": {"kind": "multi_label", "classes": []},
+    }
+    like["task"]["classes"] = list(card.classes)
+    _require_like(new, like)
+    with pytest.raises(UsageError, match="its classes are not those of before"):
+        _require_like(new, like | {"task": ["big", "round"]})
 
 
 def test_means_of_models_apply_a_temperature_once(calibrated: Path) -> None:

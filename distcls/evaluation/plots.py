@@ -76,7 +76,8 @@ def mistakes(outputs: Outputs, source: ImageSource, path: Path) -> None:
             continue
         text = f"{label or 'nothing'} {chance:.0%}\nlabelled {true or 'nothing'}"
         tiles.append(plotting.Tile(image=image, text=text, name=str(outputs.image_ids[place])))
-    title = f"the worst of {len(wrong):,} wrong predictions of {len(outputs):,}"
+    which = "the worst of" if len(wrong) > WORST else "the"
+    title = f"{which} {len(wrong):,} wrong predictions of {len(outputs):,}"
     plotting.draw_grid(tiles, path, title=title)
 
 
@@ -91,6 +92,7 @@ def pairs(outputs: Outputs, path: Path) -> None:
     axes.bar_label(bars, [f"{count:,}" for count in counts], padding=3, fontsize=9)
     axes.set_yticks(range(len(counted)), names, fontfamily=plotting.fonts(), parse_math=False)
     axes.invert_yaxis()
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("images")
     axes.set_title("most frequent confusions: truth → prediction", fontsize=12)
     _plain(axes, grid="x")

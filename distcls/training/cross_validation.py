@@ -190,7 +190,7 @@ def _result(config: TrainConfig, results: Sequence[TrainResult], metrics: Metric
         best_epochs=[each.best_epoch for each in results],
         mean=statistics.fmean(scores),
         std=statistics.stdev(scores),
-        interval=interval_of(scores),
+        interval=_within_range(interval_of(scores), config),
         out_of_fold=metrics.scalars(),
         images=metrics.count,
         predictions=config.out / PREDICTIONS,
@@ -211,6 +211,14 @@ def interval_of(scores: Sequence[float]) -> tuple[float, float]:
     error = statistics.stdev(scores) * math.sqrt(1 / count + 1 / (count - 1))
     half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
     return mean - half, mean + half
+
+
+def _within_range(interval: tuple[float, float], config: TrainConfig) -> tuple[float, float]:
+    """The interval without what the metric cannot be; of a few folds it may be wider."""
+    low, high = interval
+    if config.monitor.beside:
+        return interval  # a metric of the user's own
+    return max(0.0, low), high if config.monitor.figure == "loss" else min(1.0, high)
 
 
 def lines(found: CvResult) -> list[str]:
