@@ -84,6 +84,25 @@ _OPTIONAL: dict[Any, dict[str, Any]] = {
     "parameters": {"parameters": _OBJECT},
 }
 """Properties of bodies that may be left out."""
+_PAIR = _object({"count": {"type": "integer"}, "ns": {"type": "integer"}})
+_STATS = _object(
+    {
+        "model_stats": _list(
+            _object(
+                {"name": _TEXT, "version": _TEXT, "inference_stats": _object({"success": _PAIR})}
+            )
+        )
+    }
+)
+_METADATA = _object(
+    {
+        **{"name": _TEXT, "versions": _TEXTS, "platform": _TEXT},
+        **{"inputs": _list(_DESCRIBED), "outputs": _list(_DESCRIBED)},
+    }
+)
+_INFERRED = _object(
+    {"model_name": _TEXT, "model_version": _TEXT, "outputs": _list(_TENSOR)}, {"id": _TEXT}
+)
 _ERRORS = {
     "400": "what was sent is wrong",
     "401": "a bearer token is wanted",
@@ -145,25 +164,6 @@ def _table() -> list[tuple[Any, ...]]:
     """Path, method, summary, status codes of errors, schema of the answer, of the body, query."""
     model, one = "/v2/models/{model}", ("401", "404", "503")
     version = model + "/versions/{version}"
-    pair = _object({"count": {"type": "integer"}, "ns": {"type": "integer"}})
-    stats = _object(
-        {
-            "model_stats": _list(
-                _object(
-                    {"name": _TEXT, "version": _TEXT, "inference_stats": _object({"success": pair})}
-                )
-            )
-        }
-    )
-    metadata = _object(
-        {
-            **{"name": _TEXT, "versions": _TEXTS, "platform": _TEXT},
-            **{"inputs": _list(_DESCRIBED), "outputs": _list(_DESCRIBED)},
-        }
-    )
-    infer = _object(
-        {"model_name": _TEXT, "model_version": _TEXT, "outputs": _list(_TENSOR)}, {"id": _TEXT}
-    )
     failing = ("400", "401", "404", "408", "413", "415", "503", "504")
     rows: list[tuple[Any, ...]] = [
         (
@@ -183,7 +183,7 @@ def _table() -> list[tuple[Any, ...]]:
             _object({"ready": {}}),
         ),
         ("/v2/models", "get", "Names of the models", ("401",), _object({"models": _TEXTS})),
-        ("/v2/models/stats", "get", "Statistics of all models", ("401",), stats),
+        ("/v2/models/stats", "get", "Statistics of all models", ("401",), _STATS),
         ("/metrics", "get", "Metrics for Prometheus", ("401",), None),
         (
             *("/v2/repository/index", "post", "Models, versions and their states"),
@@ -196,11 +196,11 @@ def _table() -> list[tuple[Any, ...]]:
         rows.append((path, "post", f"{action.title()} a model", control, _OBJECT, "parameters"))
     for base in (model, version):
         rows += [
-            (base, "get", "Inputs and outputs of a model", one, metadata),
+            (base, "get", "Inputs and outputs of a model", one, _METADATA),
             (base + "/ready", "get", "Whether a model is ready", one, _object({"ready": {}})),
             (base + "/config", "get", "The model as a Triton configuration", one, _OBJECT),
-            (base + "/stats", "get", "Statistics of a model", one, stats),
-            (base + "/infer", "post", "Inference by the protocol", failing, infer, _INFER),
+            (base + "/stats", "get", "Statistics of a model", one, _STATS),
+            (base + "/infer", "post", "Inference by the protocol", failing, _INFERRED, _INFER),
         ]
     return rows
 
