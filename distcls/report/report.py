@@ -444,6 +444,9 @@ def _model(run: Run) -> Section:
             f"({certificate['reference']})"
         )
     pairs.append(("Certificate", said))
+    if (calibration := card.calibration) is not None:
+        found = ", ".join(f"{value:.3f}" for value in calibration["temperatures"][:8])
+        pairs.append(("Calibrated by", f"temperature {found}"))
     if certificate and (distinct := certificate.get("distinct_predictions")):
         pairs.append(("", f"{distinct:,} distinct predictions among them"))
     return section("model", "Model", facts(pairs))

@@ -391,6 +391,7 @@ class App(Service):
             "preprocess": card["preprocess"],
             "training": card["training"],
             "certificate": card["certificate"],
+            "calibration": card.get("calibration"),
             "sha256": facts["sha256"],
             "provider": facts["provider"],
             "limits": {

@@ -569,6 +569,7 @@ function facts() {
   return [
     table([["Name", card.model], ["Version", card.version], ["Input", `${width} × ${height}`], ["Runs on", card.provider]]),
     make("p", { className: "words soft" }, `Sees ${rule(card.preprocess)}.`),
+    ...(card.calibration ? [make("p", { className: "words soft" }, "Its probabilities are calibrated.")] : []),
   ];
 }
 
