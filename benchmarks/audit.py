@@ -4,7 +4,7 @@ SOURCE is the folder of FashionMNIST's IDX files. Into its 70,000 images are pla
 test images among the training images, 50 near copies (shifted by up to 3 pixels, encoded as JPEG
 with quality 70 to 95, or brightened, alone or together), and 30 blurred training images; 3 % of
 the training labels are flipped. `distcls audit` then looks at them in a process of its own. Of the
-near copies that it reports besides, the pairs that are in the published data, a picture shows the
+near copies that it reports besides, those that are in the published data, a picture shows the
 first 100 (`--show FILE.png`). `--labels N` measures label errors, on N of the training images.
 """
 
