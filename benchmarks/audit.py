@@ -4,7 +4,7 @@ SOURCE is the folder of FashionMNIST's IDX files. Into its 70,000 images are pla
 test images among the training images, 50 near copies (shifted by up to 3 pixels, encoded as JPEG
 with quality 70 to 95, or brightened, alone or together), and 30 blurred training images; 3 % of
 the training labels are flipped. `distcls audit` then looks at them in a process of its own. Of the
-near copies that it reports besides, the pairs that are in the published data, a picture shows the
+near copies that it reports besides, those that are in the published data, a picture shows the
 first 100 (`--show FILE.png`). `--labels N` measures label errors, on N of the training images.
 """
 
@@ -76,8 +76,8 @@ def flipped(labels: Images, rng: np.random.Generator) -> tuple[Images, NDArray[n
     return wrong, chosen
 
 
-def audit(folder: Path, out: Path, *options: str) -> tuple[list[dict[str, str]], float, float]:
-    """The rows of audit.csv, seconds, and peak memory in MiB."""
+def audit(folder: Path, out: Path, *options: str) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """The rows of audit.csv; seconds by the clock and of the CPU, peak memory in MiB."""
     call = [sys.executable, "-m", "distcls", "audit", str(folder), "--format", "idx", "--out"]
     call += [str(out), *options]
     began = time.monotonic()
@@ -88,7 +88,12 @@ def audit(folder: Path, out: Path, *options: str) -> tuple[list[dict[str, str]],
     if process.returncode:
         raise SystemExit(f"distcls audit ended with {process.returncode}")
     with (out / "audit.csv").open(newline="") as handle:
-        return list(csv.DictReader(handle)), seconds, usage.ru_maxrss / 1024
+        rows = list(csv.DictReader(handle))
+    return rows, {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_mib": round(usage.ru_maxrss / 1024),
+    }
 
 
 def copies(source: Path, scratch: Path, show: Path | None) -> dict[str, Any]:
@@ -117,7 +122,7 @@ def copies(source: Path, scratch: Path, show: Path | None) -> dict[str, Any]:
         np.concatenate([labels, test_labels[chosen]]),
     )
     write(scratch, "t10k", tests, test_labels)
-    rows, seconds, memory = audit(scratch, scratch / "audit")
+    rows, cost = audit(scratch, scratch / "audit")
     names = {f"train/{len(images) + n:05d}": n for n in range(len(planted))}
     exact = {row["image"] for row in rows if row["kind"] in ("leak", "conflict", "duplicate")}
     near = {row["image"]: row["related"] for row in rows if row["kind"].startswith("near_")}
@@ -134,8 +139,7 @@ def copies(source: Path, scratch: Path, show: Path | None) -> dict[str, Any]:
         "near_reported_of_the_published_data": len(others),
         "blurred_found": sum(f"train/{at:05d}" in dim for at in blurred.tolist()) / BLURRED,
         "blurred_reported": len(dim),
-        "seconds": round(seconds, 1),
-        "peak_mib": round(memory),
+        **cost,
     }
 
 
@@ -159,7 +163,7 @@ def labels(source: Path, scratch: Path, count: int, recipe: str) -> dict[str, An
     chosen = rng.permutation(60_000)[:count]
     wrong, places = flipped(read(source / "train-labels-idx1-ubyte.gz", 1)[chosen], rng)
     write(scratch, "train", read(source / "train-images-idx3-ubyte.gz", 3)[chosen], wrong)
-    rows, seconds, _ = audit(scratch, scratch / "audit", "--label-errors", "--recipe", recipe)
+    rows, cost = audit(scratch, scratch / "audit", "--label-errors", "--recipe", recipe)
     found = [row["image"] for row in rows if row["kind"] == "label_error"]
     planted = {f"train/{at:05d}" for at in places.tolist()}
     right = [name in planted for name in found]
@@ -169,7 +173,7 @@ def labels(source: Path, scratch: Path, count: int, recipe: str) -> dict[str, An
         "precision_at_the_number_flipped": round(sum(right[: len(planted)]) / len(planted), 3),
         "found_of_the_flipped": round(sum(right) / len(planted), 3),
         "reported": len(found),
-        "seconds": round(seconds, 1),
+        **cost,
     }
 
 

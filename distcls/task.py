@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -296,6 +298,23 @@ MOST_NAMED, NAMED = 20, 10
 """Up to so many classes are all named, of more only the first ones."""
 NAME_LETTERS = 40
 """Of the name of a class, in messages."""
+
+
+def plain_name(name: str) -> str:
+    """A class name without what is easily mistyped: case, blanks, Unicode form.
+
+    >>> plain_name(" Cafe\\u0301  au lait") == plain_name("CAF\\u00c9 au lait")
+    True
+    """
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def same_names(classes: Iterable[str]) -> list[list[str]]:
+    """The class names that differ in case, blanks or Unicode form alone, together."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        groups[plain_name(name)].append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def class_list(names: Sequence[str]) -> str:

@@ -16,10 +16,10 @@ from distcls.audit.audit import AuditOptions, AuditResult, audit
 from distcls.audit.checks import class_findings
 from distcls.cli import run
 from distcls.commands.audit import main
-from distcls.data.checks import same_names
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.errors import UsageError
 from distcls.imaging.preprocess import WHITE
+from distcls.task import Task, same_names
 from tests.pictures import encode
 from tests.sources import put, records, tree, write_manifest
 
@@ -130,8 +130,6 @@ def test_class_names_that_mean_one_class() -> None:
 
 
 def test_small_and_uneven_classes() -> None:
-    from distcls.task import Task
-
     found = list(class_findings(records([0] * 300 + [1] * 3), Task(classes=("cat", "dog"))))
     assert [(each.kind, each.label) for each in found] == [
         ("tiny_class", "dog"),

@@ -15,7 +15,7 @@ from distcls.audit.checks import Teller, image_findings, turned_copies
 from distcls.audit.findings import KINDS, Finding, counted, in_order, table
 from distcls.audit.fix import write_fixed
 from distcls.audit.labels import label_findings
-from distcls.audit.model import drift, features_of, turned_pairs
+from distcls.audit.model import drift, features_of, open_features, turned_pairs
 from distcls.audit.page import audit_page
 from distcls.audit.scan import Scan, scan
 from distcls.cli import packages_for
@@ -26,6 +26,7 @@ from distcls.data.writer import REJECTED
 from distcls.errors import DistclsError, UsageError, require
 from distcls.files import require_distinct, require_writable, write_json, write_text
 from distcls.imaging.preprocess import WHITE, Background, background_color
+from distcls.runtime.model import WithFeatures
 from distcls.task import Task
 
 FILES = ("audit.csv", "audit.json", "audit.html")
@@ -95,7 +96,7 @@ class AuditOptions:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         judged = self.label_errors or self.recipe is None
         require(judged, "recipe", self.recipe, "nothing without label_errors")
-        require(ending, "fix", self.fix, "the name of a .csv or .parquet file")
+        require(ending, "fix", str(self.fix), "the name of a .csv or .parquet file")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,6 +142,7 @@ def audit(options: AuditOptions) -> AuditResult:
     """
     started = time.monotonic()
     check_output(options)
+    model = None if options.model is None else open_features(options.model)
     with packages_for(options.data):
         data = open_dataset(options.data, **_reading(options))
     if not len(data):
@@ -148,10 +150,8 @@ def audit(options: AuditOptions) -> AuditResult:
     inside = opened(data)
     scanned = scan(inside, _background(options, inside))
     findings = list(image_findings(scanned, data.task, _rejected(inside)))
-    if options.model is not None:
-        findings += _by_model(
-            options.model, scanned, inside, Teller(inside.records, data.task), findings
-        )
+    if model is not None:
+        findings += _by_model(model, scanned, inside, Teller(inside.records, data.task), findings)
     if options.label_errors:
         good = np.array([at for at in range(len(data)) if at not in scanned.broken], np.int64)
         findings += label_findings(
@@ -173,7 +173,7 @@ def audit(options: AuditOptions) -> AuditResult:
 
 
 def _by_model(
-    model: Path, scanned: Scan, inside: Opened, tell: Teller, known: list[Finding]
+    model: WithFeatures, scanned: Scan, inside: Opened, tell: Teller, known: list[Finding]
 ) -> list[Finding]:
     """What the features of a model tell."""
     features = features_of(model, inside)

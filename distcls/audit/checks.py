@@ -12,9 +12,8 @@ from distcls import log
 from distcls.audit.findings import Finding, Severity
 from distcls.audit.near import Pair, near_pairs
 from distcls.audit.scan import Scan
-from distcls.data.checks import same_names
 from distcls.data.source import ImageRecord, Rejected
-from distcls.task import Task
+from distcls.task import Task, same_names
 
 FAVOUR = ("test", "val", "train")
 """Of copies in several splits the one in the first of these is kept."""

@@ -32,12 +32,13 @@ SURE = 2.6
 """Score from which a turned or mirrored picture is the same one."""
 
 
-def features_of(model: Path, inside: Opened) -> Floats:
-    """The features of every image, float32 [N, D]; NaN where an image is broken.
+def open_features(model: Path) -> WithFeatures:
+    """A model file that returns features. Raises UsageError for any other."""
+    return WithFeatures(load_model(best_model(model), "auto", ExecutionRequest()))
 
-    Raises UsageError for a model without features.
-    """
-    opened = WithFeatures(load_model(best_model(model), "auto", ExecutionRequest()))
+
+def features_of(opened: WithFeatures, inside: Opened) -> Floats:
+    """The features of every image, float32 [N, D]; NaN where an image is broken."""
     found = np.full((len(inside.records), opened.width), np.nan, np.float32)
     by_source: dict[int, tuple[ImageSource, dict[int, int]]] = {}
     for at, record in enumerate(inside.records):

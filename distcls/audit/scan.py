@@ -161,7 +161,7 @@ def _measure(grey: Images) -> tuple[float, float, float, float, float]:
     shares = counts.reshape(64, 4).sum(1) / grey.size
     shares = shares[shares > 0]
     variance = float(grey.var())
-    edges = float(cv2.Laplacian(grey, cv2.CV_32F).var()) if min(grey.shape) > 2 else 0.0
+    edges = float(cv2.Laplacian(grey, cv2.CV_32F).var()) if min(grey.shape) > 2 else variance
     sharpness = edges / variance if variance > 0 else 0.0
     return (
         darkest,

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from distcls import log
 from distcls.config import bare, positional
 from distcls.data import writer
-from distcls.data.checks import conflicts, same_names
 from distcls.data.dataset import INFO, PACK, Dataset
 from distcls.data.formats.detect import format_names, open_labelled
 from distcls.data.formats.folder import by_ending, ending_of_name
@@ -37,6 +36,7 @@ from distcls.data.split import (
     Resampling,
     SplitAssignment,
     check_training_images,
+    conflicts,
     for_evaluation,
     repeated_in_training,
     require_one_way,
@@ -56,7 +56,7 @@ from distcls.imaging.preprocess import (
     background_text,
     require_color,
 )
-from distcls.task import class_list
+from distcls.task import class_list, same_names
 
 DIGESTED_WHOLE = 100_000
 """Values of an image up to which all of them are digested."""

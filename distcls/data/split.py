@@ -385,6 +385,17 @@ def repeated_in_training(
     return found
 
 
+def conflicts(labels: Mapping[str, object], digests: Mapping[str, bytes]) -> list[tuple[str, str]]:
+    """Pairs of image ids with the same pixels and different labels: a later one and the first."""
+    first: dict[bytes, str] = {}
+    found = []
+    for name, digest in digests.items():
+        other = first.setdefault(digest, name)
+        if labels[name] != labels[other]:
+            found.append((name, other))
+    return found
+
+
 def split_images(
     source: LabelledImages,
     *,
