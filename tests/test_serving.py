@@ -259,7 +259,7 @@ def test_what_a_model_is(server: Server) -> None:
     card = server.get("/card").json
     assert card["classes"] == [str(digit) for digit in range(10)]
     assert card["sha256"] == OnnxModel(WHOLE).sha256
-    assert card["limits"] == {"images": 64, "body_bytes": 32 << 20}
+    assert card["limits"] == {"images": 64, "body_bytes": 32 << 20, "explain": False}
     for path in (
         "/v2",
         "/v2/",

@@ -173,6 +173,8 @@ class Computer:
         wide = self._with_features
         return {
             "card": card.to_json(),
+            "task": card.task.to_json(),
+            "temperatures": card.task.temperatures,
             "sha256": model.sha256,
             "outputs": list(model.output_names),
             "features": 0 if wide is None else wide.width,

@@ -30,7 +30,7 @@ class Limits:
     less in its parameter `timeout`."""
     header_timeout: float = 10.0
     """Seconds in which the headers of a request have to arrive, and that a connection may be silent
-    between two requests; beyond, it is closed."""
+    between two requests; beyond, it is closed, with 408 if a part of them has come."""
     body_timeout: float = 30.0
     """Seconds in which a body has to arrive, and at 10 kB/s at least after the first 5 s; beyond:
     408."""

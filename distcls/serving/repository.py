@@ -20,13 +20,13 @@ from typing import Any
 
 from distcls import log
 from distcls.errors import DistclsError, UsageError, did_you_mean
-from distcls.model_card import ModelCard
 from distcls.serving.engine import Engine, Lane, LaneDied, LocalLane, ProcessLane
 from distcls.serving.metrics import Statistics
 from distcls.serving.options import NAME, ServeOptions
 from distcls.serving.protocol import Interface, Refused
 from distcls.serving.work import BatchFailed
 from distcls.stored import regular_descriptor
+from distcls.task import Task
 
 RETIRED = 8
 """Versions that are no longer served whose counts are still shown: a scrape may come later."""
@@ -58,11 +58,18 @@ class Version:
             name=name,
             version=version,
             size=(facts["card"]["preprocess"]["size"][0], facts["card"]["preprocess"]["size"][1]),
-            task=ModelCard.from_json(facts["card"], name).task,  # with its temperatures
+            task=_task_of(facts),
             features=facts["features"],
             most=most,
         )
         self.statistics = Statistics()
+
+
+def _task_of(facts: dict[str, Any]) -> Task:
+    """The task that a compute process describes, with its temperatures."""
+    temperatures = facts["temperatures"]
+    given = None if temperatures is None else tuple(temperatures)
+    return dataclasses.replace(Task.from_json(facts["task"]), temperatures=given)
 
 
 class _Model:
