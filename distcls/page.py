@@ -90,8 +90,11 @@ def section(name: str, title: str, *content: object) -> tuple[str, str, Html]:
     return name, title, tag("section", tag("h2", title), *content, id=name)
 
 
-def drawing(path: Path, label: str) -> Html:
-    """An SVG of `distcls.plotting` as part of the page, in the colours of its theme."""
+def drawing(path: Path, label: str, *, wide: bool = False) -> Html:
+    """An SVG of `distcls.plotting` as part of the page, in the colours of its theme.
+
+    On a phone it shrinks as far as it can be read, a `wide` one less, and scrolls by itself.
+    """
     drawn = path.read_text(encoding="utf-8")
     drawn = drawn[drawn.index("<svg") :]
     for color, own in (("#000000", "currentColor"), ("#374151", "currentColor"),
@@ -101,7 +104,8 @@ def drawing(path: Path, label: str) -> Html:
     prefix = re.sub(r"\W", "", path.stem)
     drawn = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{prefix}-", drawn)
     drawn = drawn.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
-    return tag("figure", tag("div", Html(drawn), class_="drawing wide", tabindex=0))
+    kind = "drawing wide broad" if wide else "drawing wide"
+    return tag("figure", tag("div", Html(drawn), class_=kind, tabindex=0))
 
 
 def tiles(content: Iterable[Html]) -> Html:

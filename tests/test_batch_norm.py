@@ -145,7 +145,8 @@ def small_folder(folder: Path) -> Path:
 def test_a_few_steps_on_a_small_set_are_enough(correct: bool, tmp_path: Path) -> None:
     data = tmp_path / "data"
     pictures = str(small_folder(tmp_path / "pictures"))
-    prepare(PrepareOptions(source=pictures, out=data, val_fraction=0.3, test_fraction=0.0))
+    halves = {"val_fraction": 0.3, "test_fraction": 0.0, "split_by": "draw"}
+    prepare(PrepareOptions(source=pictures, out=data, **halves))
     result = train(
         plain_config(
             data=data,

@@ -23,7 +23,7 @@ from distcls.evaluation import plots
 from distcls.evaluation.outputs import Outputs
 from distcls.explanation.explain import explain_pixels, overlay
 from distcls.files import given_path, require_distinct, require_writable, write_text
-from distcls.model_card import require_model
+from distcls.model_card import best_model, require_model
 from distcls.page import (
     Html,
     bar,
@@ -57,6 +57,8 @@ MOST_ROWS = 40
 MOST_CELLS = 40
 """Classes up to which a confusion matrix is drawn."""
 WELL_CALIBRATED = 0.05
+FEW = 200
+"""Images below which figures say little, and a calibration error less."""
 LEADING = ("top1", "exact", "loss", "macro_f1", "balanced_accuracy", "auroc", "ece", "brier")
 """Figures that stand first in the table."""
 
@@ -69,10 +71,12 @@ def report(options: ReportOptions) -> Path:
     out = _output(options)
     for path in options.runs:
         require_model(path)
+        best_model(path, key="runs")
     data = options.data or dataset_of(options.runs[0])
     dataset = Dataset.open(data)
     counts = dataset.counts()
     split = options.split or next((name for name in ("test", "val") if name in counts), "train")
+    require_writable(out.parent)
     runs = [read_run(path, data, split, options.limit) for path in options.runs]
     require_distinct({"out": out}, {"runs": [run.model for run in runs]})
     with tempfile.TemporaryDirectory(prefix="distcls-") as scratch:
@@ -80,7 +84,6 @@ def report(options: ReportOptions) -> Path:
             written = one_run(runs[0], dataset, split, options, Path(scratch))
         else:
             written = several_runs(runs, dataset, split, Path(scratch))
-    require_writable(out.parent)
     write_text(out, written)
     log.say(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return out
@@ -112,20 +115,26 @@ def one_run(run: Run, dataset: Dataset, split: str, options: ReportOptions, scra
         _explanations(run, dataset, split, options.explain) if options.explain else None,
         _confidence(run, scratch),
         _model(run),
-        _again(run, dataset),
+        _again(run, dataset, options),
     ]
     result = run.result
     right = round(result.top1 * result.count)
     what = "images" if result.task.single else "decisions on its images"
     lead = tag(
         "p",
-        f"On {result.count:,} {of_split(split)} images the model is right for ",
+        f"On {_images(run, options.limit)} the model is right for ",
         tag("b", in_words("top1", result.top1)),
         f" ({right:,} of {result.count:,})" if result.task.single else f" of the {what}",
         *_between(run, "top1"),
         ".",
     )
     return page(f"Report: {run.name}", lead, [each for each in sections if each is not None])
+
+
+def _images(run: Run, limit: int | None) -> str:
+    """How many images of which kind were measured."""
+    first = "the first " if limit is not None else ""
+    return first + log.counted(run.result.count, f"{of_split(run.result.split)} image")
 
 
 def _between(run: Run, name: str) -> list[str]:
@@ -147,7 +156,7 @@ def _summary(run: Run, dataset: Dataset) -> Section:
         (in_words("macro_f1", result.figures.get("macro_f1")), "macro F1"),
         (in_words("loss", result.loss), "loss (nats)"),
         (in_words("ece", result.figures.get("ece")), "calibration error"),
-        (f"{result.count / seconds:,.0f}/s" if seconds else NONE, f"images on {result.provider}"),
+        (f"{result.count / seconds:,.0f}/s" if seconds else NONE, f"images on {_backend(run)}"),
         (file_size(run.model), run.model.name),
     ]
     headline = tag("ul", *(tag("li", tag("b", v), tag("span", n)) for v, n in cells),
@@ -155,6 +164,10 @@ def _summary(run: Run, dataset: Dataset) -> Section:
     notes = [tag("li", each, class_="warning") for each in result.warnings]
     notes += [tag("li", each) for each in _notes(run, dataset)]
     return section("summary", "Summary", headline, tag("ul", *notes, class_="notes"))
+
+
+def _backend(run: Run) -> str:
+    return run.result.provider.removesuffix("ExecutionProvider")
 
 
 def _notes(run: Run, dataset: Dataset) -> list[Html]:
@@ -165,6 +178,11 @@ def _notes(run: Run, dataset: Dataset) -> list[Html]:
         notes.append(
             f"These are the images that {trained_on}: other images will do worse. A test split "
             "tells how much."
+        )
+    if result.count < FEW:
+        notes.append(
+            f"{log.counted(result.count, 'image')} are few: other images may give very different "
+            "figures, as the intervals say."
         )
     if result.task.single and result.count:
         support = result.metrics.support
@@ -183,13 +201,15 @@ def _notes(run: Run, dataset: Dataset) -> list[Html]:
             )
     if result.absent_classes:
         names = ", ".join(map(_name, result.absent_classes[:5]))
-        notes.append(f"{len(result.absent_classes):,} classes have no image here: {names}")
+        absent = len(result.absent_classes)
+        have = "has" if absent == 1 else "have"
+        notes.append(f"{log.counted(absent, 'class')} {have} no image here: {names}")
     if result.unknown_images:
         notes.append(
             f"{result.unknown_images:,} images are of classes that the model does not know."
         )
     error = result.figures.get("ece", 0.0)
-    if error > WELL_CALIBRATED and result.task.temperatures is None:
+    if error > WELL_CALIBRATED and result.count >= FEW and result.task.temperatures is None:
         notes.append(
             f"Its probabilities are off by {error:.1%} on average: distcls calibrate corrects them."
         )
@@ -271,7 +291,7 @@ def _training(run: Run, scratch: Path) -> Section | None:
         path = scratch / "curves.svg"
         metric = str(run.config.get("monitor.metric") or "top1")
         plotting.curves(run.history, path, metric, int(training.get("epoch") or 0))
-        content.insert(0, drawing(path, "Loss, scores and learning rate of each epoch"))
+        content.insert(0, drawing(path, "Loss, scores and learning rate of each epoch", wide=True))
     if run.config:
         rows = [[key, _setting(value)] for key, value in run.config.items()]
         content.append(
@@ -300,7 +320,8 @@ def _evaluation(run: Run, scratch: Path) -> Section:
         table(["figure", "value", "95 % interval"], rows),
         tag("p", note, class_="fine"),
     ]
-    classes = sorted(result.per_class.items(), key=lambda each: (each[1]["f1"], each[0]))
+    counted_ones = [(name, row) for name, row in result.per_class.items() if row["support"]]
+    classes = sorted(counted_ones, key=lambda each: (each[1]["f1"], each[0]))
     heads = ["class", "precision", "recall", "F1", "images", ""]
     lines = []
     for name, row in classes:
@@ -403,9 +424,11 @@ def _confidence(run: Run, scratch: Path) -> Section:
     outputs = run.result.outputs
     error = run.result.figures.get("ece", 0.0)
     state = "calibrated" if run.result.task.temperatures is not None else "as trained"
-    words = (
-        f"The probabilities are {state}; on average they are {error:.1%} away from how often they "
-        "come true. Few images make this error look larger than it is."
+    words = f"The probabilities are {state}. "
+    words += (
+        f"On average they are {error:.1%} away from how often they come true."
+        if len(outputs) >= FEW
+        else f"How far they are off cannot be said from {log.counted(len(outputs), 'image')}."
     )
     drawn: dict[str, tuple[Callable[[Outputs, Path], None], str]] = {
         "reliability": (plots.reliability, "Reliability diagram: accuracy against confidence"),
@@ -415,12 +438,14 @@ def _confidence(run: Run, scratch: Path) -> Section:
     for name, (draw, label) in drawn.items():
         draw(outputs, scratch / f"{name}.svg")
         shown.append(drawing(scratch / f"{name}.svg", label))
-    plots.curves(outputs, scratch / "roc.svg")
-    roc = drawing(scratch / "roc.svg", "ROC and precision-recall curves")
-    return section(
-        *("confidence", "Confidence", tag("p", words), tag("div", *shown, class_="two")),
-        *(tag("h3", "Each class against the rest"), roc),
-    )
+    content = [tag("p", words), tag("div", *shown, class_="two")]
+    if "auroc" in run.result.figures:
+        plots.curves(outputs, scratch / "roc.svg")
+        content += [
+            tag("h3", "Each class against the rest"),
+            drawing(scratch / "roc.svg", "ROC and precision-recall curves", wide=True),
+        ]
+    return section("confidence", "Confidence", *content)
 
 
 def _model(run: Run) -> Section:
@@ -452,7 +477,7 @@ def _model(run: Run) -> Section:
     return section("model", "Model", facts(pairs))
 
 
-def _again(run: Run, dataset: Dataset) -> Section:
+def _again(run: Run, dataset: Dataset, options: ReportOptions) -> Section:
     quoted = {name: shlex.quote(str(path)) for name, path in
               (("run", run.path), ("data", dataset.folder), ("model", run.model))}  # fmt: skip
     lines = []
@@ -460,10 +485,16 @@ def _again(run: Run, dataset: Dataset) -> Section:
     if run.path.is_dir() and config.is_file():
         lines.append(f"distcls train --config {shlex.quote(str(config))} --out runs/again")
     split = run.result.split
+    limit = "" if options.limit is None else f" --limit {options.limit}"
+    same = limit + ("" if options.audit else " --audit false")
+    same += f" --explain {options.explain}"
+    if options.out is not None:
+        same += f" --out {shlex.quote(str(options.out))}"
+    where = f"--data {quoted['data']} --split {split}"
     lines += [
-        f"distcls evaluate --model {quoted['model']} --data {quoted['data']} --split {split}",
-        f"distcls predict photos/ --model {quoted['model']}",
-        f"distcls report {quoted['run']} --data {quoted['data']} --split {split} --overwrite",
+        f"distcls evaluate --model {quoted['model']} {where}{limit}",
+        f"distcls predict FOLDER --model {quoted['model']}",
+        f"distcls report {quoted['run']} {where}{same} --overwrite",
     ]
     found = {"distcls": __version__, "numpy": np.__version__, **versions()}
     made = ", ".join(f"{name} {version}" for name, version in found.items() if version)

@@ -29,7 +29,7 @@ from distcls.page import (
     tiles,
 )
 from distcls.report.runs import Run
-from distcls.report.words import file_size, in_words, of_split
+from distcls.report.words import file_size, in_words, of_split, p_in_words
 
 Section = tuple[str, str, Html]
 
@@ -96,20 +96,26 @@ def _figures(runs: Sequence[Run], compared: Comparison, letters: str) -> Section
                 plotting.metric_title(each.figure),
                 f"{each.value:+.4f}",
                 f"{each.low:+.4f} to {each.high:+.4f}",
-                f"{each.p:.3g}",
+                p_in_words(each.p),
                 each.test,
             ]
             for each in found
         ]
         heads = ["figure", "difference", "95 % interval", "p", "test"]
         content.append(table(heads, lines))
+    if len(runs) > 2:
+        note = (
+            "Each p is of that figure and pair alone; the verdict's are corrected for several runs."
+        )
+        content.append(tag("p", note, class_="fine"))
     return section("figures", "Figures", *content)
 
 
 def _classes(runs: Sequence[Run], letters: str) -> Section:
     """F1 of each class, those that differ most first."""
     scores = [run.result.per_class for run in runs]
-    names = [name for name in scores[0] if all(name in each for each in scores)]
+    names = [name for name, row in scores[0].items()
+             if row["support"] and all(name in each for each in scores)]  # fmt: skip
     spread = {name: max(s[name]["f1"] for s in scores) - min(s[name]["f1"] for s in scores)
               for name in names}  # fmt: skip
     ranked = sorted(names, key=lambda name: -spread[name])
@@ -131,7 +137,9 @@ def _curves(runs: Sequence[Run], letters: str, scratch: Path) -> Section | None:
         return None
     path = scratch / "curves.svg"
     plotting.compared_curves(histories, path)
-    return section("training", "Training", drawing(path, "Validation loss and top-1 by epoch"))
+    return section(
+        "training", "Training", drawing(path, "Validation loss and top-1 by epoch", wide=True)
+    )
 
 
 def _settings(runs: Sequence[Run], letters: str) -> Section | None:

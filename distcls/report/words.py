@@ -25,6 +25,11 @@ def in_words(name: str, value: float | None) -> str:
     return f"{value:.2%}" if 0.99 < value < 1 or 0 < value < 0.01 else f"{value:.1%}"
 
 
+def p_in_words(p: float) -> str:
+    """A p-value to three digits."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def of_split(split: str) -> str:
     """What images of a split are called."""
     return {"test": "test", "val": "validation", "train": "training"}[split]

@@ -439,7 +439,7 @@ function showInput(item, source) {
   picture.src = source;
   const factor = PREVIEW / Math.max(height, width);
   fit(picture, width, height, factor >= 1 ? Math.floor(factor) : factor);
-  button.lastElementChild.textContent = `input ${width} × ${height}`;
+  button.lastElementChild.textContent = `input ${width} × ${height}${card.limits?.explain ? ", and why" : ""}`;
   button.setAttribute("aria-label", `What the network sees of ${item.file.name}, enlarged`);
   button.onclick = () => showSeen(item, source);
   button.hidden = false;
@@ -455,13 +455,14 @@ function showSeen(item, source) {
   const [height, width] = card.preprocess.size;
   const { clientWidth, clientHeight } = document.documentElement;
   const room = Math.min(512, clientWidth - 88, clientHeight - 220);
-  const factor = Math.max(2, Math.floor(room / Math.max(width, height)));
+  const factor = Math.max(1, Math.floor(room / Math.max(width, height)));
   $("seen-file").src = item.url;
   $("seen-name").textContent = item.file.name;
   $("seen-one").src = $("seen-large").src = source;
   fit($("seen-one"), width, height, 1);
   fit($("seen-large"), width, height, factor);
-  $("seen-factor").textContent = `${factor} times enlarged, pixel by pixel`;
+  $("seen-factor").textContent = factor === 1 ? "1:1" : `${factor} times enlarged, pixel by pixel`;
+  $("seen-one").parentElement.hidden = factor === 1;
   $("seen-rule").textContent = `${width} × ${height} pixels: ${rule(card.preprocess)}.`;
   $("seen-why").hidden = !card.limits?.explain;
   $("seen-heat").hidden = true;
