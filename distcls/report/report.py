@@ -18,7 +18,7 @@ from distcls.audit.page import finding_tiles
 from distcls.data.dataset import Dataset
 from distcls.data.image_dataset import open_dataset, opened
 from distcls.data.source import SPLITS
-from distcls.errors import BadImage, UsageError
+from distcls.errors import BadImage, UsageError, require
 from distcls.evaluation import plots
 from distcls.evaluation.outputs import Outputs
 from distcls.explanation.explain import explain_pixels, overlay
@@ -40,9 +40,9 @@ from distcls.page import (
 )
 from distcls.predictor import load
 from distcls.report.options import ReportOptions
-from distcls.report.runs import Run, dataset_of, read_run
+from distcls.report.runs import Run, dataset_of, files_of, read_run
 from distcls.report.several import several_runs
-from distcls.report.words import NONE, duration, file_size, in_words, of_split
+from distcls.report.words import NONE, duration, file_size, in_words, of_split, short
 from distcls.runtime.providers import versions
 
 Section = tuple[str, str, Html]
@@ -76,9 +76,10 @@ def report(options: ReportOptions) -> Path:
     dataset = Dataset.open(data)
     counts = dataset.counts()
     split = options.split or next((name for name in ("test", "val") if name in counts), "train")
+    read = [each for path in (*options.runs, dataset.folder) for each in files_of(path)]
+    require_distinct({"out": out}, {"runs": read})
     require_writable(out.parent)
     runs = [read_run(path, data, split, options.limit) for path in options.runs]
-    require_distinct({"out": out}, {"runs": [run.model for run in runs]})
     with tempfile.TemporaryDirectory(prefix="distcls-") as scratch:
         if len(runs) == 1:
             written = one_run(runs[0], dataset, split, options, Path(scratch))
@@ -96,8 +97,8 @@ def _output(options: ReportOptions) -> Path:
         first = options.runs[0]
         folder = first if first.is_dir() else first.parent
         out = folder / "report.html" if len(options.runs) == 1 else Path("report.html")
-    if out.is_dir():
-        raise UsageError(f"out: {out} is a folder, expected an HTML file")
+    html = out.suffix.lower() in (".html", ".htm") and not out.is_dir()
+    require(html, "out", str(out), "the name of an .html file")
     if out.exists() and not options.overwrite:
         raise UsageError(f"{out} exists already; choose another --out or add --overwrite")
     return out
@@ -239,7 +240,12 @@ def _data(run: Run, dataset: Dataset) -> Section:
         sums = {n: sum(row.get(s, 0) for s in names) for n, row in known.items()}
         largest = max(sums.values())
         rows = [
-            [n, bar(sums[n] / largest), *(f"{known[n].get(s, 0):,}" for s in names), f"{sums[n]:,}"]
+            [
+                short(n),
+                bar(sums[n] / largest),
+                *(f"{known[n].get(s, 0):,}" for s in names),
+                f"{sums[n]:,}",
+            ]
             for n in known
         ]
         content.append(_perhaps_folded(table(["class", "", *names, "all"], rows, numbers=2),
@@ -278,7 +284,10 @@ def _perhaps_folded(content: Html, rows: int, title: str) -> Html:
 
 def _training(run: Run, scratch: Path) -> Section | None:
     if not run.history and not run.config:
-        return None
+        if not run.path.is_dir():
+            return None
+        note = "Its history.csv and config.yaml are missing or damaged."
+        return section("training", "Training", tag("p", note))
     training, content = run.card.training, []
     pairs = [("Best epoch", training.get("epoch")), ("Epochs trained", len(run.history) or None)]
     seconds = sum(row.get("seconds", 0.0) for row in run.history)
@@ -326,7 +335,7 @@ def _evaluation(run: Run, scratch: Path) -> Section:
     lines = []
     for name, row in classes:
         scores = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
-        lines.append([name, *scores, f"{row['support']:,.0f}", bar(row["f1"])])
+        lines.append([short(name), *scores, f"{row['support']:,.0f}", bar(row["f1"])])
     content.append(_perhaps_folded(table(heads, lines), len(lines), "Classes, the hardest first"))
     if result.task.single and 2 <= len(result.classes) <= MOST_CELLS:
         path = scratch / "confusion.svg"

@@ -38,6 +38,13 @@ class Run:
     result: EvaluationResult
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files of a run or dataset directory, or the file itself, which nothing may replace."""
+    if not path.is_dir():
+        return [path]
+    return [each for each in path.iterdir() if each.is_file() and each.suffix != ".html"]
+
+
 def dataset_of(run: Path) -> Path:
     """The dataset directory of a run. Raises UsageError if it is not there."""
     folder = run if run.is_dir() else run.parent
@@ -98,7 +105,10 @@ def _history(path: Path) -> list[dict[str, float]]:
     except (OSError, ValueError, csv.Error) as error:
         log.warn(f"{path} is left out of the report: {error}")
         return []
-    return [row for row in rows if "epoch" in row]
+    found = [row for row in rows if "epoch" in row]
+    if not found:
+        log.warn(f"{path} has no epochs: the report has no curves")
+    return found
 
 
 def _numbers(row: dict[str | Any, str | Any]) -> dict[str, float]:

@@ -29,7 +29,7 @@ from distcls.page import (
     tiles,
 )
 from distcls.report.runs import Run
-from distcls.report.words import file_size, in_words, of_split, p_in_words
+from distcls.report.words import file_size, in_words, of_split, p_in_words, short
 
 Section = tuple[str, str, Html]
 
@@ -122,7 +122,7 @@ def _classes(runs: Sequence[Run], letters: str) -> Section:
     rows = []
     for name in ranked:
         cells = [joined([f"{each[name]['f1']:.3f} ", bar(each[name]["f1"])]) for each in scores]
-        rows.append([name, f"{scores[0][name]['support']:,.0f}", *cells])
+        rows.append([short(name), f"{scores[0][name]['support']:,.0f}", *cells])
     whole = table(["class", "images", *(f"F1 of {a}" for a in letters)], rows)
     many = len(rows) > 40
     return section(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from distcls import plotting
+
 NONE = "\N{EN DASH}"
 """For a figure that is not there."""
 SHARES = frozenset(
@@ -48,3 +50,8 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def short(name: str) -> str:
+    """The name of a class for a table."""
+    return plotting.shorten(name, 100)
