@@ -101,6 +101,21 @@ def shown(value: object, most: int = 160) -> str:
     return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
+def plain(name: str, most: int = 60) -> str:
+    """A name that was read, for a line on a terminal: what cannot be printed (controls, marks of
+    direction, bytes that are not UTF-8) is escaped, and of more than `most` characters the middle
+    is left out: long names often differ at their end."""
+    if not name.isprintable():
+        name = "".join(each if each.isprintable() else _escaped(each) for each in name)
+    half = (most - 3) // 2
+    return name if len(name) <= most else f"{name[: most - 3 - half]}...{name[-half:]}"
+
+
+def _escaped(letter: str) -> str:
+    byte = "\udc80" <= letter <= "\udcff"  # as `os.fsdecode` has a byte that is not UTF-8
+    return f"\\x{ord(letter) - 0xDC00:02x}" if byte else ascii(letter)[1:-1]
+
+
 def require(condition: bool, field: str, value: object, expected: str) -> None:
     """Raise BadValue for `field` unless `condition` holds."""
     if not condition:

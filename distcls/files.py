@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -74,6 +75,14 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return content
 
 
+def require_outside(key: str, path: Path, folder: Path) -> None:
+    """Raise BadValue if `path` is the folder itself or lies below it, under whatever name."""
+    inside = os.path.realpath(path)
+    top = os.path.realpath(folder)
+    below = inside == top or inside.startswith(os.path.join(top, ""))  # noqa: PTH118 - text
+    require(not below, key, str(path), f"a place outside of {folder}, which is read")
+
+
 def require_distinct(
     writes: Mapping[str, Path | None], reads: Mapping[str, Iterable[Path]]
 ) -> None:
@@ -117,7 +126,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path = Path(path)
     with writable(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _unfinished(path, folder=False) as temporary:
+        with unfinished(path, folder=False) as temporary:
             yield temporary
             with temporary.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -153,7 +162,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise UsageError(f"{path} exists already; choose another folder or remove it")
     with writable(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _unfinished(path, folder=True) as temporary:
+        with unfinished(path, folder=True) as temporary:
             yield temporary
             with ThreadPoolExecutor(16) as pool:  # 1,800 files: 6 s one by one, 0.2 s at once
                 list(pool.map(sync_folder, [*temporary.rglob("*"), temporary]))
@@ -168,7 +177,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _unfinished(path: Path, *, folder: bool) -> Iterator[Path]:
+def unfinished(path: Path, *, folder: bool) -> Iterator[Path]:
     """A new temporary file or folder beside `path`, locked for this process and removed at the end
     if it is still there; others of that name that no process holds are removed first."""
     remove_unfinished(path)
@@ -250,6 +259,33 @@ def require_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+
+
+MOST_HELD = 1 << 26
+"""Bytes of an array of one row an image that are held in memory; a larger one lies in a file."""
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array of zeros; a large one in a temporary file, which the system may write out when
+    memory is short, and which goes with the array.
+
+    Raises DistclsError where the temporary folder lacks the space. (It is reserved: in a sparse
+    file a write to memory would end the process by a signal.)
+    """
+    import numpy as np
+
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size <= MOST_HELD:
+        return np.zeros(shape, dtype)
+    try:
+        with tempfile.TemporaryFile(prefix="distcls-") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return np.memmap(file, dtype, "r+", shape=shape)
+    except OSError as error:
+        raise DistclsError(
+            f"the temporary folder {tempfile.tempdir or '/tmp'} cannot take {size / 2**20:,.0f} "
+            f"MiB: {error.strerror}; TMPDIR names another folder"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

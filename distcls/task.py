@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls import stored
-from distcls.errors import BadValue, require
+from distcls.errors import BadValue, plain, require
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -326,7 +326,5 @@ def class_list(names: Sequence[str]) -> str:
 
 
 def _in_a_list(name: str) -> str:
-    name = name if name.isprintable() else ascii(name)[1:-1]
-    if len(name) > NAME_LETTERS:  # long names often differ at their end
-        name = f"{name[: NAME_LETTERS // 2]}...{name[-NAME_LETTERS // 2 + 3 :]}"
+    name = plain(name, NAME_LETTERS)
     return f"'{name}'" if "," in name else name

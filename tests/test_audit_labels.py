@@ -10,7 +10,7 @@ import pytest
 from distcls.audit.labels import find_label_issues
 from distcls.errors import UsageError
 from tests.sources import digits, put
-from tests.test_audit import look
+from tests.test_audit import look, photo
 
 
 def test_the_confident_joint_by_hand() -> None:
@@ -63,3 +63,10 @@ def test_a_dataset_with_flipped_labels(tmp_path: Path) -> None:
     assert wrong == {True}
     with pytest.raises(UsageError, match=r"recipe: .* expected nothing without label_errors"):
         look(tmp_path / "digits", recipe="digits")
+
+
+def test_classes_of_one_image_cannot_be_divided(tmp_path: Path) -> None:
+    for number in range(3):
+        put(tmp_path / "ab c"[number : number + 1] / f"{number}.png", photo(number))
+    with pytest.raises(UsageError, match="only 0 of 3 images can be divided"):
+        look(tmp_path, label_errors=True)

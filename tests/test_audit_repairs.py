@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import pytest
 
 from distcls.audit.audit import AuditOptions
 from distcls.audit.model import drift, two_sample_test
+from distcls.commands.audit import main
 from distcls.data.dataset import Dataset
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.errors import BadValue, UsageError
+from tests.pictures import encode
 from tests.sources import put
 from tests.test_audit import folder, kinds, look, photo
 from tests.test_predict_rows import with_features
@@ -69,8 +72,9 @@ def test_near_copies_without_a_split_are_put_into_one_group(tmp_path: Path) -> N
 def test_repairs_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(BadValue, match=r"fix: .* expected the name of a \.csv or \.parquet file"):
         AuditOptions(data="digits", fix=Path("fixed.txt"))
-    with pytest.raises(UsageError, match="fix: the images are no files"):
-        look(Path("digits"), fix=tmp_path / "fixed.csv")
+    failure = look(Path("digits"), fix=tmp_path / "fixed.csv").failure
+    assert isinstance(failure, UsageError)
+    assert "fix: the images are no files" in str(failure)
 
 
 def test_the_page_needs_no_network_and_shows_both_pictures(tmp_path: Path) -> None:
@@ -120,3 +124,48 @@ def test_the_p_value_of_equal_samples_is_uniform() -> None:
     ]
     assert 0.3 < np.mean(found) < 0.7
     assert np.mean(np.array(found) < 0.2) < 0.4
+
+
+def test_no_file_of_the_data_is_written_over(tmp_path: Path) -> None:
+    data, made = folder(tmp_path / "photos"), tmp_path / "data"
+    prepare(PrepareOptions(source=str(data), out=made, quiet=True))
+    out = tmp_path / "audit"
+    look(made, out=out)
+    before = {path: path.read_bytes() for path in [*made.iterdir(), *out.iterdir()]}
+    for read, fixed, told in (
+        (made, made / "manifest.parquet", "a place outside of .*data"),
+        (data, data / "train/cat/new.csv", "a place outside of .*photos"),
+        (made, out / "audit.csv", "a file other than out"),
+    ):
+        with pytest.raises(BadValue, match=told):
+            look(read, out=out, fix=fixed, overwrite=True)
+    manifest = tmp_path / "audit.csv"
+    manifest.write_text(f"path,label\n{data}/train/cat/0.png,cat\n")
+    with pytest.raises(BadValue, match="a file other than data"):
+        look(manifest, out=tmp_path, overwrite=True)
+    assert {path: path.read_bytes() for path in [*made.iterdir(), *out.iterdir()]} == before
+
+
+def test_names_of_any_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = folder(tmp_path / "photos"), tmp_path / "audit"
+    here = os.fsencode(data) + b"/train/cat/"
+    long = b"\x1b[31m\n" + b"long" * 40 + "\u202e.png".encode()
+    Path(os.fsdecode(here + b"w\xff\xfe.png")).write_bytes(encode(photo(9), "PNG"))
+    Path(os.fsdecode(here + long)).write_bytes(b"nothing")
+    main([str(data), "--out", str(out), "--fix", str(tmp_path / "fixed.csv"), "--quiet"])
+    with (out / "audit.csv").open(newline="", encoding="utf-8") as handle:
+        rows = {row["image"]: row["text"] for row in csv.DictReader(handle)}
+    assert rows["train/cat/w\\xff\\xfe.png"] == "its name is not UTF-8"
+    printed = capsys.readouterr().out
+    assert "first train/cat/" in printed
+    assert all(line.isprintable() and len(line) < 200 for line in printed.splitlines())
+
+
+def test_findings_are_printed_where_no_repair_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a/1.png", "b/1.png"):
+        put(tmp_path / "photos" / name, photo(1))
+    with pytest.raises(UsageError, match="no image would be left"):
+        main([str(tmp_path / "photos"), "--fix", str(tmp_path / "f.csv"), "--quiet"])
+    assert "different labels" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -372,6 +373,18 @@ def test_from_the_command_line_to_a_column(
         predict_main([*flags, "--coverage", "0.9"])
     with pytest.raises(UsageError, match="the model has no prediction sets"):
         predict_main([*flags, "--coverage", "0.95", "--tta", "flip"])
+
+
+def test_the_content_says_whether_two_files_are_one_model(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(EXPORTED / "whole", run)
+    os.utime(run / "best.onnx", (1, 1))  # as a copy, or a calibration that was killed, leaves it
+    options: Any = {"split": "test", "quiet": True}
+    result = distcls.calibrate_model(run, EXPORTED / "digits", **options)
+    assert [path.name for path in result.files] == ["best.pth", "best.onnx"]
+    shutil.copy(EXPORTED / "run_heads/best.onnx", run / "best.onnx")
+    with pytest.raises(UsageError, match=r"are different models; distcls export --ckpt .*run"):
+        distcls.calibrate_model(run, EXPORTED / "digits", **options)
 
 
 def test_what_cannot_be_calibrated(data: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -20,13 +22,13 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 import distcls
 from distcls.commands.evaluate import main
 from distcls.commands.predict import main as predict_main
-from distcls.errors import DistclsError, UsageError
+from distcls.errors import BadValue, DistclsError, UsageError
 from distcls.evaluation.intervals import wilson
 from distcls.evaluation.plots import PICTURES
 from distcls.task import softmax
 from tests import tiny_dataset, tiny_onnx
 from tests.e2e.commands import run
-from tests.sources import tree
+from tests.sources import put, tree
 
 COUNT = 101
 """No batch and no number of processes divides it."""
@@ -376,3 +378,54 @@ def test_what_cannot_be_evaluated(tmp_path: Path, model: Path, data: Path) -> No
     predictor.close()
     with pytest.raises(DistclsError, match="the predictor is closed"):
         distcls.evaluate_model(predictor, data)
+
+
+def pictures(root: Path, *names: str) -> Path:
+    for name in names:
+        put(root / name, tiny_dataset.coloured(1)[0][0])
+    return root
+
+
+def test_a_folder_of_something_else_gets_no_evaluation(
+    tmp_path: Path, model: Path, data: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/best.pth").write_bytes(b"")
+    photos = pictures(tmp_path / "photos", "red/1.png")
+    for out, told in (
+        (data, "a place outside of"),
+        (data / "results", "a place outside of"),
+        (tmp_path / "run", "best.pth is in this one"),
+        (photos / "red", "1.png is in this one"),
+    ):
+        before = sorted(out.parent.rglob("*"))
+        with pytest.raises(BadValue, match=told):
+            distcls.evaluate_model(model, data, out=out, overwrite=True)
+        assert sorted(out.parent.rglob("*")) == before
+
+
+def test_an_evaluation_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, model: Path, data: Path
+) -> None:
+    out = tmp_path / "results"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for before in (False, True):
+        if before:
+            distcls.evaluate_model(model, data, out=out, quiet=True)
+        found = {path.name: path.read_bytes() for path in out.glob("*")}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, limits[1]))
+        try:
+            with pytest.raises(DistclsError, match="File too large"):
+                distcls.evaluate_model(model, data, out=out, overwrite=True, quiet=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert {path.name: path.read_bytes() for path in out.glob("*")} == found
+
+
+def test_names_that_cannot_be_printed_or_written(tmp_path: Path, model: Path) -> None:
+    photos = pictures(tmp_path / "photos", "red/1.png", "x\x1b[31m\u202e/2.png")
+    text = distcls.evaluate_model(model, photos, quiet=True).to_text()
+    assert "x\\x1b[31m\\u202e (1)" in text
+    (photos / "red/1.png").rename(os.fsdecode(os.fsencode(photos) + b"/red/w\xff.png"))
+    with pytest.raises(UsageError, match=r"1 image with a name that is not UTF-8, first red/w.xff"):
+        distcls.evaluate_model(model, photos, quiet=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -11,10 +12,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from distcls.errors import DistclsError, UsageError
 from distcls.files import (
+    MOST_HELD,
     atomic_folder,
     atomic_path,
     claimed_output,
@@ -24,6 +27,7 @@ from distcls.files import (
     writable,
     write_json,
     write_text,
+    zeros,
 )
 
 
@@ -282,3 +286,15 @@ def test_what_cannot_be_an_output(tmp_path: Path) -> None:
         claimed_output(tmp_path / "file" / "run", "busy"),
     ):
         pass
+
+
+def test_a_large_array_needs_room_in_the_temporary_folder() -> None:
+    count = MOST_HELD + 1
+    assert isinstance(zeros((count,), np.uint8), np.memmap)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(DistclsError, match=r"cannot take 64 MiB: File too large; TMPDIR names"):
+            zeros((count,), np.uint8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

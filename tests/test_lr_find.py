@@ -155,3 +155,15 @@ def test_nothing_is_replaced_unasked(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"lr\.csv exists already"):
         dispatch(["lr-find", "--data", str(digits), "--out", str(tmp_path / "lr.png")])
     assert not (tmp_path / "lr.png").exists()
+
+
+def test_no_input_is_replaced(digits: Path, tmp_path: Path) -> None:
+    table = tmp_path / "photos.csv"
+    table.write_text("path,label\n")
+    for data, out, told in (
+        (table, tmp_path / "photos.png", "a file other than data"),
+        (digits, digits / "lr.png", "a place outside of"),
+    ):
+        with pytest.raises(BadValue, match=told):
+            dispatch(["lr-find", "--data", str(data), "--out", str(out), "--overwrite"])
+    assert table.read_text() == "path,label\n"

@@ -20,10 +20,11 @@ from distcls.audit.page import audit_page
 from distcls.audit.scan import Scan, scan
 from distcls.cli import packages_for
 from distcls.config import positional
+from distcls.data.dataset import require_apart
 from distcls.data.image_dataset import Opened, open_dataset, opened
-from distcls.data.source import Rejected
+from distcls.data.source import ImageRecord, Rejected, as_text, is_text, require_text
 from distcls.data.writer import REJECTED
-from distcls.errors import DistclsError, UsageError, require
+from distcls.errors import DistclsError, UsageError, plain, require
 from distcls.files import require_distinct, require_writable, write_json, write_text
 from distcls.imaging.preprocess import WHITE, Background, background_color
 from distcls.runtime.model import WithFeatures
@@ -31,6 +32,10 @@ from distcls.task import Task
 
 FILES = ("audit.csv", "audit.json", "audit.html")
 """What `--out` gets."""
+
+
+LONGEST = 300
+"""Characters of a finding's text that are printed."""
 
 
 class Findings(DistclsError):
@@ -110,6 +115,8 @@ class AuditResult:
     findings: list[Finding]
     """In the order of the report."""
     seconds: float
+    failure: DistclsError | None = None
+    """Why `fix` could not be written."""
 
     def to_json(self) -> dict[str, Any]:
         """The summary, as audit.json and `--json` have it."""
@@ -129,9 +136,9 @@ class AuditResult:
             for kind, count in kinds.items():
                 chosen = (f for f in self.findings if (f.severity, f.kind) == (severity, kind))
                 first = next(chosen)
-                name = f"{first.image}: " if first.image else ""
+                name = f"{plain(first.image)}: " if first.image else ""
                 lines.append(f"{severity:<8} {count:>7,}  {KINDS[kind]}")
-                lines.append(f"{'':<17} first {name}{first.text}")
+                lines.append(f"{'':<17} first {name}{plain(first.text, LONGEST)}")
         return "\n".join(lines or ["nothing found"])
 
 
@@ -147,7 +154,9 @@ def audit(options: AuditOptions) -> AuditResult:
         data = open_dataset(options.data, **_reading(options))
     if not len(data):
         raise UsageError(f"{options.data}: there are no images")
+    require_text(options.data, data.classes)
     inside = opened(data)
+    inside = inside._replace(records=list(map(_named, inside.records)))
     scanned = scan(inside, _background(options, inside))
     findings = list(image_findings(scanned, data.task, _rejected(inside)))
     if model is not None:
@@ -168,8 +177,14 @@ def audit(options: AuditOptions) -> AuditResult:
         findings=in_order(findings),
         seconds=round(time.monotonic() - started, 2),
     )
-    _finish(options, result, inside, data.task)
-    return result
+    return _finished(options, result, inside, data.task)
+
+
+def _named(record: ImageRecord) -> ImageRecord:
+    """The record, its id such that it can be written to a file."""
+    if is_text(record.image_id):
+        return record
+    return dataclasses.replace(record, image_id=as_text(record.image_id))
 
 
 def _by_model(
@@ -184,14 +199,19 @@ def _by_model(
 
 def check_output(options: AuditOptions) -> None:
     """Raise UsageError, before any work, if the result could not be written."""
-    written = {} if options.out is None else {options.out / name: "out" for name in FILES}
-    written |= {} if options.fix is None else {options.fix: "fix"}
+    outputs = [] if options.out is None else [options.out / name for name in FILES]
+    written = dict.fromkeys(outputs, "out")
+    data = Path(options.data)
+    for path in outputs:
+        require_distinct({"out": path}, {"data": [data]})
+    if options.fix is not None:
+        written |= {options.fix: "fix"}
+        require_distinct({"fix": options.fix}, {"out": outputs})
+        require_apart("fix", options.fix, data)
     for path, key in written.items():
         if path.exists() and not options.overwrite:
             raise UsageError(f"{path} exists already; choose another --{key} or add --overwrite")
         require_writable(path.parent)
-    if options.fix is not None:
-        require_distinct({"fix": options.fix}, {"data": [Path(options.data)]})
 
 
 def _reading(options: AuditOptions) -> dict[str, Any]:
@@ -221,7 +241,10 @@ def _rejected(inside: Opened) -> list[Rejected]:
     ]
 
 
-def _finish(options: AuditOptions, result: AuditResult, inside: Opened, task: Task) -> None:
+def _finished(
+    options: AuditOptions, result: AuditResult, inside: Opened, task: Task
+) -> AuditResult:
+    """The result, its files written."""
     splits = ", ".join(f"{count:,} {name}" for name, count in result.splits.items())
     about = (
         f"{result.images:,} images{f' ({splits})' if splits else ''} of "
@@ -235,5 +258,9 @@ def _finish(options: AuditOptions, result: AuditResult, inside: Opened, task: Ta
         write_text(options.out / "audit.html", text)
         log.say(f"wrote {options.out}: {log.counted(len(result.findings), 'finding')}")
     if options.fix is not None:
-        left_out = write_fixed(options.fix, result.findings, inside, task)
+        try:
+            left_out = write_fixed(options.fix, result.findings, inside, task)
+        except DistclsError as error:  # what was found is worth as much without it
+            return dataclasses.replace(result, failure=error)
         log.say(f"wrote {options.fix}: {log.counted(left_out, 'image')} left out")
+    return result

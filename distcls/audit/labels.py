@@ -79,7 +79,10 @@ def label_findings(
     # a class of one image cannot be learnt without it
     good = good[np.bincount(classes)[classes] > 1] if len(good) else good
     if len(good) < folds:
-        raise UsageError(f"folds: {folds}, but there are only {len(good)} images to divide")
+        raise UsageError(
+            f"folds: {folds}, but only {len(good):,} of {len(inside.records):,} images can be "
+            "divided: readable ones of classes with at least two"
+        )
     with tempfile.TemporaryDirectory(prefix="distcls-audit-") as folder:
         probabilities = out_of_fold(
             inside, task, good, Path(folder), folds=folds, recipe=recipe, seed=seed

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +15,9 @@ from numpy.typing import NDArray
 
 from distcls import log
 from distcls.data.image_dataset import Opened
-from distcls.data.source import ImageRecord, Images, ImageSource
+from distcls.data.source import NO_TEXT, ImageRecord, Images, ImageSource, is_text
 from distcls.errors import BadImage
+from distcls.files import zeros
 from distcls.imaging import Color, decode
 from distcls.imaging.decode import may_be_transparent, open_header
 from distcls.imaging.reading import in_order
@@ -69,7 +69,7 @@ class Scan:
     table: NDArray[Any]
     """A row for each record, see `MEASURES`; of zeros where the image is broken."""
     thumbs: Images
-    """Grey thumbnails, uint8 [N, side, side], in a file that is gone when they are."""
+    """Grey thumbnails, uint8 [N, side, side]; many of them in a temporary file."""
     broken: dict[int, str]
     """Why an image cannot be decoded, by its position."""
 
@@ -89,13 +89,7 @@ def scan(data: Opened, background: Color | None) -> Scan:
     table = np.zeros(len(records), list(MEASURES.items()))
     broken: dict[int, str] = {}
     side = _side(records, sources)
-    handle = tempfile.TemporaryFile()  # noqa: SIM115 - the mapping outlives this function
-    handle.truncate(max(1, len(records) * side * side))
-    shape = (len(records), side, side)
-    thumbs: Images = (
-        np.memmap(handle, np.uint8, "r+", shape=shape) if records else np.zeros(shape, np.uint8)
-    )
-    handle.close()
+    thumbs: Images = zeros((len(records), side, side), np.uint8)
     with log.Progress("looking at", len(records)) as progress:
         starts = range(0, len(records), TASK)
         looked = in_order(look, starts, min(available_cores(), 16))
@@ -121,6 +115,8 @@ def _side(records: Sequence[ImageRecord], sources: Sources) -> int:
 def _look_at(
     source: ImageSource, record: ImageRecord, side: int, background: Color | None
 ) -> Seen | BadImage:
+    if not is_text(record.path or ""):
+        return BadImage(NO_TEXT)
     try:
         return _seen(source, record.index, side, background)
     except BadImage as error:

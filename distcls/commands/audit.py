@@ -40,6 +40,8 @@ def main(arguments: Sequence[str]) -> None:
         log.print_json(result.to_json())
     else:
         print(result.to_text())
+    if result.failure is not None:
+        raise result.failure
     errors = sum(counted(result.findings)["error"].values())
     if options.strict and errors:
         raise Findings(f"{options.data}: {log.counted(errors, 'error')} (--strict)")

@@ -90,10 +90,12 @@ def main(arguments: Sequence[str]) -> None:
 
 def check_output(config: LrFindConfig, table: Path) -> None:
     """Raise UsageError, before any work, if the curve could not be drawn or written."""
+    from distcls.data.dataset import require_apart
     from distcls.files import require_writable
     from distcls.plotting import new_figure
 
     for path in (config.out, table):
+        require_apart("out", path, config.data)
         if path.is_dir():
             raise UsageError(f"out: {path} is a folder, expected the name of a file")
         if path.exists() and not config.overwrite:

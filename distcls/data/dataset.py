@@ -45,6 +45,7 @@ from distcls.errors import (
     UsageError,
     did_you_mean,
 )
+from distcls.files import require_distinct, require_outside
 from distcls.imaging import Color, decode_file
 from distcls.imaging.decode import Downscale
 from distcls.imaging.preprocess import background_text
@@ -350,6 +351,17 @@ class _PackFile:
 def is_dataset(folder: Path) -> bool:
     """Whether it is a dataset directory, whole or damaged."""
     return (folder / INFO).is_file() or (folder / MANIFEST).is_file()
+
+
+def require_apart(key: str, path: Path, data: Path) -> None:
+    """Raise BadValue if the output `path` is what is read, or lies in the folder of it: of a run
+    directory that of its dataset."""
+    own = data / IN_RUN
+    folder = own if is_dataset(own) and not is_dataset(data) else data
+    if folder.is_dir():
+        require_outside(key, path, folder)
+    else:
+        require_distinct({key: path}, {"data": [data]})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

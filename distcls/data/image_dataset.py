@@ -24,7 +24,16 @@ from distcls.data.dataset import (
 )
 from distcls.data.formats.detect import open_labelled
 from distcls.data.prepare import PrepareOptions, prepare
-from distcls.data.source import SPLITS, ImageRecord, Images, ImageSource, read_class_names
+from distcls.data.source import (
+    SPLITS,
+    ImageRecord,
+    Images,
+    ImageSource,
+    as_text,
+    is_text,
+    read_class_names,
+    require_text,
+)
 from distcls.errors import BadImage, MachineError, UsageError, did_you_mean, shown
 from distcls.files import given_path
 from distcls.imaging.preprocess import background_color
@@ -319,6 +328,7 @@ def split_of_files(location: Path, name: str) -> Split:
             f"{location}: {log.counted(len(found.rejected), 'image')} left out, first "
             f"{first.image_id}: {first.reason}"
         )
+    require_text(found.location, found.classes)
     root = found.root
     if root is None or any(record.path is None for record in found.records):
         command = prepare_command(str(location), "--test-fraction 1")
@@ -332,6 +342,11 @@ def split_of_files(location: Path, name: str) -> Split:
         raise UsageError(f"{location}: no split {name!r}{did_you_mean(name, choices)}")
     schema = manifest_schema().append(pa.field("group", pa.string()))
     columns: dict[str, list[Any]] = dict.fromkeys(schema.names, [None] * len(records))
+    if unnamed := [each for each in records if not is_text(f"{each.image_id}{each.path}")]:
+        raise UsageError(
+            f"{location}: {log.counted(len(unnamed), 'image')} with a name that is not UTF-8, "
+            f"first {as_text(unnamed[0].image_id)}; rename or remove them"
+        )
     for column in ("image_id", "path", "label", "group"):
         columns[column] = [getattr(record, column) for record in records]
     columns["split"] = [name] * len(records)

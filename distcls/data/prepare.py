@@ -30,6 +30,7 @@ from distcls.data.source import (
     most_bad,
     read_class_names,
     require_fraction,
+    require_text,
     with_decoder,
 )
 from distcls.data.split import (
@@ -327,12 +328,7 @@ def require_absent(out: Path) -> None:
 
 
 def _check_sense(source: LabelledImages, options: PrepareOptions) -> None:
-    try:
-        "".join((source.location, *source.classes)).encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"{source.location!r}: names of folders and classes must be UTF-8"
-        ) from error
+    require_text(source.location, source.classes)
     if options.test_fraction != 1 and (shortage := source.task.shortage()):
         raise UsageError(f"{source.location}: {shortage}; a classifier needs at least two")
     if source.root is None and options.pack == "off" and not options.write_images:

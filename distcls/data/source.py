@@ -600,6 +600,30 @@ BLOCK = 1 << 13
 """Names that are handled at a time where there may be millions."""
 
 
+NO_TEXT = "its name is not UTF-8"
+"""Reason of a bad image."""
+
+
+def is_text(name: str) -> bool:
+    """Whether a name is UTF-8, and can be written to a table."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def as_text(name: str) -> str:
+    """A name with bytes that are not UTF-8 as \\x.., as `Names.printable` gives it."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def require_text(location: str, classes: Iterable[str]) -> None:
+    """Raise UsageError for names that cannot be written to a file."""
+    if not is_text("".join((location, *classes))):
+        raise UsageError(f"{location!r}: names of folders and classes must be UTF-8")
+
+
 class Names(Sequence[str]):
     """Many names in one piece of memory: a million takes 8 MB and their letters.
 

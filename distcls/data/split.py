@@ -16,7 +16,7 @@ import numpy as np
 
 from distcls.data.hash_split import content_of, cut_by_hash
 from distcls.data.source import SPLITS, ImageRecord, LabelledImages
-from distcls.errors import UsageError, require
+from distcls.errors import UsageError, require, shown
 
 
 def assign_splits(
@@ -170,8 +170,9 @@ def _check_groups(records: Sequence[ImageRecord], splits: Sequence[str]) -> None
     for record, split in zip(records, splits, strict=True):
         if record.group is not None and home.setdefault(record.group, split) != split:
             raise UsageError(
-                f"group {record.group!r} is in {home[record.group]} and in {split} "
-                f"({record.image_id!r}); a group must be in one split, or drop one of the columns"
+                f"group {shown(record.group, 60)} is in {home[record.group]} and in {split} "
+                f"({shown(record.image_id, 60)}); a group must be in one split, or drop one of the "
+                "columns"
             )
 
 

@@ -23,12 +23,14 @@ from distcls import __version__
 from distcls.data.dataset import CLASSES, COLUMNS, FORMAT, INFO, LABELS, MANIFEST, PACK, Dataset
 from distcls.data.integrity import remember_pack, sealed, verify_pack
 from distcls.data.source import (
+    NO_TEXT,
     SPLITS,
     ImageRecord,
     Images,
     ImageSource,
     LabelledImages,
     Rejected,
+    is_text,
 )
 from distcls.data.split import SplitAssignment
 from distcls.errors import BadImage, MachineError
@@ -80,10 +82,8 @@ def load_all(
 
 def load(source: ImageSource, record: ImageRecord, copy: Path | None) -> Loaded:
     """One image, and its copy as PNG; a bad one is returned, not raised."""
-    try:
-        record.image_id.encode()
-    except UnicodeEncodeError:
-        return BadImage("its name is not UTF-8")
+    if not is_text(record.image_id):
+        return BadImage(NO_TEXT)
     pixels: Images
     uniform = source.uniform
     if uniform is not None and uniform.shape[-1] == 1:

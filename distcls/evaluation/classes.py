@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from distcls import log
 from distcls.data.dataset import Split
-from distcls.errors import UsageError
+from distcls.errors import UsageError, plain
 from distcls.task import BLANK, BLANK_SHOWN, Head, Integers, Task
 
 MAX_NAMED = 10
@@ -136,7 +136,7 @@ def _translate_heads(
 def shown_names(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(name or BLANK_SHOWN for name in names[:MAX_NAMED]) + more
+    return ", ".join(plain(name) or BLANK_SHOWN for name in names[:MAX_NAMED]) + more
 
 
 def _summary(task: Task) -> str:

@@ -6,9 +6,10 @@ Model and data meet by the names of their classes (see `match_classes`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,10 @@ import numpy as np
 from distcls import log, plotting
 from distcls.cli import import_pandas, packages_for
 from distcls.config import build, options_layer
-from distcls.data.dataset import IN_RUN, INFO, Dataset, Split, is_dataset
+from distcls.data.dataset import IN_RUN, INFO, Dataset, Split, is_dataset, require_apart
 from distcls.data.image_dataset import ImageDataset, StrPath, split_of, split_of_files
 from distcls.data.integrity import read_info
-from distcls.errors import UsageError, require
+from distcls.errors import UsageError, plain, require
 from distcls.evaluation.classes import match_classes, shown_names
 from distcls.evaluation.groups import Group, groups_of, require_column
 from distcls.evaluation.metrics import Integers, Metrics, constant_answers
@@ -28,8 +29,17 @@ from distcls.evaluation.outputs import PREDICTIONS, Outputs
 from distcls.evaluation.plots import PICTURES, draw
 from distcls.evaluation.scores import figures, with_intervals
 from distcls.evaluation.shards import evaluate_split, processes
-from distcls.files import csv_line, given_path, require_writable, write_json, write_text
-from distcls.model_card import best_model, model_choice
+from distcls.files import (
+    csv_line,
+    given_path,
+    require_writable,
+    unfinished,
+    writable,
+    write_json,
+    write_text,
+)
+from distcls.imaging.decode import SUFFIXES
+from distcls.model_card import BEST_ONNX, BEST_PTH, best_model, model_choice
 from distcls.predictor import Predictor, load_model
 from distcls.runtime.providers import ExecutionRequest, require_provider
 from distcls.task import BLANK, BLANK_SHOWN, Task
@@ -37,9 +47,10 @@ from distcls.task import BLANK, BLANK_SHOWN, Task
 if TYPE_CHECKING:
     import pandas
 
+METRICS = "metrics.json"
 GROUPS = "groups.csv"
 FILES = (
-    *("metrics.json", "per_class.csv", "confusion.csv", "confusion.png"),
+    *(METRICS, "per_class.csv", "confusion.csv", "confusion.png"),
     *(GROUPS, PREDICTIONS, *PICTURES),
 )
 """What `--out` gets."""
@@ -201,7 +212,7 @@ class EvaluationResult:
 
     def to_text(self) -> str:
         """The metrics as a printable table."""
-        metrics, width = self.metrics, max(8, *(len(name) for name in self.task.classes))
+        metrics, width = self.metrics, max(8, *(len(plain(name)) for name in self.task.classes))
         lines = [f"{'class':<{width}}  precision  recall      f1  support"]
         lines += [_line(row, width) for row in self._per_class()]
         lines.append("")
@@ -216,9 +227,10 @@ class EvaluationResult:
                 lines.append(f"{plotting.metric_title(name):<17} {value:.4f}{between}")
         lines.append("in brackets: 95 % intervals, of other images of the same kind")
         if self.by is not None:
-            lines += ["", f"{self.by:<{width}}    images   top-1  95 % interval"]
+            wide = max(width, *(len(plain(each.value)) for each in self.groups))
+            lines += ["", f"{plain(self.by):<{wide}}    images   top-1  95 % interval"]
             for each in self.groups:
-                row = f"{each.value:<{width}}  {each.count:8,}  {each.top1:.4f}"
+                row = f"{plain(each.value):<{wide}}  {each.count:8,}  {each.top1:.4f}"
                 lines.append(f"{row}  {each.low:.4f} to {each.high:.4f}")
         return "\n".join([*lines, *self._left_out()])
 
@@ -247,7 +259,7 @@ class EvaluationResult:
         confusion.csv of heads has their tables along its diagonal; of labels a row each. The figure
         is of a single label, or of heads with the same classes, summed.
         """
-        write_json(folder / "metrics.json", self.to_json())
+        write_json(folder / METRICS, self.to_json())
         about = {"model": self.model, "data": self.data, "split": self.split}
         self.outputs.write(folder / PREDICTIONS, about)
         columns = ("class", "precision", "recall", "f1", "support")
@@ -437,8 +449,9 @@ def _evaluate(
     for warning in result.warnings:
         log.warn(warning)
     if options.out is not None and log.rank() == 0:
-        result.write(options.out)
-        draw(outputs, evaluated.split, options.out)
+        with _replacing(options.out) as folder:
+            result.write(folder)
+            draw(outputs, evaluated.split, folder)
         log.say(f"written: {options.out}")
     return result
 
@@ -467,6 +480,7 @@ def _require_new_output(options: EvaluateOptions) -> None:
     """Raise UsageError, in all processes and before any work, if `out` cannot be written."""
     if options.out is None:
         return
+    _require_own_folder(options.out, options.data)
     there = [options.out / name for name in FILES if (options.out / name).exists()]
     if not options.overwrite and there:
         raise UsageError(f"{there[0]} exists already; choose another --out or add --overwrite")
@@ -474,6 +488,31 @@ def _require_new_output(options: EvaluateOptions) -> None:
         raise UsageError(f"{folders[0]} is a folder, expected the name of a file")
     if log.rank() == 0:
         require_writable(options.out)
+
+
+def _require_own_folder(out: Path, data: Path) -> None:
+    """Raise BadValue for a folder that holds something else: its files would be mixed with it."""
+    for path in (out, *(out / name for name in FILES)):
+        require_apart("out", path, data)
+    holds = next((name for name in (BEST_PTH, BEST_ONNX, INFO) if (out / name).exists()), None)
+    if holds is None and out.is_dir() and not (out / METRICS).exists():
+        names = (path.name for path in out.iterdir() if path.suffix.lower() in SUFFIXES)
+        holds = next((name for name in names if name not in FILES), None)
+    expected = f"a folder of its own; {holds} is in this one"
+    require(holds is None, "out", str(out), expected)
+
+
+@contextlib.contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A folder for the files of an evaluation, which take the place of those in `out` if all could
+    be written; metrics.json comes last."""
+    with writable(out), unfinished(out / "evaluation", folder=True) as folder:
+        yield folder
+        for name in reversed(FILES):
+            if (folder / name).exists():
+                (folder / name).replace(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)  # of an evaluation that is replaced
 
 
 def _drawn_matrix(confusion: Integers, task: Task) -> tuple[Integers, Sequence[str]] | None:
@@ -489,7 +528,7 @@ def _drawn_matrix(confusion: Integers, task: Task) -> tuple[Integers, Sequence[s
 
 def _line(row: Sequence[Any], width: int) -> str:
     name, precision, recall, f1, support = row
-    return f"{name:<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7,}"
+    return f"{plain(name):<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7,}"
 
 
 def _table(rows: Sequence[Sequence[object]]) -> str:

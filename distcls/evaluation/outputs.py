@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,29 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls import __version__
-from distcls.files import atomic_path
+from distcls.files import atomic_path, zeros
 from distcls.task import THRESHOLD, Floats, Integers, Task, softplus
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 PREDICTIONS = "predictions.parquet"
-MOST_HELD = 1 << 26
-"""Bytes of an array of one row an image that are held in memory; a larger one lies in a file."""
 BLOCK, MOST_ROWS = 1 << 17, 1 << 13
 """Values, and rows, that are computed with at a time."""
 KEY = b"distcls"
 """Key of the table's metadata, JSON: the model, the data, the split, and the task."""
-
-
-def rows_of(count: int, width: int) -> Floats:
-    """Zeros, float32 [count, width]; many of them in a temporary file, which the system may write
-    out when memory is short, and which goes with the array."""
-    if count * width * 4 <= MOST_HELD:
-        return np.zeros((count, width), np.float32)
-    with tempfile.TemporaryFile(prefix="distcls-") as file:
-        file.truncate(count * width * 4)
-        return np.memmap(file, np.float32, "r+", shape=(count, width))
 
 
 def blocks(count: int, width: int) -> Iterator[slice]:
@@ -76,7 +63,7 @@ class Outputs:
             task=task,
             image_ids=image_ids,
             labels=truth,
-            probabilities=rows_of(count, width),
+            probabilities=zeros((count, width), np.float32),
             decided=np.zeros(truth.shape, np.int32),
             loss=np.zeros(count),
             ranks=np.zeros((count, 0 if labelled else truth.shape[1]), np.int32),

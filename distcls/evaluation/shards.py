@@ -16,7 +16,8 @@ from distcls.cli import leave_process_group
 from distcls.data.dataset import Split
 from distcls.errors import DistclsError, UsageError
 from distcls.evaluation.metrics import LogitSpread, MetricState, metric_state
-from distcls.evaluation.outputs import Outputs, blocks, rows_of
+from distcls.evaluation.outputs import Outputs, blocks
+from distcls.files import zeros
 from distcls.predictor import Predictor
 from distcls.task import Floats, Task
 
@@ -72,7 +73,7 @@ def evaluate_split(predictor: Predictor, split: Split, total: Sum) -> Evaluated:
     """
     task = predictor.task
     state, spread = metric_state(task.plain), LogitSpread(task)
-    logits, bad = rows_of(len(split), len(task.classes)), []
+    logits, bad = zeros((len(split), len(task.classes)), np.float32), []
     indices = range(log.rank(), len(split), log.world_size())
     with (
         contextlib.closing(predictor.chunks(split, indices=indices)) as chunks,

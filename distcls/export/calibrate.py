@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -189,7 +190,8 @@ def calibrate(options: CalibrateOptions) -> CalibrationResult:
     """
     if log.world_size() > 1:
         raise UsageError("calibrate runs in one process; start it without a launcher")
-    found = best_model(options.model)
+    files = _files(options.model)
+    found = files[-1]
     if line := model_choice(options.model, found):
         log.say(line)
     if found.suffix.lower() == ".onnx":
@@ -204,7 +206,6 @@ def calibrate(options: CalibrateOptions) -> CalibrationResult:
     matched = match_classes(split.first(options.limit), predictor.task, str(folder)).split
     evaluated = evaluate_split(predictor, matched, lambda vector: vector)
     card, result = _fitted(options, model.card, evaluated, str(folder))
-    files = _files(options.model, found)
     for path in files:
         write_card(path, card)
     return dataclasses.replace(result, files=tuple(files))
@@ -287,14 +288,34 @@ def _plain(found: Abstention) -> dict[str, float]:
     return dataclasses.asdict(found)
 
 
-def _files(given: Path, found: Path) -> list[Path]:
+def _files(given: Path) -> list[Path]:
     """The files to write: of a run directory its best.pth first, so that it is not the newer one.
 
-    A best.onnx that is older than best.pth is another model.
+    Raises UsageError where its best.onnx is another model. Their times do not tell: copying
+    changes them, and so does a calibration that ended between the two.
     """
-    if not given.is_dir() or found.name != BEST_ONNX or not (given / BEST_PTH).is_file():
-        return [found]
-    return [given / BEST_PTH, found]
+    checkpoint, exported = given / BEST_PTH, given / BEST_ONNX
+    if not given.is_dir() or not checkpoint.is_file() or not exported.is_file():
+        return [best_model(given)]
+    from distcls.models.checkpoint import read_checkpoint
+    from distcls.runtime.onnx_file import OnnxFile
+
+    card = ModelCard.from_metadata(OnnxFile(exported).metadata, str(exported))
+    if _origin(card) != _origin(read_checkpoint(checkpoint)[0]):
+        raise UsageError(
+            f"model: {checkpoint} and {exported} are different models; distcls export --ckpt "
+            f"{given} --overwrite makes one of the other, or name the file"
+        )
+    return [checkpoint, exported]
+
+
+def _origin(card: ModelCard) -> dict[str, Any]:
+    """What the card of an export has in common with that of its checkpoint."""
+    plain = dataclasses.replace(card, task=card.task.plain, calibration=None, certificate=None)
+    values = plain.to_json()
+    dataset = Path(card.training.get("dataset") or "").name  # an export has no path
+    values |= {"version": None, "training": {**card.training, "dataset": dataset}}
+    return dict(json.loads(json.dumps(values)))
 
 
 def write_card(path: Path, card: ModelCard) -> None:
