@@ -185,6 +185,16 @@ def test_transparent_images_are_seen_on_their_background(tmp_path: Path) -> None
     assert ("duplicate", "train/cat/flat.png") in kinds(look(data))
 
 
+def test_the_original_stays(tmp_path: Path) -> None:
+    data = folder(tmp_path / "photos")
+    names = ("cat/b (1).png", "cat/b.png", "dog/a copy.png", "dog/z.png")
+    for number, name in enumerate(names):
+        put(data / "train" / name, photo(100 + number // 2))
+    found = kinds(look(data))
+    assert found["duplicate", "train/cat/b (1).png"] == "train/cat/b.png"
+    assert found["duplicate", "train/dog/a copy.png"] == "train/dog/z.png"
+
+
 def test_prepare_says_what_needs_no_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
