@@ -195,6 +195,21 @@ def test_the_original_stays(tmp_path: Path) -> None:
     assert found["duplicate", "train/dog/a copy.png"] == "train/dog/z.png"
 
 
+def test_a_run_without_an_export_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.pth").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"^model: .*best.pth has no features.*export --ckpt"):
+        look(tmp_path, model=tmp_path / "run")
+
+
+def test_splits_that_do_not_differ_are_told_of() -> None:
+    result = AuditResult(
+        data="d", images=9, splits={}, classes=[], findings=[], seconds=0, drift={"val": (0.1, 0.4)}
+    )
+    assert result.to_text() == "nothing found\ndrift: val does not differ from train, p 0.400"
+    assert result.to_json()["drift"] == {"val": {"mmd": 0.1, "p": 0.4}}
+
+
 def test_prepare_says_what_needs_no_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
