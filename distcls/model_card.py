@@ -24,6 +24,8 @@ CHECKSUM, METADATA_CHECKSUM = "sha256", "metadata_sha256"
 in a best.onnx."""
 GOLDEN = "golden"
 """Beside the card in a best.onnx: logits of a few inputs, see `distcls.runtime.golden`."""
+FIRST_FOLD, OUT_OF_FOLD = "fold-1", "out_of_fold.parquet"
+"""In the folder of a cross-validation."""
 FORMAT = 1
 LEAST_TEMPERATURE = 1e-3
 """Of a calibration; the greatest is its inverse."""
@@ -229,6 +231,12 @@ def best_model(path: Path, *, exported: bool = True, key: str = "model") -> Path
         return onnx
     if checkpoint.is_file():
         return checkpoint
+    if (path / FIRST_FOLD).is_dir():
+        raise UsageError(
+            f"{key}: {path} has the runs of a cross-validation; name one, such as "
+            f"{path / FIRST_FOLD} (what each says of images that it has not seen is in "
+            f"{path / OUT_OF_FOLD})"
+        )
     wanted = f"{BEST_ONNX} or {BEST_PTH}" if exported else BEST_PTH
     raise UsageError(
         f"{key}: {path} is a folder without {wanted}; a run directory has one after its first epoch"

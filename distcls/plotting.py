@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distcls import __version__
+from distcls import __version__, log
 from distcls.errors import UsageError
 from distcls.files import atomic_path
 
@@ -55,13 +57,35 @@ def save(figure: Figure, path: Path, dpi: int = 120) -> None:
     if path.suffix == ".svg":
         _save_svg(figure, path)
         return
-    with atomic_path(path) as part, warnings.catch_warnings():
-        # a letter without a font is drawn as a box; a warning for each adds nothing
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    with atomic_path(path) as part, _one_line_for_missing_letters():
         FigureCanvasAgg(figure)
         # a search for images recognises it by this, and leaves it out
         software = {"Software": f"distcls {__version__}"}
         figure.savefig(part, format="png", dpi=dpi, metadata=software)
+
+
+MISSING = "Glyph .* missing from"
+
+
+@contextlib.contextmanager
+def _one_line_for_missing_letters() -> Iterator[None]:
+    """A letter without a font is drawn as a box: say so once, not for each letter."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    others = [each for each in caught if not re.match(MISSING, str(each.message))]
+    if len(others) < len(caught):
+        _say_boxes()
+    for each in others:
+        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+
+
+@functools.cache
+def _say_boxes() -> None:
+    log.say(
+        "pictures: no installed font has some letters of the names, they are drawn as boxes; "
+        "Noto Sans CJK (package fonts-noto-cjk) has them"
+    )
 
 
 def _save_svg(figure: Figure, path: Path) -> None:
@@ -74,7 +98,8 @@ def _save_svg(figure: Figure, path: Path) -> None:
         axes.set_facecolor("none")
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": path.stem}
     with atomic_path(path) as part, warnings.catch_warnings(), matplotlib.rc_context(settings):
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        # the page draws the letters, with its own fonts
+        warnings.filterwarnings("ignore", message=MISSING)
         FigureCanvasSVG(figure)
         figure.savefig(part, format="svg", metadata={"Date": None})
 
@@ -310,6 +335,7 @@ def compared_curves(histories: Mapping[str, Sequence[Row]], path: Path) -> None:
             axes.spines[side].set_visible(False)
         if axes.lines:
             axes.legend(frameon=False)
+            axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     save(figure, path)
 
 

@@ -185,6 +185,31 @@ def test_transparent_images_are_seen_on_their_background(tmp_path: Path) -> None
     assert ("duplicate", "train/cat/flat.png") in kinds(look(data))
 
 
+def test_the_original_stays(tmp_path: Path) -> None:
+    data = folder(tmp_path / "photos")
+    names = ("cat/b (1).png", "cat/b.png", "dog/a copy.png", "dog/z.png")
+    for number, name in enumerate(names):
+        put(data / "train" / name, photo(100 + number // 2))
+    found = kinds(look(data))
+    assert found["duplicate", "train/cat/b (1).png"] == "train/cat/b.png"
+    assert found["duplicate", "train/dog/a copy.png"] == "train/dog/z.png"
+
+
+def test_a_run_without_an_export_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.pth").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"^model: .*best.pth has no features.*export --ckpt"):
+        look(tmp_path, model=tmp_path / "run")
+
+
+def test_splits_that_do_not_differ_are_told_of() -> None:
+    result = AuditResult(
+        data="d", images=9, splits={}, classes=[], findings=[], seconds=0, drift={"val": (0.1, 0.4)}
+    )
+    assert result.to_text() == "nothing found\ndrift: val does not differ from train, p 0.400"
+    assert result.to_json()["drift"] == {"val": {"mmd": 0.1, "p": 0.4}}
+
+
 def test_prepare_says_what_needs_no_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

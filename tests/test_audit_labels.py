@@ -61,6 +61,8 @@ def test_a_dataset_with_flipped_labels(tmp_path: Path) -> None:
     images_found = [each.image for each in found.findings if each.kind == "label_error"]
     wrong = {int(Path(name).stem) < 6 for name in images_found[:4]}
     assert wrong == {True}
+    assert found.judges is not None
+    assert f"right for {found.judges:.1%} of the images" in found.to_text()
     with pytest.raises(UsageError, match=r"recipe: .* expected nothing without label_errors"):
         look(tmp_path / "digits", recipe="digits")
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distcls.audit.audit import AuditOptions
-from distcls.audit.model import drift, two_sample_test
+from distcls.audit.model import drift, drift_tests, two_sample_test
 from distcls.commands.audit import main
 from distcls.data.dataset import Dataset
 from distcls.data.prepare import PrepareOptions, prepare
@@ -109,8 +109,8 @@ def test_drift_is_told_from_chance() -> None:
     same = rng.normal(size=(900, 8)).astype(np.float32)
     other = (rng.normal(size=(300, 8)) + 0.6).astype(np.float32)
     splits = ["train"] * 600 + ["val"] * 300
-    assert not list(drift(same, splits))
-    [finding] = drift(np.concatenate([same, other]), [*splits, *["test"] * 300])
+    assert not list(drift(drift_tests(same, splits)))
+    [finding] = drift(drift_tests(np.concatenate([same, other]), [*splits, *["test"] * 300]))
     assert (finding.kind, finding.split, finding.related) == ("drift", "test", "train")
     assert finding.value is not None
     assert finding.value < 0.001

@@ -25,6 +25,7 @@ from distcls.commands.predict import main as predict_main
 from distcls.data.dataset import Dataset
 from distcls.errors import BadValue, UsageError
 from distcls.evaluation.calibration import (
+    _with_temperatures,
     abstain_for_accuracy,
     abstain_for_answers,
     fit_temperatures,
@@ -32,6 +33,7 @@ from distcls.evaluation.calibration import (
 )
 from distcls.evaluation.outputs import Outputs
 from distcls.evaluation.scores import calibration_bins
+from distcls.export.calibrate import write_card
 from distcls.export.graph import SCALED, set_temperatures
 from distcls.model_card import ModelCard
 from distcls.prediction import prediction_sets as set_texts
@@ -92,7 +94,8 @@ def test_the_temperature_is_that_of_scipy() -> None:
     def loss(logarithm: float) -> float:
         scaled = logits.astype(np.float64) / np.exp(logarithm)
         chances = np.exp(scaled) / np.exp(scaled).sum(axis=1, keepdims=True)
-        return float(log_loss(labels, chances))
+        prior = (np.exp(-logarithm) + logarithm - 1) / len(labels)
+        return float(log_loss(labels, chances) + prior)
 
     known = np.exp(minimize_scalar(loss, bounds=(-3, 3), options={"xatol": 1e-9}).x)
     assert fit_temperatures(task, logits, labels)[0].temperatures == pytest.approx(
@@ -101,7 +104,7 @@ def test_the_temperature_is_that_of_scipy() -> None:
 
 
 def test_without_a_best_temperature_it_stays_one() -> None:
-    logits, labels = simulated(LABELS, 200, 1)
+    logits, labels = simulated(LABELS, 200, 3)
     labels[:, 1] = 1  # no image without it
     labels[:, 2] = logits[:, 2] > 0  # always right
     fitted, unknown = fit_temperatures(LABELS, logits, labels)
@@ -127,7 +130,15 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder / run, EXPORTED / data, split="test", quiet=True, batch_size=7
         )
         assert [path.name for path in result.files] == ["best.pth", "best.onnx"]
-        assert all(abs(np.log(value)) > 0.03 for value in result.temperatures), result
+        if run == "run_labels":  # its few images say nothing of a temperature: given ones
+            assert result.temperatures == (1, 1)
+            card = OnnxModel(result.files[1]).card
+            task = _with_temperatures(card.task, (0.6, 1.7))
+            kept = {**(card.calibration or {}), "temperatures": [0.6, 1.7]}
+            for path in result.files:
+                write_card(path, dataclasses.replace(card, task=task, calibration=kept))
+            continue
+        assert any(abs(np.log(value)) > 0.03 for value in result.temperatures), result
         assert result.loss[1] < result.loss[0]
     return folder
 
@@ -402,12 +413,50 @@ def test_what_cannot_be_calibrated(data: Path, tmp_path: Path) -> None:
     for flags, told in wrong:
         with pytest.raises((UsageError, BadValue), match=told):
             main([str(model), *flags])
-    right = tiny_dataset.write(
-        tmp_path / "right", *(list(part) for part in tiny_dataset.coloured(30)), tiny_onnx.COLOURS
-    )
-    with pytest.raises(UsageError, match="no temperature is best for test, as every prediction"):
-        main([str(model), "--data", str(right), "--split", "test"])
+    (data / "files" / "red").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"prepare .*d/files --out .* --test-fraction 1, and --sp"):
+        main([str(model), "--data", str(data / "files")])
     assert model.read_bytes() == before
+
+
+def test_chance_is_no_reason_to_change_the_temperature() -> None:
+    """Calibrated logits of 60 images: without a test their temperature is 0.6 to 1.7."""
+    task = Task(classes=("a", "b", "c"))
+    changed = 0
+    for seed in range(100):
+        fitted, unknown = fit_temperatures(task, *simulated(task, 60, 1, seed))
+        assert (unknown == [""]) == (fitted.temperatures == (1.0,))
+        changed += not unknown
+    assert changed <= 8
+    found = [fit_temperatures(task, *simulated(task, 200, 4, seed))[1] for seed in range(20)]
+    assert found.count([]) >= 19
+
+
+def test_what_was_fitted_before_is_kept_while_it_holds(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_onnx.write(tmp_path / "m.onnx")
+    flags = [str(model), "--data", str(data)]
+    main([*flags, "--coverage", "0.9", "--precision", "1", "--answered", "0.5"])
+    captured = capsys.readouterr()
+    assert "are answered (200)" in captured.out
+    assert "of others it may be" in captured.err or "1 is not reached" in captured.err
+    first = OnnxModel(model).card.calibration
+    assert first is not None
+    main(flags)
+    assert "prediction sets of the calibration before are kept" in capsys.readouterr().err
+    second = OnnxModel(model).card.calibration
+    assert second is not None
+    assert [second[name] for name in ("sets", "thresholds")] == [
+        first[name] for name in ("sets", "thresholds")
+    ]
+    main([*flags, "--limit", "150"])
+    said = capsys.readouterr().err
+    assert "prediction sets of the calibration before are dropped" in said
+    assert "thresholds of the calibration before are dropped" in said
+    third = OnnxModel(model).card.calibration
+    assert third is not None
+    assert third["sets"] == third["thresholds"] == []
 
 
 @pytest.mark.parametrize(

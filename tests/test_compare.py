@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
@@ -156,13 +157,35 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     plain = pq.read_table(first).replace_schema_metadata(None)
     pq.write_table(plain, tmp_path / "plain.parquet")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "cv" / "fold-1").mkdir(parents=True)
+    (tmp_path / "alone").mkdir()
+    tiny_onnx.write(tmp_path / "alone" / "best.onnx")
+    (tmp_path / "table.csv").write_text("image_id,label\n")
+    table = pq.read_table(first)
+    chances = table.column("probabilities").to_pylist()
+    loss = table.column("loss").to_pylist()
+    for name, column, values in (
+        ("nan", "probabilities", [*chances[:3], [float("nan"), 0.5, 0.5], *chances[4:]]),
+        ("more", "probabilities", [[2 * each for each in row] for row in chances]),
+        ("loss", "loss", [-1.0, *loss[1:]]),
+    ):
+        place = table.column_names.index(column)
+        array = pa.array(values, table.schema.field(place).type)
+        other = table.set_column(place, table.schema.field(place), array)
+        pq.write_table(other, tmp_path / f"{name}.parquet")
     for name, told in (
         ("none.parquet", "none.parquet does not exist"),
         ("none", "none does not exist"),
         ("bad.parquet", r"bad.parquet: not the predictions.parquet of distcls evaluate --out"),
         ("less.parquet", "not the predictions.parquet"),
-        ("plain.parquet", "not the predictions.parquet"),
-        ("empty", r"is no evaluation \(it has no predictions.parquet\) .* --data"),
+        ("plain.parquet", r"it does not say of which model and classes it is\)$"),
+        ("nan.parquet", r"1 image with probabilities that are not 0 to 1.* first '3.png'"),
+        ("more.parquet", "2,000 images with probabilities .* sum is not 1"),
+        ("loss.parquet", "1 image with a loss that is no number"),
+        ("table.csv", "table.csv: expected predictions.parquet"),
+        ("empty", "empty is a folder without best.onnx or best.pth"),
+        ("cv", "runs of a cross-validation; name one, such as .*fold-1 .*out_of_fold.parquet"),
+        ("alone", r"is no evaluation \(it has no predictions.parquet\) .* --data"),
     ):
         with pytest.raises(UsageError, match=told):
             compared(first, tmp_path / name)
@@ -178,6 +201,58 @@ def test_model_files_are_evaluated(tmp_path: Path) -> None:
     found = compared(model, tmp_path / "out", data=data, quiet=True)
     assert found.images == 60
     assert found.differences[0][0].p == 1
+
+
+def test_what_is_missing_is_said_before_anything_is_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = tiny_dataset.coloured(20)
+    data = tiny_dataset.write(tmp_path / "d", list(images), labels, tiny_onnx.COLOURS)
+    with pytest.raises(UsageError, match="nowhere does not exist"):
+        compared(tiny_onnx.write(tmp_path / "m.onnx"), tmp_path / "nowhere", data=data)
+    assert "evaluating" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["one source", "packs", "files", "class folders", "named alike"])
+def test_images_that_a_run_was_trained_on(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second run has 23 of the first's 30 test images in its training split."""
+    images, labels = tiny_dataset.coloured(60)
+    where: dict[str, Any] = {"files": kind in ("files", "class folders")}
+    where["packed"] = not where["files"]
+    for name, first in (("a", 0), ("b", 23)):
+        splits = ["train"] * 60
+        splits[first : first + 30] = ["test"] * 30
+        run = tmp_path / name
+        run.mkdir()
+        tiny_onnx.write(run / "best.onnx")
+        shown = list(images if kind != "named alike" or name == "a" else 255 - images)
+        folder = tiny_dataset.write(
+            run / "dataset", shown, labels, tiny_onnx.COLOURS, splits=splits, **where
+        )
+        if kind == "one source":
+            info = json.loads((folder / "dataset.json").read_text()) | {"source": "/photos"}
+            (folder / "dataset.json").write_text(json.dumps(info))
+            tiny_dataset.sign(folder)
+    runs, data = [tmp_path / "a", tmp_path / "b"], tmp_path / "a" / "dataset"
+    if kind == "class folders":
+        for at in range(30):
+            target = tmp_path / "photos" / tiny_onnx.COLOURS[labels[at]] / f"{at}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((data / "files" / f"image {at:04d}.png").read_bytes())
+        data = tmp_path / "photos"
+    found = compared(*runs, data=data)
+    seen = 0 if kind == "named alike" else 23
+    assert found.trained_on == (0, seen)
+    told = [line for line in capsys.readouterr().err.splitlines() if "training split" in line]
+    assert len(told) == bool(seen)
+    if seen:
+        assert f"{runs[1]}: 23 images of 30 were in its own training split" in told[0]
+    # the same of evaluations
+    for run in runs:
+        evaluate_model(run, data, out=run / "out", quiet=True)
+    assert compared(*(run / "out" for run in runs)).trained_on == (0, seen)
 
 
 @pytest.mark.parametrize(("run", "data"), [("run_heads", "heads"), ("run_labels", "labels")])

@@ -15,7 +15,14 @@ from distcls.audit.checks import Teller, image_findings, turned_copies
 from distcls.audit.findings import KINDS, Finding, counted, in_order, table
 from distcls.audit.fix import write_fixed
 from distcls.audit.labels import label_findings
-from distcls.audit.model import drift, features_of, open_features, turned_pairs
+from distcls.audit.model import (
+    SIGNIFICANT,
+    drift,
+    drift_tests,
+    features_of,
+    open_features,
+    turned_pairs,
+)
 from distcls.audit.page import audit_page
 from distcls.audit.scan import Scan, scan
 from distcls.cli import packages_for
@@ -117,6 +124,10 @@ class AuditResult:
     seconds: float
     failure: DistclsError | None = None
     """Why `fix` could not be written."""
+    drift: dict[str, tuple[float, float]] | None = None
+    """With a model: of each split that was tested, MMD and p-value against train."""
+    judges: float | None = None
+    """With label_errors: accuracy of the models that judge, on images they have not seen."""
 
     def to_json(self) -> dict[str, Any]:
         """The summary, as audit.json and `--json` have it."""
@@ -126,6 +137,10 @@ class AuditResult:
             "splits": self.splits,
             "classes": len(self.classes),
             "findings": counted(self.findings),
+            "drift": None
+            if self.drift is None
+            else {split: {"mmd": value, "p": p} for split, (value, p) in self.drift.items()},
+            "label_errors_accuracy": self.judges,
             "seconds": self.seconds,
         }
 
@@ -139,7 +154,18 @@ class AuditResult:
                 name = f"{plain(first.image)}: " if first.image else ""
                 lines.append(f"{severity:<8} {count:>7,}  {KINDS[kind]}")
                 lines.append(f"{'':<17} first {name}{plain(first.text, LONGEST)}")
-        return "\n".join(lines or ["nothing found"])
+        lines = lines or ["nothing found"]
+        for split, (_, p) in (self.drift or {}).items():
+            if p >= SIGNIFICANT:
+                lines.append(f"drift: {split} does not differ from train, p {p:.3f}")
+        if self.drift == {}:
+            lines.append("drift: not tested, for want of 10 images in train and in another split")
+        if self.judges is not None:
+            lines.append(
+                f"label errors: the models that judge are right for {self.judges:.1%} of the "
+                "images, none of which they were trained on"
+            )
+        return "\n".join(lines)
 
 
 def audit(options: AuditOptions) -> AuditResult:
@@ -159,16 +185,19 @@ def audit(options: AuditOptions) -> AuditResult:
     inside = inside._replace(records=list(map(_named, inside.records)))
     scanned = scan(inside, _background(options, inside))
     findings = list(image_findings(scanned, data.task, _rejected(inside)))
+    tests, judges = None, None
     if model is not None:
-        findings += _by_model(model, scanned, inside, Teller(inside.records, data.task), findings)
+        more, tests = _by_model(model, scanned, inside, Teller(inside.records, data.task), findings)
+        findings += more
     if options.label_errors:
         good = np.array([at for at in range(len(data)) if at not in scanned.broken], np.int64)
-        findings += label_findings(
+        more, judges = label_findings(
             *(inside, data.task, good),
             folds=options.folds,
             recipe=options.recipe,
             seed=options.seed,
         )
+        findings += more
     result = AuditResult(
         data=options.data,
         images=len(data),
@@ -176,6 +205,8 @@ def audit(options: AuditOptions) -> AuditResult:
         classes=list(data.classes),
         findings=in_order(findings),
         seconds=round(time.monotonic() - started, 2),
+        drift=tests,
+        judges=judges,
     )
     return _finished(options, result, inside, data.task)
 
@@ -189,12 +220,12 @@ def _named(record: ImageRecord) -> ImageRecord:
 
 def _by_model(
     model: WithFeatures, scanned: Scan, inside: Opened, tell: Teller, known: list[Finding]
-) -> list[Finding]:
-    """What the features of a model tell."""
+) -> tuple[list[Finding], dict[str, tuple[float, float]]]:
+    """What the features of a model tell, and the tests of drift."""
     features = features_of(model, inside)
     pairs = turned_pairs(scanned.thumbs, features)
-    splits = [record.split for record in inside.records]
-    return [*turned_copies(tell, pairs, known), *drift(features, splits)]
+    tests = drift_tests(features, [record.split for record in inside.records])
+    return [*turned_copies(tell, pairs, known), *drift(tests)], tests
 
 
 def check_output(options: AuditOptions) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -17,6 +19,8 @@ from distcls.task import Task, same_names
 
 FAVOUR = ("test", "val", "train")
 """Of copies in several splits the one in the first of these is kept."""
+COPY = re.compile(r"\(\d+\)$|(^|[^a-z])(copy|copie|kopie|copia|dup|duplicate)([^a-z]|$)")
+"""In a name without its ending, of what is probably the copy."""
 FEW = 10
 """Training images of a class below which it is tiny."""
 UNEVEN = 20
@@ -104,7 +108,9 @@ def duplicates(scanned: Scan, tell: Teller, good: NDArray[np.bool_]) -> Iterator
         groups[bytes(scanned.table["pixels"][at]).ljust(16, b"\0")].append(at)
     single = []
     for members in groups.values():
-        members.sort(key=lambda at: _favour(records[at]))
+        # a flattened copy has lost its transparency
+        opaque = scanned.table["transparent"] == 0
+        members.sort(key=lambda at: (*_favour(records[at])[:1], opaque[at], _favour(records[at])))
         single.append(members[0])
         for at in members[1:]:
             yield _copy(scanned, tell, at, members[0], members)
@@ -126,8 +132,12 @@ def turned_copies(
             yield _near_copy(tell, second, first, pair.score, f" {how}")
 
 
-def _favour(record: ImageRecord) -> int:
-    return FAVOUR.index(record.split) if record.split in FAVOUR else len(FAVOUR)
+def _favour(record: ImageRecord) -> tuple[int, bool, str]:
+    """A key, the least of copies is kept: by its split, then that whose name is of no copy and
+    comes first."""
+    name = os.path.splitext(record.image_id)[0]  # noqa: PTH122 - an id is no path
+    split = FAVOUR.index(record.split) if record.split in FAVOUR else len(FAVOUR)
+    return split, COPY.search(name.lower()) is not None, name
 
 
 def _copy(scanned: Scan, tell: Teller, at: int, first: int, members: list[int]) -> Finding:

@@ -68,8 +68,9 @@ def find_label_issues(labels: Integers, probabilities: Floats) -> LabelIssues:
 
 def label_findings(
     inside: Opened, task: Task, good: Integers, *, folds: int, recipe: str | None, seed: int
-) -> list[Finding]:
-    """Train on all folds but one, for each of them, and judge the labels of the images `good`.
+) -> tuple[list[Finding], float]:
+    """Train on all folds but one, for each of them, and judge the labels of the images `good`; also
+    how often these models are right. Warns where that is too seldom for a judgement.
 
     Raises UsageError for tasks with several outputs, and where no folds can be made.
     """
@@ -89,6 +90,13 @@ def label_findings(
         )
     labels = np.array([inside.records[at].label for at in good], np.int64)
     issues = find_label_issues(labels, probabilities)
+    accuracy = float((probabilities.argmax(1) == labels).mean())
+    poor = (1 + np.bincount(labels).max() / len(labels)) / 2
+    if accuracy < poor:
+        log.warn(
+            f"label errors: the models that judge are right for {accuracy:.1%} of the images only, "
+            "so the list is not worth much; a better --recipe, or pretrained weights, help"
+        )
     tell = Teller(inside.records, task)
     found = []
     for place in issues.suspects.tolist():
@@ -101,7 +109,7 @@ def label_findings(
         value = round(float(row[labels[place]]), 4)
         finding = tell(int(good[place]), "label_error", "warning", text, value=value)
         found.append(dataclasses.replace(finding, related=task.classes[other]))
-    return found
+    return found, accuracy
 
 
 def out_of_fold(

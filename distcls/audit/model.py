@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from distcls.audit.near import PAIRS, Pair, Thumbs, candidates, compare
 from distcls.data.image_dataset import Opened
 from distcls.data.source import SPLITS, ImageSource
 from distcls.errors import UsageError
-from distcls.model_card import best_model
+from distcls.model_card import BEST_ONNX, best_model
 from distcls.predictor import load_model
 from distcls.runtime.model import WithFeatures
 from distcls.runtime.pipeline import stream
@@ -25,6 +25,8 @@ Floats = NDArray[np.float32]
 
 COMPARED = 1000
 """Images of each split in a two-sample test."""
+LEAST = 10
+"""Of each split, without which there is no test."""
 PERMUTATIONS = 1999
 SIGNIFICANT = 0.01
 """p-value below which two splits are said to differ."""
@@ -34,7 +36,13 @@ SURE = 2.6
 
 def open_features(model: Path) -> WithFeatures:
     """A model file that returns features. Raises UsageError for any other."""
-    return WithFeatures(load_model(best_model(model), "auto", ExecutionRequest()))
+    found = best_model(model)
+    if found.is_file() and found.suffix.lower() != ".onnx":
+        raise UsageError(
+            f"model: {found} has no features, an exported model has; distcls export --ckpt {model} "
+            f"writes {BEST_ONNX}"
+        )
+    return WithFeatures(load_model(found, "auto", ExecutionRequest()))
 
 
 def features_of(opened: WithFeatures, inside: Opened) -> Floats:
@@ -92,19 +100,23 @@ def _how(turns: int, mirrored: bool) -> str:
     )
 
 
-def drift(features: Floats, splits: Sequence[str | None]) -> Iterator[Finding]:
-    """A finding for each split whose images differ from the training images."""
+def drift_tests(features: Floats, splits: Sequence[str | None]) -> dict[str, tuple[float, float]]:
+    """Of each other split with enough images against the training images: the squared maximum mean
+    discrepancy, and its p-value."""
     names = np.array([split or "" for split in splits])
     good = np.isfinite(features).all(1)
     rng = np.random.default_rng(0)
-    if not (good & (names == "train")).any():
-        return
+    found = {}
     for split in SPLITS[1:]:
         parts = [features[good & (names == name)] for name in ("train", split)]
-        if min(map(len, parts)) < 10:
-            continue
-        chosen = [part[rng.permutation(len(part))[:COMPARED]] for part in parts]
-        value, p = two_sample_test(*chosen)
+        if min(map(len, parts)) >= LEAST:
+            found[split] = two_sample_test(*(p[rng.permutation(len(p))[:COMPARED]] for p in parts))
+    return found
+
+
+def drift(tests: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
+    """A finding for each split whose images differ from the training images."""
+    for split, (value, p) in tests.items():
         if p < SIGNIFICANT:
             text = (
                 f"the images of {split} are not drawn as those of train are: MMD {value:.4f}, "

@@ -11,12 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls.errors import UsageError
+from distcls.evaluation.intervals import student_quantile
 from distcls.evaluation.outputs import Outputs, blocks, losses
-from distcls.model_card import LEAST_TEMPERATURE
 from distcls.task import Floats, Integers, Task
 
-PRECISION = 1e-7
-"""Of the logarithm of a temperature."""
+PRECISION, ROUGH = 1e-7, 1e-3
+"""Of the logarithm of a temperature, and of one of a part of the images."""
+MOST_TEMPERATURE = 50.0
+"""The least is its inverse."""
+PRIOR = 1.0
+"""Weight of the prior, in images."""
+FOLDS = 5
+"""Parts of the images, each of which is judged by a temperature of the others."""
+
+
+class Unreached(UsageError):
+    """No threshold does what was asked for."""
 
 
 def fit_temperatures(task: Task, logits: Floats, labels: Integers) -> tuple[Task, list[str]]:
@@ -24,9 +34,10 @@ def fit_temperatures(task: Task, logits: Floats, labels: Integers) -> tuple[Task
     labels (Guo et al.: On calibration of modern neural networks, 2017).
 
     One for all classes, one for each head, or one for each label. No prediction changes: the
-    thresholds of labels are moved to the new probabilities. Where none is best, because every
-    prediction is right or all are alike, it is 1; the names of such heads and labels are returned,
-    of a single label an empty one.
+    thresholds of labels are moved to the new probabilities. Where none is better than 1 by more
+    than chance (see `_better_than_chance`), or none is best because every prediction is right or
+    all are alike, it is 1; the names of such heads and labels are returned, of a single label an
+    empty one.
     """
     truth = labels.reshape(len(labels), -1)
     if task.kind == "multi_label":
@@ -47,23 +58,31 @@ def fit_temperatures(task: Task, logits: Floats, labels: Integers) -> tuple[Task
 
 
 def _fit(task: Task, logits: Floats, labels: Integers) -> float | None:
-    """The temperature of the least loss; None if it has none between the bounds.
+    """The temperature of the least loss; None where 1 does as well for all that is known."""
+    if (task.decide(logits).reshape(labels.shape) == labels).all():
+        return None  # the sharper the better, without end
+    found = _least(task, logits, labels, PRECISION)
+    return found if _better_than_chance(task, logits, labels) else None
 
-    The loss is convex in the inverse, so it has one minimum over the logarithm as well, which is
-    searched by golden sections.
+
+def _least(task: Task, logits: Floats, labels: Integers, precision: float) -> float:
+    """The temperature of the least sum of losses and of a weak prior, by golden sections.
+
+    The prior counts as much as one image or two: a Gamma density of the inverse temperature, with
+    its mode at 1. Both are convex in the inverse, so there is one minimum over the logarithm, too.
     """
     ratio = (math.sqrt(5) - 1) / 2
-    bound = -math.log(LEAST_TEMPERATURE)
-    low, high = -bound, bound
+    high = math.log(MOST_TEMPERATURE)
+    low = -high
 
     def loss(at: float) -> float:
         scale = np.float32(math.exp(-at))
         parts = (losses(task, logits[r] * scale, labels[r]).sum() for r in blocks(*logits.shape))
-        return float(sum(parts))
+        return float(sum(parts)) + PRIOR * (math.exp(-at) + at - 1)
 
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     of_left, of_right = loss(left), loss(right)
-    while high - low > PRECISION:
+    while high - low > precision:
         if of_left <= of_right:
             high, right, of_right = right, left, of_left
             left = high - ratio * (high - low)
@@ -72,8 +91,30 @@ def _fit(task: Task, logits: Floats, labels: Integers) -> float | None:
             low, left, of_left = left, right, of_right
             right = low + ratio * (high - low)
             of_right = loss(right)
-    middle = (low + high) / 2
-    return math.exp(middle) if abs(middle) < bound - 0.01 else None
+    return math.exp((low + high) / 2)
+
+
+def _better_than_chance(task: Task, logits: Floats, labels: Integers) -> bool:
+    """Whether temperatures that are fitted to some images lessen the loss of others.
+
+    Each fifth of the images has the temperature of the other four; the 95 % interval of the mean
+    gain has to lie above 0.
+    """
+    count = len(labels)
+    if count < 2 * FOLDS:
+        return False
+    fold = np.random.default_rng(0).permutation(count) % FOLDS
+    gains = np.zeros(count)
+    for each in range(FOLDS):
+        inside = fold == each
+        temperature = _least(task, logits[~inside], labels[~inside], ROUGH)
+        places = np.flatnonzero(inside)
+        for rows in blocks(len(places), logits.shape[1]):
+            part, truth = logits[places[rows]], labels[places[rows]]
+            after = losses(task, part / np.float32(temperature), truth)
+            gains[places[rows]] = losses(task, part, truth) - after
+    half = student_quantile(count - 1) * float(gains.std(ddof=1)) / math.sqrt(count)
+    return float(gains.mean()) > half
 
 
 def _with_temperatures(task: Task, temperatures: Sequence[float]) -> Task:
@@ -119,18 +160,20 @@ class Abstention:
     """As for `distcls predict --threshold`."""
     answered: float
     """Fraction of the images that are answered."""
+    images: int
+    """How many these are."""
     accuracy: float
     """Fraction of these that are right."""
 
 
 def abstain_for_accuracy(outputs: Outputs, accuracy: float) -> Abstention:
-    """The threshold that leaves the most images, of which this fraction is right. Raises UsageError
+    """The threshold that leaves the most images, of which this fraction is right. Raises Unreached
     where none does."""
     ranked = _ranked(outputs)
     good = np.flatnonzero(ranked.accuracy >= accuracy)
     if not len(good):
         best = float(ranked.accuracy.max())
-        raise UsageError(f"precision: {accuracy:g} is not reached, {best:.4f} is the most")
+        raise Unreached(f"precision: {accuracy:g} is not reached, {best:.4f} is the most")
     return ranked.at(int(good[-1]))
 
 
@@ -143,13 +186,18 @@ def abstain_for_answers(outputs: Outputs, answered: float) -> Abstention:
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Ranked:
     thresholds: Floats
+    number: Integers
+    """Images that each threshold leaves, and their fraction."""
     answered: NDArray[np.float64]
     accuracy: NDArray[np.float64]
 
     def at(self, place: int) -> Abstention:
-        arrays = (self.thresholds, self.answered, self.accuracy)
-        threshold, answered, accuracy = (float(array[place]) for array in arrays)
-        return Abstention(threshold=threshold, answered=answered, accuracy=accuracy)
+        return Abstention(
+            threshold=float(self.thresholds[place]),
+            answered=float(self.answered[place]),
+            images=int(self.number[place]),
+            accuracy=float(self.accuracy[place]),
+        )
 
 
 def _ranked(outputs: Outputs) -> _Ranked:
@@ -161,4 +209,4 @@ def _ranked(outputs: Outputs) -> _Ranked:
     ends = np.flatnonzero(np.append(np.diff(chances[order]) != 0, True))
     number = ends + 1
     right = np.cumsum(outputs.right[order])[ends]
-    return _Ranked(chances[order][ends], number / len(outputs), right / number)
+    return _Ranked(chances[order][ends], number, number / len(outputs), right / number)

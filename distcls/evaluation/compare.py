@@ -28,8 +28,10 @@ from distcls.evaluation.intervals import (
     student_p,
     student_quantile,
 )
-from distcls.evaluation.outputs import KEY, PREDICTIONS, Outputs
+from distcls.evaluation.outputs import KEY, PREDICTIONS, Outputs, require_probabilities
+from distcls.evaluation.overlap import training_images, warn_of_training_images
 from distcls.evaluation.scores import figures
+from distcls.model_card import best_model
 from distcls.task import Task
 
 Floats = NDArray[np.float64]
@@ -122,6 +124,8 @@ class Comparison:
     images: int
     left_out: int
     """Images that not all have."""
+    trained_on: tuple[int, ...]
+    """Of each side, how many of the images were training images of one of its runs."""
     differences: tuple[tuple[Difference, ...], ...]
     """Of each side but the first, the figures."""
 
@@ -177,8 +181,8 @@ class Comparison:
             "images": self.images,
             "left_out": self.left_out,
             "sides": [
-                {"name": name, "runs": count}
-                for name, count in zip(self.names, self.runs, strict=True)
+                {"name": name, "runs": count, "trained_on": seen}
+                for name, count, seen in zip(self.names, self.runs, self.trained_on, strict=True)
             ],
             "comparisons": [
                 {
@@ -217,6 +221,8 @@ class _Run:
     loss: Floats
     outputs: Outputs | None
     """Of a single label, from which more figures follow."""
+    trained_on: frozenset[str] = frozenset()
+    """Ids of those images that it was trained on."""
 
     def take(self, image_ids: Sequence[str]) -> _Run:
         """Some of the images, in this order."""
@@ -224,7 +230,8 @@ class _Run:
         order = np.array([places[name] for name in image_ids], np.int64)
         outputs = None if self.outputs is None else self.outputs.take(order)
         arrays = (self.truth[order], self.right[order], self.loss[order])
-        return _Run(self.name, list(image_ids), *arrays, outputs)
+        trained_on = self.trained_on.intersection(image_ids)
+        return _Run(self.name, list(image_ids), *arrays, outputs, trained_on)
 
     def values(self) -> dict[str, Floats]:
         """The numbers of each image whose mean is a figure, [N] each."""
@@ -244,6 +251,8 @@ def compare(options: CompareOptions) -> Comparison:
     """
     if log.world_size() > 1:
         raise UsageError("compare runs in one process; start it without a launcher")
+    for path in (path for side in options.sides for path in side):
+        _check_side(path, options)
     read = [[_read(path, options) for path in paths] for paths in options.sides]
     return _compared(options.given, read, options.intersect)
 
@@ -258,12 +267,15 @@ def _compared(names: Sequence[str], read: Sequence[Sequence[_Run]], intersect: b
     shared, left_out = _shared([run for side in read for run in side], intersect)
     sides = [[run.take(shared) for run in side] for side in read]
     _require_same_truth([run for side in sides for run in side])
+    for run in (run for side in sides for run in side):
+        warn_of_training_images(run.name, len(run.trained_on), len(shared))
     values = [[run.values() for run in side] for side in sides]
     return Comparison(
         names=tuple(names),
         runs=tuple(map(len, sides)),
         images=len(shared),
         left_out=left_out,
+        trained_on=tuple(len(frozenset().union(*(r.trained_on for r in side))) for side in sides),
         differences=tuple(tuple(_differences(values[0], other)) for other in values[1:]),
     )
 
@@ -365,20 +377,37 @@ def _over_seeds(
     return mean - half, mean + half, student_p(mean / math.sqrt(variance), freedom)
 
 
+def _check_side(path: Path, options: CompareOptions) -> None:
+    """Raise UsageError, before anything is evaluated, for what is none."""
+    if not path.exists():
+        raise UsageError(f"{path} does not exist")
+    if path.suffix.lower() == ".parquet" or (path / PREDICTIONS).is_file():
+        return
+    if path.is_file() and path.suffix.lower() not in (".onnx", ".pth"):
+        raise UsageError(
+            f"{path}: expected {PREDICTIONS} of an evaluation (evaluate --out), its folder, a run "
+            "directory, or a model file .onnx or .pth"
+        )
+    best_model(path, key="runs")
+    data = options.data or _own_data(path)
+    if options.data is None and not data.is_dir():
+        raise UsageError(
+            f"{path} is no evaluation (it has no {PREDICTIONS}) and its dataset is not in it; name "
+            "one to evaluate it on: --data"
+        )
+
+
+def _own_data(path: Path) -> Path:
+    return (path if path.is_dir() else path.parent) / IN_RUN
+
+
 def _read(path: Path, options: CompareOptions) -> _Run:
     """The predictions of a file, of an evaluation, or of a run that is evaluated now."""
     if path.suffix.lower() == ".parquet":
         return _read_table(path)
     if (path / PREDICTIONS).is_file():
         return _read_table(path / PREDICTIONS)
-    if not path.exists():
-        raise UsageError(f"{path} does not exist")
-    data = options.data or (path if path.is_dir() else path.parent) / IN_RUN
-    if options.data is None and not data.is_dir():
-        raise UsageError(
-            f"{path} is no evaluation (it has no {PREDICTIONS}) and its dataset is not in it; name "
-            "one to evaluate it on: --data"
-        )
+    data = options.data or _own_data(path)
     log.say(f"{path}: evaluating it on {options.split} of {data}")
     result = evaluate(
         EvaluateOptions(
@@ -398,7 +427,9 @@ def _of_result(name: str, result: EvaluationResult) -> _Run:
     found, task = result.outputs, result.task
     truth = np.array(task.texts(found.labels), object)
     outputs = found if task.single else None
-    return _Run(name, list(found.image_ids), truth, found.right, found.loss, outputs)
+    ids = list(found.image_ids)
+    seen = training_images(Path(result.model), Path(result.data), result.split, ids)
+    return _Run(name, ids, truth, found.right, found.loss, outputs, frozenset(seen))
 
 
 def _read_table(path: Path) -> _Run:
@@ -408,7 +439,10 @@ def _read_table(path: Path) -> _Run:
     columns = ["image_id", "truth", "label", "right", "loss", "probabilities"]
     try:
         with stored.open_parquet(path) as file:
-            about = stored.parse_json((file.schema_arrow.metadata or {})[KEY])
+            metadata = file.schema_arrow.metadata or {}
+            if KEY not in metadata:
+                raise ValueError("it does not say of which model and classes it is")
+            about = stored.parse_json(metadata[KEY])
             task = Task.from_json(about["task"])
             table = file.read(columns)
         texts = [table.column(name).to_pylist() for name in columns[:3]]
@@ -418,6 +452,8 @@ def _read_table(path: Path) -> _Run:
         chances = np.asarray(flat, np.float32).reshape(len(loss), len(task.classes))
         if any(value is None for column in texts for value in column) or not len(loss):
             raise ValueError("it has no row, or a cell without a value")
+        require_probabilities(task, chances, loss, texts[0])
+        outputs = _outputs_of(task, texts, chances, loss)
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist") from error
     except (OSError, KeyError, TypeError, ValueError, BadValue, pa.ArrowException) as error:
@@ -425,20 +461,36 @@ def _read_table(path: Path) -> _Run:
         raise UsageError(
             f"{path}: not the {PREDICTIONS} of distcls evaluate --out ({reason})"
         ) from error
+    ids, truth, _ = texts
+    given = [about.get(name) for name in ("model", "data", "split")]
+    seen: set[str] = set()
+    if all(isinstance(value, str) and value for value in given):
+        model, data, split = given
+        seen = training_images(Path(model), Path(data), split, ids)
+    return _Run(
+        str(path), ids, np.array(truth, object), right, loss, outputs, trained_on=frozenset(seen)
+    )
+
+
+def _outputs_of(
+    task: Task, texts: Sequence[list[str]], chances: NDArray[np.float32], loss: Floats
+) -> Outputs | None:
+    """Those of a single label. Raises ValueError for labels that are no class."""
+    if not task.single:
+        return None
     ids, truth, labels = texts
     places = {name: place for place, name in enumerate(task.classes)}
-    outputs = None
-    if task.single and len(places) == len(task.classes):
-        outputs = Outputs(
-            task=task,
-            image_ids=ids,
-            labels=np.array([[places[name]] for name in truth], np.int64),
-            probabilities=chances,
-            decided=np.array([[places[name]] for name in labels], np.int32),
-            loss=loss,
-            ranks=np.zeros((len(ids), 1), np.int32),
-        )
-    return _Run(str(path), ids, np.array(truth, object), right, loss, outputs)
+    if other := next((name for name in (*truth, *labels) if name not in places), None):
+        raise ValueError(f"label {other!r} is none of its classes")
+    return Outputs(
+        task=task,
+        image_ids=ids,
+        labels=np.array([[places[name]] for name in truth], np.int64),
+        probabilities=chances,
+        decided=np.array([[places[name]] for name in labels], np.int32),
+        loss=loss,
+        ranks=np.zeros((len(ids), 1), np.int32),
+    )
 
 
 def _title(figure: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distcls import __version__
+from distcls import __version__, log
 from distcls.files import atomic_path, zeros
 from distcls.task import THRESHOLD, Floats, Integers, Task, softplus
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 PREDICTIONS = "predictions.parquet"
 BLOCK, MOST_ROWS = 1 << 17, 1 << 13
 """Values, and rows, that are computed with at a time."""
+SUM_ERROR = 1e-3
+"""How far from 1 the sum of an image's probabilities may be."""
 KEY = b"distcls"
 """Key of the table's metadata, JSON: the model, the data, the split, and the task."""
 
@@ -160,6 +162,25 @@ class Outputs:
 
     def _of(self, rows: slice) -> Integers:
         return self.decided[rows].astype(np.int64)
+
+
+def require_probabilities(
+    task: Task, chances: Floats, loss: NDArray[np.float64], image_ids: Sequence[str]
+) -> None:
+    """Raise ValueError, naming the first image, for numbers that no model gives."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        off = ~((chances >= 0) & (chances <= 1 + SUM_ERROR)).all(axis=1)
+        if task.kind != "multi_label":
+            for span in task.slices:
+                off |= ~(np.abs(chances[:, span].sum(axis=1) - 1) <= SUM_ERROR)
+    wrong = (
+        (off, "probabilities that are not 0 to 1, or of which the sum is not 1"),
+        (~(np.isfinite(loss) & (loss >= 0)), "a loss that is no number of at least 0"),
+    )
+    for bad, words in wrong:
+        if bad.any():
+            count, first = log.counted(int(bad.sum()), "image"), image_ids[int(bad.argmax())]
+            raise ValueError(f"{count} with {words}, first {first!r}")
 
 
 def losses(task: Task, scaled: Floats, labels: Integers) -> NDArray[np.float64]:

@@ -74,7 +74,8 @@ def mistakes(outputs: Outputs, source: ImageSource, path: Path) -> None:
             image = source.image(place)
         except BadImage:  # it was read a moment ago
             continue
-        text = f"{label or 'nothing'} {chance:.0%}\nlabelled {true or 'nothing'}"
+        name = plotting.shorten(label or "nothing", plotting.LETTERS - 5)
+        text = f"{name} {chance:.0%}\nlabelled {true or 'nothing'}"
         tiles.append(plotting.Tile(image=image, text=text, name=str(outputs.image_ids[place])))
     which = "the worst of" if len(wrong) > WORST else "the"
     title = f"{which} {len(wrong):,} wrong predictions of {len(outputs):,}"
@@ -94,7 +95,7 @@ def pairs(outputs: Outputs, path: Path) -> None:
     axes.invert_yaxis()
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("images")
-    axes.set_title("most frequent confusions: truth → prediction", fontsize=12)
+    figure.suptitle("most frequent confusions: truth → prediction", fontsize=12)
     _plain(axes, grid="x")
     plotting.save(figure, path)
 
@@ -161,7 +162,7 @@ def curves(outputs: Outputs, path: Path) -> None:
                 roc.plot(false, hits, **style)[0],
                 recall.plot(hits, precision, **style)[0],
             )
-    names = {column: _shown(outputs.task.classes[column]) for column in chosen}
+    names = {c: plotting.shorten(_shown(outputs.task.classes[c]), 32) for c in chosen}
     for axes, side, values, corner in ((roc, 0, areas, "right"), (recall, 1, precisions, "left")):
         handles = [lines[column][side] for column in chosen]
         _legend(axes, handles, [f"{names[c]} {values[c]:.4f}" for c in chosen], corner)
@@ -255,7 +256,7 @@ def _legend(axes: Axes, lines: list[Line2D], names: list[str], corner: str) -> N
     where: Any = f"lower {corner}"
     legend = axes.legend(lines, stand_ins, frameon=False, loc=where, fontsize=8)
     for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set(text=plotting.shorten(name, 40), fontfamily=plotting.fonts(), parse_math=False)
+        text.set(text=name, fontfamily=plotting.fonts(), parse_math=False)
 
 
 def _plain(axes: Axes, grid: str) -> None:

@@ -23,7 +23,7 @@ from distcls.data.source import ImageSource
 from distcls.errors import BadImage, UsageError, did_you_mean, require
 from distcls.explanation.occlusion import occlusion_map
 from distcls.files import require_writable, safe_names
-from distcls.plotting import GREY, Tile, draw_grid, new_figure
+from distcls.plotting import GREY, LETTERS, Tile, draw_grid, new_figure, shorten
 from distcls.predictor import Predictor, load
 from distcls.runtime.model import Images, Model
 from distcls.task import Floats, Task
@@ -183,7 +183,12 @@ def draw(found: Explanation, path: Path, name: str) -> None:
     large = found.pixels.repeat(factor, axis=0).repeat(factor, axis=1)
     nothing = "" if found.heat.any() else "\nnothing speaks for it"
     tiles = [
-        Tile(image=large, text=f"{found.label} {found.probability:.3f}", name=name, color=GREY),
+        Tile(
+            image=large,
+            text=f"{shorten(found.label, LETTERS - 6)} {found.probability:.3f}",
+            name=name,
+            color=GREY,
+        ),
         Tile(
             image=overlay(found.pixels, found.heat),
             text=f"{TITLES[found.method]}{nothing}",

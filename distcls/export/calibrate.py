@@ -9,19 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distcls import log
 from distcls.cli import packages_for
 from distcls.config import build, options_layer, positional
-from distcls.data.dataset import IN_RUN, Dataset, Split, is_dataset
+from distcls.data.dataset import IN_RUN, Dataset, Split, is_dataset, prepare_command
 from distcls.errors import UsageError, require
 from distcls.evaluation.calibration import (
     Abstention,
+    Unreached,
     abstain_for_accuracy,
     abstain_for_answers,
     fit_temperatures,
     prediction_sets,
 )
 from distcls.evaluation.classes import match_classes, shown_names
+from distcls.evaluation.intervals import wilson
 from distcls.evaluation.outputs import Outputs
 from distcls.evaluation.scores import calibration_bins
 from distcls.evaluation.shards import Evaluated, evaluate_split
@@ -29,6 +33,7 @@ from distcls.files import atomic_path, given_path
 from distcls.model_card import BEST_ONNX, BEST_PTH, PREFIX, ModelCard, best_model, model_choice
 from distcls.predictor import Predictor, load_model
 from distcls.runtime.providers import ExecutionRequest
+from distcls.task import Task
 
 FEW = 200
 """Images below which a warning is said."""
@@ -133,9 +138,14 @@ class CalibrationResult:
         for entry in self.thresholds:
             lines.append(
                 f"threshold    {entry['threshold']:.6g}: {entry['answered']:.2%} of the images are "
-                f"answered, {entry['accuracy']:.2%} of these right"
+                f"answered{_number(entry)}, {entry['accuracy']:.2%} of these right"
             )
         return "\n".join([*lines, f"on {self.images:,} images of {self.split}, fitted to them"])
+
+
+def _number(entry: dict[str, float]) -> str:
+    """How many images are answered; calibrations of earlier versions do not say."""
+    return f" ({entry['images']:,.0f})" if "images" in entry else ""
 
 
 def calibrate_model(
@@ -224,7 +234,13 @@ def _data_folder(options: CalibrateOptions, card: ModelCard, model: Path) -> Pat
 
 
 def _open(folder: Path, options: CalibrateOptions) -> Split:
-    split = Dataset.open(folder, prepare_flags="--val-fraction 1").split(options.split)
+    if folder.exists() and not is_dataset(folder) and not is_dataset(folder / IN_RUN):
+        command = prepare_command(str(folder), "--test-fraction 1")
+        raise UsageError(
+            f"{folder} is not a dataset directory; if the model was not trained on its images: "
+            f"{command}, and --split test"
+        )
+    split = Dataset.open(folder).split(options.split)
     if options.split == "train":
         log.warn("split: a model is surer of the images that it was trained on than of others")
     return split
@@ -238,26 +254,26 @@ def _fitted(
     task, unknown = fit_temperatures(card.task, logits, labels)
     if len(labels) < FEW:
         log.warn(f"{log.counted(len(labels), 'image')} are few to calibrate on")
-    if unknown == [""]:
-        raise UsageError(
-            f"{data}: no temperature is best for {options.split}, as every prediction is right, or "
-            "none says more than chance; more images are needed"
-        )
     if unknown:
-        log.warn(f"the temperature stays 1, as none is best, for {shown_names(unknown)}")
+        of = "" if unknown == [""] else f", for {shown_names(unknown)}"
+        log.warn(
+            f"the temperature stays 1{of}: on these images no other one is better by more than "
+            "chance"
+        )
     before, after = evaluated.outputs(card.task.plain), evaluated.outputs(task)
+    errors = calibration_bins(before).error, calibration_bins(after).error
+    if errors[1] > errors[0]:
+        log.warn(
+            f"ECE is worse after calibration, {errors[1]:.4f} instead of {errors[0]:.4f}, though "
+            "the loss is better; of few images, or of hardly any mistakes, ECE says little"
+        )
     sets = []
     for coverage in options.coverage:
         least = prediction_sets(after, coverage)
         entry = {"coverage": coverage, "least_probability": least}
         sets.append(entry | {"size": _mean_size(after, least)})
-    thresholds = []
-    if options.precision is not None:
-        found = abstain_for_accuracy(after, options.precision)
-        thresholds.append({"precision": options.precision, **_plain(found)})
-    if options.answered is not None:
-        found = abstain_for_answers(after, options.answered)
-        thresholds.append({"answered_at_least": options.answered, **_plain(found)})
+    thresholds = _thresholds(options, after)
+    kept = _kept(options, card, task)
     assert task.temperatures is not None
     several = task.classes if task.kind == "multi_label" else [head.name for head in task.heads]
     result = CalibrationResult(
@@ -267,12 +283,62 @@ def _fitted(
         images=len(after),
         names=tuple(several) or ("",),
         temperatures=task.temperatures,
-        ece=(calibration_bins(before).error, calibration_bins(after).error),
+        ece=errors,
         loss=(float(before.loss.mean()), float(after.loss.mean())),
-        sets=tuple(sets),
-        thresholds=tuple(thresholds),
+        sets=tuple(sets or kept["sets"]),
+        thresholds=tuple(thresholds or kept["thresholds"]),
     )
     return dataclasses.replace(card, task=task, calibration=result.record()), result
+
+
+def _thresholds(options: CalibrateOptions, outputs: Outputs) -> list[dict[str, float]]:
+    """What `precision` and `answered` ask for; says what is not reached."""
+    found = []
+    if options.precision is not None:
+        try:
+            entry = abstain_for_accuracy(outputs, options.precision)
+        except Unreached as error:
+            log.warn(f"{error}; no threshold for it is kept")
+        else:
+            found.append({"precision": options.precision, **_plain(entry)})
+            right = round(entry.accuracy * entry.images)
+            low, high = wilson(right, entry.images)
+            if low < options.precision:
+                log.warn(
+                    f"precision: of the {log.counted(entry.images, 'image')} that are answered "
+                    f"{entry.accuracy:.2%} are right, of others it may be {low:.2%} to {high:.2%}"
+                )
+    if options.answered is not None:
+        entry = abstain_for_answers(outputs, options.answered)
+        found.append({"answered_at_least": options.answered, **_plain(entry)})
+    return found
+
+
+def _kept(options: CalibrateOptions, card: ModelCard, task: Task) -> dict[str, list[Any]]:
+    """Sets and thresholds of an earlier calibration that are not fitted anew: they are of
+    probabilities, so that they hold with the same temperatures only. Says what is dropped."""
+    before: dict[str, Any] = card.calibration or {}
+    found: dict[str, list[Any]] = {"sets": [], "thresholds": []}
+    earlier = np.array(before.get("temperatures", []))
+    now = np.array(task.temperatures)
+    same = earlier.shape == now.shape and np.allclose(earlier, now, rtol=1e-4)
+    asked = {"sets": options.coverage, "thresholds": (options.precision, options.answered)}
+    words = {"sets": ("prediction sets", "--coverage")}
+    words["thresholds"] = ("thresholds", "--precision or --answered")
+    for name, flags in asked.items():
+        entries = before.get(name, [])
+        if any(flags) or not entries:
+            continue
+        what, flag = words[name]
+        if same:
+            found[name] = list(entries)
+            log.say(f"{what} of the calibration before are kept, as the temperatures are the same")
+        else:
+            log.warn(
+                f"{what} of the calibration before are dropped, as they are of other "
+                f"temperatures; {flag} fits new ones"
+            )
+    return found
 
 
 def _mean_size(outputs: Outputs, least: Sequence[float]) -> float:

@@ -28,7 +28,7 @@ from distcls.errors import Stopped, UsageError
 from distcls.evaluation.metrics import Metrics, metric_state
 from distcls.files import atomic_folder, atomic_path, claimed_output, write_json
 from distcls.log import say
-from distcls.model_card import BEST_PTH
+from distcls.model_card import BEST_PTH, FIRST_FOLD, OUT_OF_FOLD
 from distcls.models.checkpoint import open_checkpoint
 from distcls.plotting import metric_title
 from distcls.prediction import RowBuilder
@@ -37,7 +37,7 @@ from distcls.training.config import TrainConfig
 from distcls.training.inputs import prepared
 from distcls.training.run import TrainResult, train
 
-PREDICTIONS, SUMMARY = "out_of_fold.parquet", "cv.json"
+PREDICTIONS, SUMMARY = OUT_OF_FOLD, "cv.json"
 DATASET_INFO = "dataset.json"
 CONFIDENCE = 0.95
 
@@ -84,7 +84,7 @@ def cross_validate(config: TrainConfig, folds: int) -> CvResult:
     config = TrainConfig(**{key.name: getattr(config, key.name) for key in fields(TrainConfig)})
     with claimed_output(out, f"out: another process is writing {out} at this moment"):
         # what was prepared before is taken again, also if the source is gone or has changed since
-        resumed = dataclasses.replace(config, out=out / "fold-1", resume="auto")
+        resumed = dataclasses.replace(config, out=out / FIRST_FOLD, resume="auto")
         dataset = Dataset.open(prepared(resumed, out / IN_RUN).data)
         runs = list(_runs(config, dataset, folds))
         results = []

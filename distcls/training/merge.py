@@ -23,6 +23,7 @@ from distcls import log
 from distcls.data.dataset import Dataset, Split
 from distcls.errors import UsageError
 from distcls.evaluation.evaluate import EvaluationResult, evaluate_model
+from distcls.evaluation.overlap import training_images, warn_of_training_images
 from distcls.files import claimed_output
 from distcls.imaging import Preprocess
 from distcls.log import say, warn
@@ -45,6 +46,8 @@ STRUCTURE = ("name", "stem_stride", "pool")
 """Keys of the architecture that decide what the weights mean; those of training may differ."""
 
 Weights = dict[str, Tensor]
+Better = tuple[Path, EvaluationResult]
+"""A model that is better alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,7 @@ class Merging:
         self._opened = open_checkpoint(files[0])
         self._predictor = Predictor(self._opened)
         self._train = Dataset.open(data).split("train") if self._norms else None
+        self._warn_of_training_images(cards)
 
     def alone(self, index: int) -> EvaluationResult:
         """The model at `index`, on validation, with the statistics that it was trained with."""
@@ -104,6 +108,11 @@ class Merging:
         scores = {name: self.score(each) for name, each in pair.items()}
         losses = {name: each.loss for name, each in pair.items()}
         return self._monitor.best_of(scores, losses) == "new"
+
+    @property
+    def figure(self) -> str:
+        """The monitored metric."""
+        return self._monitor.figure
 
     def score(self, result: EvaluationResult) -> float:
         """Its value of the monitored metric. Raises UsageError where the task has none."""
@@ -128,6 +137,14 @@ class Merging:
     def close(self) -> None:
         """End the threads that read the images."""
         self._predictor.close()
+
+    def _warn_of_training_images(self, cards: Sequence[ModelCard]) -> None:
+        """Where validation images were trained on by one of the models."""
+        ids = Dataset.open(self._data).split("val").image_ids
+        for file, card in zip(self._files, cards, strict=True):
+            known = card.training.get("dataset")
+            found = training_images(file, self._data, "val", ids, known)
+            warn_of_training_images(str(file), len(found), len(ids))
 
     @property
     def _norms(self) -> list[nn.Module]:
@@ -166,8 +183,8 @@ def merge(
         alone = [merging.alone(index) for index in range(len(files))]
         scores = {str(file): merging.score(each) for file, each in zip(files, alone, strict=True)}
         title = metric_title(monitor.figure)
-        for name, score in scores.items():
-            say(f"{name}: {title} {score:.4f}")
+        for name, each in zip(scores, alone, strict=True):
+            say(f"{name}: {_scored(title, scores[name], each)}")
         if greedy:
             taken, result = _greedy(merging, files, alone)
         else:
@@ -186,7 +203,7 @@ def merge(
         )
         best = _ranked(merging, alone)[0]
         worse = len(merged) > 1 and not merging.better(result, alone[best])
-        _tell(found, title, files[best] if worse else None)
+        _tell(found, title, result, (files[best], alone[best]) if worse else None)
     return found
 
 
@@ -199,8 +216,11 @@ def _greedy(
     for index in order[1:]:
         tried = merging.mean([*taken, index])
         joins = merging.better(tried, result)
-        words = "joins" if joins else "is left out"
-        say(f"with {files[index]}: {merging.score(tried):.4f}, it {words}")
+        words = "it joins" if joins else "it is left out"
+        if merging.score(tried) == merging.score(result):
+            words += " (equal, so the loss decides)"
+        title = metric_title(merging.figure)
+        say(f"with {files[index]}: {_scored(title, merging.score(tried), tried)}, {words}")
         if joins:
             taken, result = [*taken, index], tried
     return taken, merging.mean(taken)
@@ -215,15 +235,26 @@ def _ranked(merging: Merging, alone: Sequence[EvaluationResult]) -> list[int]:
     return sorted(range(len(alone)), key=functools.cmp_to_key(compare))
 
 
-def _tell(found: MergeResult, title: str, better: Path | None) -> None:
-    models = log.counted(len(found.merged), "model")
+def _scored(title: str, score: float, result: EvaluationResult) -> str:
+    """A score, and the loss that decides between equal ones."""
+    loss = "" if title == "loss" else f" (loss {result.loss:.4f})"
+    return f"{title} {score:.4f}{loss}"
+
+
+def _tell(found: MergeResult, title: str, result: EvaluationResult, better: Better | None) -> None:
+    """Say what was written, and which model alone is better, if one is."""
+    models = f"the mean of {log.counted(len(found.merged), 'model')}"
+    if len(found.merged) == 1:
+        models = f"{found.merged[0]} alone, as no mean with another is better"
     say(
-        f"wrote {found.out}: the mean of {models}, {title} {found.score:.4f} on {found.images:,} "
-        "validation images"
+        f"wrote {found.out}: {models}, {_scored(title, found.score, result)} on "
+        f"{log.counted(found.images, 'validation image')}"
     )
     if better is not None:
+        file, alone = better
         warn(
-            f"the mean is worse than {better} alone ({found.scores[str(better)]:.4f}); the runs "
+            f"the mean is worse than {file} alone "
+            f"({_scored(title, found.scores[str(file)], alone)}); the runs "
             "to average are those fine-tuned from the same weights; --greedy leaves out what "
             "harms, an ensemble (predict --model A,B) averages predictions instead"
         )
