@@ -85,7 +85,7 @@ def mistakes(outputs: Outputs, source: ImageSource, path: Path) -> None:
 def pairs(outputs: Outputs, path: Path) -> None:
     """The most frequent confusions, with the number of each."""
     counted = Counter(_confused(outputs)).most_common(MOST_PAIRS)
-    names = [plotting.shorten(name, 60) for name, _ in counted]
+    names = [" → ".join(_shortened(name.split(" → "))) for name, _ in counted]
     counts = [count for _, count in counted]
     figure = plotting.new_figure(8, 1.2 + 0.3 * len(counted))
     axes = figure.subplots()
@@ -98,6 +98,11 @@ def pairs(outputs: Outputs, path: Path) -> None:
     figure.suptitle("most frequent confusions: truth → prediction", fontsize=12)
     _plain(axes, grid="x")
     plotting.save(figure, path)
+
+
+def _shortened(parts: list[str]) -> list[str]:
+    """Truth and prediction, each so short that both are seen."""
+    return [plotting.shorten(part, 60 // len(parts)) for part in parts]
 
 
 def _confused(outputs: Outputs) -> list[str]:
