@@ -21,6 +21,7 @@ from distcls.data.source import SPLITS
 from distcls.errors import BadImage, UsageError, require
 from distcls.evaluation import plots
 from distcls.evaluation.outputs import Outputs
+from distcls.evaluation.overlap import training_images
 from distcls.explanation.explain import explain_pixels, overlay
 from distcls.files import given_path, require_distinct, require_writable, write_text
 from distcls.model_card import best_model, require_model
@@ -179,6 +180,12 @@ def _notes(run: Run, dataset: Dataset) -> list[Html]:
         notes.append(
             f"These are the images that {trained_on}: other images will do worse. A test split "
             "tells how much."
+        )
+    seen = training_images(run.model, dataset.folder, result.split, result.outputs.image_ids)
+    if seen and not trained_on:
+        notes.append(
+            f"{log.counted(len(seen), 'image')} of these were in its own training split: it looks "
+            "better here than it is."
         )
     if result.count < FEW:
         notes.append(

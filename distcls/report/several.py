@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distcls import plotting
+from distcls import log, plotting
 from distcls.data.dataset import Dataset
 from distcls.errors import BadImage
 from distcls.evaluation.compare import Comparison, compare_results
@@ -61,6 +61,11 @@ def several_runs(runs: Sequence[Run], dataset: Dataset, split: str, scratch: Pat
 
 def _verdict(runs: Sequence[Run], compared: Comparison, letters: str) -> Section:
     lines = [tag("li", compared.verdict(place)) for place in range(1, len(runs))]
+    lines += [
+        tag("li", f"{letter} looks better here than it is: {seen}.", class_="warning")
+        for letter, seen in zip(letters, map(_seen, compared.trained_on), strict=True)
+        if seen
+    ]
     cells = [
         tag(
             "li",
@@ -77,6 +82,12 @@ def _verdict(runs: Sequence[Run], compared: Comparison, letters: str) -> Section
         *("verdict", "Verdict", tag("ul", *cells, class_="headline")),
         *(tag("ul", *lines, class_="notes"), tag("p", note, class_="fine")),
     )
+
+
+def _seen(count: int) -> str:
+    """What is said of a run that was trained on some of the images."""
+    images = log.counted(count, "image")
+    return f"{images} of these were in its own training split" if count else ""
 
 
 def _figures(runs: Sequence[Run], compared: Comparison, letters: str) -> Section:
