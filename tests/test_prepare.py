@@ -290,7 +290,8 @@ def test_class_names_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[s
     put(tmp_path / "many" / "a\nb" / "0.png", digits(1)[0][0])
     main([str(tmp_path / "many"), "--out", str(tmp_path / "out2")])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line[:8] == "classes:"]
-    long = "long" * 5 + "..." + ("long" * 12 + "-00")[-17:]
+    whole = "long" * 12 + "-00"
+    long = f"{whole[:19]}...{whole[-18:]}"
     assert line.startswith(f"classes: a\\nb, {long}, ")
     assert line.endswith(", ... (26 in all)")
     assert line.count(", ") == 10
