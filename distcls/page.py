@@ -16,6 +16,8 @@ STYLE = Path(__file__).with_name("page.css")
 SIDE = 192
 """Longer side of a thumbnail in pixels."""
 QUALITY = 85
+MOST_ROWS = 40
+"""Rows of a table before it is folded."""
 
 Images = NDArray[np.uint8]
 
@@ -24,6 +26,10 @@ class Html(str):
     """Text that is HTML already."""
 
     __slots__ = ()
+
+
+Section = tuple[str, str, Html]
+"""Anchor, title and content; see `section`."""
 
 
 def text(value: object) -> Html:
@@ -85,7 +91,7 @@ def folded(summary: str, content: Html) -> Html:
     return tag("details", tag("summary", summary), content)
 
 
-def section(name: str, title: str, *content: object) -> tuple[str, str, Html]:
+def section(name: str, title: str, *content: object) -> Section:
     """Its anchor, its title, and the whole."""
     return name, title, tag("section", tag("h2", title), *content, id=name)
 
@@ -129,7 +135,7 @@ def picture(image: Images, label: str, side: int = SIDE) -> Html:
     return tag("img", src=source, alt=label, class_=style)
 
 
-def page(title: str, lead: Html, sections: Sequence[tuple[str, str, Html]]) -> str:
+def page(title: str, lead: Html, sections: Sequence[Section]) -> str:
     """The whole document."""
     links = [tag("a", name, href=f"#{anchor}") for anchor, name, _ in sections]
     head = (

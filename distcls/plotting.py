@@ -317,25 +317,17 @@ def compared_curves(histories: Mapping[str, Sequence[Row]], path: Path) -> None:
     """Draw validation loss and top-1 of several runs, by name, against epochs."""
     figure = new_figure(10, 4)
     colors = (BLUE, ORANGE, GREEN, RED, "#7c3aed", "#0891b2", "#be185d", GREY)
-    for axes, key, title in zip(
-        figure.subplots(1, 2),
-        ("val_loss", "val_top1"),
-        ("validation loss", "validation top-1"),
-        strict=True,
-    ):
-        for (name, rows), color in zip(histories.items(), colors, strict=False):
-            known = [(row["epoch"], row[key]) for row in rows if _finite(row.get(key))]
-            if known:
-                axes.plot(*zip(*known, strict=True), label=name, color=color, linewidth=1.6)
-        axes.set_title(title, fontsize=12)
-        axes.set_xlabel("epoch")
-        axes.grid(color="#e5e7eb")
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        if axes.lines:
-            axes.legend(frameon=False)
-            axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+    series = {name: (name, color) for name, color in zip(histories, colors, strict=False)}
+    panels = {"val_loss": "validation loss", "val_top1": "validation top-1"}
+    for axes, (key, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        rows = [
+            {"epoch": row["epoch"], name: row[key]}
+            for name, history in histories.items()
+            for row in history
+            if key in row
+        ]
+        if rows:
+            _panel(axes, rows, title, series)
     save(figure, path)
 
 

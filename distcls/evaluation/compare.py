@@ -143,11 +143,11 @@ class Comparison:
             ends = f"{100 * low:.2f} to {100 * high:.2f}"
             return (
                 f"{better} is better than {worse} by {100 * abs(found.value):.2f} points of "
-                f"accuracy ({ends}), p {_p(p)}"
+                f"accuracy ({ends}), p {p_text(p)}"
             )
         return (
             f"A and {letter} cannot be told apart: {letter} has {_points(found.value)} points of "
-            f"accuracy ({ends}), p {_p(p)}"
+            f"accuracy ({ends}), p {p_text(p)}"
         )
 
     def to_text(self) -> str:
@@ -163,7 +163,7 @@ class Comparison:
             for each in found:
                 ends = f"{each.value:+.4f} ({each.low:+.4f} to {each.high:+.4f})"
                 row = f"{_title(each.figure):<17} {each.first:8.4f} {each.other:8.4f}   {ends}"
-                lines.append(f"{row:<66} {_p(each.p)}  {each.test}")
+                lines.append(f"{row:<66} {p_text(each.p)}  {each.test}")
         lines.append("")
         lines += [self.verdict(place) for place in range(1, len(self.names))]
         also = f"; {self.left_out:,} that not all have are left out" if self.left_out else ""
@@ -501,6 +501,6 @@ def _points(value: float) -> str:
     return f"{100 * value:+.2f}"
 
 
-def _p(value: float) -> str:
+def p_text(value: float) -> str:
     """A p-value for people."""
     return f"< {LEAST_P:.3f}" if value < LEAST_P else f"{value:.3f}"

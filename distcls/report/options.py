@@ -34,7 +34,7 @@ class ReportOptions:
     audit: bool = True
     """Look at the images of the dataset as `distcls audit` does; of one run."""
     explain: int = 6
-    """Images with a map of what their prediction rests on; 0 for none."""
+    """Images with a map of what their prediction rests on, of one run; 0 for none."""
     quiet: bool = False
     """Print warnings and errors only."""
 

@@ -18,7 +18,7 @@ from distcls.audit.page import finding_tiles
 from distcls.data.dataset import Dataset
 from distcls.data.image_dataset import open_dataset, opened
 from distcls.data.source import SPLITS
-from distcls.errors import BadImage, UsageError, require
+from distcls.errors import UsageError, require
 from distcls.evaluation import plots
 from distcls.evaluation.outputs import Outputs
 from distcls.evaluation.overlap import training_images
@@ -26,7 +26,9 @@ from distcls.explanation.explain import explain_pixels, overlay
 from distcls.files import given_path, require_distinct, require_writable, write_text
 from distcls.model_card import best_model, require_model
 from distcls.page import (
+    MOST_ROWS,
     Html,
+    Section,
     bar,
     drawing,
     facts,
@@ -41,23 +43,21 @@ from distcls.page import (
 )
 from distcls.predictor import load
 from distcls.report.options import ReportOptions
-from distcls.report.runs import Run, dataset_of, files_of, read_run
+from distcls.report.runs import Run, costly, dataset_of, files_of, images_of, read_run
 from distcls.report.several import several_runs
-from distcls.report.words import NONE, duration, file_size, in_words, of_split, short
+from distcls.report.words import NONE, file_size, in_words, of_split, setting, short
 from distcls.runtime.providers import versions
-
-Section = tuple[str, str, Html]
 
 SEVERITY_STYLES = {"error": "bad", "warning": "warning", "info": "soft"}
 MOST_FINDINGS = 12
 """Findings that are shown as pictures."""
 WORST = 24
 """Mistakes that are shown."""
-MOST_ROWS = 40
-"""Rows of a table before it is folded."""
 MOST_CELLS = 40
 """Classes up to which a confusion matrix is drawn."""
 WELL_CALIBRATED = 0.05
+MOST_NAMED = 8
+"""Temperatures that are named."""
 FEW = 200
 """Images below which figures say little, and a calibration error less."""
 LEADING = ("top1", "exact", "loss", "macro_f1", "balanced_accuracy", "auroc", "ece", "brier")
@@ -85,7 +85,7 @@ def report(options: ReportOptions) -> Path:
         if len(runs) == 1:
             written = one_run(runs[0], dataset, split, options, Path(scratch))
         else:
-            written = several_runs(runs, dataset, split, Path(scratch))
+            written = several_runs(runs, dataset, split, options, Path(scratch))
     write_text(out, written)
     log.say(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return out
@@ -299,7 +299,7 @@ def _training(run: Run, scratch: Path) -> Section | None:
     pairs = [("Best epoch", training.get("epoch")), ("Epochs trained", len(run.history) or None)]
     seconds = sum(row.get("seconds", 0.0) for row in run.history)
     if seconds:
-        pairs.append(("Time", duration(seconds)))
+        pairs.append(("Time", log.duration(seconds)))
     keys = ("model.name", "lr", "batch_size", "optimizer.name", "precision", "seed", "source")
     pairs += [(key, run.config[key]) for key in keys if run.config.get(key) is not None]
     content.append(facts((name, value) for name, value in pairs if value is not None))
@@ -309,17 +309,11 @@ def _training(run: Run, scratch: Path) -> Section | None:
         plotting.curves(run.history, path, metric, int(training.get("epoch") or 0))
         content.insert(0, drawing(path, "Loss, scores and learning rate of each epoch", wide=True))
     if run.config:
-        rows = [[key, _setting(value)] for key, value in run.config.items()]
+        rows = [[key, setting(value)] for key, value in run.config.items()]
         content.append(
             folded(f"All {len(rows)} settings", table(["key", "value"], rows, numbers=2))
         )
     return section("training", "Training", *content)
-
-
-def _setting(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return str(value)
 
 
 def _evaluation(run: Run, scratch: Path) -> Section:
@@ -358,19 +352,15 @@ def _evaluation(run: Run, scratch: Path) -> Section:
 def _mistakes(run: Run, dataset: Dataset, split: str) -> Section | None:
     """The wrong predictions with the greatest loss."""
     outputs = run.result.outputs
-    wrong = np.flatnonzero(~outputs.right)
+    wrong = costly(outputs, ~outputs.right)
     if not len(wrong):
         return section("mistakes", "Worst mistakes", tag("p", "Every prediction is right."))
-    worst = wrong[np.argsort(-outputs.loss[wrong], kind="stable")][:WORST]
-    source = dataset.split(split)
-    places = {name: place for place, name in enumerate(source.image_ids)}
-    shown, cells = outputs.take(worst), []
-    for name, words in zip(shown.image_ids, _answers(shown), strict=True):
-        try:
-            image = source.image(places[name])
-        except (BadImage, KeyError):  # it was there a moment ago
-            continue
-        cells.append(joined([picture(image, f"the image {name}"), words]))
+    shown = outputs.take(wrong[:WORST])
+    words = _answers(shown)
+    cells = [
+        joined([picture(image, f"the image {shown.image_ids[at]}"), words[at]])
+        for at, image in images_of(dataset.split(split), shown.image_ids)
+    ]
     note = f"The {len(cells):,} of {len(wrong):,} wrong predictions that cost most."
     return section("mistakes", "Worst mistakes", tag("p", note), tiles(cells))
 
@@ -397,29 +387,24 @@ def _answers(outputs: Outputs) -> list[Html]:
 def _explanations(run: Run, dataset: Dataset, split: str, number: int) -> Section | None:
     """Where the network looks: half of the pictures are the worst mistakes, half are right."""
     outputs = run.result.outputs
-    wrong = np.flatnonzero(~outputs.right)
-    mistakes = wrong[np.argsort(-outputs.loss[wrong], kind="stable")]
+    mistakes = costly(outputs, ~outputs.right)
     good = _one_of_each(outputs, np.flatnonzero(outputs.right))
     half = min(len(mistakes), max(number // 2, number - len(good)))
     chosen = [*mistakes[:half].tolist(), *good[: number - half]]
     if not chosen:
         return None
-    source = dataset.split(split)
-    places = {name: place for place, name in enumerate(source.image_ids)}
     shown, cells = outputs.take(np.array(chosen)), []
+    words = _answers(shown)
     log.say(f"{run.path}: explaining {log.counted(len(chosen), 'image')}")
     with load(run.model) as predictor:
-        for name, words in zip(shown.image_ids, _answers(shown), strict=True):
-            try:
-                image = source.image(places[name])
-            except (BadImage, KeyError):
-                continue
+        for at, image in images_of(dataset.split(split), shown.image_ids):
+            name = shown.image_ids[at]
             found = explain_pixels(predictor.model, predictor.card.preprocess(image))
             pair = (
                 picture(found.pixels, f"what the network sees of {name}"),
                 picture(overlay(found.pixels, found.heat), "what its prediction rests on"),
             )
-            cells.append(joined([tag("div", *pair, class_="pair"), words]))
+            cells.append(joined([tag("div", *pair, class_="pair"), words[at]]))
     note = (
         "What the prediction rests on is bright. A map on the background, a watermark or a corner "
         "shows a shortcut; one on the object does not prove that the network knows it."
@@ -485,11 +470,13 @@ def _model(run: Run) -> Section:
             f"({certificate['reference']})"
         )
     pairs.append(("Certificate", said))
-    if (calibration := card.calibration) is not None:
-        found = ", ".join(f"{value:.3f}" for value in calibration["temperatures"][:8])
-        pairs.append(("Calibrated by", f"temperature {found}"))
     if certificate and (distinct := certificate.get("distinct_predictions")):
         pairs.append(("", f"{distinct:,} distinct predictions among them"))
+    if (calibration := card.calibration) is not None:
+        temperatures = calibration["temperatures"]
+        found = ", ".join(f"{value:.3f}" for value in temperatures[:MOST_NAMED])
+        more = "" if len(temperatures) <= MOST_NAMED else f", ... ({len(temperatures):,} in all)"
+        pairs.append(("Calibrated by", f"temperature {found}{more}"))
     return section("model", "Model", facts(pairs))
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from distcls import log
 from distcls.config.load import read_yaml
-from distcls.data.dataset import IN_RUN, is_dataset
-from distcls.errors import UsageError
+from distcls.data.dataset import IN_RUN, Split, is_dataset
+from distcls.data.source import Images
+from distcls.errors import BadImage, UsageError, plain
 from distcls.evaluation.evaluate import EvaluateOptions, EvaluationResult, evaluate
+from distcls.evaluation.outputs import Outputs
 from distcls.files import read_bounded
 from distcls.model_card import ModelCard, best_model
 
@@ -73,6 +79,25 @@ def read_run(path: Path, data: Path, split: str, limit: int | None) -> Run:
         history=_history(folder / HISTORY),
         result=result,
     )
+
+
+def costly(outputs: Outputs, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The positions of the chosen images, [N], the greatest loss first."""
+    places = np.flatnonzero(chosen)
+    return places[np.argsort(-outputs.loss[places], kind="stable")]
+
+
+def images_of(source: Split, image_ids: Sequence[str]) -> Iterator[tuple[int, Images]]:
+    """Images of a split by their ids: the position of each among these, and its pixels.
+
+    One that cannot be read any more is left out, with a warning.
+    """
+    places = {name: place for place, name in enumerate(source.image_ids)}
+    for at, name in enumerate(image_ids):
+        try:
+            yield at, source.image(places[name])
+        except (BadImage, KeyError) as error:
+            log.warn(f"{plain(name)} is left out of the report: {error}")
 
 
 def _card(model: Path) -> ModelCard:

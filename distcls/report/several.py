@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from distcls import log, plotting
 from distcls.data.dataset import Dataset
-from distcls.errors import BadImage
-from distcls.evaluation.compare import Comparison, compare_results
+from distcls.evaluation.compare import Comparison, compare_results, p_text
+from distcls.evaluation.outputs import Outputs
 from distcls.page import (
+    MOST_ROWS,
     Html,
+    Section,
     bar,
     drawing,
     facts,
@@ -28,10 +29,9 @@ from distcls.page import (
     tag,
     tiles,
 )
-from distcls.report.runs import Run
-from distcls.report.words import file_size, in_words, of_split, p_in_words, short
-
-Section = tuple[str, str, Html]
+from distcls.report.options import ReportOptions
+from distcls.report.runs import Run, costly, images_of
+from distcls.report.words import file_size, in_words, of_split, setting, short
 
 MOST_IMAGES = 12
 """Images that only one of two models gets right, of each."""
@@ -40,7 +40,9 @@ UNTOLD = frozenset(("out", "resume", "quiet", "json"))
 """Settings in which runs differ without being different."""
 
 
-def several_runs(runs: Sequence[Run], dataset: Dataset, split: str, scratch: Path) -> str:
+def several_runs(
+    runs: Sequence[Run], dataset: Dataset, split: str, options: ReportOptions, scratch: Path
+) -> str:
     """The page about runs A, B, ... against the first."""
     letters = string.ascii_uppercase[: len(runs)]
     names = [run.name for run in runs]
@@ -52,7 +54,7 @@ def several_runs(runs: Sequence[Run], dataset: Dataset, split: str, scratch: Pat
         _curves(runs, letters, scratch),
         _settings(runs, letters),
         _images(runs, dataset, split, letters),
-        _again(runs, dataset, split),
+        _again(runs, dataset, options, letters),
     ]
     lead = tag("p", f"{compared.verdict(1)}, on {compared.images:,} {of_split(split)} images.")
     title = "Report: " + ", ".join(f"{a} {name}" for a, name in zip(letters, names, strict=True))
@@ -107,7 +109,7 @@ def _figures(runs: Sequence[Run], compared: Comparison, letters: str) -> Section
                 plotting.metric_title(each.figure),
                 f"{each.value:+.4f}",
                 f"{each.low:+.4f} to {each.high:+.4f}",
-                p_in_words(each.p),
+                p_text(each.p),
                 each.test,
             ]
             for each in found
@@ -135,7 +137,7 @@ def _classes(runs: Sequence[Run], letters: str) -> Section:
         cells = [joined([f"{each[name]['f1']:.3f} ", bar(each[name]["f1"])]) for each in scores]
         rows.append([short(name), f"{scores[0][name]['support']:,.0f}", *cells])
     whole = table(["class", "images", *(f"F1 of {a}" for a in letters)], rows)
-    many = len(rows) > 40
+    many = len(rows) > MOST_ROWS
     return section(
         *("classes", "Classes", tag("p", "Those that differ most come first.")),
         folded(f"{len(rows):,} classes", whole) if many else whole,
@@ -159,7 +161,7 @@ def _settings(runs: Sequence[Run], letters: str) -> Section | None:
         return None
     keys = dict.fromkeys(key for run in runs for key in run.config)
     rows = [
-        [key, *(_setting(run.config.get(key)) for run in runs)]
+        [key, *(_value(run.config, key) for run in runs)]
         for key in keys
         if key not in UNTOLD and len({repr(run.config.get(key)) for run in runs}) > 1
     ]
@@ -171,56 +173,57 @@ def _settings(runs: Sequence[Run], letters: str) -> Section | None:
     return section("settings", "Settings that differ", content)
 
 
-def _setting(value: object) -> object:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+def _value(config: Mapping[str, object], key: str) -> str | None:
+    return setting(config[key]) if config.get(key) is not None else None
 
 
 def _images(runs: Sequence[Run], dataset: Dataset, split: str, letters: str) -> Section:
     """What only one of the first and another gets right."""
-    source = dataset.split(split)
-    places = {name: place for place, name in enumerate(source.image_ids)}
-    content: list[Html] = []
+    source, content = dataset.split(split), []
     for other in range(1, len(runs)):
         for better, worse in ((other, 0), (0, other)):
-            cells, count = _only(runs[better], runs[worse])
-            shown = []
-            for name, words in itertools.islice(cells, MOST_IMAGES):
-                try:
-                    image = source.image(places[name])
-                except (BadImage, KeyError):
-                    continue
-                shown.append(joined([picture(image, f"the image {name}"), words]))
+            outputs, count = _only(runs[better], runs[worse])
+            words = _not_seen(outputs)
+            shown = [
+                joined([picture(image, f"the image {outputs.image_ids[at]}"), words[at]])
+                for at, image in images_of(source, outputs.image_ids)
+            ]
             title = f"{letters[better]} is right, {letters[worse]} is wrong: {count:,}"
             content += [tag("h3", title), tiles(shown) if shown else tag("p", "None.")]
     return section("images", "Images that only one gets right", *content)
 
 
-def _only(better: Run, worse: Run) -> tuple[list[tuple[str, Html]], int]:
-    """Images that only the first gets right, those first that cost the second most."""
+def _only(better: Run, worse: Run) -> tuple[Outputs, int]:
+    """What the second says of images that only the first gets right, those that cost most; and how
+    many there are."""
     right = dict(zip(better.result.outputs.image_ids, better.result.outputs.right, strict=True))
     outputs = worse.result.outputs
     own = np.array([bool(right.get(name, False)) for name in outputs.image_ids])
-    places = np.flatnonzero(own & ~outputs.right)
-    places = places[np.argsort(-outputs.loss[places], kind="stable")][:MOST_IMAGES]
-    shown = outputs.take(places)
-    said = outputs.task.texts(shown.decided.astype(np.int64))
-    truth = outputs.task.texts(shown.labels)
-    cells = []
-    for name, label, true in zip(shown.image_ids, said, truth, strict=True):
-        words = joined(
+    places = costly(outputs, own & ~outputs.right)
+    return outputs.take(places[:MOST_IMAGES]), len(places)
+
+
+def _not_seen(outputs: Outputs) -> list[Html]:
+    """What is true of each image, and was said instead."""
+    said = outputs.task.texts(outputs.decided.astype(np.int64))
+    truth = outputs.task.texts(outputs.labels)
+    return [
+        joined(
             [
                 tag("b", true or "nothing"),
                 tag("div", "not ", tag("b", label or "nothing", class_="bad")),
                 tag("div", name, class_="name"),
             ]
         )
-        cells.append((name, words))
-    return cells, int((own & ~outputs.right).sum())
+        for name, label, true in zip(outputs.image_ids, said, truth, strict=True)
+    ]
 
 
-def _again(runs: Sequence[Run], dataset: Dataset, split: str) -> Section:
+def _again(runs: Sequence[Run], dataset: Dataset, options: ReportOptions, letters: str) -> Section:
     paths = " ".join(shlex.quote(str(run.path)) for run in runs)
-    given = f"--data {shlex.quote(str(dataset.folder))} --split {split}"
-    lines = [f"distcls report {paths} {given} --overwrite", f"distcls compare {paths} {given}"]
-    models = [(letter, str(run.model)) for letter, run in zip(string.ascii_uppercase, runs)]  # noqa: B905
+    given = f"--data {shlex.quote(str(dataset.folder))} --split {runs[0].result.split}"
+    given += "" if options.limit is None else f" --limit {options.limit}"
+    out = "" if options.out is None else f" --out {shlex.quote(str(options.out))}"
+    lines = [f"distcls report {paths} {given}{out} --overwrite", f"distcls compare {paths} {given}"]
+    models = [(letter, str(run.model)) for letter, run in zip(letters, runs, strict=True)]
     return section("again", "Do it again", facts(models), tag("pre", "\n".join(lines)))

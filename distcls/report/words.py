@@ -27,11 +27,6 @@ def in_words(name: str, value: float | None) -> str:
     return f"{value:.2%}" if 0.99 < value < 1 or 0 < value < 0.01 else f"{value:.1%}"
 
 
-def p_in_words(p: float) -> str:
-    """A p-value to three digits."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def of_split(split: str) -> str:
     """What images of a split are called."""
     return {"test": "test", "val": "validation", "train": "training"}[split]
@@ -43,13 +38,9 @@ def file_size(path: Path) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.0f} kB"
 
 
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+def setting(value: object) -> str:
+    """The value of a setting; a list without its brackets."""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def short(name: str) -> str:

@@ -11,7 +11,7 @@ import functools
 import socket
 import ssl
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httptools
 import orjson
@@ -21,6 +21,9 @@ from uvicorn.server import ServerState
 
 from distcls.serving.options import Limits
 from distcls.serving.service import REASONS, Service
+
+if TYPE_CHECKING:
+    from distcls.serving.app import App
 
 HEADER_BYTES = 65_536
 """Of the request line and all headers."""
@@ -243,12 +246,12 @@ class Connection(HttpToolsProtocol):
 class HttpServer:
     """Listens for HTTP on behalf of an application."""
 
-    def __init__(self, app: Any, service: Service, tls: ssl.SSLContext | None = None) -> None:
-        """`app` is the ASGI application; `service` has the limits and counts what is refused."""
-        self._service = service
+    def __init__(self, app: App, tls: ssl.SSLContext | None = None) -> None:
+        """The application has the limits, and counts what is refused."""
+        self._service = app
         self._tls = tls
         self._state = ServerState()
-        idle = service.options.header_timeout
+        idle = app.options.header_timeout
         self._config = Config(
             app,
             interface="asgi3",

@@ -106,7 +106,7 @@ class _Serving:
             loop.add_signal_handler(name, self._ask_to_stop)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         _raise_descriptor_limit(self.options.max_connections)
-        http = HttpServer(self.app, self.app, _tls(self.options))
+        http = HttpServer(self.app, _tls(self.options))
         bound = _bind(self.options.host, self.options.port)
         port = bound.getsockname()[1]
         grpc = watching = None
