@@ -51,7 +51,7 @@ COMMAND = Command(
     "diverges. Takes the options of distcls train, and leaves no trace of a run.",
     examples=(
         "distcls lr-find --data photos/",
-        "distcls lr-find --config runs/photos/config.yaml --optimizer sgd --out sgd.png",
+        "distcls lr-find --config runs/photos/config.yaml --batch-size 64 --out lr-64.png",
     ),
     groups={
         "the test": ("data", "out", "overwrite", "lowest", "highest", "steps"),
@@ -80,12 +80,15 @@ def main(arguments: Sequence[str]) -> None:
         f"loss fell fastest at {curve.steepest:.2g}, was lowest at {curve.minimum:.2g}{ended}; "
         f"wrote {config.out} and {table}"
     )
-    log.say(
+    told = (
         f"suggested learning rate: --lr {curve.suggestion:g} --batch-size {curve.batch_size} (the "
         "peak of the schedule)"
     )
     if config.json:
+        log.say(told)
         log.print_json({**curve.to_json(), "out": str(config.out), "table": str(table)})
+    else:  # the result, so also with --quiet
+        print(told)
 
 
 def check_output(config: LrFindConfig, table: Path) -> None:
