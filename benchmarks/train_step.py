@@ -3,7 +3,7 @@
 Both train the same MobileNetV3-Large with AdamW on the same images from real photographs. The
 tutorial's way: PNG files opened with Pillow in `Dataset.__getitem__`, torchvision's transforms, a
 DataLoader with a worker per core, contiguous (NCHW) fp32. Ours: the defaults of `distcls train`,
-with a GPU mixed precision among them, and beside it `--precision fp32`.
+with a GPU mixed precision among them, and beside it `--precision fp32` and without CUDA graphs.
 Each runs in a separate process: settings of one (the allocator, threads) do not
 affect another.
 """
@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,9 +38,8 @@ from distcls.training.inputs import choose_preprocess, open_input
 
 MODEL = "mobilenet_v3_large"
 CLASSES = 4
-Precision = Literal["auto", "fp32"]
 GPU = torch.cuda.is_available()
-SETTINGS = {32: (256, 10), 224: (64, 8)} if GPU else {32: (128, 10), 224: (32, 4)}
+SETTINGS = {32: (256, 40), 224: (64, 30)} if GPU else {32: (128, 10), 224: (32, 4)}
 """Side of the images: batch size, and steps of a round."""
 
 
@@ -103,7 +102,7 @@ def _wait() -> None:
 
 
 def ours(
-    folder: Path, side: int, batch: int, steps: int, precision: Precision = "auto"
+    folder: Path, side: int, batch: int, steps: int, changes: dict[str, Any] | None = None
 ) -> Contestant:
     """`distcls train` with its defaults, on the dataset directory that `prepare` made."""
     config = TrainConfig(
@@ -112,7 +111,7 @@ def ours(
         epochs=10_000,
         batch_size=batch,
         lr=1e-3,
-        precision=precision,
+        **(changes or {}),
         # torchvision's own stem, as in the tutorial's model
         model=ModelConfig(name=MODEL, stem_stride=2),
         augment=AugmentConfig(flip=0.5),
@@ -145,7 +144,15 @@ def compare(side: int, rounds: int) -> dict[str, list[float]]:
             "distcls": (ours, prepared, side, batch, steps),
         }
         if GPU:
-            ways["distcls, fp32"] = (ours, prepared, side, batch, steps, "fp32")
+            ways["distcls, fp32"] = (ours, prepared, side, batch, steps, {"precision": "fp32"})
+            ways["distcls, no graphs"] = (
+                ours,
+                prepared,
+                side,
+                batch,
+                steps,
+                {"cuda_graphs": False},
+            )
         with contextlib.ExitStack() as stack:
             started = {name: stack.enter_context(Apart(*way)) for name, way in ways.items()}
             return alternate(started, rounds)
@@ -155,10 +162,11 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--side", type=int, choices=SETTINGS, help="images of this size only")
+    given = parser.parse_args()
     figures: dict[str, Any] = {}
-    for side in SETTINGS:
-        rates = compare(side, rounds)
+    for side in [given.side] if given.side else SETTINGS:
+        rates = compare(side, given.rounds)
         print(f"training {MODEL}, {side}x{side}, batch {SETTINGS[side][0]}")
         print(table(rates, "tutorial"), end="\n\n", flush=True)
         figures[f"ratio_{side}"] = round(ratio(rates, "distcls", "tutorial"), 2)

@@ -48,6 +48,7 @@ MAY_CHANGE = (
     "threads",
     "collective_timeout",
     "auto_micro_batch",
+    "cuda_graphs",
     "max_nonfinite_steps",
     "log_every",
     "callbacks",

@@ -31,6 +31,7 @@ from distcls.training.batch_norm import (
     convert_sync_batch_norm,
 )
 from distcls.training.config import TrainConfig, chosen
+from distcls.training.cuda_graphs import GraphedModel
 from distcls.training.freezing import FreezeSchedule, freeze_by_name
 from distcls.training.fsdp import (
     Sharding,
@@ -176,6 +177,15 @@ class Engine:
         self._wrapped, self._optimizer = self._sharding.prepare(
             self._model, optimizer, self._averages.models
         )
+        self._training_pass = self._wrapped
+        alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+        # networks of one's own may decide in Python what a pass computes
+        if config.cuda_graphs and alone and not (own or config.compile or self._sharding.on):
+            self._training_pass = GraphedModel(
+                self._wrapped,
+                self._model,
+                lambda: _unchanged(self._model, accelerator.device),
+            )
         self._parameters = list(self._model.parameters())
         self._guard = NonFiniteGuard(
             [self._model, *self._averages.updated_each_step],
@@ -446,11 +456,12 @@ class Engine:
     def _losses(self, epoch: int, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss of each image of a micro-batch, and its right decisions, [B] each."""
         examples = self._objective.examples(epoch, batch)
+        # compiled code and recorded graphs hold batch norm's momentum as a constant
         settling = self._statistics.before_batch()
-        # compiled code holds batch norm's momentum as a constant
         eager = settling and self._config.compile
         with torch.compiler.set_stance("force_eager" if eager else "default"):
-            logits = self._wrapped(examples.images)
+            recorded = self.micro_batching.accumulate == 1 and not settling
+            logits = (self._training_pass if recorded else self._wrapped)(examples.images)
         return self._objective.losses(logits, examples), self._objective.right(logits, examples)
 
     def _update(self) -> Tensor:

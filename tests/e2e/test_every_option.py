@@ -166,6 +166,7 @@ ELSEWHERE = {
     "input.background": "tests/test_transparency.py"
     "::test_another_background_is_taken_for_files_and_refused_for_a_pack",
     "compile": "tests/test_compiling.py::test_a_compiled_run_takes_the_same_losses",
+    "cuda_graphs": "tests/e2e/test_gpu.py::test_recorded_passes_train_the_same",
     "sync_batch_norm": "tests/e2e/test_invariance.py"
     "::test_two_processes_with_synchronised_norm_take_the_same_losses",
     "resume": "tests/e2e/test_training.py::test_killed_and_resumed_ends_with_the_same_weights",

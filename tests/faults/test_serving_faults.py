@@ -226,10 +226,10 @@ def test_what_is_no_http_is_said(server: Server, data: bytes, status: int, text:
     head, _, body = server.raw(data).partition(b"\r\n\r\n")
     assert int(head.split()[1]) == status
     assert text in json.loads(body)["error"]
-    # a request before it is answered first
+    # a request before it is answered first; alone, if it still waits when the other is refused
     found = server.raw(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n" + data)
-    assert found.startswith(b"HTTP/1.1 200 OK")
-    assert found.count(b"HTTP/1.1 ") == 1
+    answers = [int(answer[:3]) for answer in found.split(b"HTTP/1.1 ")[1:]]
+    assert answers in ([200], [200, status])
 
 
 def test_pipelined_requests_are_answered_in_their_order(server: Server) -> None:
