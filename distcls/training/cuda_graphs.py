@@ -9,6 +9,7 @@ memory, can break a recording.
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -91,6 +92,7 @@ class GraphedModel:
                 self._said = True
                 return recorded
         self._off, self._seen = True, {}
+        gc.collect()  # a pass that is still alive would give its stream to the next
         torch.cuda.empty_cache()
         say(f"CUDA graphs: off; {reason}")
         return None
