@@ -363,7 +363,12 @@ def test_what_cannot_be_evaluated(tmp_path: Path, model: Path, data: Path) -> No
         (model, tmp_path / "none", {}, "no such dataset directory"),
         (model, photos, {}, "photos: no image of test has a class of the model; it predicts red"),
         (model, photos, {"split": "val"}, "photos: no split 'val'"),
-        (model, data, {"by": "weather"}, r"by: the manifest has no column 'weather'; it has label"),
+        (
+            model,
+            data,
+            {"by": "weather"},
+            r"by: the manifest has no column 'weather' that makes groups \(choices: label",
+        ),
         (model, distcls.open_dataset(photos), {}, r"prepare_dataset\('.*', OUT, test_fraction=1"),
         (model, data, {"split": "tset"}, "no split 'tset'; did you mean 'test'"),
         (model, distcls.open_dataset(data), {"split": "val"}, "no split 'val'"),

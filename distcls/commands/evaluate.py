@@ -21,7 +21,7 @@ COMMAND = Command(
         "distcls evaluate --model best.onnx --data datasets/photos --split val --out evaluation",
         "distcls evaluate --model best.onnx --data new_photos/ --out evaluation",
     ),
-    groups={"essential options": ("model", "data", "split", "by", "out", "overwrite")},
+    groups={"essential options": ("model", "data", "split", "by", "bins", "out", "overwrite")},
 )
 
 

@@ -54,9 +54,18 @@ class Outputs:
     """Cross-entropy in nats, the mean over heads or labels, [N]."""
     ranks: NDArray[np.int32]
     """How many classes have a greater logit than the true one, [N, H]; of labels zeros [N, 0]."""
+    columns: pa.Table | None = None
+    """The manifest's other columns, [N]."""
 
     @classmethod
-    def of(cls, task: Task, logits: Floats, labels: Integers, image_ids: Sequence[str]) -> Outputs:
+    def of(
+        cls,
+        task: Task,
+        logits: Floats,
+        labels: Integers,
+        image_ids: Sequence[str],
+        columns: pa.Table | None = None,
+    ) -> Outputs:
         """Those of raw logits, float32 [N, K]; `labels` as `Split.labels` has them."""
         count, width = logits.shape
         truth = labels.reshape(count, -1)
@@ -69,6 +78,7 @@ class Outputs:
             decided=np.zeros(truth.shape, np.int32),
             loss=np.zeros(count),
             ranks=np.zeros((count, 0 if labelled else truth.shape[1]), np.int32),
+            columns=columns,
         )
         for rows in blocks(count, width):
             scaled = task.scaled(logits[rows])
@@ -121,7 +131,8 @@ class Outputs:
         ids = [self.image_ids[place] for place in places.tolist()]
         arrays = ("labels", "probabilities", "decided", "loss", "ranks")
         taken = {name: getattr(self, name)[places] for name in arrays}
-        return dataclasses.replace(self, image_ids=ids, **taken)
+        columns = None if self.columns is None else self.columns.take(places)
+        return dataclasses.replace(self, image_ids=ids, columns=columns, **taken)
 
     def write(self, path: Path, about: dict[str, Any]) -> None:
         """Write predictions.parquet, atomically and in groups of rows; `about` goes into its
@@ -139,7 +150,10 @@ class Outputs:
                 **{"right": pa.bool_(), "probability": pa.float32(), "margin": pa.float32()},
                 **{"loss": pa.float64(), "probabilities": pa.list_(pa.float32(), width)},
             }
-        ).with_metadata({KEY: json.dumps(about).encode()})
+        )
+        for field in () if self.columns is None else self.columns.schema:
+            schema = schema.append(field)
+        schema = schema.with_metadata({KEY: json.dumps(about).encode()})
         with atomic_path(path) as part, pq.ParquetWriter(part, schema) as writer:
             for rows in blocks(len(self), width):
                 writer.write_table(self._table(rows, schema))
@@ -158,6 +172,8 @@ class Outputs:
             pa.array(self.loss[rows]),
             pa.FixedSizeListArray.from_arrays(chances, self.probabilities.shape[1]),
         ]
+        if self.columns is not None:
+            columns += self.columns[rows].columns
         return pa.Table.from_arrays(columns, schema=schema)
 
     def _of(self, rows: slice) -> Integers:
