@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 from distcls import __version__, log
 from distcls.files import atomic_path, zeros
-from distcls.task import THRESHOLD, Floats, Integers, Task, softplus
+from distcls.task import (
+    BLANK,
+    BLANK_SHOWN,
+    JOINT,
+    THRESHOLD,
+    Floats,
+    Integers,
+    Task,
+    softplus,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -178,6 +187,33 @@ class Outputs:
 
     def _of(self, rows: slice) -> Integers:
         return self.decided[rows].astype(np.int64)
+
+
+def labels_of(task: Task, texts: Sequence[str]) -> Integers | None:
+    """What `Task.texts` made the texts of: int64 [N, H]; None where class names hold its separator.
+
+    Raises ValueError for a text that is of no classes.
+    """
+    heads = [head.classes for head in task.heads] or [task.classes]
+    letters = task.kind == "multi_head" and all(len(n) <= 1 for names in heads for n in names)
+    if not task.single and not letters and any(JOINT in name for names in heads for name in names):
+        return None
+    places = [{name: place for place, name in enumerate(names)} for names in heads]
+    found = np.zeros((len(texts), len(task.classes if task.kind == "multi_label" else heads)), int)
+    for row, text in zip(found, texts, strict=True):
+        try:
+            if task.kind == "multi_label":
+                row[[places[0][name] for name in text.split(JOINT) if text]] = 1
+                continue
+            names = [text] if task.single else text.split(JOINT)
+            if letters:
+                shown = BLANK if BLANK_SHOWN not in places[0] else BLANK_SHOWN
+                names = [shown if letter == BLANK_SHOWN else letter for letter in text]
+                names += [BLANK] * (len(heads) - len(names))
+            row[:] = [known[name] for known, name in zip(places, names, strict=True)]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"label {text!r} is none of its classes") from error
+    return found
 
 
 def require_probabilities(
