@@ -28,6 +28,7 @@ from distcls.errors import UsageError
 from distcls.evaluation.groups import _by_range
 from distcls.files import csv_line
 from tests import tiny_dataset, tiny_onnx
+from tests.serving import EXPORTED
 
 COUNT = 60
 CAMERAS = ["Nikon", "Žák", "a, b"]
@@ -130,7 +131,7 @@ def test_what_prepare_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert reasons["box"] == "holds list<element: int64>, no plain values"
     assert reasons["two\\nlines"].startswith("is no name of")
     assert reasons["bytes"] == "holds binary, which cannot be read as text"
-    assert (reasons["empty"], reasons["one"]) == ("is empty", "has no name")
+    assert (reasons["empty"], reasons["a column"]) == ("is empty", "has no name")
     assert reasons["many"] == "holds numbers of more than 63 bits"
     assert "note (holds texts of more than 256 characters)" in said
     opened = distcls.open_dataset(tmp_path / "data")
@@ -254,11 +255,29 @@ def test_groups_of_any_column(
 
 def test_every_prediction_has_them(tmp_path: Path, model: Path) -> None:
     source = manifest(tmp_path, "parquet", OTHERS)
-    distcls.evaluate_model(model, source, out=tmp_path / "out", quiet=True)
-    rows = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pylist()
+    outputs = distcls.evaluate_model(model, source, quiet=True).outputs
+    outputs.write(tmp_path / "predictions.parquet", {})
+    rows = pq.read_table(tmp_path / "predictions.parquet").to_pylist()
     for number, row in enumerate(rows):
         assert row["Camera"] == OTHERS["Camera"][number]
         assert (row["age"], row["flash"]) == (OTHERS["age"][number], OTHERS["flash"][number])
+
+
+def test_a_group_has_the_figures_of_its_images(tmp_path: Path, model: Path) -> None:
+    source = manifest(tmp_path, "parquet", OTHERS)
+    ages = np.array(OTHERS["age"])
+    for name, bins in {"camera": None, "age": 4}.items():
+        result = distcls.evaluate_model(model, source, by=name, bins=bins, quiet=True)
+        for group in result.groups:
+            if bins:
+                low, high = map(float, group.value.split(" to "))
+                own = (ages >= low) & (ages <= high)
+            else:
+                wanted = None if group.value == "(no value)" else group.value
+                own = np.array([cell == wanted for cell in OTHERS["Camera"]])
+            assert group.count == own.sum()
+            assert group.loss == pytest.approx(result.outputs.loss[own].mean())
+        assert len({group.loss for group in result.groups}) == len(result.groups) == 4
 
 
 def test_columns_that_make_no_groups(tmp_path: Path, model: Path) -> None:
@@ -293,3 +312,10 @@ def test_ranges_are_even_and_equal_numbers_stay_together() -> None:
         "1e+09 to inf",
     ]
     assert _by_range(np.array([math.nan]), 3)[1] == []
+
+
+def test_a_head_makes_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    found = groups(
+        capsys, EXPORTED / "run_heads" / "best.onnx", EXPORTED / "heads", "--by", "parity"
+    )
+    assert found.keys() == {"even", "odd"}

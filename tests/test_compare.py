@@ -321,7 +321,7 @@ def test_labels_have_f1(tmp_path: Path) -> None:
         assert figure.test == "bootstrap, paired"
         rng = np.random.default_rng(1)
         draws = []
-        for _ in range(200):
+        for _ in range(100):
             at = rng.integers(0, COUNT, COUNT)
             own = [f1_score(e.labels[at], e.decided[at], average=kind) for e in (first, other)]
             draws.append(own[1] - own[0])

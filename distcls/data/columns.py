@@ -92,7 +92,7 @@ def choose_columns(
         if reason and wanted:
             raise UsageError(f"keep_columns: {plain(written)!r} {reason}")
         if reason:
-            left_out[plain(written) or "one"] = reason
+            left_out[plain(written) or "a column"] = reason
         else:
             names[name] = written
     return Choice(names, left_out, bool(wanted))

@@ -90,7 +90,7 @@ class EvaluateOptions:
     json: bool = False
     """Print the result as one JSON object on standard output."""
     quiet: bool = False
-    """Print warnings and errors only."""
+    """Print the result, warnings and errors only."""
 
     def __post_init__(self) -> None:
         require_provider(self.provider, or_auto=True)

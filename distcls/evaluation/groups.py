@@ -19,7 +19,7 @@ from distcls.data.source import is_missing
 from distcls.errors import UsageError, did_you_mean, plain
 from distcls.evaluation.intervals import resampled_means, wilson
 from distcls.evaluation.outputs import Outputs
-from distcls.task import Integers
+from distcls.task import BLANK_SHOWN, Integers
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,6 +61,8 @@ def find_column(split: Split, name: str, bins: int | None) -> str:
     """
     columns = [column for column in split.table.column_names if column not in NO_COLUMNS]
     filled = [c for c in columns if split.table.column(c).null_count < len(split)]
+    if not split.task.single:
+        filled = [*(head.name for head in split.task.heads), *(c for c in filled if c != "label")]
     lowered = {column.lower(): column for column in filled}
     found = name if name in filled else lowered.get(name.strip().lower())
     if found is None:
@@ -69,7 +71,7 @@ def find_column(split: Split, name: str, bins: int | None) -> str:
             f"{did_you_mean(name, [plain(column) for column in filled])}; distcls prepare says "
             "which columns it keeps"
         )
-    column = split.table.column(found)
+    column = _column(split, found)
     numbers = None if found in NAMES else _numbers(column)
     if numbers is None and bins:
         raise UsageError(f"bins: {bins} is for numbers, and {found!r} has none")
@@ -88,7 +90,7 @@ def groups_of(
     in their order; none without a column."""
     if name is None:
         return ()
-    column = split.table.column(name)
+    column = _column(split, name)
     codes, names = _by_value(column)
     if name == "label" and split.task.single:
         names = [split.task.classes[int(value)] for value in names]
@@ -113,6 +115,18 @@ def groups_of(
         if starts[code + 2] > starts[code + 1]
     ]
     return tuple(found if ranges else sorted(found, key=lambda group: group.top1))
+
+
+def _column(split: Split, name: str) -> pa.ChunkedArray:
+    """A column of the manifest, or the classes of a head."""
+    import pyarrow as pa
+
+    for place, head in enumerate(split.task.heads):
+        if head.name == name:
+            classes = pa.array([each or BLANK_SHOWN for each in head.classes])
+            codes = pa.array(split.labels[:, place].astype(np.int32))
+            return pa.chunked_array([pa.DictionaryArray.from_arrays(codes, classes)])
+    return split.table.column(name)
 
 
 def _by_value(column: pa.ChunkedArray) -> tuple[Integers, list[Any]]:
