@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -184,27 +183,6 @@ class ModelCard:
         except ValueError as error:
             raise UsageError(f"{where}: its distcls metadata is damaged: {error}") from error
         return cls.from_json(values, where)
-
-
-def least_probabilities(card: ModelCard, coverage: float | None) -> list[float] | None:
-    """The least probability of a class in the prediction set of each head; None without a coverage.
-
-    Raises UsageError for a coverage that the model was not calibrated for.
-    """
-    if coverage is None:
-        return None
-    sets = (card.calibration or {}).get("sets", [])
-    for entry in sets:
-        if math.isclose(entry["coverage"], coverage, abs_tol=1e-9):
-            return list(entry["least_probability"])
-    known = ", ".join(f"{entry['coverage']:g}" for entry in sets)
-    has = (
-        f"the model has prediction sets of {known}" if known else "the model has no prediction sets"
-    )
-    raise UsageError(
-        f"coverage: {has}; distcls calibrate MODEL --coverage {coverage:g} fits them, of one model "
-        "without --tta"
-    )
 
 
 def model_paths(text: str) -> list[Path]:

@@ -7,6 +7,7 @@ row of `distcls predict` hold the same label and the same numbers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
@@ -222,28 +223,66 @@ def ranking(logits: Floats, k: int) -> Integers:
 ABSTAINED = "abstained"
 """Column with --threshold: whether a label, or that of any head, was not likely enough."""
 
-SET = "set"
-"""Column with --coverage: the classes of the prediction set, with `|` between."""
+SET, UNSURE = "set", "unsure"
+"""Columns with --coverage: the classes of the prediction set, with `|` between; of labels those
+that an image has, and those that it may have or not."""
 
 
-def prediction_sets(task: Task, probabilities: Floats, least: Sequence[float]) -> list[list[str]]:
+def least_probabilities(
+    calibration: dict[str, Any] | None, coverage: float | None
+) -> list[float] | None:
+    """What a card's calibration has of prediction sets: the least probability of a class in that of
+    each head, or for labels that of each yes and of each no; None without a coverage.
+
+    Raises UsageError for a coverage that the model was not calibrated for.
+    """
+    if coverage is None:
+        return None
+    sets = (calibration or {}).get("sets", [])
+    for entry in sets:
+        if math.isclose(entry["coverage"], coverage, abs_tol=1e-9):
+            return list(entry["least_probability"])
+    known = ", ".join(f"{entry['coverage']:g}" for entry in sets)
+    has = (
+        f"the model has prediction sets of {known}" if known else "the model has no prediction sets"
+    )
+    raise UsageError(
+        f"coverage: {has}; distcls calibrate MODEL --coverage {coverage:g} fits them, of one model "
+        "without --tta"
+    )
+
+
+def prediction_sets(
+    task: Task, probabilities: Floats, least: Sequence[float]
+) -> list[list[list[str]]]:
     """The classes in the prediction set of each image, the likeliest first, a list for each head.
 
-    `least` are the least probabilities of each head's classes. A set may be empty.
+    `least` are the least probabilities of each head's classes. A set may be empty. Of labels there
+    are two lists: those of which yes is in the set and no is not, and those that are unsure, of
+    which both are or neither is; `least` are then those of yes for each label, and those of no.
     """
+    if task.kind == "multi_label":
+        limits = np.array(least, np.float32).reshape(2, -1)
+        yes, no = probabilities >= limits[0], 1 - probabilities >= limits[1]
+        return [_members(task.classes, probabilities, inside) for inside in (yes & ~no, yes == no)]
     heads = [head.classes for head in task.heads] or [task.classes]
-    columns = []
-    for classes, span, limit in zip(heads, task.slices, least, strict=True):
-        part = probabilities[:, span]
-        inside = part >= np.float32(limit)
-        sizes = inside.sum(axis=1)
-        ranked = np.argsort(-part, axis=1, kind="stable")[:, : sizes.max(initial=0)]
-        texts = [
-            JOINT.join(classes[place] or BLANK_SHOWN for place in row[:count])
-            for row, count in zip(ranked.tolist(), sizes.tolist(), strict=True)
-        ]
-        columns.append(texts)
-    return columns
+    return [
+        _members(classes, probabilities[:, span], probabilities[:, span] >= np.float32(limit))
+        for classes, span, limit in zip(heads, task.slices, least, strict=True)
+    ]
+
+
+def _members(
+    classes: Sequence[str], probabilities: Floats, inside: NDArray[np.bool_]
+) -> list[list[str]]:
+    """The names of the classes that are `inside`, [N, K], the likeliest first."""
+    sizes = inside.sum(axis=1)
+    ranks = np.where(inside, -probabilities, np.inf)
+    ranked = np.argsort(ranks, axis=1, kind="stable")[:, : sizes.max(initial=0)]
+    return [
+        [classes[place] or BLANK_SHOWN for place in row[:count]]
+        for row, count in zip(ranked.tolist(), sizes.tolist(), strict=True)
+    ]
 
 
 Columns = dict[str, Sequence[Any]]
@@ -257,7 +296,8 @@ class RowBuilder:
 
     image_id, label, probability, then for single-label tasks the next likely classes (label_2,
     probability_2, ...), for heads each one's own (label:HEAD, probability:HEAD), then on request
-    p:CLASS and the prediction set (set, or set:HEAD), with a threshold abstained, and error. The
+    p:CLASS and the prediction set (set, or set:HEAD, or of labels set and unsure), with a threshold
+    abstained, and error. The
     probability of a multi-head or multi-label prediction is the joint one of all its classes, as if
     they were independent.
     """
@@ -298,7 +338,8 @@ class RowBuilder:
         self._threshold = threshold
         self._least = least
         endings = [f":{head.name}" for head in task.heads] or [""]
-        self._sets = [] if least is None else [f"{SET}{ending}" for ending in endings]
+        sets = [SET, UNSURE] if task.kind == "multi_label" else [f"{SET}{e}" for e in endings]
+        self._sets = [] if least is None else sets
         self._all = [f"p:{name}" for name in task.classes] if probabilities else []
         endings = [f"_{rank + 1}" if rank else "" for rank in range(top_k)]
         endings += [f":{head.name}" for head in task.heads]
@@ -341,7 +382,7 @@ class RowBuilder:
         if self._least is not None:
             found_sets = prediction_sets(self._task, probabilities, self._least)
             for name, sets in zip(self._sets, found_sets, strict=True):
-                columns[name] = _spread(good, sets)
+                columns[name] = _spread(good, [JOINT.join(names) for names in sets])
         if self._threshold is not None:
             columns[ABSTAINED] = _spread(good, abstained.tolist())
         columns["error"] = chunk.errors

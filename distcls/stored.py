@@ -278,9 +278,14 @@ def parse_json(data: bytes | str, schema: Schema = anything, place: str = "") ->
 
 
 def open_parquet(
-    path: Path | str, data: bytes | None = None, wanted: Callable[[str], bool] = bool
+    path: Path | str,
+    data: bytes | None = None,
+    wanted: Callable[[str], bool] = bool,
+    coded: Callable[[str], bool] | None = None,
 ) -> pq.ParquetFile:
     """A Parquet file, or its content, whose wanted columns unpack to no more than its size allows.
+
+    Texts of `coded` columns are read as dictionaries, which unpack to a number for each row.
 
     A text that is there once may stand for each of a million rows, so the longest of each column
     and group counts for all rows. Raises Unfit with a reason; OSError and pyarrow's errors for what
@@ -306,7 +311,9 @@ def open_parquet(
                 unpacked += group.num_rows * _longest_texts(file, number, texts)
             if unpacked > most:
                 raise Unfit(f"its {size:,} bytes may unpack to {unpacked:,}, more than a table has")
-    return pq.ParquetFile(source, metadata=metadata)
+    names = [field.name for field in schema if _is_text(field.type)]
+    kept = None if coded is None else [name for name in names if coded(name)]
+    return pq.ParquetFile(source, metadata=metadata, read_dictionary=kept)
 
 
 def _longest_texts(file: pq.ParquetFile, group: int, texts: list[str]) -> int:

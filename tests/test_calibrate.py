@@ -36,14 +36,14 @@ from distcls.evaluation.scores import calibration_bins
 from distcls.export.calibrate import write_card
 from distcls.export.graph import SCALED, set_temperatures
 from distcls.model_card import ModelCard
-from distcls.prediction import prediction_sets as set_texts
+from distcls.prediction import prediction_sets as set_members
 from distcls.runtime.model import OnnxModel
 from distcls.runtime.onnx_file import OnnxFile
 from distcls.serving.compute import _require_like
 from distcls.task import Head, Task
 from tests import tiny_dataset, tiny_onnx
 from tests.pictures import encode
-from tests.serving import EXPORTED, serving
+from tests.serving import EXPORTED, Server, serving
 
 PAIRS = {"whole": "digits", "run_heads": "heads", "run_labels": "labels"}
 HEADS = Task.of_heads([Head("shape", ("a", "b", "c")), Head("colour", ("x", "y"))])
@@ -127,7 +127,12 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(EXPORTED / run, folder / run)
         (folder / run / "best.onnx").touch()  # is the newer one
         result = distcls.calibrate_model(
-            folder / run, EXPORTED / data, split="test", quiet=True, batch_size=7
+            folder / run,
+            EXPORTED / data,
+            split="test",
+            coverage=[0.5],
+            quiet=True,
+            batch_size=7,
         )
         assert [path.name for path in result.files] == ["best.pth", "best.onnx"]
         if run == "run_labels":  # its few images say nothing of a temperature: given ones
@@ -183,6 +188,53 @@ def test_every_answer_has_the_same_calibrated_probabilities(
                 body = {"inputs": [tensor], "outputs": [{"name": "probabilities"}]}
                 outputs = server.post(f"/v2/models/{run}/infer", body).json["outputs"]
                 np.testing.assert_allclose(outputs[0]["data"], expected[place], atol=1e-6)
+            check_sets(server, run, onnx.card, [encode(image, "PNG") for image in pixels])
+        check_calibration_error(server, calibrated)
+
+
+def check_sets(server: Server, run: str, card: ModelCard, files: list[bytes]) -> None:
+    """Prediction sets over HTTP are those of the probabilities there."""
+    assert card.calibration is not None
+    least = card.calibration["sets"][0]["least_probability"]
+    sizes = set()
+    for data in files:
+        query = f"/predict?model={run}&probabilities=true&coverage=0.50"
+        found = server.post(query, data).json["predictions"][0]
+        chances = np.array([list(found["probabilities"].values())], np.float32)
+        known = [names[0] for names in set_members(card.task, chances, least)]
+        if card.task.heads:
+            assert [head["set"] for head in found["heads"].values()] == known
+        else:
+            assert [found[name] for name in ("set", "unsure") if name in found] == known
+        sizes.update(map(len, known))
+    assert len(sizes) > 1
+    for text, told in {"0.9": "has prediction sets of 0.5", "x": "expected a number"}.items():
+        refused = server.post(f"/predict?model={run}&coverage={text}", files[0])
+        assert refused.status == 400
+        assert told in refused.error
+    bad = server.post(f"/predict?model={run}&coverage=0.5", b"hello")
+    assert bad.status == 400
+
+
+def check_calibration_error(server: Server, calibrated: Path) -> None:
+    """ECE from the checkpoint, from the export, and of what the server says of all images."""
+    data = EXPORTED / "digits"
+    results = [
+        distcls.evaluate_model(calibrated / "whole" / name, data, quiet=True)
+        for name in ("best.pth", "best.onnx")
+    ]
+    images = Dataset.open(data).split("test")
+    files = (encode(images.image(place), "PNG") for place in range(len(images)))
+    answers = (server.post("/predict?model=whole&probabilities=true", data) for data in files)
+    given = [answer.json["predictions"][0]["probabilities"].values() for answer in answers]
+    logits = np.log(np.array([list(row) for row in given], np.float32))
+    over_http = calibration_bins(
+        outputs_of(Task(classes=images.task.classes), logits, images.labels)
+    )
+    errors = [*(result.scores["ece"] for result in results), over_http.error]
+    assert errors == pytest.approx([errors[0]] * 3, abs=1e-5)
+    before = distcls.evaluate_model(EXPORTED / "whole" / "best.onnx", data, quiet=True)
+    assert abs(before.scores["ece"] - errors[0]) > 1e-3
 
 
 def test_a_table_and_an_evaluation_use_them(
@@ -297,12 +349,12 @@ def test_prediction_sets_hold_the_truth_as_often_as_they_say(task: Task, coverag
     own = task.of_answers(held_out.probabilities, held_out.labels)
     inside = (own >= np.float32(least)).mean(axis=0)
     np.testing.assert_allclose(inside, coverage, atol=0.01)
-    columns = set_texts(task, held_out.probabilities, least)
+    columns = set_members(task, held_out.probabilities, least)
     heads = [head.classes for head in task.heads] or [task.classes]
     for place, (texts, classes) in enumerate(zip(columns, heads, strict=True)):
         found = [
-            classes[label] in text.split("|")
-            for text, label in zip(texts, held_out.labels[:, place], strict=True)
+            classes[label] in names
+            for names, label in zip(texts, held_out.labels[:, place], strict=True)
         ]
         assert np.mean(found) == inside[place]
 
@@ -322,6 +374,42 @@ def test_prediction_sets_of_few_images_hold_on_average() -> None:
     with pytest.raises(UsageError, match=r"0.9 needs at least 9 images, there are 5"):
         prediction_sets(outputs.take(np.arange(5)), 0.9)
     assert len(prediction_sets(outputs.take(np.arange(9)), 0.9)) == 1
+
+
+@pytest.mark.parametrize("sharper", [0.3, 3.0])
+def test_sets_of_labels_hold_yes_and_no_as_often_as_they_say(sharper: float) -> None:
+    """Also of a label that one image in thirty has, and of probabilities that are wrong."""
+    logits, labels = simulated(LABELS, 60_000, sharper)
+    kept = (labels[:, 1] == 0) | (np.arange(len(labels)) % 30 == 0)
+    logits, labels = logits[kept], labels[kept]
+    half = len(logits) // 2
+    least = prediction_sets(outputs_of(LABELS, logits[:half], labels[:half]), 0.9)
+    chances = LABELS.probabilities(logits[half:])
+    sets, unsure = set_members(LABELS, chances, least)
+    truth = labels[half:]
+    for place, name in enumerate(LABELS.classes):
+        said = np.array([name in names for names in sets])
+        open_ = np.array([name in names for names in unsure])
+        both = chances[:, place] >= np.float32(least[place])
+        both &= 1 - chances[:, place] >= np.float32(least[3 + place])
+        for has, wrong in ((1, ~said & ~open_), (0, said)):
+            own = truth[:, place] == has
+            missed = wrong | (open_ & ~both)  # an empty set holds nothing
+            assert 1 - missed[own].mean() == pytest.approx(0.9, abs=0.02), (name, has)
+
+
+def test_a_rare_label_is_never_excluded() -> None:
+    logits, labels = simulated(LABELS, 400, 1)
+    labels[:, 2] = np.arange(400) < 8  # 9 are needed
+    least = prediction_sets(outputs_of(LABELS, logits, labels), 0.9)
+    assert (least[2], least[5] > 0) == (0, True)
+    sets, unsure = set_members(LABELS, LABELS.probabilities(logits), least)
+    assert all(
+        ("sun" in names) != ("sun" in open_) for names, open_ in zip(sets, unsure, strict=True)
+    )
+    few = outputs_of(LABELS, logits[:5], labels[:5])
+    with pytest.raises(UsageError, match=r"0.9 needs at least 9 images with a label, or without"):
+        prediction_sets(few, 0.9)
 
 
 def test_thresholds_do_what_they_say() -> None:

@@ -11,14 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
+from sklearn.metrics import f1_score
 
 from distcls.commands.compare import main
 from distcls.errors import BadValue, UsageError
 from distcls.evaluation.compare import CompareOptions, Comparison, _over_seeds, compare
 from distcls.evaluation.evaluate import evaluate_model
 from distcls.evaluation.intervals import mcnemar, paired_difference
-from distcls.evaluation.outputs import Outputs
-from distcls.task import Task
+from distcls.evaluation.outputs import Outputs, labels_of
+from distcls.task import Head, Task
 from tests import tiny_dataset, tiny_onnx
 from tests.serving import EXPORTED
 
@@ -255,11 +256,84 @@ def test_images_that_a_run_was_trained_on(
     assert compared(*(run / "out" for run in runs)).trained_on == (0, seen)
 
 
+SIMPLE = ("macro_f1", "auroc", "average_precision", "brier")
+OF_SEVERAL = {
+    "run_heads": (*(f"accuracy of {name}" for name in ("parity", "size")), *SIMPLE),
+    "run_labels": (SIMPLE[0], "micro_f1", *SIMPLE[1:]),
+}
+HEADS = Task.of_heads(
+    [Head("shape", ("round", "flat")), Head("my colour", ("red", "blue", "teal"))]
+)
+LETTERS = Task.of_heads([Head("1", ("a", "b")), Head("2", ("", "a", "|")), Head("3", ("", "b"))])
+LABELS = Task(kind="multi_label", classes=("sea", "sky", "sun"))
+
+
+@pytest.mark.parametrize("task", [TASK, HEADS, LETTERS, LABELS])
+def test_labels_are_read_from_their_texts(task: Task) -> None:
+    logits = np.random.default_rng(0).normal(size=(200, len(task.classes))).astype(np.float32)
+    labels = task.decide(logits)
+    read = labels_of(task, task.texts(labels))
+    np.testing.assert_array_equal(read, labels)
+    with pytest.raises(ValueError, match="label 'cow' is none of its classes"):
+        labels_of(task, ["cow"])
+    odd = Task(kind="multi_label", classes=("a|b", "a", "b"))
+    assert labels_of(odd, ["a|b"]) is None
+
+
+def several(task: Task, folder: Path, name: str, noise: float) -> tuple[Path, Outputs]:
+    """A table of predictions that are the less right the greater the noise."""
+    truth = np.random.default_rng(5).normal(size=(COUNT, len(task.classes))).astype(np.float32)
+    rng = np.random.default_rng(int(100 * noise))
+    logits = truth + rng.normal(scale=noise, size=truth.shape).astype(np.float32)
+    ids = [f"{number}.png" for number in range(COUNT)]
+    outputs = Outputs.of(task, logits, task.decide(truth), ids)
+    outputs.write(folder / f"{name}.parquet", {})
+    return folder / f"{name}.parquet", outputs
+
+
+def test_heads_are_compared_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (one, first), (two, other) = (several(HEADS, tmp_path, f"{n}", n) for n in (0.5, 0.6))
+    (found,) = compared(one, two).differences
+    by_name = {each.figure: each for each in found}
+    for place, name in enumerate(("shape", "my colour")):
+        right = [each.decided[:, place] == each.labels[:, place] for each in (first, other)]
+        only = [int((right[at] & ~right[1 - at]).sum()) for at in (0, 1)]
+        head = by_name[f"accuracy of {name}"]
+        assert (head.first, head.other) == (right[0].mean(), right[1].mean())
+        assert (head.low, head.high) == paired_difference(only[1], only[0], COUNT)
+        assert head.p == mcnemar(*only)
+    assert by_name["top1"].first == (first.decided == first.labels).all(axis=1).mean()
+    main([str(one), str(two)])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("accuracy of my colour ") for line in lines) == 1
+    starts = {line.index("McNemar") for line in lines if "McNemar" in line}
+    assert len(starts) <= 2  # `< 0.001` is longer
+
+
+def test_labels_have_f1(tmp_path: Path) -> None:
+    (one, first), (two, other) = (several(LABELS, tmp_path, f"{n}", n) for n in (0.5, 0.9))
+    (found,) = compared(one, two).differences
+    by_name = {each.figure: each for each in found}
+    for kind in ("macro", "micro"):
+        figure = by_name[f"{kind}_f1"]
+        values = [f1_score(each.labels, each.decided, average=kind) for each in (first, other)]
+        assert (figure.first, figure.other) == pytest.approx(values)
+        assert figure.test == "bootstrap, paired"
+        rng = np.random.default_rng(1)
+        draws = []
+        for _ in range(100):
+            at = rng.integers(0, COUNT, COUNT)
+            own = [f1_score(e.labels[at], e.decided[at], average=kind) for e in (first, other)]
+            draws.append(own[1] - own[0])
+        ends = np.quantile(draws, [0.025, 0.975])
+        assert [figure.low, figure.high] == pytest.approx(ends, abs=0.2 * (ends[1] - ends[0]))
+
+
 @pytest.mark.parametrize(("run", "data"), [("run_heads", "heads"), ("run_labels", "labels")])
 def test_several_outputs(tmp_path: Path, run: str, data: str) -> None:
     for name in ("best.pth", "best.onnx"):
         evaluate_model(EXPORTED / run / name, EXPORTED / data, out=tmp_path / name, quiet=True)
     (found,) = compared(tmp_path / "best.pth", tmp_path / "best.onnx").differences
-    assert [each.figure for each in found] == ["top1", "loss"]
+    assert [each.figure for each in found] == ["top1", "loss", *OF_SEVERAL[run]]
     exact = json.loads((tmp_path / "best.onnx" / "metrics.json").read_text())["exact"]
     assert found[0].other == pytest.approx(exact)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
 import distcls
+from distcls.cli import dispatch
 from distcls.commands.evaluate import main
 from distcls.commands.predict import main as predict_main
 from distcls.errors import BadValue, DistclsError, UsageError
@@ -144,6 +145,31 @@ def test_table_for_people(
     right = accuracy_score(labels[:50], logits()[:50].argmax(axis=1))
     low, high = wilson(right * 50, 50)
     assert lines["top-1"] == [f"{right:.4f}", f"({low:.4f}", "to", f"{high:.4f})"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare", "calibrate"])
+def test_quiet_leaves_the_result(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, data: Path, command: str
+) -> None:
+    """And says so in its help."""
+    given = {
+        "evaluate": ["--model", str(model), "--data", str(data)],
+        "compare": [str(model), str(model), "--data", str(data)],
+        "calibrate": [str(model), "--data", str(data), "--split", "test"],
+    }[command]
+    printed = []
+    for more in ([], ["--quiet"]):
+        if command == "calibrate":
+            tiny_onnx.write(tmp_path / "m.onnx")
+        dispatch([command, *given, *more])
+        printed.append(capsys.readouterr())
+    assert printed[1].out == printed[0].out != ""
+    lines = printed[1].err.splitlines()
+    assert all(line.startswith("warning: ") for line in lines), lines
+    assert len(printed[0].err.splitlines()) > len(lines)
+    with pytest.raises(SystemExit):
+        dispatch([command, "--help"])
+    assert "Print the result, warnings and errors only." in capsys.readouterr().out
 
 
 def test_without_matplotlib_the_rest_is_written(tmp_path: Path, model: Path, data: Path) -> None:
@@ -363,7 +389,12 @@ def test_what_cannot_be_evaluated(tmp_path: Path, model: Path, data: Path) -> No
         (model, tmp_path / "none", {}, "no such dataset directory"),
         (model, photos, {}, "photos: no image of test has a class of the model; it predicts red"),
         (model, photos, {"split": "val"}, "photos: no split 'val'"),
-        (model, data, {"by": "weather"}, r"by: the manifest has no column 'weather'; it has label"),
+        (
+            model,
+            data,
+            {"by": "weather"},
+            r"by: the manifest has no column 'weather' that makes groups \(choices: label",
+        ),
         (model, distcls.open_dataset(photos), {}, r"prepare_dataset\('.*', OUT, test_fraction=1"),
         (model, data, {"split": "tset"}, "no split 'tset'; did you mean 'test'"),
         (model, distcls.open_dataset(data), {"split": "val"}, "no split 'val'"),

@@ -119,6 +119,7 @@ def test_labels_equal_scikit_learn() -> None:
     truth, said, chances = outputs.labels, outputs.decided, outputs.probabilities
     wanted = expected(truth.T, said.T) | {
         "macro_f1": sk.f1_score(truth, said, average="macro"),
+        "micro_f1": sk.f1_score(truth, said, average="micro"),
         "auroc": sk.roc_auc_score(truth, chances, average="macro"),
         "average_precision": sk.average_precision_score(truth, chances, average="macro"),
         "brier": np.mean(

@@ -78,6 +78,30 @@ def test_greedy_leaves_out_what_harms(
     assert "it is left out" in said
 
 
+def test_validation_images_that_were_trained_on_are_said(
+    runs: dict[str, Path], digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where each run has divided the same images by a seed of its own."""
+    data = tmp_path / "data"
+    distcls.prepare_dataset("digits", data, seed=9, quiet=True)
+    capsys.readouterr()
+    both = [runs["tuned1"], runs["tuned2"]]
+    merge(both, tmp_path / "mean", data=data)
+    trained = set(Dataset.open(digits).split("train").image_ids)
+    measured = Dataset.open(data).split("val").image_ids
+    seen = len(trained.intersection(measured))
+    assert 0 < seen < len(measured)
+    said = capsys.readouterr().err
+    for run in both:
+        words = f"{run / 'best.pth'}: {seen} images of {len(measured)} were in its own training"
+        assert f"warning: {words}" in said
+    # an evaluation says the same of the images that it measures
+    for split, count in {"val": seen, "test": 0, "train": 0}.items():
+        own = digits if split != "val" else data
+        dispatch(["evaluate", "--model", str(both[0]), "--data", str(own), "--split", split])
+        assert ("were in its own training split" in capsys.readouterr().err) == (count > 0)
+
+
 def test_the_mean_is_that_of_the_numbers() -> None:
     one = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)}
     two = {"w": torch.tensor([2.0, 6.0]), "n": torch.tensor(8)}

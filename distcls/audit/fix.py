@@ -35,11 +35,12 @@ def write_fixed(path: Path, findings: Sequence[Finding], inside: Opened, task: T
     dropped = _dropped(findings)
     names = {each.label: each.related for each in findings if each.kind == "class_name"}
     groups = _groups(findings, inside)
-    rows = []
+    rows, others = [], inside.columns()
     for at, record in enumerate(inside.records):
         if at in dropped:
             continue
         row: dict[str, Any] = {"image_id": record.image_id, "path": str(root / str(record.path))}
+        row |= {name: values[at] for name, values in others.items()}
         row |= _labels(task, record.label, record.labels, names)
         row |= {"split": record.split, "weight": record.weight, "group": groups.get(at)}
         rows.append(row)

@@ -58,7 +58,8 @@ class PredictOptions:
     column `abstained` is true. Not for multi-label models, which have a threshold per label."""
     coverage: float | None = None
     """Add a column `set` with the classes of the prediction set, which holds the true one with this
-    probability, as in 0.9; of a model that `distcls calibrate --coverage` has fitted to it."""
+    probability, as in 0.9; of a model that `distcls calibrate --coverage` has fitted to it. Of
+    labels those that an image has, and a column `unsure` with those that it may have or not."""
     tta: Tta = "none"
     """Test-time augmentation: flip averages the probabilities of each image and its mirror
     image."""

@@ -17,9 +17,8 @@ from distcls.batch.parts import PartRecord, part_name
 from distcls.batch.table import open_features, open_writer
 from distcls.data.source import ImageSource, whole_numbers
 from distcls.files import atomic_path, digest
-from distcls.model_card import least_probabilities
 from distcls.plotting import GREEN, GREY, RED, Tile, draw_grid, shorten
-from distcls.prediction import ABSTAINED, Columns, RowBuilder
+from distcls.prediction import ABSTAINED, Columns, RowBuilder, least_probabilities
 from distcls.predictor import Predictor
 from distcls.runtime.model import Model, WithFeatures
 from distcls.runtime.pipeline import Chunk, Profiler
@@ -43,7 +42,7 @@ class PartWriter:
             top_k=options.top_k,
             probabilities=options.probabilities,
             threshold=options.threshold,
-            least=least_probabilities(model.card, options.coverage),
+            least=least_probabilities(model.card.calibration, options.coverage),
         )
         self.count = min(len(source), options.limit or len(source))
         """Images."""

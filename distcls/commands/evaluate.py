@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from distcls import log
 from distcls.cli import run
 from distcls.config import Command
 from distcls.evaluation.evaluate import EvaluateOptions, evaluate
+from distcls.evaluation.overlap import training_images, warn_of_training_images
 
 COMMAND = Command(
     options=EvaluateOptions,
@@ -21,7 +23,7 @@ COMMAND = Command(
         "distcls evaluate --model best.onnx --data datasets/photos --split val --out evaluation",
         "distcls evaluate --model best.onnx --data new_photos/ --out evaluation",
     ),
-    groups={"essential options": ("model", "data", "split", "by", "out", "overwrite")},
+    groups={"essential options": ("model", "data", "split", "by", "bins", "out", "overwrite")},
 )
 
 
@@ -36,6 +38,10 @@ def main(arguments: Sequence[str]) -> None:
         log.print_json(result.to_json())
     else:
         print(result.to_text())
+    if options.split != "train":  # of those it is no surprise; the rest may take a while
+        ids = result.outputs.image_ids
+        seen = training_images(Path(result.model), options.data, options.split, ids)
+        warn_of_training_images(result.model, len(seen), len(ids))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ COMMAND = Command(
             "max_bad",
         ),
         "splits": ("splits", "split_by", "folds", "fold", "bootstrap", "seed", "limit"),
-        "manifests": ("path_column", "label_column", "weight_column", "root"),
+        "manifests": ("path_column", "label_column", "weight_column", "keep_columns", "root"),
         "several outputs per image": (
             *("label_columns", "text_column", "labels_column", "separator"),
         ),

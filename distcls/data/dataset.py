@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls import log, stored
+from distcls.data.columns import COLUMNS, LABELS, kept_names
 from distcls.data.integrity import (
     Rows,
     read_info,
@@ -61,9 +62,6 @@ FORMAT = 1
 IN_RUN = "dataset"
 """Folder in a run directory with the dataset that the run prepared."""
 MANIFEST, CLASSES, INFO, PACK = "manifest.parquet", "classes.json", "dataset.json", "pack.bin"
-
-
-LABELS = "labels"
 
 
 def read_labels(table: pa.Table, task: Task, where: Path) -> NDArray[np.int64]:
@@ -105,14 +103,6 @@ def read_labels(table: pa.Table, task: Task, where: Path) -> NDArray[np.int64]:
 
 def _name(table: pa.Table, row: int, where: Path) -> str:
     return f"{where}: row {row}, {table.column('image_id')[row].as_py()!r} has"
-
-
-COLUMNS = ("image_id", "path", "label", "split", "offset", "height", "width", "channels")
-"""Columns of manifest.parquet; `weight` (float64), `group` (string) and `labels` may follow.
-
-`labels` (list of int32) is there for multi-head (the class in each head) and for multi-label (the
-labels that an image has). `label` is then the first of them, or -1.
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +147,11 @@ class Split(ImageSource):
         if self.task.single:
             return [self.task.classes[label] for label in self.labels]
         return self.task.texts(self.labels)
+
+    @property
+    def kept(self) -> pa.Table:
+        """The columns of the manifest that `prepare` kept, [N]; see `distcls.data.columns`."""
+        return self.table.select(kept_names(self.table))
 
     @functools.cached_property
     def weights(self) -> NDArray[np.float64] | None:

@@ -7,14 +7,16 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, SupportsIndex, overload
+
+import numpy as np
 
 from distcls import log
 from distcls.cli import import_pandas, packages_for
 from distcls.config import build, options_layer
+from distcls.data.columns import LABELS, ManifestColumns, kept_names
 from distcls.data.dataset import (
     IN_RUN,
-    LABELS,
     MANIFEST,
     Dataset,
     Split,
@@ -41,12 +43,13 @@ from distcls.task import Task
 
 if TYPE_CHECKING:
     import pandas
+    import pyarrow as pa
 
 StrPath = str | os.PathLike[str]
 
 READING = (
     *("format", "classes", "splits", "path_column", "label_column", "root", "weight_column"),
-    *("label_columns", "text_column", "labels_column", "separator", "background"),
+    *("label_columns", "text_column", "labels_column", "separator", "keep_columns", "background"),
 )
 """The options of `distcls prepare` that say how images and labels are read."""
 
@@ -73,6 +76,13 @@ class Example:
     group: str | None
     """Images of one group (a patient, a scene) are in one split; None without groups."""
     _read: Callable[[], Images]
+    _columns: Callable[[], dict[str, Any]]
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The values of the manifest's other columns: texts, numbers, true or false; None where
+        there is none. See `keep_columns` of `distcls prepare`."""
+        return self._columns()
 
     def image(self) -> Images:
         """The decoded image, uint8 [height, width, 3] in RGB, read anew at each call.
@@ -102,7 +112,7 @@ class ImageDataset(Sequence[Example]):
     def __init__(
         self,
         records: Sequence[ImageRecord],
-        sources: Callable[[str | None], ImageSource],
+        sources: Sources,
         *,
         task: Task,
         location: str,
@@ -110,7 +120,7 @@ class ImageDataset(Sequence[Example]):
         left_out: int = 0,
         directory: Dataset | None = None,
     ) -> None:
-        """`sources` returns the source of a split, in which a record's index counts; `root` is the
+        """`sources` has the source of each split, in which a record's index counts; `root` is the
         folder of the records' paths."""
         self._records = records
         self._sources = sources
@@ -146,7 +156,8 @@ class ImageDataset(Sequence[Example]):
         """The manifest as a pandas DataFrame: a row for each image, which is not read.
 
         The columns are image_id, path, label, of heads label:HEAD, and split; with weights and
-        groups weight and group. Raises UsageError if pandas is not installed.
+        groups weight and group; then the manifest's other ones. Raises UsageError if pandas is not
+        installed.
         """
         make_frame = import_pandas().DataFrame
         examples = list(self)
@@ -161,7 +172,7 @@ class ImageDataset(Sequence[Example]):
             values = [getattr(example, name) for example in examples]
             if name == "split" or any(value is not None for value in values):
                 columns[name] = values
-        return make_frame(columns)
+        return make_frame(columns | self._column_values())
 
     def __len__(self) -> int:
         return len(self._records)
@@ -222,7 +233,31 @@ class ImageDataset(Sequence[Example]):
             weight=record.weight,
             group=record.group,
             _read=functools.partial(self._read, record),
+            _columns=functools.partial(self._columns_of, record),
         )
+
+    def _columns_of(self, record: ImageRecord) -> dict[str, Any]:
+        kept = self._sources.kept(record.split)
+        if kept is None:
+            return {}
+        return {name: kept.column(name)[record.index].as_py() for name in kept.column_names}
+
+    def _column_values(self) -> dict[str, list[Any]]:
+        """The values of the other columns, of each image."""
+        places: dict[str | None, list[int]] = {}
+        for place, record in enumerate(self._records):
+            places.setdefault(record.split if self._directory else None, []).append(place)
+        found: dict[str, list[Any]] = {}
+        for split, own in places.items():
+            kept = self._sources.kept(split)
+            if kept is None:
+                continue
+            taken = kept.take([self._records[place].index for place in own])
+            for name in taken.column_names:
+                values = found.setdefault(name, [None] * len(self))
+                for place, value in zip(own, taken.column(name).to_pylist(), strict=True):
+                    values[place] = value
+        return found
 
     def _read(self, record: ImageRecord) -> Images:
         return self._sources(record.split).image(record.index)
@@ -243,7 +278,7 @@ def open_dataset(path: StrPath, **options: Any) -> ImageDataset:
         options: how images and labels are read if it is not a dataset directory, as the options of
             `distcls prepare`: `format`, `classes` (a file of class names), `splits`, `path_column`,
             `label_column`, `root`, `weight_column`, `label_columns`, `text_column`,
-            `labels_column`, `separator` and `background`.
+            `labels_column`, `separator`, `keep_columns` and `background`.
 
     Returns:
         The images, of which none is read yet.
@@ -354,6 +389,10 @@ def split_of_files(location: Path, name: str) -> Split:
         schema = schema.append(pa.field(LABELS, pa.list_(pa.int32())))
         columns[LABELS] = [list(record.labels or ()) for record in records]
     table = pa.table(columns, schema=schema)
+    if found.columns is not None:
+        kept = found.columns.take([record.index for record in records])
+        for column in kept.column_names:
+            table = table.append_column(column, kept.column(column))
     return Split(name, location, root, table, False, found.task, transparent=True)
 
 
@@ -366,11 +405,23 @@ class Opened(NamedTuple):
     root: Path | None
     """The folder that the records' paths start from; None where the images are no files."""
     directory: Dataset | None
+    columns: Callable[[], dict[str, list[Any]]]
+    """Reads the manifest's other columns: the values of each record."""
 
 
 def opened(data: ImageDataset) -> Opened:
     """The records and sources of a dataset, for commands that read the files themselves."""
-    return Opened(data._records, data._sources, data._root, data._directory)
+    return Opened(data._records, data._sources, data._root, data._directory, data._column_values)
+
+
+class Sources(Protocol):
+    """The images of a dataset, by split."""
+
+    def __call__(self, split: str | None) -> ImageSource:
+        """Those of a split, as a source."""
+
+    def kept(self, split: str | None) -> pa.Table | None:
+        """The manifest's other columns, of each image of that source."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,9 +429,13 @@ class _OnlySource:
     """The source of images that are not divided."""
 
     source: ImageSource
+    columns: ManifestColumns | None
 
     def __call__(self, split: str | None) -> ImageSource:
         return self.source
+
+    def kept(self, split: str | None) -> pa.Table | None:
+        return None if self.columns is None else self.columns.table
 
 
 class _SplitSources:
@@ -389,12 +444,21 @@ class _SplitSources:
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
         self._opened: dict[str, Split] = {}
+        self._kept: dict[str, pa.Table] = {}
 
     def __call__(self, split: str | None) -> ImageSource:
         name = str(split)
         if name not in self._opened:
             self._opened[name] = self._dataset.split(name)
         return self._opened[name]
+
+    def kept(self, split: str | None) -> pa.Table | None:
+        """Without opening the images of the split."""
+        name, table = str(split), self._dataset.table
+        if name not in self._kept:
+            rows = np.asarray(table.column("split").to_numpy(zero_copy_only=False)) == name
+            self._kept[name] = table.select(kept_names(table)).filter(rows)
+        return self._kept[name]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _SplitSources, (self._dataset,)
@@ -409,7 +473,7 @@ def _of_source(location: str, options: Mapping[str, Any]) -> ImageDataset:
     source = found.source.on_background(background_color(parsed.background))
     return ImageDataset(
         found.records,
-        _OnlySource(source),
+        _OnlySource(source, found.columns),
         task=found.task,
         location=location,
         root=found.root,

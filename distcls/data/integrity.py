@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls import log, stored
+from distcls.data.columns import OWN, with_plain_columns
 from distcls.errors import DistclsError, UsageError, shown
 from distcls.files import digest, write_json
 from distcls.system import cache_folder
@@ -130,8 +131,9 @@ def read_manifest(path: Path, expected: str | None, columns: set[str]) -> pa.Tab
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     require_digest(path, data, expected)
     try:
-        with stored.open_parquet(path, data) as file:
-            table: pa.Table = file.read()
+        own, others = OWN.__contains__, lambda name: name not in OWN
+        with stored.open_parquet(path, data, own, coded=others) as file:
+            table: pa.Table = with_plain_columns(file.read())
     except stored.Unfit as error:
         raise UsageError(f"{path}: {error}") from error
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:

@@ -108,6 +108,10 @@ class PrepareOptions:
     """Multi-label: column of the manifest with any number of labels per image, or none."""
     separator: str | None = None
     """With labels_column: separator of the labels; default: |."""
+    keep_columns: tuple[str, ...] = ()
+    """Other columns of the manifest that are kept with the images, such as camera,site, for
+    `distcls evaluate --by`; none keeps none. Default: all, if there are at most 64, that hold
+    texts of at most 256 characters, numbers, dates, or true and false."""
     val_fraction: float | None = None
     """Fraction of each class for validation, where the source has no validation split; default:
     0.1."""
@@ -181,6 +185,7 @@ class PrepareOptions:
             labels_column=self.labels_column,
             separator=self.separator,
             splits=self.splits,
+            keep_columns=self.keep_columns,
         )
 
     @property
@@ -237,6 +242,10 @@ class Prepared:
     seconds: float
     transparent: int = 0
     """Images with transparency, blended with the background."""
+    columns: tuple[str, ...] = ()
+    """Other columns of the manifest that were kept."""
+    columns_left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Those that were not, and why."""
 
 
 def prepare(options: PrepareOptions) -> Prepared:
@@ -252,6 +261,8 @@ def prepare(options: PrepareOptions) -> Prepared:
         options.source, options.format, options.label_options(classes), options.opening
     )
     _check_sense(source, options)
+    kept = source.columns
+    columns = () if kept is None else tuple(kept.table.column_names)  # read before any image is
     assignment = split_images(
         source,
         val_fraction=options.resolved_val_fraction,
@@ -275,6 +286,8 @@ def prepare(options: PrepareOptions) -> Prepared:
         no_pack=info["no_pack"],
         seconds=round(time.monotonic() - started, 2),
         transparent=info["transparent"],
+        columns=columns,
+        columns_left_out={} if kept is None else kept.left_out,
     )
     _summarise(prepared, source, rejected, options)
     return prepared
@@ -369,7 +382,7 @@ def _fill(
         moved = writer.move_copies(folder, [copies[i] for i in readable], before, after)
         if source.root is None:  # the copies are the only files there are
             paths, root = [*moved], "."
-    writer.write_manifest(folder, after, pack, paths)
+    writer.write_manifest(folder, after, pack, paths, source.columns)
     before_reading = [*source.source.left_out, *source.rejected]
     writer.write_rejected(folder, [*rejected, *before_reading], source.root)
     by_id = {assignment.records[i].image_id: digest for i, digest in digests.items()}
@@ -567,6 +580,11 @@ def _summarise(
             f"of the {own:,} images in the source's training split {taken:,} are held out "
             "(--val-fraction, --test-fraction)"
         )
+    if prepared.columns:
+        say(f"columns of the manifest that are kept: {class_list(prepared.columns)}")
+    if prepared.columns_left_out:
+        faults = (f"{name} ({why})" for name, why in [*prepared.columns_left_out.items()][:8])
+        say(f"columns that are not kept: {'; '.join(faults)}")
     if prepared.packed:
         say(f"pack: {prepared.pack_bytes / 2**20:.1f} MiB of decoded images")
     else:

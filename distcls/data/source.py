@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls import log
+from distcls.data.columns import ManifestColumns
 from distcls.errors import BadValue, UsageError, require
 from distcls.imaging import Color, decode
 from distcls.task import Task
@@ -379,6 +380,8 @@ class LabelledImages:
     """In the source's order."""
     rejected: Sequence[Rejected] = ()
     """What is left out before any image is read, such as images without a label."""
+    columns: ManifestColumns | None = None
+    """A manifest's other columns, by the records' `index`."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -415,6 +418,8 @@ class LabelOptions:
     """Separator of those labels; None is |."""
     splits: tuple[str, ...] = ()
     """Folder trees: the folder of each split, as in train=a,test=b; `none`: all are classes."""
+    keep_columns: tuple[str, ...] = ()
+    """Other columns that are kept; () keeps all that can be, `none` none."""
 
     def __post_init__(self) -> None:
         given = self.options
@@ -444,6 +449,7 @@ class LabelOptions:
     def require_no_columns(self, location: str) -> None:
         """Raise UsageError if a column is named, as only manifests have them."""
         named = {"weight_column": self.weight_column}
+        named["keep_columns"] = next(iter(self.keep_columns), None)
         if self.columns:
             named[self.options[0]] = self.columns[0]
         for option, column in named.items():

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls import __version__
-from distcls.data.dataset import CLASSES, COLUMNS, FORMAT, INFO, LABELS, MANIFEST, PACK, Dataset
+from distcls.data.columns import COLUMNS, LABELS, ManifestColumns
+from distcls.data.dataset import CLASSES, FORMAT, INFO, MANIFEST, PACK, Dataset
 from distcls.data.integrity import remember_pack, sealed, verify_pack
 from distcls.data.source import (
     NO_TEXT,
@@ -204,7 +205,7 @@ NEAR = 2
 
 
 def manifest_schema() -> pa.Schema:
-    """The columns that every manifest.parquet has; see `distcls.data.dataset.COLUMNS`."""
+    """The columns that every manifest.parquet has; see `distcls.data.columns.COLUMNS`."""
     import pyarrow as pa  # an extra of the inference install
 
     types = {"label": pa.int32(), "offset": pa.int64()}
@@ -218,9 +219,15 @@ def manifest_schema() -> pa.Schema:
 
 
 def write_manifest(
-    folder: Path, assignment: SplitAssignment, pack: PackWriter | None, paths: list[str | None]
+    folder: Path,
+    assignment: SplitAssignment,
+    pack: PackWriter | None,
+    paths: list[str | None],
+    kept: ManifestColumns | None,
 ) -> None:
     """Write the manifest. The pack's images are those of `assignment`, in its order.
+
+    `kept` are other columns that it gets, by the records' `index`.
 
     Rows are ordered by split. Where an image had to change its split they are then in another order
     than the pack, and `Split.uniform` is None; everything else works.
@@ -252,7 +259,12 @@ def write_manifest(
         schema = schema.append(pa.field(LABELS, pa.list_(pa.int32()), nullable=False))
         columns[LABELS] = [list(record.labels or ()) for record in records]
     ordered = {name: [values[index] for index in order] for name, values in columns.items()}
-    pq.write_table(pa.table(ordered, schema=schema), folder / MANIFEST)
+    table = pa.table(ordered, schema=schema)
+    if kept is not None:
+        others = kept.take([records[place].index for place in order])
+        for name in others.column_names:
+            table = table.append_column(name, others.column(name))
+    pq.write_table(table, folder / MANIFEST)
 
 
 def write_info(

@@ -131,25 +131,39 @@ def _with_temperatures(task: Task, temperatures: Sequence[float]) -> Task:
 
 
 def prediction_sets(outputs: Outputs, coverage: float) -> list[float]:
-    """The least probability of a class that is in the prediction set, for each head.
+    """The least probability of a class that is in the prediction set, for each head; of labels that
+    of yes for each, and then that of no.
 
     The set of an image then holds its true class with at least this probability, for images that
     are drawn as those of the fit (split conformal prediction; Sadinle et al.: Least ambiguous
-    set-valued classifiers with bounded error levels, 2019). Raises UsageError for too few images,
-    and for labels.
+    set-valued classifiers with bounded error levels, 2019). Of a label that holds for the images
+    that have it, and for those that have not (Vovk: Conditional validity of inductive conformal
+    predictors, 2012): it is 0 where these are too few, so that the answer is always in the set.
+    Raises UsageError for too few images.
     """
-    if outputs.task.kind == "multi_label":
-        raise UsageError("coverage: prediction sets are of one class, the model has labels")
-    count = len(outputs)
+    count, labels = len(outputs), outputs.labels
     exact = Fraction(str(coverage))  # 10 times 0.7 is more than 7
-    rank = math.ceil((count + 1) * exact)
-    if rank > count:
-        least = math.ceil(exact / (1 - exact))
+    enough = math.ceil(exact / (1 - exact))
+    if outputs.task.kind == "multi_label":
+        sides = ((labels == 1, outputs.probabilities), (labels == 0, 1 - outputs.probabilities))
+        groups = [
+            chances[has]
+            for side, rows in sides
+            for has, chances in zip(side.T, rows.T, strict=True)
+        ]
+        most, what = max(map(len, groups)), "images with a label, or without it"
+    else:
+        groups = list(outputs.task.of_answers(outputs.probabilities, labels).T)
+        most, what = count, "images"
+    if most < enough:
         raise UsageError(
-            f"coverage: {coverage:g} needs at least {least:,} images, there are {count:,}"
+            f"coverage: {coverage:g} needs at least {enough:,} {what}, there are {most:,}"
         )
-    own = outputs.task.of_answers(outputs.probabilities, outputs.labels)
-    return [float(np.sort(column)[count - rank]) for column in own.T]
+    ranks = [math.ceil((len(chances) + 1) * exact) for chances in groups]
+    return [
+        float(np.sort(chances)[len(chances) - rank]) if rank <= len(chances) else 0.0
+        for chances, rank in zip(groups, ranks, strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

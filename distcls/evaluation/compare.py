@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from distcls import log, plotting, stored
 from distcls.config import positional
 from distcls.data.dataset import IN_RUN
-from distcls.errors import BadValue, UsageError, require
+from distcls.errors import BadValue, UsageError, plain, require
 from distcls.evaluation.evaluate import EvaluateOptions, EvaluationResult, evaluate
 from distcls.evaluation.intervals import (
     LEAST_P,
@@ -28,7 +28,13 @@ from distcls.evaluation.intervals import (
     student_p,
     student_quantile,
 )
-from distcls.evaluation.outputs import KEY, PREDICTIONS, Outputs, require_probabilities
+from distcls.evaluation.outputs import (
+    KEY,
+    PREDICTIONS,
+    Outputs,
+    labels_of,
+    require_probabilities,
+)
 from distcls.evaluation.overlap import training_images, warn_of_training_images
 from distcls.evaluation.scores import figures
 from distcls.model_card import best_model
@@ -38,7 +44,10 @@ Floats = NDArray[np.float64]
 
 ACCURACY = "top1"
 """The figure that the verdict is about; of several outputs an image counts if all are right."""
-COMPARED = (ACCURACY, "loss", "macro_f1", "auroc", "average_precision", "brier")
+COMPARED = ("macro_f1", "micro_f1", "auroc", "average_precision", "brier")
+"""The other figures of both sides, beside the loss and the accuracy of each head."""
+OF_HEAD, MOST_HEADS = "accuracy of ", 50
+"""Begins the figure of a head; of more heads only the first have one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +75,7 @@ class CompareOptions:
     json: bool = False
     """Print the result as one JSON object on standard output."""
     quiet: bool = False
-    """Print warnings and errors only."""
+    """Print the result, warnings and errors only."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "limit", "workers"):
@@ -158,12 +167,13 @@ class Comparison:
         ]
         for place, found in enumerate(self.differences, 1):
             letter = string.ascii_uppercase[place]
-            head = f"{'':<17} {'A':>8} {letter:>8}   {letter} - A (95 % interval)"
-            lines += ["", f"{head:<66} p"]
+            wide = max(17, *(len(_title(each.figure)) for each in found))
+            head = f"{'':<{wide}} {'A':>8} {letter:>8}   {letter} - A (95 % interval)"
+            lines += ["", f"{head:<{wide + 49}} p"]
             for each in found:
                 ends = f"{each.value:+.4f} ({each.low:+.4f} to {each.high:+.4f})"
-                row = f"{_title(each.figure):<17} {each.first:8.4f} {each.other:8.4f}   {ends}"
-                lines.append(f"{row:<66} {p_text(each.p)}  {each.test}")
+                row = f"{_title(each.figure):<{wide}} {each.first:8.4f} {each.other:8.4f}   {ends}"
+                lines.append(f"{row:<{wide + 49}} {p_text(each.p)}  {each.test}")
         lines.append("")
         lines += [self.verdict(place) for place in range(1, len(self.names))]
         also = f"; {self.left_out:,} that not all have are left out" if self.left_out else ""
@@ -220,7 +230,7 @@ class _Run:
     right: NDArray[np.bool_]
     loss: Floats
     outputs: Outputs | None
-    """Of a single label, from which more figures follow."""
+    """From which more figures follow; None where labels cannot be told from their texts."""
     trained_on: frozenset[str] = frozenset()
     """Ids of those images that it was trained on."""
 
@@ -237,10 +247,10 @@ class _Run:
         """The numbers of each image whose mean is a figure, [N] each."""
         found = {ACCURACY: self.right.astype(np.float64), "loss": self.loss}
         if self.outputs is not None:
+            heads = zip(self.outputs.task.heads[:MOST_HEADS], self.outputs.hits.T, strict=False)
+            found |= {f"{OF_HEAD}{head.name}": own.astype(np.float64) for head, own in heads}
             every = figures(self.outputs)
-            found |= {
-                name: np.asarray(every[name].values) for name in COMPARED[2:] if name in every
-            }
+            found |= {name: np.asarray(every[name].values) for name in COMPARED if name in every}
         return found
 
 
@@ -317,7 +327,7 @@ def _differences(
     first: Sequence[dict[str, Floats]], other: Sequence[dict[str, Floats]]
 ) -> list[Difference]:
     """The figures that all runs have, of two sides."""
-    known = [name for name in COMPARED if all(name in run for run in (*first, *other))]
+    known = [name for name in first[0] if all(name in run for run in (*first, *other))]
     means = [
         {name: np.mean([run[name] for run in side], axis=0) for name in known}
         for side in (first, other)
@@ -331,7 +341,7 @@ def _differences(
             seeds = [[float(run[name].mean()) for run in side] for side in (first, other)]
             low, high, p = _over_seeds(changes[:, place], *seeds)
             test = "Welch, over images and runs"
-        elif name == ACCURACY:
+        elif name == ACCURACY or name.startswith(OF_HEAD):
             only_first = int((changes[:, place] < 0).sum())
             only_other = int((changes[:, place] > 0).sum())
             low, high = paired_difference(only_other, only_first, len(changes))
@@ -426,10 +436,9 @@ def _read(path: Path, options: CompareOptions) -> _Run:
 def _of_result(name: str, result: EvaluationResult) -> _Run:
     found, task = result.outputs, result.task
     truth = np.array(task.texts(found.labels), object)
-    outputs = found if task.single else None
     ids = list(found.image_ids)
     seen = training_images(Path(result.model), Path(result.data), result.split, ids)
-    return _Run(name, ids, truth, found.right, found.loss, outputs, frozenset(seen))
+    return _Run(name, ids, truth, found.right, found.loss, found, frozenset(seen))
 
 
 def _read_table(path: Path) -> _Run:
@@ -475,25 +484,25 @@ def _read_table(path: Path) -> _Run:
 def _outputs_of(
     task: Task, texts: Sequence[list[str]], chances: NDArray[np.float32], loss: Floats
 ) -> Outputs | None:
-    """Those of a single label. Raises ValueError for labels that are no class."""
-    if not task.single:
-        return None
+    """Raises ValueError for labels that are no class."""
     ids, truth, labels = texts
-    places = {name: place for place, name in enumerate(task.classes)}
-    if other := next((name for name in (*truth, *labels) if name not in places), None):
-        raise ValueError(f"label {other!r} is none of its classes")
+    known, said = labels_of(task, truth), labels_of(task, labels)
+    if known is None or said is None:
+        return None
     return Outputs(
         task=task,
         image_ids=ids,
-        labels=np.array([[places[name]] for name in truth], np.int64),
+        labels=known,
         probabilities=chances,
-        decided=np.array([[places[name]] for name in labels], np.int32),
+        decided=said.astype(np.int32),
         loss=loss,
-        ranks=np.zeros((len(ids), 1), np.int32),
+        ranks=np.zeros((len(ids), known.shape[1]), np.int32),
     )
 
 
 def _title(figure: str) -> str:
+    if figure.startswith(OF_HEAD):
+        return plain(figure, 40)
     return "accuracy" if figure == ACCURACY else plotting.metric_title(figure)
 
 

@@ -23,7 +23,7 @@ from distcls.data.image_dataset import ImageDataset, StrPath, split_of, split_of
 from distcls.data.integrity import read_info
 from distcls.errors import UsageError, plain, require
 from distcls.evaluation.classes import match_classes, shown_names
-from distcls.evaluation.groups import Group, groups_of, require_column
+from distcls.evaluation.groups import MOST_GROUPS, Group, find_column, groups_of
 from distcls.evaluation.metrics import Integers, Metrics, constant_answers
 from distcls.evaluation.outputs import PREDICTIONS, Outputs
 from distcls.evaluation.plots import PICTURES, draw
@@ -72,7 +72,10 @@ class EvaluateOptions:
     out: Path | None = None
     """Folder for metrics.json, per_class.csv, confusion.csv, predictions.parquet and pictures."""
     by: str | None = None
-    """Column of the manifest, such as group: figures of the images of each of its values."""
+    """Column of the manifest, such as camera: figures of the images of each of its values."""
+    bins: int | None = None
+    """With --by and a column of numbers: ranges to divide them into, of about as many images each,
+    0 for none; default: 10 where there are more than 30 different numbers."""
     overwrite: bool = False
     """Replace an evaluation in --out."""
     batch_size: int | None = None
@@ -87,13 +90,17 @@ class EvaluateOptions:
     json: bool = False
     """Print the result as one JSON object on standard output."""
     quiet: bool = False
-    """Print warnings and errors only."""
+    """Print the result, warnings and errors only."""
 
     def __post_init__(self) -> None:
         require_provider(self.provider, or_auto=True)
         for name in ("batch_size", "limit", "workers"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
+        fits = self.bins is None or 0 <= self.bins <= MOST_GROUPS
+        require(fits, "bins", self.bins, f"0 to {MOST_GROUPS:,}")
+        alone = self.bins is None or self.by is not None
+        require(alone, "bins", self.bins, "nothing without --by")
 
     def execution_request(self, images: int) -> ExecutionRequest:
         """The execution request, for a split of this many images."""
@@ -309,6 +316,7 @@ def evaluate_model(
     *,
     split: str | None = None,
     by: str | None = None,
+    bins: int | None = None,
     out: StrPath | None = None,
     overwrite: bool = False,
     provider: str = "auto",
@@ -331,7 +339,9 @@ def evaluate_model(
         data: a dataset directory, a folder of class folders, a manifest, or an `ImageDataset` of a
             dataset directory.
         split: train, val or test; by default test, or the only one of an `ImageDataset`.
-        by: a column of the manifest, such as group, for figures of each of its values.
+        by: a column of the manifest, such as camera, for figures of each of its values.
+        bins: ranges to divide a column of numbers into; by default 10, where there are more than 30
+            different ones; 0 for none.
         out: folder for metrics.json, predictions.parquet, pictures and more.
         overwrite: replace an evaluation in `out`.
         provider: execution provider of an exported model, see `distcls.load`; auto measures them
@@ -349,23 +359,12 @@ def evaluate_model(
             evaluation in `out`, and for a wrong value.
         DistclsError: if an image of the split cannot be decoded: nothing is left out silently.
     """
-    given: dict[str, object] = {
-        **{
-            "split": split,
-            "by": by,
-            "out": out,
-            "overwrite": overwrite,
-            "limit": limit,
-            "quiet": quiet,
-        },
-        **{"provider": provider, "batch_size": batch_size, "workers": workers},
-    }
-    if split is None:
+    return _evaluate_given(**locals())
+
+
+def _evaluate_given(model: object, data: object, **given: object) -> EvaluationResult:
+    if given["split"] is None:
         del given["split"]
-    return _evaluate_given(model, data, given)
-
-
-def _evaluate_given(model: object, data: object, given: dict[str, object]) -> EvaluationResult:
     predictor = model if isinstance(model, Predictor) else None
     if predictor is not None:
         for name in ("provider", "batch_size", "workers"):
@@ -414,8 +413,7 @@ def _evaluate(
 ) -> EvaluationResult:
     """Evaluate the predictor, or the model of the options, on a split."""
     _require_new_output(options)
-    if options.by is not None:
-        require_column(split, options.by)
+    by = None if options.by is None else find_column(split, options.by, options.bins)
     with processes(options.model) as (device, total):
         if predictor is None:
             request = options.execution_request(len(split))
@@ -442,8 +440,8 @@ def _evaluate(
         outputs=outputs,
         scores={name: figure.value for name, figure in scores.items()},
         intervals=with_intervals(scores),
-        by=options.by,
-        groups=groups_of(outputs, evaluated.split, options.by),
+        by=by,
+        groups=groups_of(outputs, evaluated.split, by, options.bins),
     )
     log.say(f"{metrics.count / seconds:,.0f} images/s on {result.provider}")
     for warning in result.warnings:

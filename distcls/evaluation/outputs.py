@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 from distcls import __version__, log
 from distcls.files import atomic_path, zeros
-from distcls.task import THRESHOLD, Floats, Integers, Task, softplus
+from distcls.task import (
+    BLANK,
+    BLANK_SHOWN,
+    JOINT,
+    THRESHOLD,
+    Floats,
+    Integers,
+    Task,
+    softplus,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,9 +63,18 @@ class Outputs:
     """Cross-entropy in nats, the mean over heads or labels, [N]."""
     ranks: NDArray[np.int32]
     """How many classes have a greater logit than the true one, [N, H]; of labels zeros [N, 0]."""
+    columns: pa.Table | None = None
+    """The manifest's other columns, [N]."""
 
     @classmethod
-    def of(cls, task: Task, logits: Floats, labels: Integers, image_ids: Sequence[str]) -> Outputs:
+    def of(
+        cls,
+        task: Task,
+        logits: Floats,
+        labels: Integers,
+        image_ids: Sequence[str],
+        columns: pa.Table | None = None,
+    ) -> Outputs:
         """Those of raw logits, float32 [N, K]; `labels` as `Split.labels` has them."""
         count, width = logits.shape
         truth = labels.reshape(count, -1)
@@ -69,6 +87,7 @@ class Outputs:
             decided=np.zeros(truth.shape, np.int32),
             loss=np.zeros(count),
             ranks=np.zeros((count, 0 if labelled else truth.shape[1]), np.int32),
+            columns=columns,
         )
         for rows in blocks(count, width):
             scaled = task.scaled(logits[rows])
@@ -121,7 +140,8 @@ class Outputs:
         ids = [self.image_ids[place] for place in places.tolist()]
         arrays = ("labels", "probabilities", "decided", "loss", "ranks")
         taken = {name: getattr(self, name)[places] for name in arrays}
-        return dataclasses.replace(self, image_ids=ids, **taken)
+        columns = None if self.columns is None else self.columns.take(places)
+        return dataclasses.replace(self, image_ids=ids, columns=columns, **taken)
 
     def write(self, path: Path, about: dict[str, Any]) -> None:
         """Write predictions.parquet, atomically and in groups of rows; `about` goes into its
@@ -139,7 +159,10 @@ class Outputs:
                 **{"right": pa.bool_(), "probability": pa.float32(), "margin": pa.float32()},
                 **{"loss": pa.float64(), "probabilities": pa.list_(pa.float32(), width)},
             }
-        ).with_metadata({KEY: json.dumps(about).encode()})
+        )
+        for field in () if self.columns is None else self.columns.schema:
+            schema = schema.append(field)
+        schema = schema.with_metadata({KEY: json.dumps(about).encode()})
         with atomic_path(path) as part, pq.ParquetWriter(part, schema) as writer:
             for rows in blocks(len(self), width):
                 writer.write_table(self._table(rows, schema))
@@ -158,10 +181,39 @@ class Outputs:
             pa.array(self.loss[rows]),
             pa.FixedSizeListArray.from_arrays(chances, self.probabilities.shape[1]),
         ]
+        if self.columns is not None:
+            columns += self.columns[rows].columns
         return pa.Table.from_arrays(columns, schema=schema)
 
     def _of(self, rows: slice) -> Integers:
         return self.decided[rows].astype(np.int64)
+
+
+def labels_of(task: Task, texts: Sequence[str]) -> Integers | None:
+    """What `Task.texts` made the texts of: int64 [N, H]; None where class names hold its separator.
+
+    Raises ValueError for a text that is of no classes.
+    """
+    heads = [head.classes for head in task.heads] or [task.classes]
+    letters = task.kind == "multi_head" and all(len(n) <= 1 for names in heads for n in names)
+    if not task.single and not letters and any(JOINT in name for names in heads for name in names):
+        return None
+    places = [{name: place for place, name in enumerate(names)} for names in heads]
+    found = np.zeros((len(texts), len(task.classes if task.kind == "multi_label" else heads)), int)
+    for row, text in zip(found, texts, strict=True):
+        try:
+            if task.kind == "multi_label":
+                row[[places[0][name] for name in text.split(JOINT) if text]] = 1
+                continue
+            names = [text] if task.single else text.split(JOINT)
+            if letters:
+                shown = BLANK if BLANK_SHOWN not in places[0] else BLANK_SHOWN
+                names = [shown if letter == BLANK_SHOWN else letter for letter in text]
+                names += [BLANK] * (len(heads) - len(names))
+            row[:] = [known[name] for known, name in zip(places, names, strict=True)]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"label {text!r} is none of its classes") from error
+    return found
 
 
 def require_probabilities(

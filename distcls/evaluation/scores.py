@@ -54,6 +54,7 @@ def figures(outputs: Outputs) -> dict[str, Figure]:
              of labels each one's
     balanced_accuracy, macro_f1, mcc, kappa   of the confusion matrix; the mean over the heads, or
              labels (of macro_f1 over their classes)
+    micro_f1 of labels, over all images and labels together
     ece      expected calibration error of the predicted class, of a label that of its yes
     brier    squared distance of probabilities and truth, the sum over the classes
     """
@@ -200,6 +201,8 @@ def _of_tables(outputs: Outputs) -> dict[str, Figure]:
         f1 += cells[truth, decided]
         supported += classes
     sums["macro_f1"] = f1 / max(1, supported)
+    if outputs.task.kind == "multi_label":
+        sums["micro_f1"] = _micro_f1(outputs.labels, outputs.decided)
     return {name: Figure(float(values.mean()), values) for name, values in sums.items()}
 
 
@@ -230,6 +233,17 @@ def _f1_sum(table: Integers, only_yes: bool) -> tuple[Floats, int]:
     loss = f1 * scale
     cells = f1[counted].sum() - loss[:, None] - loss[None, :] + 2 * np.diag(scale)
     return np.asarray(cells), int(counted.sum())
+
+
+def _micro_f1(labels: Integers, decided: NDArray[np.int32]) -> Floats:
+    """Twice the labels that are found, by those that there are and those that are said, as a number
+    of each image, [N]; 0 without any."""
+    hits = 2 * (labels & decided).sum(axis=1)
+    every = labels.sum(axis=1) + decided.sum(axis=1)
+    if not (total := int(every.sum())):
+        return np.zeros(len(labels))
+    value = hits.sum() / total
+    return np.asarray(value + (hits - value * every) * len(labels) / total)
 
 
 def _mcc(table: Integers) -> Floats:

@@ -62,7 +62,8 @@ class Evaluated:
 
     def outputs(self, task: Task) -> Outputs:
         """The probabilities of the images, by a task with or without temperatures."""
-        return Outputs.of(task, self.logits, self.split.labels, self.split.image_ids)
+        split = self.split
+        return Outputs.of(task, self.logits, split.labels, split.image_ids, split.kept)
 
 
 def evaluate_split(predictor: Predictor, split: Split, total: Sum) -> Evaluated:

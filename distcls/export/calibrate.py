@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -26,11 +27,12 @@ from distcls.evaluation.calibration import (
 )
 from distcls.evaluation.classes import match_classes, shown_names
 from distcls.evaluation.intervals import wilson
-from distcls.evaluation.outputs import Outputs
+from distcls.evaluation.outputs import Outputs, blocks
 from distcls.evaluation.scores import calibration_bins
 from distcls.evaluation.shards import Evaluated, evaluate_split
 from distcls.files import atomic_path, given_path
 from distcls.model_card import BEST_ONNX, BEST_PTH, PREFIX, ModelCard, best_model, model_choice
+from distcls.prediction import prediction_sets as set_members
 from distcls.predictor import Predictor, load_model
 from distcls.runtime.providers import ExecutionRequest
 from distcls.task import Task
@@ -51,7 +53,7 @@ class CalibrateOptions:
     """Split of the dataset that is fitted to: train, val or test."""
     coverage: tuple[float, ...] = ()
     """Also fit prediction sets that hold the true class with this probability, as in 0.9, or
-    several, as in 0.9,0.95; for `distcls predict --coverage`."""
+    several, as in 0.9,0.95; for `distcls predict --coverage`. Of labels: yes, no or unsure."""
     precision: float | None = None
     """Also find the threshold above which this fraction of the predictions is right, as in 0.99;
     for `distcls predict --threshold`."""
@@ -66,7 +68,7 @@ class CalibrateOptions:
     json: bool = False
     """Print the result as one JSON object on standard output."""
     quiet: bool = False
-    """Print warnings and errors only."""
+    """Print the result, warnings and errors only."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "limit", "workers"):
@@ -99,7 +101,8 @@ class CalibrationResult:
     loss: tuple[float, float]
     """Cross-entropy in nats before and after."""
     sets: tuple[dict[str, Any], ...] = ()
-    """For each `coverage`: `least_probability`, for each head, of a class in the set."""
+    """For each `coverage`: `least_probability`, for each head, of a class in the set; of labels of
+    each yes, and then of each no. `size` is the mean number of classes, or of unsure labels."""
     thresholds: tuple[dict[str, float], ...] = ()
     """For `precision` and `answered`: the threshold, and what it does."""
 
@@ -130,17 +133,29 @@ class CalibrationResult:
             f"loss         {self.loss[0]:.4f} before, {self.loss[1]:.4f} after",
         ]
         for entry in self.sets:
-            least = ", ".join(f"{value:.4g}" for value in entry["least_probability"])
-            lines.append(
-                f"sets         hold the true class of {entry['coverage']:.4g} of the images, "
-                f"{entry['size']:.2f} classes on average: those of probability {least} and more"
-            )
+            lines.append(f"sets         {self._of_sets(entry)}")
         for entry in self.thresholds:
             lines.append(
                 f"threshold    {entry['threshold']:.6g}: {entry['answered']:.2%} of the images are "
                 f"answered{_number(entry)}, {entry['accuracy']:.2%} of these right"
             )
         return "\n".join([*lines, f"on {self.images:,} images of {self.split}, fitted to them"])
+
+    def _of_sets(self, entry: dict[str, Any]) -> str:
+        """What prediction sets of one coverage are, in words."""
+        limits = entry["least_probability"]
+        if len(limits) > len(self.names):
+            return (
+                f"hold the answer, yes or no, for {entry['coverage']:.4g} of the images that have "
+                f"a label and of those that have not; {entry['size']:.2f} labels of an image are "
+                "unsure on average"
+            )
+        least = ", ".join(f"{value:.4g}" for value in limits[:10])
+        more = f" and {len(limits) - 10:,} more" if len(limits) > 10 else ""
+        return (
+            f"hold the true class of {entry['coverage']:.4g} of the images, {entry['size']:.2f} "
+            f"classes on average: those of probability {least}{more} and more"
+        )
 
 
 def _number(entry: dict[str, float]) -> str:
@@ -270,6 +285,7 @@ def _fitted(
     sets = []
     for coverage in options.coverage:
         least = prediction_sets(after, coverage)
+        _warn_of_rare(after.task, coverage, least)
         entry = {"coverage": coverage, "least_probability": least}
         sets.append(entry | {"size": _mean_size(after, least)})
     thresholds = _thresholds(options, after)
@@ -342,12 +358,24 @@ def _kept(options: CalibrateOptions, card: ModelCard, task: Task) -> dict[str, l
 
 
 def _mean_size(outputs: Outputs, least: Sequence[float]) -> float:
-    """Classes in the prediction set of an image, the mean over the heads too."""
-    total = sum(
-        int((outputs.probabilities[:, span] >= limit).sum())
-        for span, limit in zip(outputs.task.slices, least, strict=True)
-    )
-    return total / len(outputs) / len(least)
+    """Classes in the prediction set of an image, the mean over the heads too; unsure labels."""
+    total, width = 0, outputs.probabilities.shape[1]
+    for rows in blocks(len(outputs), width):
+        sets = set_members(outputs.task, outputs.probabilities[rows], least)
+        total += sum(map(len, itertools.chain.from_iterable(sets[-len(outputs.task.slices) :])))
+    return total / len(outputs) / len(outputs.task.slices)
+
+
+def _warn_of_rare(task: Task, coverage: float, least: Sequence[float]) -> None:
+    """Say which labels too few images have, or have not, to say anything of them."""
+    if task.kind == "multi_label":
+        limits = np.array(least).reshape(2, -1)
+        rare = [task.classes[at] for at in np.flatnonzero((limits == 0).any(axis=0))]
+        if rare:
+            log.warn(
+                f"coverage: too few images have, or lack, {log.counted(len(rare), 'label')} for "
+                f"{coverage:g}, so that yes, or no, is in all their sets: {shown_names(rare)}"
+            )
 
 
 def _plain(found: Abstention) -> dict[str, float]:

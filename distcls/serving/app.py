@@ -20,8 +20,15 @@ import numpy as np
 import orjson
 from multipart import MultipartError, PushMultipartParser, parse_options_header
 
-from distcls.errors import did_you_mean, shown
-from distcls.prediction import ranking, shortest
+from distcls.errors import UsageError, did_you_mean, shown
+from distcls.prediction import (
+    SET,
+    UNSURE,
+    least_probabilities,
+    prediction_sets,
+    ranking,
+    shortest,
+)
 from distcls.serving.body import Body, ClientGone, Message, Receive
 from distcls.serving.openapi import docs_page, document
 from distcls.serving.options import MB, ServeOptions
@@ -37,6 +44,7 @@ from distcls.serving.protocol import (
 from distcls.serving.repository import Version
 from distcls.serving.service import Call, Service
 from distcls.serving.work import Output, Work
+from distcls.task import Task
 
 Send = Callable[[Message], Awaitable[None]]
 Scope = dict[str, Any]
@@ -313,12 +321,14 @@ class App(Service):
 
     async def predict(self, request: Request) -> Reply:
         """POST /predict"""
-        request.require_query("model", "version", "top_k", "probabilities", "input", "explain")
+        flags = ("probabilities", "input", "explain")
+        request.require_query("model", "version", "top_k", "coverage", *flags)
         model, version = request.query.get("model", ""), request.query.get("version", "")
         found = self.admit(request, model, version)
         task = found.interface.task
         top_k = _count_of(request.query.get("top_k", "5"), len(task.classes))
         wants_input, everything = request.flag("input"), request.flag("probabilities")
+        least = _limits_of(request.query.get("coverage"), found)
         explains = request.flag("explain")
         if explains and not self.options.explain:
             raise Refused(403, "explanations are not allowed; --explain allows them")
@@ -338,6 +348,10 @@ class App(Service):
             }
             for (name, _), output in zip(files, outputs, strict=True)
         ]
+        if least is not None:
+            for prediction, output in zip(predictions, outputs, strict=True):
+                if output.error is None:
+                    _add_sets(prediction, task, output, least)
         if explains:
             if not wants_input:
                 del predictions[0]["input"]
@@ -551,6 +565,29 @@ def _prediction(
     if everything:
         found["probabilities"] = dict(zip(task.classes, shortest(probabilities[0]), strict=True))
     return found
+
+
+def _limits_of(coverage: str | None, version: Version) -> list[float] | None:
+    """The least probabilities of the model's prediction sets of this coverage."""
+    try:
+        wanted = None if coverage is None else float(coverage)
+    except ValueError:
+        raise Refused(400, f"coverage: {str(coverage)[:50]!r}, expected a number as 0.9") from None
+    try:
+        return least_probabilities(version.card.get("calibration"), wanted)
+    except UsageError as error:
+        raise Refused(400, str(error)) from error
+
+
+def _add_sets(prediction: dict[str, Any], task: Task, output: Output, least: list[float]) -> None:
+    """Add the prediction set, to each head its own; of labels also those that are unsure."""
+    sets = prediction_sets(task, task.probabilities(output.logits[None]), least)
+    if task.heads:
+        for head, names in zip(task.heads, sets, strict=True):
+            prediction["heads"][head.name][SET] = names[0]
+        return
+    for name, found in zip((SET, UNSURE), sets, strict=False):
+        prediction[name] = found[0]
 
 
 def _data_url(image: bytes) -> str:

@@ -31,6 +31,8 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 _LABELLED = _object({"label": _TEXT, "probability": _NUMBER})
+_SET = {**_TEXTS, "description": "the classes of the prediction set"}
+_OF_HEAD = _object({"label": _TEXT, "probability": _NUMBER}, {"set": _SET})
 _PREDICTION = _object(
     {
         "name": _or_null(_TEXT),
@@ -38,13 +40,15 @@ _PREDICTION = _object(
         "label": _or_null(_TEXT),
         "probability": _or_null(_NUMBER),
         "top_k": _list(_LABELLED),
-        "heads": {"type": "object", "additionalProperties": _LABELLED},
+        "heads": {"type": "object", "additionalProperties": _OF_HEAD},
         "labels": _TEXTS,
         "seconds": _object({"queue": _NUMBER, "decode": _NUMBER, "infer": _NUMBER}),
     },
     {
         "input": {"type": "string", "description": "the preprocessed input, a PNG as data URL"},
         "probabilities": {"type": "object", "additionalProperties": _NUMBER},
+        "set": _SET,
+        "unsure": {**_TEXTS, "description": "labels that an image may have or not"},
         "explanation": {
             "type": "string",
             "description": "what the prediction rests on, a PNG as data URL",
@@ -170,7 +174,7 @@ def _table() -> list[tuple[Any, ...]]:
             *("/predict", "post", "Predict one or several image files", ("403", *failing)),
             _object({"model": _TEXT, "version": _TEXT, "predictions": _list(_PREDICTION)}),
             "files",
-            ("model", "version", "top_k", "probabilities", "input", "explain"),
+            ("model", "version", "top_k", "probabilities", "input", "explain", "coverage"),
         ),
         ("/card", "get", "What the model is", ("400", *one), _OBJECT, None, ("model", "version")),
         ("/v2", "get", "Name and version of the server", ("401",), _object({"name": _TEXT})),
@@ -224,6 +228,7 @@ def _operation(  # noqa: PLR0917 - a row of the table
         "probabilities": {"type": "boolean", "default": False},
         "input": {"type": "boolean", "default": False},
         "explain": {"type": "boolean", "default": False},
+        "coverage": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
     }
     parameters += [
         {"name": name, "in": "query", "required": False, "schema": schemas.get(name, _TEXT)}

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from distcls import log
-from distcls.data.dataset import IN_RUN, LABELS, MANIFEST, Dataset, is_dataset
+from distcls.data.columns import LABELS
+from distcls.data.dataset import IN_RUN, MANIFEST, Dataset, is_dataset
 from distcls.data.integrity import read_info
 from distcls.data.source import ImageRecord
 from distcls.data.split import Resampling, resample

@@ -2,9 +2,10 @@
 
 Columns, the named one or the first that is there of each: the file (path, file, filename,
 file_name, image, image_id), the label (label, class, category, target), and where given image_id,
-split, weight, group; upper and lower case are one. Rows are counted from 1 and the header is not
-one of them. A row without a label (empty, or a text that stands for a missing value) is left out
-of a dataset; paths without an ending or with backslashes are completed where one file fits.
+split, weight, group; upper and lower case are one. Of the other ones a dataset keeps those of plain
+values (see `distcls.data.columns`). Rows are counted from 1 and the header is not one of them. A
+row without a label (empty, or a text that stands for a missing value) is left out of a dataset;
+paths without an ending or with backslashes are completed where one file fits.
 
 One reader for `prepare` and `predict`. CSV is read by Python's csv module: it takes line breaks in
 names, guesses no types and names the row of a mistake, where PyArrow's does neither.
@@ -15,16 +16,20 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import functools
 import gc
 import io
 import itertools
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from distcls import log
+from distcls.data.columns import Block as Arrays
+from distcls.data.columns import ManifestColumns, choose_columns
 from distcls.data.formats.folder import complete_paths
 from distcls.data.formats.label_columns import Labels, encode_labels, plain_numbers
 from distcls.data.formats.remote import ListedSource, is_url
@@ -68,6 +73,8 @@ class Table:
 
     columns: dict[str, str]
     """Name in lower case, without blanks around it: the name as it is written."""
+    repeated: frozenset[str]
+    """Names in lower case that several columns have."""
     types: dict[str, str]
     """Parquet columns that hold neither text nor numbers as read here: what they hold."""
     blocks: Iterator[Block]
@@ -127,6 +134,14 @@ class ManifestSource(ListedSource):
             labels = columns or (_label_column(path, table, self._options),)
             for column in sorted({*labels, weight, "split", "group"} & table.types.keys()):
                 _raise_type(path, table, column)
+            used = self._used(table, {*labels, weight, "image_id", "split", "group"})
+            choice = choose_columns(
+                table.columns,
+                used=used,
+                repeated=table.repeated,
+                asked=options.keep_columns,
+                where=self.location,
+            )
             for number, row in enumerate(_rows(table.blocks), start=1):
                 where = f"{path}, row {number}"
                 texts.append(tuple(row[column] or "" for column in labels))
@@ -150,7 +165,20 @@ class ManifestSource(ListedSource):
                 if own is not None
             ],
             rejected=_without_label(path, records, texts, found),
+            columns=ManifestColumns(
+                self.location,
+                len(self),
+                choice,
+                functools.partial(read_columns, self.location, tuple(choice.names)),
+            ),
         )
+
+    def _used(self, table: Table, columns: set[str]) -> frozenset[str]:
+        """The columns of a table that the dataset is made of."""
+        path = _find_column(
+            self.location, table, "path_column", self._options.path_column, FILE_COLUMNS
+        )
+        return frozenset({*columns, path or ""})
 
     def _require_paths(self) -> None:
         """Raise UsageError unless it is a file of this machine."""
@@ -380,6 +408,11 @@ def _columns(name: str, header: Sequence[str], wanted: Sequence[str]) -> dict[st
     return found
 
 
+def _repeated(header: Sequence[str]) -> frozenset[str]:
+    counts = Counter(map(_plain, header))
+    return frozenset(name for name, count in counts.items() if count > 1)
+
+
 @contextlib.contextmanager
 def open_table(
     name: str, content: bytes | None, wanted: Sequence[str], numbers: Sequence[str] = ()
@@ -404,7 +437,8 @@ def open_table(
             header = _header(name, reader)
             columns = _columns(name, header, wanted)
             places = {plain: header.index(columns[plain]) for plain in wanted if plain in columns}
-            yield Table(columns, {}, _csv_blocks(name, reader, len(header), places))
+            blocks = _csv_blocks(name, reader, len(header), places)
+            yield Table(columns, _repeated(header), {}, blocks)
     else:
         yield from _parquet_table(name, content, wanted, numbers)
 
@@ -462,21 +496,30 @@ def _csv_errors(name: str, row: Callable[[], int]) -> Iterator[None]:
 def _parquet_table(
     name: str, content: bytes | None, wanted: Sequence[str], numbers: Sequence[str]
 ) -> Iterator[Table]:
+    with (
+        _parquet_errors(name),
+        open_parquet(name, content, lambda column: _plain(column) in wanted) as file,
+    ):
+        schema = file.schema_arrow
+        columns = _columns(name, schema.names, wanted)
+        read = [plain for plain in dict.fromkeys(wanted) if plain in columns]
+        held = {plain: schema.field(columns[plain]).type for plain in read}
+        types = {
+            plain: str(kind)
+            for plain, kind in held.items()
+            if not _readable(kind, number=plain in numbers)
+        }
+        read = [plain for plain in read if plain not in types]
+        repeated = _repeated(schema.names)
+        yield Table(columns, repeated, types, _parquet_blocks(file, columns, read))
+
+
+@contextlib.contextmanager
+def _parquet_errors(name: str) -> Iterator[None]:
     import pyarrow as pa  # an extra of the inference install
 
     try:
-        with open_parquet(name, content, lambda column: _plain(column) in wanted) as file:
-            schema = file.schema_arrow
-            columns = _columns(name, schema.names, wanted)
-            read = [plain for plain in dict.fromkeys(wanted) if plain in columns]
-            held = {plain: schema.field(columns[plain]).type for plain in read}
-            types = {
-                plain: str(kind)
-                for plain, kind in held.items()
-                if not _readable(kind, number=plain in numbers)
-            }
-            read = [plain for plain in read if plain not in types]
-            yield Table(columns, types, _parquet_blocks(file, columns, read))
+        yield
     except Unfit as error:
         raise UsageError(f"{name}: {error}") from error
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -511,6 +554,26 @@ def _parquet_blocks(
             ]
             for plain in read
         }
+
+
+def read_columns(name: str, columns: Sequence[str]) -> Iterator[Arrays]:
+    """Some columns of a manifest (in lower case) as Arrow's arrays, many rows at a time; texts of
+    Parquet as dictionaries, so that a long one that is there once takes its memory once."""
+    import pyarrow as pa
+
+    if name.lower().endswith(".csv"):
+        with open_table(name, None, columns) as table, _uncollected():
+            for block in table.blocks:
+                yield {column: pa.array(cells, pa.string()) for column, cells in block.items()}
+        return
+    chosen = set(columns)
+    with (
+        _parquet_errors(name),
+        open_parquet(name, wanted=lambda _: False, coded=lambda c: _plain(c) in chosen) as file,
+    ):
+        found = _columns(name, file.schema_arrow.names, columns)
+        for batch in file.iter_batches(BLOCK, columns=[found[column] for column in columns]):
+            yield {column: batch[found[column]] for column in columns}
 
 
 @contextlib.contextmanager
