@@ -206,7 +206,9 @@ def test_splits_that_do_not_differ_are_told_of() -> None:
     result = AuditResult(
         data="d", images=9, splits={}, classes=[], findings=[], seconds=0, drift={"val": (0.1, 0.4)}
     )
-    assert result.to_text() == "nothing found\ndrift: val does not differ from train, p 0.400"
+    assert result.to_text() == (
+        "nothing found\ndrift: val does not differ from train by the features, p 0.400"
+    )
     assert result.to_json()["drift"] == {"val": {"mmd": 0.1, "p": 0.4}}
 
 
