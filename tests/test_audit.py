@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -227,3 +230,26 @@ def test_prepare_says_what_needs_no_model(
         "warning: classes 'Cat' and 'cat ' differ in case, blanks or Unicode form only: are they "
         "one?" in said
     )
+
+
+@pytest.mark.slow
+def test_memory_is_flat_in_the_number_of_images(tmp_path: Path) -> None:
+    """From 10,000 images to 30,000 less than 25 MiB, where the thumbnails alone are 15."""
+    peaks = []
+    rng = np.random.default_rng(0)
+    for count in (10_000, 30_000):
+        for number in range(len(peaks) and 10_000, count):
+            put(
+                tmp_path / "photos" / f"{number:06d}.png",
+                rng.integers(0, 256, (28, 28, 3), np.uint8),
+            )
+        rows = [("path", "label"), *((f"photos/{n:06d}.png", n % 2) for n in range(count))]
+        manifest = write_manifest(tmp_path / "list.csv", rows)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "distcls", "audit", str(manifest), "--quiet"]
+        )
+        _, code, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(code)
+        assert process.returncode == 0
+        peaks.append(usage.ru_maxrss)
+    assert peaks[1] - peaks[0] < 25 << 10

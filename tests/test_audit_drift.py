@@ -67,8 +67,8 @@ def test_what_differs_is_told(tmp_path: Path) -> None:
     assert bright.value < 1e-4
     lines = found.to_text().splitlines()
     same = "contrast, sharpness, aspect ratio and size"
-    assert f"drift: val does not differ from train in brightness, {same}" in lines
-    assert f"drift: test does not differ from train in {same}" in lines
+    assert f"drift: val shows no marked difference from train in brightness, {same}" in lines
+    assert f"drift: test shows no marked difference from train in {same}" in lines
     assert found.to_json()["measures"]["test"]["brightness"]["distance"] > 0.5
 
 

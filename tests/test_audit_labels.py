@@ -140,7 +140,7 @@ def test_long_class_names_below_a_picture_are_whole() -> None:
     name = "a_very_long_name_of_a_class_without_any_blanks_and_more_than_two_lines"
     for word in ("labelled", "rather"):
         lines = _wrapped(word, name).split("\n")
-        assert "".join(lines).removeprefix(word).strip() == name
+        assert "".join(lines).removeprefix(word).strip() == f"“{name}”"
         assert max(map(len, lines)) <= LETTERS
     assert all(len(line) <= LETTERS // 2 for line in _wrapped("rather", "猫" * 40).split("\n"))
-    assert _wrapped("rather", "\u202ecat") == "rather \\u202ecat"
+    assert _wrapped("rather", "\u202ecat") == "rather “\\u202ecat”"

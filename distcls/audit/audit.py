@@ -195,7 +195,7 @@ def _without_drift(measured: Sequence[MeasureTest]) -> Iterator[str]:
         same = [each.measure for each in measured if each.split == split and not each.differs]
         if same:
             names = " and ".join(filter(None, (", ".join(same[:-1]), same[-1])))
-            yield f"drift: {split} does not differ from train in {names}"
+            yield f"drift: {split} shows no marked difference from train in {names}"
 
 
 def audit(options: AuditOptions) -> AuditResult:

@@ -57,8 +57,9 @@ class MeasureTest:
 
     def to_json(self) -> dict[str, float]:
         """The numbers."""
-        train, other = self.medians
-        return {"distance": self.distance, "p": self.p, "median_train": train, "median": other}
+        train, other = (round(value, 6) for value in self.medians)
+        distance = round(self.distance, 6)
+        return {"distance": distance, "p": self.p, "median_train": train, "median": other}
 
 
 def measures_of(scanned: Scan) -> dict[str, Doubles]:

@@ -81,8 +81,7 @@ def near_pairs(thumbs: Rows, among: Integers) -> list[Pair]:
     textured = among[np.concatenate([*spreads, np.zeros(0)]) > FLAT]
     if len(textured) < 2:
         return []
-    vectors = describe(thumbs, textured)
-    first, second = (textured[places] for places in candidates(vectors))
+    first, second = (textured[places] for places in candidates(describe(thumbs, textured)))
     scores = [
         compare(thumbs[first[start : start + PAIRS]], thumbs[second[start : start + PAIRS]])
         for start in range(0, len(first), PAIRS)
@@ -207,11 +206,12 @@ def _nearest(
 ) -> tuple[Integers, Integers]:
     """The pairs of `own`, of these vectors, with their nearest among `others`, which are `known`:
     the first of each, and the second."""
-    cosines = vectors @ known.T
-    cosines[own[:, None] == others[None]] = -1
+    distances = vectors @ known.T
+    np.negative(distances, out=distances)
+    distances[own[:, None] == others[None]] = 1
     most = min(neighbours, len(others))
-    places = np.argpartition(-cosines, most - 1, axis=1)[:, :most]
-    good = np.take_along_axis(cosines, places, axis=1) >= LEAST_COSINE
+    places = np.argpartition(distances, most - 1, axis=1)[:, :most]
+    good = np.take_along_axis(distances, places, axis=1) <= -LEAST_COSINE
     return np.broadcast_to(own[:, None], places.shape)[good], others[places][good]
 
 

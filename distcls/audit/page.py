@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from distcls import plotting
+from distcls import log, plotting
 from distcls.audit.findings import KINDS, Finding, legible
 from distcls.data.image_dataset import Opened
 from distcls.data.source import Images
@@ -95,7 +95,7 @@ def draw_label_errors(findings: Sequence[Finding], inside: Opened, path: Path) -
             text = f"{_wrapped('labelled', each.label)}\n{_wrapped('rather', each.related)}"
             tiles.append(plotting.Tile(image=image, text=text, name=plain(each.image)))
     which = "the worst of " if len(findings) > SHOWN else ""
-    title = f"{which}{len(findings):,} labels that the other images contradict"
+    title = f"{which}{log.counted(len(findings), 'label')} that the other images contradict"
     plotting.draw_grid(tiles, path, title=title)
 
 
@@ -103,4 +103,4 @@ def _wrapped(word: str, name: str) -> str:
     """A word and a class name, in lines that fit below an image; a letter of CJK takes two."""
     wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in name)
     most = plotting.LETTERS // (2 if wide else 1)
-    return "\n".join(textwrap.wrap(f"{word} {plain(name, 4 * most)}", most))
+    return "\n".join(textwrap.wrap(f"{word} “{plain(name, 4 * most)}”", most))
