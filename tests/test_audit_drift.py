@@ -89,4 +89,5 @@ def test_broken_images_and_few_images_are_not_compared(tmp_path: Path) -> None:
         (tmp_path / "test/a" / f"{2 * number + 1}.png").write_bytes(b"nothing")
     found = look(tmp_path)
     assert not found.measured
+    assert "drift: not tested, for want of 10 images" in found.to_text()
     assert {kind for kind, _ in kinds(found)} == {"broken"}

@@ -120,7 +120,8 @@ def test_what_was_found_is_written_where_the_runs_fail(
     assert "files that are no readable image" in printed.out
     assert told in printed.err.splitlines()[-1]
     assert "broken.png" in (out / "audit.csv").read_text()
-    assert told in json.loads((out / "audit.json").read_text())["failure"]
+    failure = json.loads((out / "audit.json").read_text())["failure"]
+    assert printed.err.splitlines()[-1] == f"error: {failure}"
 
 
 def test_a_recipe_that_cannot_work_is_told_before_an_image_is_read(tmp_path: Path) -> None:

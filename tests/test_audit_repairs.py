@@ -183,7 +183,7 @@ def test_findings_are_printed_where_no_repair_is_left(
 def test_one_audit_at_a_time_writes_a_folder(tmp_path: Path) -> None:
     data, out = folder(tmp_path / "photos", 1), tmp_path / "audit"
     out.mkdir()
-    with claimed(out), pytest.raises(UsageError, match=r"another audit is writing .*audit at"):
+    with claimed(out), pytest.raises(UsageError, match=r"another process is writing .*audit at"):
         look(data, out=out)
     look(data, out=out)
     with pytest.raises(UsageError, match="exists already"):

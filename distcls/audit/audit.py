@@ -33,7 +33,7 @@ from distcls.cli import packages_for
 from distcls.config import positional
 from distcls.data.dataset import require_apart
 from distcls.data.image_dataset import Opened, open_dataset, opened
-from distcls.data.source import ImageRecord, Rejected, as_text, is_text, require_text
+from distcls.data.source import SPLITS, ImageRecord, Rejected, as_text, is_text, require_text
 from distcls.data.writer import REJECTED
 from distcls.errors import DistclsError, UsageError, plain, reason_of, require
 from distcls.files import (
@@ -44,6 +44,7 @@ from distcls.files import (
     write_json,
 )
 from distcls.imaging.preprocess import WHITE, Background, background_color
+from distcls.runtime.model import WithFeatures
 from distcls.task import Task
 
 FILES = ("audit.json", "audit.csv", "audit.html", "label_errors.png")
@@ -158,9 +159,13 @@ class AuditResult:
             if self.drift is None
             else {split: {"mmd": value, "p": p} for split, (value, p) in self.drift.items()},
             "label_errors_accuracy": self.judges,
-            "failure": None if self.failure is None else reason_of(self.failure),
+            "failure": None if self.failure is None else self._why(self.failure),
             "seconds": self.seconds,
         }
+
+    @staticmethod
+    def _why(failure: Exception) -> str:
+        return str(failure) if isinstance(failure, DistclsError) else reason_of(failure)
 
     def to_text(self) -> str:
         """A line for each kind of finding, with the first of them."""
@@ -179,7 +184,7 @@ class AuditResult:
                 lines.append(
                     f"drift: {split} does not differ from train by the features, p {p:.3f}"
                 )
-        if self.drift == {}:
+        if self.drift == {} or (len(self.splits) > 1 and not self.measured):
             lines.append("drift: not tested, for want of 10 images in train and in another split")
         if self.judges is not None:
             lines.append(
@@ -209,7 +214,7 @@ def audit(options: AuditOptions) -> AuditResult:
     """
     with contextlib.ExitStack() as stack:
         if options.out is not None:
-            busy = f"out: another audit is writing {options.out} at this moment"
+            busy = f"out: another process is writing {options.out} at this moment"
             stack.enter_context(claimed_output(options.out, busy))
         check_output(options)
         return _audited(options)
@@ -228,36 +233,45 @@ def _audited(options: AuditOptions) -> AuditResult:
     judges = Judges(folds=options.folds, recipe=options.recipe, seed=options.seed)
     if options.label_errors:
         judges.check(data.task, inside.records)
+    result, good = _looked_at(options, inside, data.task, model)
+    seconds = round(time.monotonic() - started, 2)
+    result = dataclasses.replace(result, seconds=seconds)
+    log.say(f"{result.data}: {_about(result)} in {result.seconds} s")
+    _write(options, result, inside, PENDING if options.label_errors else None)
+    result = _fixed(options, result, inside, data.task)
+    if options.label_errors:
+        result = _judged(result, inside, data.task, good, judges)
+        seconds = round(time.monotonic() - started, 2)
+        result = dataclasses.replace(result, seconds=seconds)
+        _write(options, result, inside)
+    return result
+
+
+def _looked_at(
+    options: AuditOptions, inside: Opened, task: Task, model: WithFeatures | None
+) -> tuple[AuditResult, NDArray[np.int64]]:
+    """All that is found without training, and the positions of the images that can be read."""
     scanned = scan(inside, _background(options, inside))
-    findings = list(image_findings(scanned, data.task, _rejected(inside)))
+    findings = list(image_findings(scanned, task, _rejected(inside)))
     splits = [record.split for record in inside.records]
     measured, tests = measure_tests(measures_of(scanned), splits), None
     if model is not None:
         features = features_of(model, inside)
         tests = feature_tests(features, splits)
         pairs = turned_pairs(scanned.thumbs, features)
-        findings += turned_copies(Teller(inside.records, data.task), pairs, findings)
+        findings += turned_copies(Teller(inside.records, task), pairs, findings)
     findings += drift_findings(measured, tests or {})
     result = AuditResult(
         data=options.data,
-        images=len(data),
-        splits=data.splits,
-        classes=list(data.classes),
+        images=len(splits),
+        splits={name: splits.count(name) for name in SPLITS if name in splits},
+        classes=list(task.classes),
         findings=in_order(findings),
-        seconds=round(time.monotonic() - started, 2),
+        seconds=0.0,
         measured=measured,
         drift=tests,
     )
-    log.say(f"{result.data}: {_about(result)} in {result.seconds} s")
-    _write(options, result, inside, PENDING if options.label_errors else None)
-    result = _fixed(options, result, inside, data.task)
-    if options.label_errors:
-        good = np.setdiff1d(np.arange(len(data)), list(scanned.broken))
-        result = _judged(result, inside, data.task, good, judges)
-        seconds = round(time.monotonic() - started, 2)
-        result = dataclasses.replace(result, seconds=seconds)
-        _write(options, result, inside)
-    return result
+    return result, np.setdiff1d(np.arange(len(splits)), list(scanned.broken))
 
 
 def _judged(
