@@ -5,7 +5,11 @@ test images among the training images, 50 near copies (shifted by up to 3 pixels
 with quality 70 to 95, or brightened, alone or together), and 30 blurred training images; 3 % of
 the training labels are flipped. `distcls audit` then looks at them in a process of its own. Of the
 near copies that it reports besides, those that are in the published data, a picture shows the
-first 100 (`--show FILE.png`). `--labels N` measures label errors, on N of the training images.
+first 100 (`--show FILE.png`).
+
+Instead of these: `--labels N` measures label errors on N of the 70,000 images (70000 takes hours),
+`--pictures N` time and memory for a folder of N small PNG files, and `--divisions N` how often the
+tests of drift take N random divisions of the 70,000 images for different ones, and what they see.
 """
 
 from __future__ import annotations
@@ -13,12 +17,11 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
-import os
+import json
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import finish
+from distcls.audit.drift import SIGNIFICANT, measure_tests, measures_of
+from distcls.audit.scan import scan
+from distcls.data.image_dataset import open_dataset, opened
 
 Images = NDArray[np.uint8]
 
@@ -76,24 +82,36 @@ def flipped(labels: Images, rng: np.random.Generator) -> tuple[Images, NDArray[n
     return wrong, chosen
 
 
-def audit(folder: Path, out: Path, *options: str) -> tuple[list[dict[str, str]], dict[str, Any]]:
+MEASURED = """
+import json, resource, subprocess, sys, time
+began = time.monotonic()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps({
+    "seconds": round(time.monotonic() - began, 1),
+    "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+    "peak_mib": round(usage.ru_maxrss / 1024),
+}))
+sys.exit(code)
+"""
+"""Runs a command and prints what it took. In a small process: to the peak of a process counts that
+of the one that started it, and this one has torch and all images."""
+
+
+def audit(
+    folder: Path, out: Path, *options: str, format: str = "idx"
+) -> tuple[list[dict[str, str]], dict[str, Any]]:
     """The rows of audit.csv; seconds by the clock and of the CPU, peak memory in MiB."""
-    call = [sys.executable, "-m", "distcls", "audit", str(folder), "--format", "idx", "--out"]
+    call = [sys.executable, "-m", "distcls", "audit", str(folder), "--format", format, "--out"]
     call += [str(out), *options]
-    began = time.monotonic()
-    process = subprocess.Popen(call, stdout=subprocess.DEVNULL)
-    _, code, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(code)
-    seconds = time.monotonic() - began
+    call = [sys.executable, "-c", MEASURED, *call]
+    process = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=False)
     if process.returncode:
         raise SystemExit(f"distcls audit ended with {process.returncode}")
+    cost = json.loads(process.stdout)
     with (out / "audit.csv").open(newline="") as handle:
         rows = list(csv.DictReader(handle))
-    return rows, {
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_mib": round(usage.ru_maxrss / 1024),
-    }
+    return rows, cost
 
 
 def copies(source: Path, scratch: Path, show: Path | None) -> dict[str, Any]:
@@ -157,18 +175,32 @@ def _draw(pairs: dict[str, str], images: Images, tests: Images, path: Path) -> N
     cv2.imwrite(str(path), np.vstack(rows))
 
 
+def everything(source: Path) -> tuple[Images, Images]:
+    """All 70,000 images and their labels."""
+    found = [
+        np.concatenate(
+            [read(source / f"{p}-{name}-ubyte.gz", 3 - 2 * n) for p in ("train", "t10k")]
+        )
+        for n, name in enumerate(NAMES)
+    ]
+    return found[0], found[1]
+
+
 def labels(source: Path, scratch: Path, count: int, recipe: str) -> dict[str, Any]:
-    """Flip and look for labels, in some of the training images."""
+    """Flip and look for labels, in some of the images."""
     rng = np.random.default_rng(0)
-    chosen = rng.permutation(60_000)[:count]
-    wrong, places = flipped(read(source / "train-labels-idx1-ubyte.gz", 1)[chosen], rng)
-    write(scratch, "train", read(source / "train-images-idx3-ubyte.gz", 3)[chosen], wrong)
+    images, true = everything(source)
+    chosen = np.r_[rng.permutation(60_000), 60_000:70_000][:count]
+    wrong, places = flipped(true[chosen], rng)
+    write(scratch, "train", images[chosen], wrong)
     rows, cost = audit(scratch, scratch / "audit", "--label-errors", "--recipe", recipe)
     found = [row["image"] for row in rows if row["kind"] == "label_error"]
     planted = {f"train/{at:05d}" for at in places.tolist()}
     right = [name in planted for name in found]
+    summary = json.loads((scratch / "audit" / "audit.json").read_text())
     return {
         "images": count,
+        "judges_right": round(summary["label_errors_accuracy"], 4),
         "flipped": len(planted),
         "precision_at_the_number_flipped": round(sum(right[: len(planted)]) / len(planted), 3),
         "found_of_the_flipped": round(sum(right) / len(planted), 3),
@@ -177,18 +209,69 @@ def labels(source: Path, scratch: Path, count: int, recipe: str) -> dict[str, An
     }
 
 
+def pictures(source: Path, scratch: Path, count: int) -> dict[str, Any]:
+    """Look at a folder of PNG files of 32x32 pixels: the published images, then these turned."""
+    images, true = everything(source)
+    folder = scratch / "pictures"
+    for label in range(10):
+        (folder / str(label)).mkdir(parents=True)
+    for number in range(count):
+        turns, at = divmod(number, len(images))
+        small = cv2.resize(images[at], (32, 32), interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(folder / str(true[at]) / f"{number:07d}.png"), np.rot90(small, turns))
+    rows, cost = audit(folder, scratch / "audit", format="folder")
+    return {"images": count, "findings": len(rows), **cost}
+
+
+def divisions(source: Path, scratch: Path, count: int) -> dict[str, Any]:
+    """Random divisions into train, val and test (70, 10 and 20 %) that seem to differ, and changes
+    of test that are seen."""
+    images, true = everything(source)
+    write(scratch, "train", images, true)
+    write(scratch, "t10k", images[:1], true[:1])
+    measures = measures_of(scan(opened(open_dataset(scratch, format="idx")), None))
+    measures = {name: values[: len(images)] for name, values in measures.items()}
+    rng = np.random.default_rng(0)
+    found: dict[str, Any] = {}
+    for size in (500, 5_000, 70_000):
+        alarms, chance = 0, 0
+        for _ in range(count):
+            splits = rng.choice(["train", "val", "test"], size, p=[0.7, 0.1, 0.2])
+            rows = rng.permutation(len(images))[:size]
+            drawn = {name: values[rows] for name, values in measures.items()}
+            tests = measure_tests(drawn, splits.tolist())
+            alarms += any(each.differs for each in tests)
+            chance += any(each.p < SIGNIFICANT for each in tests)
+        found[f"alarms_of_{size}_images"] = alarms
+        found[f"below_{SIGNIFICANT}_of_{size}_images"] = chance
+    splits = ["train"] * 60_000 + ["test"] * 10_000
+    published = {each.measure: each for each in measure_tests(measures, splits)}
+    found["published_split"] = {name: round(each.distance, 4) for name, each in published.items()}
+    for gain in (1.02, 1.05, 1.1):
+        brighter = measures["brightness"].copy()
+        brighter[60_000:] *= gain
+        [test] = measure_tests({"size": brighter}, splits)
+        found[f"test_brighter_by_{gain}"] = [round(test.distance, 3), test.differs]
+    return {"divisions": count, **found}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print a JSON line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.audit", description=__doc__)
     parser.add_argument("source", type=Path, help="folder of FashionMNIST's IDX files")
     parser.add_argument("--show", type=Path, help="PNG of the near copies in the published data")
-    parser.add_argument("--labels", type=int, metavar="N", help="measure label errors instead")
+    for name in ("labels", "pictures", "divisions"):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help="measure that instead")
     parser.add_argument("--recipe", default="fashion_mnist", help="of the runs for label errors")
     parser.add_argument("--out", type=Path, help="file for the JSON line")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         if options.labels:
             found = labels(options.source, Path(scratch), options.labels, options.recipe)
+        elif options.pictures:
+            found = pictures(options.source, Path(scratch), options.pictures)
+        elif options.divisions:
+            found = divisions(options.source, Path(scratch), options.divisions)
         else:
             found = copies(options.source, Path(scratch), options.show)
     for name, value in found.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -206,7 +207,9 @@ def test_splits_that_do_not_differ_are_told_of() -> None:
     result = AuditResult(
         data="d", images=9, splits={}, classes=[], findings=[], seconds=0, drift={"val": (0.1, 0.4)}
     )
-    assert result.to_text() == "nothing found\ndrift: val does not differ from train, p 0.400"
+    assert result.to_text() == (
+        "nothing found\ndrift: val does not differ from train by the features, p 0.400"
+    )
     assert result.to_json()["drift"] == {"val": {"mmd": 0.1, "p": 0.4}}
 
 
@@ -225,3 +228,19 @@ def test_prepare_says_what_needs_no_model(
         "warning: classes 'Cat' and 'cat ' differ in case, blanks or Unicode form only: are they "
         "one?" in said
     )
+
+
+@pytest.mark.slow
+def test_memory_is_flat_in_the_number_of_images(tmp_path: Path) -> None:
+    """Less than 1,400 bytes for each more; up to 8,192 images all are compared with all."""
+    peaks = []
+    rng = np.random.default_rng(0)
+    for start, end in ((0, 9_000), (9_000, 14_000)):
+        for number in range(start, end):
+            picture = rng.integers(0, 256, (12, 12, 3), np.uint8)
+            put(tmp_path / "photos" / "ab"[number % 2] / f"{number:05d}.png", picture)
+        tracemalloc.start()
+        look(tmp_path / "photos")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 5_000 < 1400

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from distcls.audit.labels import find_label_issues
+from distcls.audit.page import _wrapped
+from distcls.cli import run
+from distcls.commands.audit import main
 from distcls.errors import UsageError
+from distcls.plotting import LETTERS
 from tests.sources import digits, put
 from tests.test_audit import look, photo
 
@@ -41,16 +49,22 @@ def test_flipped_labels_come_first() -> None:
     assert np.isin(found.suspects[:90], wrong).mean() > 0.8
 
 
-def test_a_dataset_with_flipped_labels(tmp_path: Path) -> None:
-    """Two kinds of digits, six of them in the wrong folder."""
+QUICK = "model: {name: simple_cnn}\nepochs: 6\nbatch_size: 16\ninput: {size: 16}\n"
+
+
+def flipped(root: Path, count: int = 120) -> Path:
+    """Two kinds of digits, the first six of them in the wrong folder."""
     images, labels = digits(1797)
-    chosen = np.flatnonzero(labels < 2)[:120]
+    chosen = np.flatnonzero(labels < 2)[:count]
     for place, at in enumerate(chosen.tolist()):
         label = labels[at] if place >= 6 else 1 - labels[at]
-        put(tmp_path / "digits" / f" {label} " / f"{place:03d}.png", images[at])
-    (tmp_path / "quick.yaml").write_text(
-        "model: {name: simple_cnn}\nepochs: 6\nbatch_size: 16\ninput: {size: 16}\n"
-    )
+        put(root / f" {label} " / f"{place:03d}.png", images[at])
+    return root
+
+
+def test_a_dataset_with_flipped_labels(tmp_path: Path) -> None:
+    flipped(tmp_path / "digits")
+    (tmp_path / "quick.yaml").write_text(QUICK)
     found = look(
         tmp_path / "digits",
         label_errors=True,
@@ -63,6 +77,9 @@ def test_a_dataset_with_flipped_labels(tmp_path: Path) -> None:
     assert wrong == {True}
     assert found.judges is not None
     assert f"right for {found.judges:.1%} of the images" in found.to_text()
+    with Image.open(tmp_path / "audit/label_errors.png") as drawn:
+        assert min(drawn.size) > 300
+    assert json.loads((tmp_path / "audit/audit.json").read_text())["failure"] is None
     with pytest.raises(UsageError, match=r"recipe: .* expected nothing without label_errors"):
         look(tmp_path / "digits", recipe="digits")
 
@@ -72,3 +89,59 @@ def test_classes_of_one_image_cannot_be_divided(tmp_path: Path) -> None:
         put(tmp_path / "ab c"[number : number + 1] / f"{number}.png", photo(number))
     with pytest.raises(UsageError, match="only 0 of 3 images can be divided"):
         look(tmp_path, label_errors=True)
+
+
+class Stopping:
+    """A callback of a run that is told to stop."""
+
+    def on_epoch_end(self, run: object, figures: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "told"),
+    [
+        ("callbacks: [tests.test_audit_labels:Stopping]", 1, "fold 1 of 2 stopped by SIGTERM"),
+        ("model.pretrained: nowhere.pth", 2, "nowhere.pth does not exist"),
+    ],
+)
+def test_what_was_found_is_written_where_the_runs_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, code: int, told: str
+) -> None:
+    data, out = flipped(tmp_path / "digits", 40), tmp_path / "audit"
+    put(data / " 1 " / "broken.png", np.zeros((8, 8, 3), np.uint8))
+    (data / " 1 " / "broken.png").write_bytes(b"nothing")
+    (tmp_path / "quick.yaml").write_text(f"{QUICK}{more}\n")
+    call = [str(data), "--out", str(out), "--label-errors", "--folds", "2"]
+    with pytest.raises(SystemExit) as left:
+        run(main, [*call, "--recipe", str(tmp_path / "quick.yaml"), "--quiet"])
+    printed = capsys.readouterr()
+    assert left.value.code == code
+    assert "files that are no readable image" in printed.out
+    assert told in printed.err.splitlines()[-1]
+    assert "broken.png" in (out / "audit.csv").read_text()
+    failure = json.loads((out / "audit.json").read_text())["failure"]
+    assert printed.err.splitlines()[-1] == f"error: {failure}"
+
+
+def test_a_recipe_that_cannot_work_is_told_before_an_image_is_read(tmp_path: Path) -> None:
+    data, recipe = flipped(tmp_path / "digits", 10), tmp_path / "wrong.yaml"
+    for text, told in (
+        ("model: {name: simple_cn}", "simple_cn"),
+        ("epoch: 3", "unknown key 'epoch'"),
+        ("optimizer: {name: adamx}", "adamx"),
+    ):
+        recipe.write_text(text)
+        with pytest.raises(UsageError, match=told):
+            look(data, label_errors=True, recipe=str(recipe), out=tmp_path / "audit")
+        assert not (tmp_path / "audit").exists()
+
+
+def test_long_class_names_below_a_picture_are_whole() -> None:
+    name = "a_very_long_name_of_a_class_without_any_blanks_and_more_than_two_lines"
+    for word in ("labelled", "rather"):
+        lines = _wrapped(word, name).split("\n")
+        assert "".join(lines).removeprefix(word).strip() == f"“{name}”"
+        assert max(map(len, lines)) <= LETTERS
+    assert all(len(line) <= LETTERS // 2 for line in _wrapped("rather", "猫" * 40).split("\n"))
+    assert _wrapped("rather", "\u202ecat") == "rather “\\u202ecat”"

@@ -12,11 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from distcls.audit.audit import AuditOptions
-from distcls.audit.model import drift, drift_tests, two_sample_test
+from distcls.audit.drift import drift_findings, feature_tests, two_sample_test
+from distcls.audit.model import Features
+from distcls.audit.scan import Rows
 from distcls.commands.audit import main
 from distcls.data.dataset import Dataset
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.errors import BadValue, UsageError
+from distcls.files import claimed
 from tests.pictures import encode
 from tests.sources import put
 from tests.test_audit import folder, kinds, look, photo
@@ -106,11 +109,15 @@ def test_a_model_finds_mirrored_and_turned_pictures(tmp_path: Path) -> None:
 
 def test_drift_is_told_from_chance() -> None:
     rng = np.random.default_rng(3)
-    same = rng.normal(size=(900, 8)).astype(np.float32)
-    other = (rng.normal(size=(300, 8)) + 0.6).astype(np.float32)
+    rows = Rows((8,), np.float32)
+    rows.extend(rng.normal(size=(900, 8)))
     splits = ["train"] * 600 + ["val"] * 300
-    assert not list(drift(drift_tests(same, splits)))
-    [finding] = drift(drift_tests(np.concatenate([same, other]), [*splits, *["test"] * 300]))
+    same = feature_tests(Features(rows, np.arange(900)), splits)
+    assert same.keys() == {"val"}
+    assert not list(drift_findings([], same))
+    rows.extend(rng.normal(size=(300, 8)) + 0.6)
+    tests = feature_tests(Features(rows, np.arange(1200)), [*splits, *["test"] * 300])
+    [finding] = drift_findings([], tests)
     assert (finding.kind, finding.split, finding.related) == ("drift", "test", "train")
     assert finding.value is not None
     assert finding.value < 0.001
@@ -156,6 +163,8 @@ def test_names_of_any_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with (out / "audit.csv").open(newline="", encoding="utf-8") as handle:
         rows = {row["image"]: row["text"] for row in csv.DictReader(handle)}
     assert rows["train/cat/w\\xff\\xfe.png"] == "its name is not UTF-8"
+    assert any("\\u202e.png" in name for name in rows)
+    assert "\u202e" not in "".join((out / name).read_text() for name in ("audit.csv", "audit.html"))
     printed = capsys.readouterr().out
     assert "first train/cat/" in printed
     assert all(line.isprintable() and len(line) < 200 for line in printed.splitlines())
@@ -169,3 +178,29 @@ def test_findings_are_printed_where_no_repair_is_left(
     with pytest.raises(UsageError, match="no image would be left"):
         main([str(tmp_path / "photos"), "--fix", str(tmp_path / "f.csv"), "--quiet"])
     assert "different labels" in capsys.readouterr().out
+
+
+def test_one_audit_at_a_time_writes_a_folder(tmp_path: Path) -> None:
+    data, out = folder(tmp_path / "photos", 1), tmp_path / "audit"
+    out.mkdir()
+    with claimed(out), pytest.raises(UsageError, match=r"another process is writing .*audit at"):
+        look(data, out=out)
+    look(data, out=out)
+    with pytest.raises(UsageError, match="exists already"):
+        look(data, out=out)
+
+
+def test_files_of_two_audits_do_not_mix(tmp_path: Path) -> None:
+    data, out = folder(tmp_path / "photos", 2), tmp_path / "audit"
+    look(data, out=out)
+    before = {name: (out / name).read_bytes() for name in ("audit.csv", "audit.json")}
+    (data / "train/cat/broken.png").write_bytes(b"nothing")
+    (out / "audit.html").unlink()
+    (out / "audit.html").mkdir()
+    with pytest.raises(UsageError, match=r"audit.html is a folder"):
+        look(data, out=out, overwrite=True)
+    assert {name: (out / name).read_bytes() for name in before} == before
+    (out / "audit.html").rmdir()
+    look(data, out=out, overwrite=True)
+    assert all((out / name).read_bytes() != before[name] for name in before)
+    assert not list(out.glob(".*"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -103,21 +103,30 @@ class Teller:
 def duplicates(scanned: Scan, tell: Teller, good: NDArray[np.bool_]) -> Iterator[Finding]:
     """Copies, exact and near ones. Each is named with the image that it repeats."""
     records = scanned.records
-    groups: dict[bytes, list[int]] = defaultdict(list)
-    for at in np.flatnonzero(good).tolist():
-        groups[bytes(scanned.table["pixels"][at]).ljust(16, b"\0")].append(at)
-    single = []
-    for members in groups.values():
+    opaque = scanned.table["transparent"] == 0
+    kept = good.copy()
+    for members in _alike(scanned.table["pixels"], np.flatnonzero(good)):
         # a flattened copy has lost its transparency
-        opaque = scanned.table["transparent"] == 0
         members.sort(key=lambda at: (*_favour(records[at])[:1], opaque[at], _favour(records[at])))
-        single.append(members[0])
+        kept[members[1:]] = False
         for at in members[1:]:
             yield _copy(scanned, tell, at, members[0], members)
-    single.sort()
-    kept = np.array(single, np.int64)
-    for at, other, score in _partners(near_pairs(scanned.thumbs, kept), records):
+    pairs = near_pairs(scanned.thumbs, np.flatnonzero(kept))
+    for at, other, score in _partners(pairs, records):
         yield _near_copy(tell, at, other, score)
+
+
+def _alike(pixels: NDArray[np.bytes_], good: NDArray[np.int64]) -> list[list[int]]:
+    """The images among `good` (positions) that have the digest of another one, by their digests;
+    in the order of the first of each."""
+    order = good[np.argsort(pixels[good], kind="stable")]
+    starts = np.flatnonzero(pixels[order[1:]] != pixels[order[:-1]]) + 1
+    sizes = np.diff(starts, prepend=0, append=len(order))
+    groups = [
+        order[start : start + size].tolist()
+        for start, size in zip(np.append(0, starts)[sizes > 1], sizes[sizes > 1], strict=True)
+    ]
+    return sorted(groups)
 
 
 def turned_copies(
@@ -239,7 +248,6 @@ def _odd(scanned: Scan, tell: Teller, good: NDArray[np.int64]) -> Iterator[Findi
     long = (np.maximum(ratio, 1 / np.maximum(ratio, 1e-9)) > LONG) & (
         np.abs(_deviation(ratio)) > OUTLIER
     )
-    shape = [f"{width}x{height} pixels" for height, width in rows[["height", "width"]].tolist()]
     grey = "of 0 to 1"
     tests: list[tuple[NDArray[np.bool_], str, Severity, NDArray[np.float64], str]] = [
         (blank, "blank", "warning", rows["spread"], "one colour; standard deviation {:.3f}"),
@@ -280,7 +288,8 @@ def _odd(scanned: Scan, tell: Teller, good: NDArray[np.int64]) -> Iterator[Findi
     for found, kind, severity, values, text in tests:
         for place in np.flatnonzero(found).tolist():
             value = round(float(values[place]), 4)
-            words = text.format(value, shape=shape[place])
+            height, width = rows["height"][place], rows["width"][place]
+            words = text.format(value, shape=f"{width}x{height} pixels")
             yield tell(int(good[place]), kind, severity, words, value=value)
 
 

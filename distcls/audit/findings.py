@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from distcls.files import csv_line
@@ -37,10 +37,12 @@ KINDS: dict[str, str] = {
     "transparent": "images with transparency",
 }
 """Every kind of finding, in the order of the report, and what it is."""
+TURNING = {mark: f"\\u{mark:04x}" for mark in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+"""Embeddings, overrides and isolates of the bidirectional algorithm, and how they are shown."""
 COLUMNS = ("kind", "severity", "image", "split", "label", "related", "value", "text")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """Something about one image, or a class, that a person should look at."""
 
@@ -66,7 +68,8 @@ class Finding:
 
     def row(self) -> list[Any]:
         """The cells of a row of audit.csv."""
-        return [getattr(self, name) for name in COLUMNS]
+        cells = (getattr(self, name) for name in COLUMNS)
+        return [legible(cell) if isinstance(cell, str) else cell for cell in cells]
 
 
 def in_order(findings: Iterable[Finding]) -> list[Finding]:
@@ -79,9 +82,17 @@ def _rank(severity: Severity) -> int:
     return SEVERITIES.index(severity)
 
 
-def table(findings: Sequence[Finding]) -> str:
-    """The content of audit.csv."""
-    return "".join([csv_line(COLUMNS), *(csv_line(each.row()) for each in findings)])
+def legible(name: str) -> str:
+    """A name that was read, its marks of direction escaped: they would turn round the text that
+    follows, to the end of its line."""
+    return name.translate(TURNING)
+
+
+def table(findings: Iterable[Finding]) -> Iterator[str]:
+    """The lines of audit.csv."""
+    yield csv_line(COLUMNS)
+    for each in findings:
+        yield csv_line(each.row())
 
 
 def counted(findings: Sequence[Finding]) -> dict[str, dict[str, int]]:

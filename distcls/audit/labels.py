@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +19,19 @@ from numpy.typing import NDArray
 from distcls import log
 from distcls.audit.checks import Teller
 from distcls.audit.findings import Finding
+from distcls.cli import packages_for
 from distcls.config import build, config_file, options_layer, read_yaml
 from distcls.data.dataset import Dataset
 from distcls.data.image_dataset import Opened
 from distcls.data.prepare import PrepareOptions, prepare
-from distcls.data.source import Images
+from distcls.data.source import ImageRecord, Images
 from distcls.data.writer import write_png
-from distcls.errors import UsageError
+from distcls.errors import DistclsError, Stopped, UsageError
 from distcls.files import csv_line
 from distcls.task import Task
+
+if TYPE_CHECKING:
+    from distcls.training.config import TrainConfig
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -66,28 +71,57 @@ def find_label_issues(labels: Integers, probabilities: Floats) -> LabelIssues:
     return LabelIssues(suspects=suspects, joint=joint)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judges:
+    """The runs whose models judge the labels; see `AuditOptions`."""
+
+    folds: int
+    recipe: str | None
+    seed: int
+
+    def check(self, task: Task, records: Sequence[ImageRecord]) -> None:
+        """Raise UsageError, before any image is read, for tasks with several outputs, images that
+        cannot be divided into folds, and a recipe that nothing can be trained with."""
+        if not task.single:
+            raise UsageError("label_errors: only for one class per image")
+        self.divided(records, np.arange(len(records)))
+        with packages_for("label_errors"):
+            from distcls.training.resolve import require_usable  # torch
+
+            require_usable(self.config(Path("data"), Path("run")))
+
+    def divided(self, records: Sequence[ImageRecord], good: Integers) -> Integers:
+        """Those of the images `good` that can be judged: a class of one image cannot be learnt
+        without it. Raises UsageError for fewer than folds."""
+        classes = np.array([records[at].label for at in good], np.int64)
+        good = good[np.bincount(classes)[classes] > 1] if len(good) else good
+        if len(good) < self.folds:
+            raise UsageError(
+                f"folds: {self.folds}, but only {len(good):,} of {len(records):,} images can be "
+                "divided: readable ones of classes with at least two"
+            )
+        return good
+
+    def config(self, data: Path, out: Path) -> TrainConfig:
+        """Of a run."""
+        from distcls.training.config import TrainConfig
+
+        layers = [] if self.recipe is None else [read_yaml(config_file(self.recipe))]
+        given: dict[str, Any] = {"data": data, "out": out, "seed": self.seed, "quiet": True}
+        return build(TrainConfig, *layers, options_layer(TrainConfig, given))
+
+
 def label_findings(
-    inside: Opened, task: Task, good: Integers, *, folds: int, recipe: str | None, seed: int
+    inside: Opened, task: Task, good: Integers, judges: Judges
 ) -> tuple[list[Finding], float]:
     """Train on all folds but one, for each of them, and judge the labels of the images `good`; also
     how often these models are right. Warns where that is too seldom for a judgement.
 
-    Raises UsageError for tasks with several outputs, and where no folds can be made.
+    Raises UsageError where no folds can be made, and what `fit` raises.
     """
-    if not task.single:
-        raise UsageError("label_errors: only for one class per image")
-    classes = np.array([inside.records[at].label for at in good], np.int64)
-    # a class of one image cannot be learnt without it
-    good = good[np.bincount(classes)[classes] > 1] if len(good) else good
-    if len(good) < folds:
-        raise UsageError(
-            f"folds: {folds}, but only {len(good):,} of {len(inside.records):,} images can be "
-            "divided: readable ones of classes with at least two"
-        )
+    good = judges.divided(inside.records, good)
     with tempfile.TemporaryDirectory(prefix="distcls-audit-") as folder:
-        probabilities = out_of_fold(
-            inside, task, good, Path(folder), folds=folds, recipe=recipe, seed=seed
-        )
+        probabilities = out_of_fold(inside, task, good, Path(folder), judges)
     labels = np.array([inside.records[at].label for at in good], np.int64)
     issues = find_label_issues(labels, probabilities)
     accuracy = float((probabilities.argmax(1) == labels).mean())
@@ -112,27 +146,16 @@ def label_findings(
     return found, accuracy
 
 
-def out_of_fold(
-    inside: Opened,
-    task: Task,
-    good: Integers,
-    folder: Path,
-    *,
-    folds: int,
-    recipe: str | None,
-    seed: int,
-) -> Floats:
+def out_of_fold(inside: Opened, task: Task, good: Integers, folder: Path, judges: Judges) -> Floats:
     """Probabilities of the images `good` (positions), each by a model that has not seen it: [n, K].
 
     The images of all splits are divided into folds; `folder` is for the runs' files.
     """
-    from distcls.training.config import TrainConfig
     from distcls.training.run import fit  # torch
 
     manifest = _manifest(inside, good, folder)
-    places = {_name(place): place for place in range(len(good))}
     found = np.zeros((len(good), len(task.classes)))
-    layers = [] if recipe is None else [read_yaml(config_file(recipe))]
+    folds = judges.folds
     for fold in range(1, folds + 1):
         log.say(f"label errors: fold {fold} of {folds}")
         data = folder / f"data-{fold}"
@@ -143,14 +166,16 @@ def out_of_fold(
                 folds=folds,
                 fold=fold,
                 test_fraction=0.0,
-                seed=seed,
+                seed=judges.seed,
                 max_bad=0.0,
                 quiet=True,
             )
         )
-        given: dict[str, Any] = {"data": data, "out": folder / f"run-{fold}", "seed": seed}
-        config = build(TrainConfig, *layers, options_layer(TrainConfig, given))
-        result = fit(dataclasses.replace(config, quiet=True))
+        try:
+            result = fit(judges.config(data, folder / f"run-{fold}"))
+        except Stopped as stopped:  # its state goes with the folder
+            before = str(stopped).partition(" after step")[0]
+            raise DistclsError(f"label errors: fold {fold} of {folds} {before}") from stopped
         split = Dataset.open(data).split("val")
         ids = split.image_ids
         with result.load() as predictor:
@@ -158,27 +183,26 @@ def out_of_fold(
             for chunk in predictor.chunks(split):
                 probabilities = predictor.task.probabilities(chunk.logits)
                 for index, row in zip(chunk.indices, probabilities, strict=True):
-                    found[places[ids[index]], columns] = row
+                    found[int(ids[index]), columns] = row
     return found
 
 
 def _manifest(inside: Opened, good: Integers, folder: Path) -> Path:
     """A manifest of the images, without their splits and with the numbers of their classes; those
     that are no files become some."""
-    lines = [csv_line(("image_id", "path", "label"))]
-    pictures = folder / "images"
+    pictures, found = folder / "images", folder / "images.csv"
     pictures.mkdir()
-    for place, at in enumerate(good.tolist()):
-        record = inside.records[at]
-        if inside.root is not None and record.path is not None:
-            path = inside.root / record.path
-        else:
-            path = pictures / f"{_name(place)}.png"
-            image: Images = inside.source_of(record.split).image(record.index)
-            write_png(path, image)
-        lines.append(csv_line((_name(place), path.resolve(), record.label)))
-    found = folder / "images.csv"
-    found.write_text("".join(lines), encoding="utf-8")
+    with found.open("w", encoding="utf-8", newline="") as handle:
+        handle.write(csv_line(("image_id", "path", "label")))
+        for place, at in enumerate(good.tolist()):
+            record = inside.records[at]
+            if inside.root is not None and record.path is not None:
+                path = inside.root / record.path
+            else:
+                path = pictures / f"{_name(place)}.png"
+                image: Images = inside.source_of(record.split).image(record.index)
+                write_png(path, image)
+            handle.write(csv_line((_name(place), path.resolve(), record.label)))
     return found
 
 

@@ -14,11 +14,14 @@ dHash and 8 by pHash (median), the same one shifted by a pixel of 28 is 9 and 14
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from distcls.audit.scan import Rows
 
 Thumbs = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -51,6 +54,15 @@ PAIRS = 2048
 """Thumbnails, and pairs of them, that are computed together."""
 
 
+class Vectors(Protocol):
+    """Unit vectors [N, D], in memory or in a file."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, chosen: Integers, /) -> Floats:
+        """Those of these numbers."""
+
+
 class Pair(NamedTuple):
     """Two images that are nearly the same."""
 
@@ -59,7 +71,7 @@ class Pair(NamedTuple):
     score: float
 
 
-def near_pairs(thumbs: Thumbs, among: Integers) -> list[Pair]:
+def near_pairs(thumbs: Rows, among: Integers) -> list[Pair]:
     """The pairs of near duplicates among some of the thumbnails, uint8 [N, side, side].
 
     Of many copies of one picture each is in a pair with some of the others. Images without any
@@ -69,8 +81,7 @@ def near_pairs(thumbs: Thumbs, among: Integers) -> list[Pair]:
     textured = among[np.concatenate([*spreads, np.zeros(0)]) > FLAT]
     if len(textured) < 2:
         return []
-    vectors = describe(thumbs, textured)
-    first, second = (textured[places] for places in candidates(vectors))
+    first, second = (textured[places] for places in candidates(describe(thumbs, textured)))
     scores = [
         compare(thumbs[first[start : start + PAIRS]], thumbs[second[start : start + PAIRS]])
         for start in range(0, len(first), PAIRS)
@@ -87,24 +98,38 @@ def near_pairs(thumbs: Thumbs, among: Integers) -> list[Pair]:
     ]
 
 
-def _blocks(thumbs: Thumbs, chosen: Integers) -> Iterator[Thumbs]:
+def _blocks(thumbs: Rows, chosen: Integers) -> Iterator[Thumbs]:
     for start in range(0, len(chosen), BLOCK):
         yield thumbs[chosen[start : start + BLOCK]]
 
 
-def describe(thumbs: Thumbs, chosen: Integers) -> Floats:
+def describe(thumbs: Rows, chosen: Integers) -> Floats:
     """Descriptors of the thumbnails `chosen`, float32 [n, D], each of length 1."""
     step = max(1, len(chosen) // FITTED)
-    sample = np.concatenate([_spectra(part) for part in _blocks(thumbs, chosen[::step])])
+    few = chosen[::step]
+    sample = _gathered(map(_spectra, _blocks(thumbs, few)), len(few))
     mean = sample.mean(0)
-    sample = _unit(sample - mean)
-    _, axes = np.linalg.eigh(sample.T @ sample)
-    axes = axes[:, ::-1][:, :DIMENSIONS]
-    parts = [_unit(_unit(_spectra(part) - mean) @ axes) for part in _blocks(thumbs, chosen)]
-    return np.concatenate(parts)
+    for start in range(0, len(sample), BLOCK):
+        sample[start : start + BLOCK] = unit(sample[start : start + BLOCK] - mean)
+    axes = np.linalg.eigh(sample.T @ sample)[1][:, ::-1][:, :DIMENSIONS]
+    del sample
+    parts = (unit(unit(_spectra(part) - mean) @ axes) for part in _blocks(thumbs, chosen))
+    return _gathered(parts, len(chosen))
 
 
-def _unit(vectors: Floats) -> Floats:
+def _gathered(parts: Iterable[Floats], count: int) -> Floats:
+    """Arrays of one row or more as one of `count` rows; a list of them would take as much again."""
+    left = iter(parts)
+    first = next(left)
+    whole = np.empty((count, *first.shape[1:]), first.dtype)
+    end = 0
+    for part in itertools.chain([first], left):
+        whole[end : end + len(part)] = part
+        end += len(part)
+    return whole
+
+
+def unit(vectors: Floats) -> Floats:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.maximum(lengths, 1e-6), np.float32)
 
@@ -130,10 +155,10 @@ def _spectra(thumbs: Thumbs) -> Floats:
     kept = max(2, size * 3 // 8)
     spectrum = np.abs(np.fft.rfft2(edges * _window(side), s=(size, size)))[:, :, :kept]
     low = np.concatenate([spectrum[:, :kept], spectrum[:, 1 - kept :]], axis=1)
-    return _unit(np.sqrt(low.reshape(len(thumbs), -1)).astype(np.float32))
+    return unit(np.sqrt(low.reshape(len(thumbs), -1)).astype(np.float32))
 
 
-def candidates(vectors: Floats, neighbours: int = NEIGHBOURS) -> tuple[Integers, Integers]:
+def candidates(vectors: Vectors, neighbours: int = NEIGHBOURS) -> tuple[Integers, Integers]:
     """Pairs of unit vectors [N, D] of which one is among the nearest of the other, sorted."""
     count = len(vectors)
     cells = max(1, round(count**0.5)) if count > COMPARED else 1
@@ -147,40 +172,47 @@ def candidates(vectors: Floats, neighbours: int = NEIGHBOURS) -> tuple[Integers,
         near = np.argsort(-(centers @ centers[cell]), kind="stable")
         near = near[: np.searchsorted(np.cumsum((ends - starts)[near]), COMPARED) + 1]
         others = np.concatenate([order[starts[each] : ends[each]] for each in near])
-        for start in range(0, len(own), 512):
-            keys.append(_nearest(vectors, own[start : start + 512], others, neighbours))
+        known = vectors[others]
+        for part in np.split(own, range(512, len(own), 512)):
+            one, other = _nearest(vectors[part], part, known, others, neighbours)
+            keys.append(np.minimum(one, other) * count + np.maximum(one, other))
     pairs = np.unique(np.concatenate(keys))
     return pairs // count, pairs % count
 
 
-def _cluster(vectors: Floats, cells: int) -> tuple[Integers, Floats]:
+def _cluster(vectors: Vectors, cells: int) -> tuple[Integers, Floats]:
     """Spherical k-means: the cell of each vector, and the centres [cells, D]."""
     rng = np.random.default_rng(0)
     centers = vectors[rng.choice(len(vectors), cells, replace=False)]
     sample = vectors[rng.permutation(len(vectors))[: 64 * cells]]
     for _ in range(5 if cells > 1 else 0):
-        home = (sample @ centers.T).argmax(1)
+        home = _home(sample, centers)
         sums = np.zeros_like(centers)
         np.add.at(sums, home, sample)
         empty = np.bincount(home, minlength=cells) == 0
-        centers = np.where(empty[:, None], centers, _unit(sums))
-    parts = [
-        (vectors[start : start + BLOCK] @ centers.T).argmax(1)
-        for start in range(0, len(vectors), BLOCK)
-    ]
-    return np.concatenate(parts), centers
+        centers = np.where(empty[:, None], centers, unit(sums))
+    return _home(vectors, centers), centers
 
 
-def _nearest(vectors: Floats, own: Integers, others: Integers, neighbours: int) -> Integers:
-    """The pairs of `own` with their nearest among `others`, as first * N + second."""
-    cosines = vectors[own] @ vectors[others].T
-    cosines[own[:, None] == others[None]] = -1
+def _home(vectors: Vectors, centers: Floats) -> Integers:
+    """The nearest of the centres for each vector."""
+    every = np.arange(len(vectors))
+    parts = np.split(every, range(BLOCK, len(every), BLOCK))
+    return np.concatenate([(vectors[part] @ centers.T).argmax(1) for part in parts])
+
+
+def _nearest(
+    vectors: Floats, own: Integers, known: Floats, others: Integers, neighbours: int
+) -> tuple[Integers, Integers]:
+    """The pairs of `own`, of these vectors, with their nearest among `others`, which are `known`:
+    the first of each, and the second."""
+    distances = vectors @ known.T
+    np.negative(distances, out=distances)
+    distances[own[:, None] == others[None]] = 1
     most = min(neighbours, len(others))
-    places = np.argpartition(-cosines, most - 1, axis=1)[:, :most]
-    good = np.take_along_axis(cosines, places, axis=1) >= LEAST_COSINE
-    one = np.broadcast_to(own[:, None], places.shape)[good]
-    other = others[places][good]
-    return np.minimum(one, other) * len(vectors) + np.maximum(one, other)
+    places = np.argpartition(distances, most - 1, axis=1)[:, :most]
+    good = np.take_along_axis(distances, places, axis=1) <= -LEAST_COSINE
+    return np.broadcast_to(own[:, None], places.shape)[good], others[places][good]
 
 
 def compare(first: Thumbs, second: Thumbs) -> Floats:

@@ -1,13 +1,19 @@
-"""audit.html: the findings with their pictures, in one file that needs no network."""
+"""The findings with their pictures: audit.html, one file that needs no network, and a grid of the
+labels that are probably wrong."""
 
 from __future__ import annotations
 
 import itertools
+import textwrap
+import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
-from distcls.audit.findings import KINDS, Finding
+from distcls import log, plotting
+from distcls.audit.findings import KINDS, Finding, legible
 from distcls.data.image_dataset import Opened
-from distcls.errors import BadImage
+from distcls.data.source import Images
+from distcls.errors import BadImage, plain
 from distcls.page import Html, joined, page, picture, section, table, tag, tiles
 
 SHOWN = 24
@@ -49,8 +55,8 @@ def _severity(severity: str) -> Html:
 
 def _tile(finding: Finding, inside: Opened) -> Html:
     pictures = _pictures(finding, inside)
-    details = ", ".join(part for part in (finding.split, finding.label) if part)
-    name = finding.image or finding.label
+    details = ", ".join(legible(part) for part in (finding.split, finding.label) if part)
+    name = legible(finding.image or finding.label or finding.split)
     return joined(
         [
             tag("div", *pictures, class_="pair" if len(pictures) > 1 else None),
@@ -64,12 +70,37 @@ def _tile(finding: Finding, inside: Opened) -> Html:
 def _pictures(finding: Finding, inside: Opened) -> list[Html]:
     found = []
     for at in (finding.position, finding.related_position):
-        if at is None:
-            continue
-        record = inside.records[at]
-        try:
-            image = inside.source_of(record.split).image(record.index)
-        except BadImage:
-            continue
-        found.append(picture(image, record.image_id))
+        image = None if at is None else _image(at, inside)
+        if at is not None and image is not None:
+            found.append(picture(image, legible(inside.records[at].image_id)))
     return found
+
+
+def _image(at: int, inside: Opened) -> Images | None:
+    """The image at a position; None if it is broken."""
+    record = inside.records[at]
+    try:
+        return inside.source_of(record.split).image(record.index)
+    except BadImage:
+        return None
+
+
+def draw_label_errors(findings: Sequence[Finding], inside: Opened, path: Path) -> None:
+    """The images whose labels are the least probable, as a PNG: the label, and the class that the
+    models say. Raises UsageError without matplotlib."""
+    tiles = []
+    for each in findings[:SHOWN]:
+        image = None if each.position is None else _image(each.position, inside)
+        if image is not None:
+            text = f"{_wrapped('labelled', each.label)}\n{_wrapped('rather', each.related)}"
+            tiles.append(plotting.Tile(image=image, text=text, name=plain(each.image)))
+    which = "the worst of " if len(findings) > SHOWN else ""
+    title = f"{which}{log.counted(len(findings), 'label')} that the other images contradict"
+    plotting.draw_grid(tiles, path, title=title)
+
+
+def _wrapped(word: str, name: str) -> str:
+    """A word and a class name, in lines that fit below an image; a letter of CJK takes two."""
+    wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in name)
+    most = plotting.LETTERS // (2 if wide else 1)
+    return "\n".join(textwrap.wrap(f"{word} “{plain(name, 4 * most)}”", most))

@@ -6,7 +6,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import math
+import os
+import tempfile
+import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -17,7 +22,7 @@ from distcls import log
 from distcls.data.image_dataset import Opened
 from distcls.data.source import NO_TEXT, ImageRecord, Images, ImageSource, is_text
 from distcls.errors import BadImage
-from distcls.files import zeros
+from distcls.files import writable
 from distcls.imaging import Color, decode
 from distcls.imaging.decode import may_be_transparent, open_header
 from distcls.imaging.reading import in_order
@@ -33,6 +38,7 @@ TASK = 16
 MEASURES = {
     "height": "<i4",
     "width": "<i4",
+    "brightness": "<f4",
     "darkest": "<f4",
     "brightest": "<f4",
     "spread": "<f4",
@@ -44,11 +50,46 @@ MEASURES = {
     "file": "S16",
     "pixels": "S16",
 }
-"""Fields of `Scan.table`. Grey values are 0 to 1: the 5th and the 99th percentile and the standard
-deviation; entropy in bits, of 64 grey values; sharpness is the variance of the Laplacian divided by
-that of the image; orientation that of EXIF, 1 to 8, 0 where there is none; transparent the fraction
-of such pixels; hidden whether there are colours below them; the first 16 bytes of the SHA-256 of
-the file (empty where there is none) and of the decoded pixels."""
+"""Fields of `Scan.table`. Grey values are 0 to 1: the mean, the 5th and the 99th percentile and the
+standard deviation; entropy in bits, of 64 grey values; sharpness is the variance of the Laplacian
+divided by that of the image; orientation that of EXIF, 1 to 8, 0 where there is none; transparent
+the fraction of such pixels; hidden whether there are colours below them; the first 16 bytes of the
+SHA-256 of the file (empty where there is none) and of the decoded pixels."""
+
+
+class Rows:
+    """An array of one row an image, in a temporary file instead of memory: it is filled from the
+    first row on, and rows are read by their numbers.
+
+    Not mapped into memory, where the pages that were read would count.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        """`shape` and `dtype` are those of a row."""
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self._size = math.prod(shape) * self.dtype.itemsize
+        self._count = 0
+        with writable(Path(tempfile.gettempdir())):
+            self._file = tempfile.TemporaryFile(prefix="distcls-")  # noqa: SIM115 - closed below
+        weakref.finalize(self, self._file.close)
+
+    def extend(self, rows: NDArray[Any]) -> None:
+        """Append rows [n, *shape]. Raises DistclsError if the temporary folder cannot take them."""
+        with writable(Path(tempfile.gettempdir())):
+            self._file.write(np.ascontiguousarray(rows, self.dtype).data)
+            self._file.flush()
+        self._count += len(rows)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, chosen: NDArray[np.integer[Any]]) -> NDArray[Any]:
+        """The rows of these numbers, [n, *shape]."""
+        found = np.empty((len(chosen), *self.shape), self.dtype)
+        descriptor = self._file.fileno()
+        for row, at in zip(found, chosen.tolist(), strict=True):
+            os.preadv(descriptor, [row], at * self._size)
+        return found
 
 
 Sources = Callable[[str | None], ImageSource]
@@ -68,8 +109,8 @@ class Scan:
     records: Sequence[ImageRecord]
     table: NDArray[Any]
     """A row for each record, see `MEASURES`; of zeros where the image is broken."""
-    thumbs: Images
-    """Grey thumbnails, uint8 [N, side, side]; many of them in a temporary file."""
+    thumbs: Rows
+    """Grey thumbnails, uint8 [N, side, side]."""
     broken: dict[int, str]
     """Why an image cannot be decoded, by its position."""
 
@@ -89,7 +130,7 @@ def scan(data: Opened, background: Color | None) -> Scan:
     table = np.zeros(len(records), list(MEASURES.items()))
     broken: dict[int, str] = {}
     side = _side(records, sources)
-    thumbs: Images = zeros((len(records), side, side), np.uint8)
+    thumbs, blank = Rows((side, side), np.uint8), np.zeros((side, side), np.uint8)
     with log.Progress("looking at", len(records)) as progress:
         starts = range(0, len(records), TASK)
         looked = in_order(look, starts, min(available_cores(), 16))
@@ -98,7 +139,9 @@ def scan(data: Opened, background: Color | None) -> Scan:
                 if isinstance(seen, BadImage):
                     broken[at] = str(seen)
                 else:
-                    table[at], thumbs[at] = seen
+                    table[at] = seen.row
+            small = [blank if isinstance(each, BadImage) else each.thumb for each in found]
+            thumbs.extend(np.stack(small))
             progress.update(len(found))
     return Scan(records=records, table=table, thumbs=thumbs, broken=broken)
 
@@ -146,7 +189,7 @@ def _grey(image: Images) -> Images:
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
 
 
-def _measure(grey: Images) -> tuple[float, float, float, float, float]:
+def _measure(grey: Images) -> tuple[float, ...]:
     scale = MEASURED / max(grey.shape)
     if scale < 1:
         size = tuple(max(1, round(length * scale)) for length in reversed(grey.shape))
@@ -160,6 +203,7 @@ def _measure(grey: Images) -> tuple[float, float, float, float, float]:
     edges = float(cv2.Laplacian(grey, cv2.CV_32F).var()) if min(grey.shape) > 2 else variance
     sharpness = edges / variance if variance > 0 else 0.0
     return (
+        float(grey.mean()) / 255,
         darkest,
         brightest,
         variance**0.5 / 255,
