@@ -26,6 +26,8 @@ GOLDEN = "golden"
 """Beside the card in a best.onnx: logits of a few inputs, see `distcls.runtime.golden`."""
 FIRST_FOLD, OUT_OF_FOLD = "fold-1", "out_of_fold.parquet"
 """In the folder of a cross-validation."""
+SEARCH_TABLE = "search.csv"
+"""In the folder of a search: a row for each trial."""
 FORMAT = 1
 LEAST_TEMPERATURE = 1e-3
 """Of a calibration; the greatest is its inverse."""
@@ -236,6 +238,11 @@ def best_model(path: Path, *, exported: bool = True, key: str = "model") -> Path
             f"{key}: {path} has the runs of a cross-validation; name one, such as "
             f"{path / FIRST_FOLD} (what each says of images that it has not seen is in "
             f"{path / OUT_OF_FOLD})"
+        )
+    if (path / SEARCH_TABLE).is_file():
+        raise UsageError(
+            f"{key}: {path} has the trials of a search; name one (distcls report {path} and its "
+            f"{SEARCH_TABLE} say which is the best)"
         )
     wanted = f"{BEST_ONNX} or {BEST_PTH}" if exported else BEST_PTH
     raise UsageError(
