@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from distcls import __version__, stored
+from distcls import __version__, log, stored
 from distcls.errors import BadValue, UsageError, require, shown
 from distcls.imaging import Preprocess
 from distcls.imaging.preprocess import preprocess_schema
@@ -223,8 +224,9 @@ def model_paths(text: str) -> list[Path]:
 def best_model(path: Path, *, exported: bool = True, key: str = "model") -> Path:
     """The model file that `path` means: itself, or the best model of a run directory.
 
-    That is its best.onnx, unless best.pth is newer (the run went on) or `exported` is false.
-    Raises UsageError, naming the `key` of the option, for a directory without one.
+    That is its best.onnx, unless best.pth is newer (the run went on), which a warning says, or
+    `exported` is false: the one rule of all commands. Raises UsageError, naming the `key` of the
+    option, for a directory without one.
     """
     if not path.is_dir():
         return path
@@ -232,6 +234,8 @@ def best_model(path: Path, *, exported: bool = True, key: str = "model") -> Path
     if exported and onnx.is_file() and not _is_older(onnx, checkpoint):
         return onnx
     if checkpoint.is_file():
+        if exported and onnx.is_file():
+            _warn_of_age(path)
         return checkpoint
     if (path / FIRST_FOLD).is_dir():
         raise UsageError(
@@ -262,11 +266,16 @@ def require_model(path: Path) -> None:
 
 def model_choice(path: Path, found: Path) -> str:
     """What `best_model` found for `path`, in a line for the user; empty for a file."""
-    if found == path:
-        return ""
-    stale = (path / BEST_ONNX).is_file() and _is_older(path / BEST_ONNX, found)
-    older = f"; {BEST_ONNX} is older, distcls export --ckpt {path} --overwrite renews it"
-    return f"model: {found}{older if stale else ''}"
+    return "" if found == path else f"model: {found}"
+
+
+@functools.cache
+def _warn_of_age(run: Path) -> None:
+    """Once, however often the run is asked for."""
+    log.warn(
+        f"{run}: {BEST_PTH} is used, {BEST_ONNX} is older; distcls export --ckpt {run} --overwrite "
+        f"renews it (in a copy, whose times are those of copying: touch {run / BEST_ONNX})"
+    )
 
 
 def _is_older(one: Path, other: Path) -> bool:
