@@ -20,7 +20,7 @@ def make_search(folder: Path, metric: str = "top1", epochs: int = 4) -> Path:
         place = RATES.index(lr) if name == "sgd" else 3 - RATES.index(lr)
         state = {7: "pruned", 8: "failed"}.get(number, "complete")
         trial = f"{number:03d}-lr={lr:g}-name={name}"
-        scores = [round(0.2 + 0.1 * place + 0.1 * at / epochs, 3) for at in range(epochs)]
+        scores = [round((0.2, 0.3, 0.4, 0.7)[place] + 0.1 * at / epochs, 3) for at in range(epochs)]
         scores = scores[: 2 if state == "pruned" else epochs]
         best = max(scores) if metric == "top1" else min(scores)
         rows.append(

@@ -29,7 +29,7 @@ def test_the_page_of_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ]
     assert all(source.startswith("#") for source in found.sources)
     assert "Of 8 trials the best is 001" in found.text
-    assert "validation top-1 57.5% with lr 0.0001, optimizer.name adamw" in found.text
+    assert "validation top-1 77.5% with lr 0.0001, optimizer.name adamw" in found.text
     assert "1 001 0.0001 adamw" in found.text
     assert "pruned 007 0.1 adamw" in found.text
     assert "007 lr 0.1, optimizer.name adamw 2 22.5% 37.5% 6" in found.text
@@ -92,7 +92,7 @@ def test_folds_and_numbers_that_are_none(tmp_path: Path) -> None:
     best = next(trial for trial in read_trials(folder).trials if trial.name == run.name)
     assert best.curve == pytest.approx({1: 0.3, 3: 0.5})
     table = folder / SEARCH_TABLE
-    table.write_text(table.read_text().replace("0.475", "nan").replace("0.575", "1e999"))
+    table.write_text(table.read_text().replace("0.475", "nan").replace("0.775", "1e999"))
     main([str(folder), "--quiet"])
     assert "best" in outline(folder / "report.html").sections
 
@@ -106,7 +106,7 @@ def test_folds_and_numbers_that_are_none(tmp_path: Path) -> None:
         (",0.0001", "," + "x" * 2000, "row 1.values.lr is"),
         ("trial,", "run,", "its first line is"),
         (",lr,", ",optimizer.name,", "its keys has 'optimizer.name' twice"),
-        ("0.575", "high", "could not convert string to float: 'high'"),
+        ("0.775", "high", "could not convert string to float: 'high'"),
         ("1.5", '1.5,"', "unexpected end of data"),
         ("1.5", "1.5,2", "has 11 values, expected 10"),
         ("002-lr=0.0001-name=sgd", "001-lr=0.0001-name=adamw", "its trials has '001"),
