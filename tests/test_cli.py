@@ -282,16 +282,21 @@ print(len(mains), "helped")
 """
 
 
-@pytest.mark.parametrize("own", ["{}.py", "{}/__init__.py"])
-@pytest.mark.parametrize("place", ["here", "packages"])
+@pytest.mark.parametrize(
+    ("place", "names"),
+    [
+        ("here", ("export.py", "launch/__init__.py")),
+        ("packages", ("export/__init__.py", "launch.py")),
+    ],
+)
 def test_a_users_own_export_and_launch_are_not_ours(
-    own: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, names: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the current folder, and installed (`pip install launch`), each a file or a folder."""
     here = tmp_path / "here"
     here.mkdir()
-    for name in ("export", "launch"):
-        path = tmp_path / place / own.format(name)
+    for name in names:
+        path = tmp_path / place / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("raise SystemExit('the wrong one')\n")
     root = Path(__file__).parent.parent
