@@ -29,6 +29,7 @@ from distcls.page import (
 )
 from distcls.report.runs import CONFIG, read_config
 from distcls.report.trials import (
+    LEVELS,
     Trial,
     Trials,
     at_an_end,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 COLORED = 5
 """Trials that have a colour of their own among the curves."""
-MOST_CURVES, MOST_PANELS = 100, 8
+MOST_CURVES, MOST_PANELS = 60, 8
 MOST_SHOWN = 1000
 """Rows of the table."""
 FAR = 3.0
@@ -208,7 +209,7 @@ def _curves(search: Trials, scratch: Path) -> Section | None:
     title = plotting.metric_title(search.metric)
     words = "Each trial is a line; pruned ones are dashed and end with a cross where they stopped."
     if len(search.trials) > MOST_CURVES:
-        words += f" The {MOST_CURVES} first of the table are drawn."
+        words += f" At most {MOST_CURVES} finished ones are drawn, and as many pruned ones."
     label = f"Validation {title} of each trial by epoch"
     return section("curves", "Curves", tag("p", words), drawing(path, label, wide=True))
 
@@ -218,7 +219,8 @@ def _draw_curves(search: Trials, path: Path) -> None:
     axes = figure.add_subplot()
     colors = (plotting.GREEN, plotting.BLUE, plotting.ORANGE, "#7c3aed", "#0891b2")
     best = search.of_state("complete")[:COLORED]
-    others = [trial for trial in search.trials[:MOST_CURVES] if trial not in best]
+    states = (search.of_state(state)[:MOST_CURVES] for state in ("complete", "pruned", "failed"))
+    others = [trial for trial in itertools.chain(*states) if trial not in best]
     for rank, (trial, color) in enumerate(zip(best, colors, strict=False), 1):
         width = 2.2 if rank == 1 else 1.4
         style = {"color": color, "linewidth": width, "zorder": 4 - 0.1 * rank}
@@ -341,7 +343,8 @@ def _keys(search: Trials, scratch: Path) -> Section | None:
 def _draw_keys(search: Trials, keys: Sequence[str], path: Path) -> None:
     columns = min(len(keys), 4)
     rows = math.ceil(len(keys) / columns)
-    figure = plotting.new_figure(max(5.0, 3.3 * columns), 3.2 * rows)
+    turned = any(_turned(_levels(search.scored, key)) for key in keys)
+    figure = plotting.new_figure(max(5.0, 3.3 * columns), (3.2 + turned) * rows)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     trials = search.scored
     for axes, key in itertools.zip_longest(grid.flat, keys):
@@ -357,17 +360,28 @@ def _draw_keys(search: Trials, keys: Sequence[str], path: Path) -> None:
     plotting.save(figure, path)
 
 
+def _levels(trials: Sequence[Trial], key: str) -> list[str]:
+    """The values of a key that stand side by side; empty for many numbers."""
+    known, found = numbers(trials, key), sorted({trial.values[key] for trial in trials})
+    if known is None:
+        return found
+    return sorted(found, key=float) if len(found) <= LEVELS else []
+
+
+def _turned(levels: Sequence[str]) -> bool:
+    """Whether their names would not fit beside each other."""
+    return sum(min(len(level), 16) for level in levels) > 22
+
+
 def _draw_key(axes: Axes, search: Trials, trials: Sequence[Trial], key: str) -> None:
     """One point a trial; values that are no numbers, or few, stand side by side."""
-    known = numbers(trials, key)
-    levels = list(dict.fromkeys(sorted(trial.values[key] for trial in trials)))
-    if known is None or len(levels) <= 3:
-        levels = sorted(levels, key=float) if known is not None else levels
+    known, levels = numbers(trials, key) or [], _levels(trials, key)
+    if levels:
         random = np.random.default_rng(0)
         places = [levels.index(trial.values[key]) for trial in trials]
         across = (np.array(places) + random.uniform(-0.12, 0.12, len(places))).tolist()
         names = [plotting.shorten(level, 16) for level in levels]
-        turn = 90 if len(names) > 6 else 0
+        turn = 90 if _turned(levels) else 0
         axes.set_xticks(range(len(names)), names, rotation=turn, parse_math=False)
         axes.set_xlim(-0.6, len(levels) - 0.4)
     else:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ MOST_TRIALS = 10_000
 MOST_KEYS = 100
 LEAST_TO_TELL = 6
 """Trials with a score below which nothing is said of the keys."""
+ENOUGH = 20
+"""Finished trials from which the others, trained for less, are left out."""
 LEVELS = 3
 """Groups of equal size that a number with more than `LEVELS` values is divided into."""
 MOST_PAIRED, MORE = 8, 0.1
@@ -82,12 +86,12 @@ class Trial:
         """Epochs trained, in all folds."""
         return sum(map(len, self.folds))
 
-    @property
+    @functools.cached_property
     def curve(self) -> dict[int, float]:
         """The score of each epoch, the mean of the folds that have it."""
         known = sorted({epoch for fold in self.folds for epoch in fold})
         return {
-            epoch: float(np.mean([fold[epoch] for fold in self.folds if epoch in fold]))
+            epoch: statistics.fmean(fold[epoch] for fold in self.folds if epoch in fold)
             for epoch in known
         }
 
@@ -267,9 +271,10 @@ def influences(search: Trials) -> list[Influence]:
     right learning rate depends on the optimiser), the greatest share first; none of few trials.
 
     The Kruskal-Wallis statistic by permutation, as an adjusted share of the variance of ranks.
-    Pruned trials take part with the score that they had reached.
+    Where few have finished, pruned trials take part with the score that they had reached.
     """
-    trials = search.scored
+    finished = [trial for trial in search.scored if trial.state == "complete"]
+    trials = finished if len(finished) >= ENOUGH else search.scored
     if len(trials) < LEAST_TO_TELL:
         return []
     scores = np.array([trial.score for trial in trials])
@@ -326,6 +331,8 @@ def at_an_end(search: Trials, key: str) -> str:
     if not best or known is None or len(set(known)) < 3:
         return ""
     own, low, high = float(best[0].values[key]), min(known), max(known)
+    if own == 0:
+        return ""  # which switches something off
     spaced = sorted(set(known))
     log_wide = low > 0 and len(spaced) > LEVELS
     near = 0.05 * (math.log(high / low) if log_wide else high - low)
