@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from distcls import __version__, stored
+from distcls import __version__, log, stored
 from distcls.errors import BadValue, UsageError, require, shown
 from distcls.imaging import Preprocess
 from distcls.imaging.preprocess import preprocess_schema
@@ -25,6 +26,8 @@ GOLDEN = "golden"
 """Beside the card in a best.onnx: logits of a few inputs, see `distcls.runtime.golden`."""
 FIRST_FOLD, OUT_OF_FOLD = "fold-1", "out_of_fold.parquet"
 """In the folder of a cross-validation."""
+SEARCH_TABLE = "search.csv"
+"""In the folder of a search: a row for each trial."""
 FORMAT = 1
 LEAST_TEMPERATURE = 1e-3
 """Of a calibration; the greatest is its inverse."""
@@ -199,8 +202,9 @@ def model_paths(text: str) -> list[Path]:
 def best_model(path: Path, *, exported: bool = True, key: str = "model") -> Path:
     """The model file that `path` means: itself, or the best model of a run directory.
 
-    That is its best.onnx, unless best.pth is newer (the run went on) or `exported` is false.
-    Raises UsageError, naming the `key` of the option, for a directory without one.
+    That is its best.onnx, unless best.pth is newer (the run went on), which a warning says, or
+    `exported` is false: the one rule of all commands. Raises UsageError, naming the `key` of the
+    option, for a directory without one.
     """
     if not path.is_dir():
         return path
@@ -208,12 +212,19 @@ def best_model(path: Path, *, exported: bool = True, key: str = "model") -> Path
     if exported and onnx.is_file() and not _is_older(onnx, checkpoint):
         return onnx
     if checkpoint.is_file():
+        if exported and onnx.is_file():
+            _warn_of_age(path)
         return checkpoint
     if (path / FIRST_FOLD).is_dir():
         raise UsageError(
             f"{key}: {path} has the runs of a cross-validation; name one, such as "
             f"{path / FIRST_FOLD} (what each says of images that it has not seen is in "
             f"{path / OUT_OF_FOLD})"
+        )
+    if (path / SEARCH_TABLE).is_file():
+        raise UsageError(
+            f"{key}: {path} has the trials of a search; name one (distcls report {path} and its "
+            f"{SEARCH_TABLE} say which is the best)"
         )
     wanted = f"{BEST_ONNX} or {BEST_PTH}" if exported else BEST_PTH
     raise UsageError(
@@ -233,11 +244,16 @@ def require_model(path: Path) -> None:
 
 def model_choice(path: Path, found: Path) -> str:
     """What `best_model` found for `path`, in a line for the user; empty for a file."""
-    if found == path:
-        return ""
-    stale = (path / BEST_ONNX).is_file() and _is_older(path / BEST_ONNX, found)
-    older = f"; {BEST_ONNX} is older, distcls export --ckpt {path} --overwrite renews it"
-    return f"model: {found}{older if stale else ''}"
+    return "" if found == path else f"model: {found}"
+
+
+@functools.cache
+def _warn_of_age(run: Path) -> None:
+    """Once, however often the run is asked for."""
+    log.warn(
+        f"{run}: {BEST_PTH} is used, {BEST_ONNX} is older; distcls export --ckpt {run} --overwrite "
+        f"renews it (in a copy, whose times are those of copying: touch {run / BEST_ONNX})"
+    )
 
 
 def _is_older(one: Path, other: Path) -> bool:

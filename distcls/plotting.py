@@ -120,10 +120,18 @@ def grid_columns(number: int) -> int:
     return min(choices, key=lambda columns: (-number % columns, abs(columns - ideal)))
 
 
+_HARMFUL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Controls, marks of direction (they turn what follows around) and what is no letter at all."""
+
+
 def shorten(text: str, most: int) -> str:
-    """At most `most` letters on one line, the end cut."""
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1] + "…"
+    """A name that was read, in at most `most` letters on one line, the middle cut: long names often
+    differ at their end. What is not to be seen and does harm is escaped."""
+    line = _HARMFUL.sub(lambda found: ascii(found[0])[1:-1], " ".join(text.split()))
+    tail = (most - 1) // 2
+    return line if len(line) <= most else f"{line[: most - 1 - tail]}…{line[-tail:]}"
 
 
 WIDTH, GAP, LINE, TITLE = 1.7, 0.12, 0.15, 0.4
@@ -134,6 +142,7 @@ NARROWEST = 4.5
 """Inches that the title takes."""
 LETTERS = 28
 """What fits on a line below an image."""
+TITLE_LETTERS = 150
 SMALL = 100
 """Images with fewer pixels per side are drawn pixel by pixel."""
 
@@ -178,7 +187,8 @@ def draw_grid(tiles: Sequence[Tile], path: Path, *, title: str = "") -> None:
     figure = new_figure(width, height)
     # positions are computed here: a layout engine would take a second for each dozen of images
     figure.set_layout_engine("none")
-    figure.text(0.5, 1 - TITLE / 2 / height, title, ha="center", va="center", fontsize=11)
+    plain: dict[str, Any] = {"parse_math": False, "ha": "center", "va": "center"}
+    figure.text(0.5, 1 - TITLE / 2 / height, shorten(title, TITLE_LETTERS), fontsize=11, **plain)
     for index, tile in enumerate(tiles):
         row, column = divmod(index, columns)
         left = (width - wide) / 2 + column * (WIDTH + GAP)
@@ -305,7 +315,7 @@ def curves(history: Sequence[Row], path: Path, monitor: str = "top1", best_epoch
     colors = {"train_top1": ORANGE, "val_top1": BLUE, "val_macro_f1": GREEN, "val_exact": RED}
     scores = {name: (metric_title(name), color) for name, color in colors.items()}
     _panel(middle, history, "scores", scores)
-    middle.yaxis.set_major_formatter(lambda value, _: f"{value:.{_digits(middle)}%}")
+    middle.yaxis.set_major_formatter(lambda value, _: f"{value:.{digits(middle)}%}")
     _panel(right, history, "learning rate", {"lr": ("learning rate", GREY)}, legend=False)
     right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     if best is not None:
@@ -371,7 +381,8 @@ def _mark(panels: Sequence[Axes], history: Sequence[Row], best: Row, monitor: st
     )
 
 
-def _digits(axes: Axes) -> int:
+def digits(axes: Axes) -> int:
+    """Decimals of percents on the axis of scores."""
     low, high = axes.get_ylim()
     return 0 if high - low > 0.08 else 1 if high - low > 0.008 else 2
 
@@ -431,7 +442,7 @@ def draw_profile(profile: Mapping[str, float], path: Path, *, title: str) -> Non
     axes.set_xlim(0, 100)
     rate = f"{images:,} images, {images / seconds:,.0f} images/s"
     axes.set_xlabel(f"percent of {seconds:.2f} s, {rate}")
-    axes.set_title(title, fontfamily=fonts(), size=10)
+    axes.set_title(shorten(title, TITLE_LETTERS), fontfamily=fonts(), size=10, parse_math=False)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     save(figure, path)

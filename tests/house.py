@@ -9,6 +9,7 @@ folder is what stands below `distcls/` (or `export`, `launch`, the thin aliases)
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import statistics
 import sys
@@ -77,9 +78,14 @@ def function_lengths(files: Iterable[Path]) -> list[int]:
     return [
         (node.end_lineno or 0) - node.lineno + 1
         for path in files
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in _nodes(path)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
+
+
+@functools.cache
+def _nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def code_lines(path: Path) -> int:
@@ -90,7 +96,7 @@ def code_lines(path: Path) -> int:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in (tokenize.COMMENT, *layout):
             found.update(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(text)):
+    for node in _nodes(path):
         if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
             found.difference_update(range(node.lineno, (node.end_lineno or 0) + 1))
     return len(found)
@@ -139,7 +145,7 @@ def _is_package(path: Path) -> bool:
 
 def _imported(path: Path) -> Iterator[tuple[str, str | None]]:
     """Each import of ours: the module, and the name taken from it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in _nodes(path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

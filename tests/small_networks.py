@@ -42,15 +42,28 @@ def assert_taken(model: Classifier, tensors: dict[str, Tensor], report: LoadRepo
         assert torch.equal(own[name], tensors[name]), name
 
 
-def untrained(path: Path, digits: Path, size: tuple[int, int]) -> Path:
-    """A checkpoint with fresh weights, as if trained on the digits at this size."""
+def untrained(
+    path: Path,
+    digits: Path,
+    size: tuple[int, int],
+    name: str = "mobilenet_v3_small",
+    scale: float = 1.0,
+) -> Path:
+    """A checkpoint with fresh weights, as if trained on the digits at this size.
+
+    `scale` is that of all weights. `simple_cnn` is exported in a sixth of the time.
+    """
     preprocess = Preprocess(size=size, resize="squash")
     torch.manual_seed(0)
     card = ModelCard(
-        architecture={"name": "mobilenet_v3_small"},
+        architecture={"name": name},
         task=Task(classes=tuple("0123456789")),
         preprocess=preprocess,
         training={"dataset": str(digits)},
     )
-    save_checkpoint(path, build(ModelConfig(), 10, preprocess), card)
+    model = build(ModelConfig(name=name), 10, preprocess)
+    with torch.no_grad():
+        for weight in model.backbone.parameters():
+            weight.mul_(scale)
+    save_checkpoint(path, model, card)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distcls.cli import COMMANDS, EXTRAS, load_command
+from distcls.cli import COMMANDS, EXTRAS, dispatch, load_command
 from distcls.files import RECIPES, TEMPLATES, Shipped
 
 HEAD = """
@@ -142,13 +143,15 @@ def test_the_command_without_arguments_helps() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command(name: str) -> None:
+def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     result = distcls("help", name)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(f"usage: distcls {name} ")
     assert f"\nexamples:\n  distcls {name} " in result.stdout
-    assert distcls(name, "--help").stdout == result.stdout
-    assert distcls("--help", name).stdout == result.stdout
+    for words in ([name, "--help"], ["--help", name]):
+        with contextlib.suppress(SystemExit):
+            dispatch(words)
+        assert capsys.readouterr().out == result.stdout
 
 
 def test_help_of_an_unknown_command() -> None:
@@ -282,16 +285,21 @@ print(len(mains), "helped")
 """
 
 
-@pytest.mark.parametrize("own", ["{}.py", "{}/__init__.py"])
-@pytest.mark.parametrize("place", ["here", "packages"])
+@pytest.mark.parametrize(
+    ("place", "names"),
+    [
+        ("here", ("export.py", "launch/__init__.py")),
+        ("packages", ("export/__init__.py", "launch.py")),
+    ],
+)
 def test_a_users_own_export_and_launch_are_not_ours(
-    own: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, names: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the current folder, and installed (`pip install launch`), each a file or a folder."""
     here = tmp_path / "here"
     here.mkdir()
-    for name in ("export", "launch"):
-        path = tmp_path / place / own.format(name)
+    for name in names:
+        path = tmp_path / place / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("raise SystemExit('the wrong one')\n")
     root = Path(__file__).parent.parent

@@ -117,13 +117,13 @@ def test_evaluate_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_export_warns_and_the_certificate_says_so(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = untrained(tmp_path / "best.pth", digits, (28, 28))
+    checkpoint = untrained(tmp_path / "best.pth", digits, (28, 28), "simple_cnn", scale=1e-3)
     export_main(["--ckpt", str(checkpoint), "--limit", "64", "--json"])
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert [result["top1_agreement"] for result in found["results"]] == [1, 1, 1]
     assert 1 <= found["distinct_predictions"] < 10
-    assert "hardly depend on the image" in found["warnings"][0]
+    assert any("hardly depend on the image" in text for text in found["warnings"])
     for text in found["warnings"]:
         assert text.endswith("agreement of such predictions proves nothing")
         assert f"warning: {text}" in captured.err.splitlines()

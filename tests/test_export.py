@@ -99,8 +99,10 @@ def test_debug_information_is_stripped_at_every_depth() -> None:
 
 
 def test_a_graph_that_disagrees_is_not_written(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "run").mkdir()
+    checkpoint = untrained(tmp_path / "run" / "best.pth", digits, (28, 36), "simple_cnn")
     right = onnx.to_onnx
 
     def wrong(model: Classifier, card: ModelCard, opset: int) -> object:
@@ -111,11 +113,12 @@ def test_a_graph_that_disagrees_is_not_written(
         return graph
 
     monkeypatch.setattr(onnx, "to_onnx", wrong)
-    out = tmp_path / "model.onnx"
+    out = tmp_path / "out" / "model.onnx"
+    out.parent.mkdir()
     with pytest.raises(DistclsError, match="beyond the tolerance") as caught:
         export(ExportOptions(ckpt=checkpoint, out=out, limit=40))
     assert caught.value.exit_code == 1
-    assert list(tmp_path.iterdir()) == []
+    assert list(out.parent.iterdir()) == []
 
 
 def test_the_result(result: distcls.ExportResult) -> None:

@@ -15,7 +15,8 @@ import pytest
 from distcls.cli import dispatch
 from distcls.errors import BadValue, DistclsError, UsageError
 from distcls.training.config import TrainConfig
-from distcls.training.lr_range import curve_of, find_lr, smooth
+from distcls.training.lr_range import curve_of, fastest_batch, find_lr, smooth
+from distcls.training.memory import batch_speeds
 from distcls.training.run import fit
 from tests import tiny_dataset
 from tests.test_fit import random_states
@@ -88,6 +89,50 @@ def test_a_folder_of_images_is_prepared_elsewhere(
     there = sorted(path.name for path in tmp_path.iterdir())
     assert there == ["lr-find.csv", "lr-find.png", "photos"]
     assert sorted(path.name for path in (tmp_path / "photos").iterdir()) == ["a", "b"]
+
+
+def test_the_batch_size_is_found_with_it(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(digits), "--model", "simple_nn", "--limit", "700", "--steps", "40"]
+    out = ["--out", str(tmp_path / "lr.png"), "--json", "--batch-size", "2"]
+    dispatch(["lr-find", *words, *out, "--fit-batch"])
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    sizes = [int(size) for size in found["batches"]]
+    # ten steps an epoch of 700 images have no more than 70
+    assert sizes == [16, 32, 64][: len(sizes)]
+    assert found["batch_size"] == fastest_batch({int(k): v for k, v in found["batches"].items()})
+    assert f"batch size {found['batch_size']}: images a second by batch size: 16 " in captured.err
+    assert f"--batch-size {found['batch_size']}" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sizes", "best"),
+    [
+        ({16: 1, 32: 1, 64: 1, 128: 1, 256: 1}, [16, 32, 64, 128, 256], 256),
+        ({16: 1, 32: 2, 64: 4, 128: 8}, [16, 32, 64], 16),  # twice no faster
+        ({16: 1, 32: 1, 64: 1.95}, [16, 32, 64], 32),
+        ({16: 1, 32: 1, 64: None}, [16, 32], 32),  # does not fit
+        ({16: None}, [], None),
+    ],
+)
+def test_which_batch_is_taken(
+    seconds: dict[int, float | None], sizes: list[int], best: int | None
+) -> None:
+    class Engine:
+        def trial_step(self, images: int) -> float:
+            took = next(value for size, value in seconds.items() if images <= 1.25 * size)
+            if took is None:
+                raise MemoryError
+            return took
+
+    if best is None:
+        with pytest.raises(DistclsError, match="out of memory with 16 images at a time"):
+            batch_speeds(Engine(), 16, 16)
+        return
+    found = batch_speeds(Engine(), 16, max(seconds))
+    assert (list(found), fastest_batch(found)) == (sizes, best)
 
 
 def made(losses: Any, **options: Any) -> Any:

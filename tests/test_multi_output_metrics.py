@@ -119,8 +119,11 @@ def test_labels_equal_scikit_learn() -> None:
 
 def best_f1(probabilities: NDArray[np.float64], truth: NDArray[np.int64]) -> list[float]:
     """F1 at every multiple of 0.001, by trying them."""
-    limits = [k / 1000 for k in range(1, 1000)]
-    return [f1_score(truth, probabilities >= limit, zero_division=0) for limit in limits]
+    chosen = probabilities >= np.arange(1, 1000)[:, None] / 1000
+    hits = (chosen & (truth == 1)).sum(1)
+    found: list[float] = (2 * hits / (chosen.sum(1) + truth.sum())).tolist()
+    assert found[299] == f1_score(truth, chosen[299])
+    return found
 
 
 def test_thresholds_are_those_of_trying_them_all() -> None:

@@ -61,6 +61,30 @@ def test_confusion_shows_a_class_without_samples_and_names_without_glyphs(
     assert pixels(tmp_path / "c.png").std() > 5
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("short", "short"),
+        ("a" * 20 + "1", "aaaa…aa1"),
+        ("\u202egpj.exe", "\\u20…exe"),
+        ("a\tb\nc", "a b c"),
+        ("\x1b[1m", "\\x1b[1m"),
+        ("قطة", "قطة"),
+        ("می\u200cشوی", "می\u200cشوی"),  # a letter of Persian words, not a mark of direction
+    ],
+)
+def test_names_are_short_and_harmless(name: str, shown: str) -> None:
+    assert plotting.shorten(name, 8) == shown
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
+    tile = plotting.Tile(image=np.zeros((9, 9, 3), np.uint8), text="$x^", name="\u202e" * 300)
+    plotting.draw_grid([tile], tmp_path / "grid.png", title="$\\frac{" + "x" * 500)
+    plotting.confusion(np.eye(2, dtype=int), ["$x^", "\u202e" * 300], tmp_path / "confusion.png")
+    shapes = [pixels(tmp_path / f"{name}.png").shape for name in ("grid", "confusion")]
+    assert max(max(shape) for shape in shapes) < 1500
+
+
 def test_curves_show_both_losses_and_the_best_epoch(tmp_path: Path) -> None:
     plotting.curves(ROWS, tmp_path / "curves.png", "top1")
     image = pixels(tmp_path / "curves.png")

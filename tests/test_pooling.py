@@ -121,13 +121,14 @@ def test_one_column_is_refused() -> None:
 def test_it_is_rebuilt_and_exported(digits: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     process = Preprocess(size=(24, 40), resize="squash")
-    model = build(ModelConfig(pool="columns", batch_norm_momentum=1.0), 10, process)
+    config = ModelConfig(name="resnet18", pool="columns", batch_norm_momentum=1.0)
+    model = build(config, 10, process)
     images = load_images(Dataset.open(digits).split("train"), process, 32)
     with torch.no_grad():  # fresh statistics would let every image's logits vanish
         model.train()(torch.from_numpy(images))
         expected = model.eval()(torch.from_numpy(images)).numpy()
     card = ModelCard(
-        architecture={"name": "mobilenet_v3_small", "pool": "columns"},
+        architecture={"name": "resnet18", "pool": "columns"},
         task=Task(classes=tuple("0123456789")),
         preprocess=process,
         training={"dataset": str(digits)},

@@ -143,4 +143,7 @@ def test_labels_of_several_answers() -> None:
 
 def test_long_names_leave_room_for_their_shares() -> None:
     long = Task(classes=("a" * 40, "b" * 40))
-    assert label_text(torch.tensor([0.6, 0.4]), long) == f"{'a' * 19}… 0.6 + {'b' * 19}… 0.4"
+    assert (
+        label_text(torch.tensor([0.6, 0.4]), long)
+        == f"{'a' * 10}…{'a' * 9} 0.6 + {'b' * 10}…{'b' * 9} 0.4"
+    )

@@ -21,7 +21,9 @@ from distcls.commands.compare import main as compare
 from distcls.commands.report import main
 from distcls.data.dataset import Dataset
 from distcls.errors import UsageError
+from distcls.model_card import SEARCH_TABLE
 from tests import tiny_dataset, tiny_onnx
+from tests.searches import make_search
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -247,16 +249,21 @@ def chromium() -> Iterator[Any]:
     driver.quit()
 
 
+def show(chromium: Any, page: Path, width: int, scheme: str) -> None:
+    """On a screen so wide, light or dark."""
+    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    chromium.get(page.as_uri())
+
+
 def test_in_a_browser(tmp_path: Path, chromium: Any) -> None:
     """Names of classes as hostile as they come, a phone, dark, keyboard, print."""
     run = make_run(tmp_path / "run", NAMES)
     main([str(run), "--quiet"])
     for width, scheme in ((1200, "light"), (390, "dark")):
-        screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-        chromium.get((run / "report.html").as_uri())
+        show(chromium, run / "report.html", width, scheme)
         ask = chromium.execute_script
         assert ask("return document.documentElement.scrollWidth") <= width
         pictures = ask("return [...document.images].map((image) => image.naturalWidth)")
@@ -284,6 +291,33 @@ def test_in_a_browser(tmp_path: Path, chromium: Any) -> None:
     assert not [e for e in chromium.get_log("browser") if "favicon" not in e["message"]]
     printed = chromium.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
     assert len(printed["data"]) > 20_000
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
+def test_a_search_in_a_browser(tmp_path: Path, chromium: Any, width: int, scheme: str) -> None:
+    folder = make_search(tmp_path / "lr")
+    table = folder / SEARCH_TABLE
+    table.write_text(
+        table.read_text().replace(",sgd,", f",{NAMES[0]}$x^$,").replace(",adamw,", f",{NAMES[2]},")
+    )
+    main([str(folder), "--quiet"])
+    show(chromium, folder / "report.html", width, scheme)
+    ask = chromium.execute_script
+    assert ask("return document.documentElement.scrollWidth") <= width
+    drawings = ask("return [...document.querySelectorAll('svg')].map((d) => d.clientHeight)")
+    assert len(drawings) == 2
+    assert min(drawings) > 100
+    ink, ground = (
+        ask(f"return getComputedStyle({where}).{key}")
+        for where, key in (
+            ("document.querySelector('svg text')", "fill"),
+            ("document.querySelector('section')", "backgroundColor"),
+        )
+    )
+    assert abs(_light(ink) - _light(ground)) > 120
+    assert NAMES[0] in ask("return document.body.innerText")
+    assert "\u202e" not in ask("return document.body.innerText")
+    assert not [e for e in chromium.get_log("browser") if "favicon" not in e["message"]]
 
 
 def _light(color: str) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distcls.commands.report import main as report
 from distcls.errors import DistclsError, Stopped, UsageError
 from distcls.launch import search
 from distcls.training.config import TrainConfig
@@ -87,7 +88,7 @@ def look(found: Path, *flags: str, data: str = "fold1") -> list[dict[str, str]]:
 
 
 def rows(found: Path) -> list[dict[str, str]]:
-    with (found / search.TABLE).open(newline="") as handle:
+    with (found / search.SEARCH_TABLE).open(newline="") as handle:
         return list(csv.DictReader(handle))
 
 
@@ -190,6 +191,15 @@ def test_the_median_pruner_waits_for_five(found: Path, pace: Path) -> None:
     rates = "0.01,0.012,0.014,0.016,1e-6,1e-5,0.011"
     table = look(found, "--grid", f"lr={rates}", "--pruner", "median")
     assert [row["state"] for row in table] == [*["complete"] * 5, "pruned", "complete"]
+    report([str(found), "--quiet"])
+    told = (found / "report.html").read_text()
+    assert "a trial is stopped when its best score so far is below the median" in told
+    assert f"--config {found}/search.yaml --resume auto" in told
+    settings = yaml.safe_load((found / search.SETTINGS).read_text())
+    assert settings["grid"] == [f"lr={rates}"]
+    words = ["--config", str(found / search.SETTINGS), "--quiet", "--resume", "auto"]
+    search.main(words)
+    assert rows(found) == table
 
 
 @pytest.mark.usefixtures("pace")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from distcls.evaluation.metrics import metric_state
+from distcls.models.config import ModelConfig
 from distcls.task import Head, Task
 from distcls.training import run
 from distcls.training.config import CheckpointConfig, TrainConfig
@@ -69,6 +70,7 @@ def settings(data: Path, out: Path) -> TrainConfig:
         epochs=2,
         batch_size=32,
         limit=96,
+        model=ModelConfig(name="simple_cnn"),
         quiet=True,
         threads=1,
         resume="auto",

@@ -19,6 +19,10 @@ MOST_FOLDS = 100
 class CvConfig(TrainConfig):
     """The keys of a training run, common to all folds."""
 
+    data: Path = dataclasses.field()
+    """Dataset directory, as `distcls prepare` writes it, or anything that `distcls prepare` reads,
+    such as a folder with one folder per class: that is prepared into `out`. Its training and
+    validation images are divided into folds."""
     out: Path = dataclasses.field()
     """Folder with a run directory for each fold, cv.json and out_of_fold.parquet. The same command
     once more continues where it was stopped."""

@@ -23,6 +23,9 @@ MOST_STEPS = 100_000
 class LrFindConfig(TrainConfig):
     """A training run's keys, but `out` is an image file."""
 
+    data: Path = dataclasses.field()
+    """Dataset directory, as `distcls prepare` writes it, or anything that `distcls prepare` reads,
+    such as a folder with one folder per class: that is prepared in a temporary folder."""
     out: Path = Path("lr-find.png")
     """PNG file to write the curve to; a CSV of its numbers lies beside it. The `out` of a config
     file is ignored."""
@@ -34,6 +37,9 @@ class LrFindConfig(TrainConfig):
     """Learning rate of the last step, if the loss does not diverge before."""
     steps: int = 100
     """Optimiser steps at most."""
+    fit_batch: bool = False
+    """Find the batch size first, in place of `batch_size`: doubled from 16 as long as it fits into
+    memory, gets faster, and leaves ten steps an epoch; the smallest within 10 % of the fastest."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,11 +56,11 @@ COMMAND = Command(
     about="Find a learning rate: a short run whose rate grows with each step until the loss "
     "diverges. Takes the options of distcls train, and leaves no trace of a run.",
     examples=(
-        "distcls lr-find --data photos/",
+        "distcls lr-find --data photos/ --fit-batch",
         "distcls lr-find --config runs/photos/config.yaml --batch-size 64 --out lr-64.png",
     ),
     groups={
-        "the test": ("data", "out", "overwrite", "lowest", "highest", "steps"),
+        "the test": ("data", "out", "overwrite", "fit_batch", "lowest", "highest", "steps"),
         **GROUPS,
     },
     config=True,
@@ -72,7 +78,16 @@ def main(arguments: Sequence[str]) -> None:
     check_output(config, table)
     from distcls.training.lr_range import find_lr  # torch loads for a right command only
 
-    curve = find_lr(config, lowest=config.lowest, highest=config.highest, steps=config.steps)
+    curve = find_lr(
+        config,
+        lowest=config.lowest,
+        highest=config.highest,
+        steps=config.steps,
+        fit_batch=config.fit_batch,
+    )
+    if curve.batches:
+        told = ", ".join(f"{size} {speed:,.0f}" for size, speed in curve.batches.items())
+        log.say(f"batch size {curve.batch_size}: images a second by batch size: {told}")
     write(curve, config.out, table)
     ended = "" if curve.diverged is None else f", diverged at {curve.diverged:.2g}"
     log.say(

@@ -17,6 +17,7 @@ COMMAND = Command(
     examples=(
         "distcls report runs/photos",
         "distcls report runs/photos --data datasets/photos --split test --out report.html",
+        "distcls report searches/lr",
     ),
     groups={"essential options": ("runs", "data", "split", "out", "overwrite")},
 )

@@ -1,9 +1,10 @@
 """`python -m distcls.launch.search --data D --out DIR --grid lr=1e-3,3e-3`: the best values.
 
 Every trial is an ordinary training run in DIR/NNN-VALUES, started as `distcls train` is, and
-DIR/search.csv has a row for each. optuna draws the values, decides what to prune, and stores the
-study in DIR/study.journal, from which `--resume auto` continues: finished and pruned trials
-stay as they are, one that was under way resumes from its last state, failed ones are tried again.
+DIR/search.csv has a row for each; DIR/search.yaml is the config of the search. optuna draws the
+values, decides what to prune, and stores the study in DIR/study.journal, from which `--resume auto`
+continues: finished and pruned trials stay as they are, one that was under way resumes from its last
+state, failed ones are tried again. `distcls report DIR` makes a page of it.
 
 Starting, stopping and resuming trials is written here, as optuna calls a function, where a trial is
 processes that have to be signalled, to save and to resume. Its grid sampler shuffles the grid.
@@ -47,6 +48,7 @@ from distcls.launch.search_space import (
     recipe,
     require_continuable,
 )
+from distcls.model_card import SEARCH_TABLE
 from distcls.models.config import AUTO, OFFLINE, SMALLEST_PRETRAINED
 from distcls.training.config import GROUPS, TrainConfig
 from distcls.training.recipe import MOST_EPOCHS
@@ -74,7 +76,7 @@ COMMAND = Command(
     },
     config=True,
 )
-TABLE, STUDY = "search.csv", "study.journal"
+STUDY, SETTINGS = "study.journal", "search.yaml"
 FIGURES = ("state", "best_score", "std", "best_epoch", "seconds", "exit_code", "error")
 SAVING = "120"
 """Seconds that the launcher gives its processes to save after a signal to stop."""
@@ -101,18 +103,19 @@ def main(arguments: Sequence[str]) -> None:
     fetch_weights(trials)
     with StopSignals() as signals, locked(config.out, signals) as lock:
         search = Search(space, [] if config.kind == "tpe" else trials, signals, lock)
+        write_text(config.out / SETTINGS, dump_yaml(config))
         rows = search.run()
     ranked = ranking(config, rows)
     if config.json:
         log.print_json({"best": ranked[0] if ranked else None, "trials": rows})
     else:
         print("\n".join(table(config, rows)))
-    log.say(f"wrote {config.out / TABLE}")
+    log.say(f"wrote {config.out / SEARCH_TABLE}")
     failed = sum(row["state"] == "failed" for row in rows)
     if not ranked:
-        raise DistclsError(f"all {failed} trials failed; {config.out / TABLE} says why")
+        raise DistclsError(f"all {failed} trials failed; {config.out / SEARCH_TABLE} says why")
     if failed:
-        log.warn(f"{failed} of {len(rows)} trials failed; {config.out / TABLE} says why")
+        log.warn(f"{failed} of {len(rows)} trials failed; {config.out / SEARCH_TABLE} says why")
 
 
 def fetch_weights(trials: list[Trial]) -> None:
@@ -241,12 +244,15 @@ class Process:
 
     def scores(self) -> dict[int, float]:
         """The monitored metric of each finished epoch, counted from 1."""
+        name = f"val_{self.config.monitor.figure}"
+        return {int(row["epoch"]): float(row[name]) for row in self._history()}
+
+    def _history(self) -> list[dict[str, str]]:
         try:
             text = (self.config.out / "history.csv").read_text(encoding="utf-8")
         except FileNotFoundError:
-            return {}
-        name = f"val_{self.config.monitor.figure}"
-        return {int(row["epoch"]): float(row[name]) for row in csv.DictReader(io.StringIO(text))}
+            return []
+        return list(csv.DictReader(io.StringIO(text)))
 
     def new_scores(self) -> Iterator[tuple[int, float]]:
         """Those of the epochs that were not finished at the last call."""
@@ -263,7 +269,9 @@ class Process:
             return dict(json.loads(lines[-1]))
         scores = {str(epoch): score for epoch, score in self.scores().items()}
         best = self.config.monitor.best_of(scores, {}) if scores else ""
-        seconds = time.monotonic() - self._began
+        # as a run counts them: without the start of its processes, if it got beyond that
+        seconds = math.fsum(float(row.get("seconds", 0)) for row in self._history())
+        seconds = seconds or time.monotonic() - self._began
         return {"best_score": scores.get(best, math.nan), "best_epoch": best, "seconds": seconds}
 
     def error(self) -> str:
@@ -445,7 +453,7 @@ def write_table(folder: Path, rows: list[Row]) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(folder / TABLE, text.getvalue())
+    write_text(folder / SEARCH_TABLE, text.getvalue())
 
 
 def ranking(config: SearchConfig, rows: list[Row]) -> list[Row]:

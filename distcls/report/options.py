@@ -20,7 +20,8 @@ class ReportOptions:
     """Options of `distcls report`."""
 
     runs: tuple[Path, ...] = positional()
-    """Run directory, or a model file; several are compared on the same images."""
+    """Run directory, or a model file; several are compared on the same images. Or the folder of a
+    search (`distcls.launch.search`): its trials."""
     data: Path | None = None
     """Dataset directory to measure on; default: that of the first run."""
     split: str | None = None

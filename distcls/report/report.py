@@ -44,7 +44,9 @@ from distcls.page import (
 from distcls.predictor import load
 from distcls.report.options import ReportOptions
 from distcls.report.runs import Run, costly, dataset_of, files_of, images_of, read_run
+from distcls.report.search import place_in_search, search_report
 from distcls.report.several import several_runs
+from distcls.report.trials import is_search, trial_of
 from distcls.report.words import NONE, file_size, in_words, of_split, setting, short
 from distcls.runtime.providers import versions
 
@@ -70,6 +72,8 @@ def report(options: ReportOptions) -> Path:
     Raises UsageError for what is no run, images that are not there, and a file that exists.
     """
     out = _output(options)
+    if any(map(is_search, options.runs)):
+        return _of_search(options, out)
     for path in options.runs:
         require_model(path)
         best_model(path, key="runs")
@@ -86,9 +90,31 @@ def report(options: ReportOptions) -> Path:
             written = one_run(runs[0], dataset, split, options, Path(scratch))
         else:
             written = several_runs(runs, dataset, split, options, Path(scratch))
+    return _write(out, written)
+
+
+def _write(out: Path, written: str) -> Path:
     write_text(out, written)
     log.say(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return out
+
+
+def _of_search(options: ReportOptions, out: Path) -> Path:
+    """The page about a search: its trials have measured themselves."""
+    folder, *others = options.runs
+    if others:
+        found = next(filter(is_search, options.runs))
+        raise UsageError(f"runs: {found} is a search; report it alone, or name some of its trials")
+    for key in ("data", "split", "limit"):
+        if getattr(options, key) is not None:
+            raise UsageError(
+                f"{key}: {folder} is a search, of which the validation scores are shown; give one "
+                "of its trials to measure its model"
+            )
+    require_distinct({"out": out}, {"runs": files_of(folder)})
+    require_writable(out.parent)
+    with tempfile.TemporaryDirectory(prefix="distcls-") as scratch:
+        return _write(out, search_report(folder, Path(scratch)))
 
 
 def _output(options: ReportOptions) -> Path:
@@ -164,8 +190,19 @@ def _summary(run: Run, dataset: Dataset) -> Section:
     headline = tag("ul", *(tag("li", tag("b", v), tag("span", n)) for v, n in cells),
                    class_="headline")  # fmt: skip
     notes = [tag("li", each, class_="warning") for each in result.warnings]
+    notes += [tag("li", each) for each in _trial(run)]
     notes += [tag("li", each) for each in _notes(run, dataset)]
     return section("summary", "Summary", headline, tag("ul", *notes, class_="notes"))
+
+
+def _trial(run: Run) -> list[str]:
+    """That it is one of many, if it is a trial of a search."""
+    try:
+        found = trial_of(run.path)
+    except UsageError as error:
+        log.warn(f"left out of the report: {error}")
+        return []
+    return [] if found is None else [place_in_search(*found)]
 
 
 def _backend(run: Run) -> str:

@@ -56,7 +56,7 @@ def dataset_of(run: Path) -> Path:
     folder = run if run.is_dir() else run.parent
     if is_dataset(folder / IN_RUN):
         return folder / IN_RUN
-    given = _config(folder).get("data")
+    given = read_config(folder / CONFIG).get("data")
     if isinstance(given, str) and is_dataset(Path(given)):
         return Path(given)
     said = f", and {given!r} in its config.yaml is not there" if given else ""
@@ -75,8 +75,8 @@ def read_run(path: Path, data: Path, split: str, limit: int | None) -> Run:
         name=path.resolve().name if path.is_dir() else str(path),
         model=model,
         card=_card(model),
-        config=_config(folder),
-        history=_history(folder / HISTORY),
+        config=read_config(folder / CONFIG),
+        history=read_history(folder / HISTORY),
         result=result,
     )
 
@@ -111,17 +111,20 @@ def _card(model: Path) -> ModelCard:
     return card
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
+def read_config(path: Path) -> dict[str, Any]:
+    """Dotted keys of a config file; empty, with a warning if it is damaged, without it."""
+    if not path.is_file():
         return {}
     try:
-        return {key: given.value for key, given in read_yaml(folder / CONFIG).items()}
+        return {key: given.value for key, given in read_yaml(path).items()}
     except UsageError as error:
         log.warn(f"left out of the report: {error}")
         return {}
 
 
-def _history(path: Path) -> list[dict[str, float]]:
+def read_history(path: Path) -> list[dict[str, float]]:
+    """The rows of a history.csv, of those values that are numbers; none, with a warning if it is
+    damaged, without it."""
     if not path.is_file():
         return []
     try:

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,13 @@ from distcls.training.config import AverageConfig, EmaConfig, TrainConfig, chose
 from distcls.training.distributed import random_numbers_kept, start
 from distcls.training.engine import Engine, StepReport
 from distcls.training.inputs import open_input, prepared
-from distcls.training.memory import explain_out_of_memory, fit_into_memory
+from distcls.training.memory import (
+    ENOUGH_FASTER,
+    batch_speeds,
+    explain_out_of_memory,
+    fit_into_memory,
+)
+from distcls.training.recipe import BATCHES, STEPS_AN_EPOCH
 from distcls.training.resolve import require_usable
 from distcls.training.run import set_up
 from distcls.training.schedule import Schedule
@@ -76,6 +82,8 @@ class LrCurve:
     """The peak learning rate to train with, rounded to two digits."""
     batch_size: int
     """The global batch that it is for."""
+    batches: dict[int, float] = dataclasses.field(default_factory=dict)
+    """Images a second by batch size, where the size was sought, too."""
 
     def marks(self) -> dict[str, float]:
         """Learning rates by what they are, the suggestion first."""
@@ -85,15 +93,22 @@ class LrCurve:
     def to_json(self) -> dict[str, Any]:
         """For --json."""
         names = ("suggestion", "steepest", "minimum", "diverged", "batch_size")
-        return {**{name: getattr(self, name) for name in names}, "steps": len(self.rates)}
+        found = {**{name: getattr(self, name) for name in names}, "steps": len(self.rates)}
+        return {**found, "batches": self.batches} if self.batches else found
 
 
 def find_lr(
-    config: TrainConfig, *, lowest: float = 1e-6, highest: float = 10.0, steps: int = 100
+    config: TrainConfig,
+    *,
+    lowest: float = 1e-6,
+    highest: float = 10.0,
+    steps: int = 100,
+    fit_batch: bool = False,
 ) -> LrCurve:
     """Run a range test with a training run's config, of at most `steps` optimiser steps.
 
-    Nothing of it stays: no file is written, and random numbers go on as if it had not been there.
+    With `fit_batch` the batch size is sought first, see `fastest_batch`. Nothing of it stays: no
+    file is written, and random numbers go on as if it had not been there.
     Raises UsageError as `train` does, DistclsError if the loss fell nowhere.
     """
     require_usable(config)
@@ -106,10 +121,22 @@ def find_lr(
     with random_numbers_kept(), tempfile.TemporaryDirectory(prefix="distcls-lr-") as folder:
         config = prepared(config, Path(folder) / "dataset")
         accelerator = start(config)
-        data = open_input(config)
-        _, config, model, preprocess, _ = set_up(config, data, accelerator.mixed_precision)
+        data, batches = open_input(config), dict[int, float]()
         schedule = Exponential(peak=highest, total_steps=steps, warmup_steps=0, lowest=lowest)
-        engine = Engine(config, accelerator, data, model, preprocess, schedule=schedule)
+
+        def make_engine(config: TrainConfig) -> tuple[TrainConfig, Engine]:
+            _, config, model, preprocess, _ = set_up(config, data, accelerator.mixed_precision)
+            made = Engine(config, accelerator, data, model, preprocess, schedule=schedule)
+            return config, made
+
+        given = config
+        config, engine = make_engine(given)
+        if fit_batch:
+            largest = len(data.train_samples) // STEPS_AN_EPOCH
+            batches = batch_speeds(engine, BATCHES[0], largest)
+            config, engine = make_engine(
+                dataclasses.replace(given, batch_size=fastest_batch(batches), accumulate=1)
+            )
         if config.auto_micro_batch:
             fit_into_memory(engine)
         with explain_out_of_memory(config, engine):
@@ -117,7 +144,15 @@ def find_lr(
             may_skip = 10 if config.precision == "fp16" else 1
             images = chosen(config.batch_size)
             rates, losses, diverged = _measure(engine, steps, images, may_skip)
-    return curve_of(rates, losses, diverged, chosen(config.batch_size))
+    curve = curve_of(rates, losses, diverged, chosen(config.batch_size))
+    return dataclasses.replace(curve, batches=batches)
+
+
+def fastest_batch(speeds: Mapping[int, float]) -> int:
+    """The smallest batch that is about as fast as the fastest: a larger one learns less from as
+    many images."""
+    enough = max(speeds.values()) / ENOUGH_FASTER
+    return min(size for size, speed in speeds.items() if speed >= enough)
 
 
 def _measure(

@@ -7,6 +7,7 @@ gradients. So a trial runs on each process alone, and the processes compare the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -30,7 +31,9 @@ LIBRARIES = (
 )
 """Messages of cuBLAS, cuDNN and oneDNN when their own allocations fail, and Python's of a stack."""
 PASSES = 5
-"""Passes timed before and after compiling; their median counts."""
+"""Passes timed; their median counts."""
+ENOUGH_FASTER = 1.1
+"""Times the speed of a smaller batch, from which a larger one is worth it."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -120,6 +123,31 @@ def _fits(trial: Callable[[], object]) -> bool:
             raise
         return False
     return True
+
+
+def batch_speeds(engine: Engine, smallest: int, largest: int) -> dict[int, float]:
+    """Images a second by batch size, from `smallest` on, doubled as long as the batch fits into
+    memory, is no larger than `largest`, and one of the last two sizes was faster than all before.
+
+    Passes over random pixels, which leave no trace. Raises DistclsError if the smallest does not
+    fit.
+    """
+    speeds: dict[int, float] = {}
+    size, slower = smallest, 0
+    while size <= max(largest, smallest) and slower < 2:
+        most = math.ceil(HEADROOM * size)
+        if not _fits_everywhere(functools.partial(engine.trial_step, most)):
+            break
+        speed = size / _median_seconds(engine, size)
+        slower = slower + 1 if speed < ENOUGH_FASTER * max(speeds.values(), default=0) else 0
+        speeds[size] = speed
+        size *= 2
+    if not speeds:
+        raise DistclsError(
+            f"out of memory with {smallest} images at a time: choose a smaller --input.size or "
+            "--model.name"
+        )
+    return speeds
 
 
 def compile_step(engine: Engine) -> None:

@@ -94,6 +94,8 @@ if TYPE_CHECKING:
 
 WITHOUT_WEIGHTS = {"pretrained": None, "pretrained_sha256": None}
 """What a model file's architecture has of the weights that its run started from."""
+FEW = 20
+"""Validation images below which a run warns."""
 POLL_EVERY = 10
 """Steps between two all-reduces by which processes agree whether to save or stop."""
 
@@ -300,6 +302,8 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> TrainingState:
         lines = banner(config, accelerator, data, preprocess, engine.summary())
         for line in [*lines, *reasons, *of_this_process(config)]:
             say(line)
+        if len(data.val_samples) < FEW:
+            warn(few_images(len(data.val_samples)))
         call_back(run, "on_train_start")
         while not (
             state.epoch >= epochs or state.out_of_patience(config.monitor) or state.stopped_by
@@ -320,6 +324,14 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> TrainingState:
         waited = log.counted(chosen(config.monitor.patience) or 0, "epoch")
         say(f"stopped early: no better {metric} in {waited}")
     return state
+
+
+def few_images(count: int) -> str:
+    """What is said of scores of so few validation images."""
+    return (
+        f"{log.counted(count, 'validation image')}: scores of so few say little, and which epoch "
+        "is best is chance; add images, or use all in turn with distcls cv"
+    )
 
 
 def _why_at_its_end(config: TrainConfig, state: TrainingState) -> str:

@@ -166,7 +166,10 @@ def test_the_name_comes_from_the_data(photos: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("counts", [(8, 7), (2, 2), (13, 2)])
 def test_few_images_of_two_classes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, int]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    counts: tuple[int, int],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     images, _ = digits(sum(counts))
@@ -175,6 +178,8 @@ def test_few_images_of_two_classes(
     train("few", "--out", "run")
     found = json.loads(Path("run/dataset/dataset.json").read_text())["class_counts"]
     assert all(count["train"] >= 1 and count["val"] >= 1 for count in found.values())
+    validated = sum(count["val"] for count in found.values())
+    assert f"{validated} validation images: scores of so few say little" in capsys.readouterr().err
 
 
 def test_two_processes_agree_on_the_new_directory(photos: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import os
 import signal
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from distcls.commands.report import main as report
 from distcls.errors import UsageError
-from distcls.launch.search import TABLE, main
+from distcls.launch.search import main
+from distcls.model_card import SEARCH_TABLE
 from distcls.training.checkpointing import states
 from tests.e2e.commands import ROOT, command, run
 
@@ -29,7 +32,7 @@ def arguments(digits: Path, out: Path, *more: object) -> list[object]:
 
 
 def rows(out: Path) -> Rows:
-    with (out / TABLE).open(newline="") as handle:
+    with (out / SEARCH_TABLE).open(newline="") as handle:
         return list(csv.DictReader(handle))
 
 
@@ -77,6 +80,14 @@ def test_trials_are_ranked_and_a_failed_one_is_a_row(
     assert good["best_epoch"] in ("1", "2")
     assert json.loads(printed) == {"best": good, "trials": table}
     assert "1 of 2 trials failed" in said
+    # a page of it, and a line in that of a trial
+    report([str(out), "--quiet"])
+    page = (out / "report.html").read_text()
+    assert f"distcls train --config {out / good['trial'] / 'config.yaml'} --out runs/best" in page
+    assert html.escape(bad["error"][:50]) in page
+    report([str(out / good["trial"]), "--quiet", "--audit", "false", "--explain", "0"])
+    page = (out / good["trial"] / "report.html").read_text()
+    assert "This is trial 001 of the search" in page
     # what is there is not written over, and no other search is mixed in
     with pytest.raises(UsageError, match="already contains a search; choose another --out"):
         search(*arguments(digits, out, *flags))

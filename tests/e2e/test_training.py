@@ -19,7 +19,9 @@ from tests.e2e.commands import ROOT, SMALL, command, run, train
 
 FILES = ["best.pth", "config.yaml", "curves.png", "history.csv", "last", "metrics.jsonl", "named"]
 """What a run leaves; `named` is the best model under a name that tells its epoch and score."""
-NAMED = re.compile(r"mobilenet_v3_small_e\d+_\d\.\d{5}\.pth")
+NAMED = re.compile(r"simple_cnn_e\d+_\d\.\d{5}\.pth")
+NETWORK = ("--model.name", "simple_cnn")
+"""Nothing here depends on it, and much larger ones train in tests/faults/."""
 
 
 def files_of(run_directory: Path) -> list[str]:
@@ -51,7 +53,7 @@ def history(run_directory: Path) -> list[dict[str, float]]:
 def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two epochs on one process."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    train(digits, out)
+    train(digits, out, *NETWORK)
     return out
 
 
@@ -77,13 +79,13 @@ def test_the_written_config_reproduces_the_run(trained: Path, digits: Path, tmp_
 def test_the_number_of_decoding_threads_changes_nothing(
     trained: Path, digits: Path, tmp_path: Path
 ) -> None:
-    train(digits, tmp_path / "run", "--loader.workers", "5", "--loader.prefetch", "1")
+    train(digits, tmp_path / "run", *NETWORK, "--loader.workers", "5", "--loader.prefetch", "1")
     assert_same_weights(trained, tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_another_seed_is_another_run(trained: Path, digits: Path, tmp_path: Path) -> None:
-    train(digits, tmp_path / "run", "--seed", "1")
+    train(digits, tmp_path / "run", *NETWORK, "--seed", "1")
     with pytest.raises(AssertionError):
         assert_same_weights(trained, tmp_path / "run")
 
@@ -92,7 +94,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(
     trained: Path, digits: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    call = command("--data", digits, "--out", out, *SMALL, module="distcls.train")
+    call = command("--data", digits, "--out", out, *SMALL, *NETWORK, module="distcls.train")
     with subprocess.Popen(call, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not states(out / "last"):
@@ -101,7 +103,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
     assert len(history(out)) == 1
-    said = train(digits, out, "--resume", "auto")
+    said = train(digits, out, *NETWORK, "--resume", "auto")
     assert "resumed" in said
     assert_same_weights(trained, out)
     assert [row["epoch"] for row in history(out)] == [1, 2]
@@ -111,7 +113,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(
 
 
 def test_a_resumed_run_keeps_its_config(trained: Path, digits: Path) -> None:
-    said = train(digits, trained, "--resume", "auto", "--lr", "0.5", code=2)
+    said = train(digits, trained, *NETWORK, "--resume", "auto", "--lr", "0.5", code=2)
     assert "lr: 0.5 given" in said
     assert "Traceback" not in said
 
@@ -125,13 +127,13 @@ def test_a_run_is_not_overwritten(trained: Path, digits: Path) -> None:
 def test_patience_stops_early(digits: Path, tmp_path: Path) -> None:
     # no epoch can improve by more than 1, so the second one is the first without improvement
     more = ("--monitor.patience", "1", "--monitor.min-delta", "1", "--epochs", "9")
-    said = train(digits, tmp_path / "run", *more)
+    said = train(digits, tmp_path / "run", *NETWORK, *more)
     assert "stopped early" in said
     assert len(history(tmp_path / "run")) == 2
 
 
 def test_two_processes_train_together(digits: Path, tmp_path: Path) -> None:
-    more = ("--processes", "2", "--monitor.patience", "1", "--monitor.min-delta", "1")
+    more = ("--processes", "2", "--monitor.patience", "1", "--monitor.min-delta", "1", *NETWORK)
     said = train(digits, tmp_path / "run", *more, "--epochs", "5", "--accumulate", "2", processes=2)
     assert "2 processes" in said
     assert said.count("epoch 1/5") == 1  # one of them speaks

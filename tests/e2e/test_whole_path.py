@@ -18,7 +18,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from torchvision.models import get_model
 
 import distcls.commands.evaluate
 import distcls.commands.export
@@ -34,6 +33,9 @@ from distcls.data.prepare import PrepareOptions
 from distcls.evaluation.evaluate import EvaluateOptions
 from distcls.export.onnx import ExportOptions
 from distcls.export.triton import TritonOptions
+from distcls.imaging import Preprocess
+from distcls.models.config import ModelConfig
+from distcls.models.factory import build
 from distcls.training.config import OPTIMIZERS, DistillConfig, OptimizerConfig, TrainConfig
 from distcls.training.distillation import Teacher
 from distcls.training.inputs import place
@@ -88,11 +90,12 @@ def whole_path(folder: Path) -> None:
         ["digits", "--out", str(data), "--limit", "300", "--write-images"]
     )
     distcls.commands.models.main(["simple_nn"])
-    torch.save(get_model("mobilenet_v3_small").state_dict(), folder / "weights.pth")
+    weights = build(ModelConfig(name="simple_cnn"), 10, Preprocess(size=(28, 28)))
+    torch.save(weights.backbone.state_dict(), folder / "weights.pth")
     distcls.commands.train.main(
         [
             *("--data", str(data), "--out", str(out), "--epochs", "2", "--batch-size", "32"),
-            *("--model.pretrained", str(folder / "weights.pth")),
+            *("--model.name", "simple_cnn", "--model.pretrained", str(folder / "weights.pth")),
             *("--augment.erase", "0.5", "--augment.rotate", "5", "--augment.crop-padding", "2"),
             *("--augment.policy", "randaugment", "--augment.mixup", "0.2", "--augment.cutmix", "1"),
             *("--loss.name", "focal", "--monitor.patience", "3"),

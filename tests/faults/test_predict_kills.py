@@ -100,7 +100,9 @@ def kill_somewhere(process: subprocess.Popen[str], out: Path, rng: random.Random
 
 
 @pytest.mark.row(32)
-@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    "ending", [".csv", pytest.param(".jsonl", marks=pytest.mark.slow), ".parquet"]
+)
 def test_killed_at_random_moments_the_bytes_are_the_same(
     folder: Path, model: Path, tmp_path: Path, ending: str
 ) -> None:
