@@ -101,6 +101,16 @@ def shown(value: object, most: int = 160) -> str:
     return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
+TURNING = {mark: f"\\u{mark:04x}" for mark in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+"""Embeddings, overrides and isolates of the bidirectional algorithm, and how they are shown."""
+
+
+def legible(name: str) -> str:
+    """A name that was read, its marks of direction escaped: they would turn round the text that
+    follows, to the end of its line."""
+    return name.translate(TURNING)
+
+
 def plain(name: str, most: int = 60) -> str:
     """A name that was read, for a line on a terminal: what cannot be printed (controls, marks of
     direction, bytes that are not UTF-8) is escaped, and of more than `most` characters the middle

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from distcls.errors import DistclsError
+from distcls.errors import TURNING, DistclsError
 
 _quiet = False
 _output_closed = False
@@ -382,10 +382,10 @@ class Progress:
         self._live.draw(self._what, self._done / self._total, details, left)
 
 
-_DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _CONTROLS = {
     **{code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code != ord("\t")},
-    **{code: f"\\u{code:04x}" for code in (0x2028, 0x2029, *_DIRECTIONS)},
+    **{code: f"\\u{code:04x}" for code in (0x2028, 0x2029)},
+    **TURNING,
     **{ord("\n"): "\\n", ord("\r"): "\\r"},
 }
 """Characters of paths and files that would end a line, move the cursor or turn text around."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distcls import __version__, log
-from distcls.errors import UsageError
+from distcls.errors import UsageError, legible
 from distcls.files import atomic_path
 
 if TYPE_CHECKING:
@@ -120,16 +120,15 @@ def grid_columns(number: int) -> int:
     return min(choices, key=lambda columns: (-number % columns, abs(columns - ideal)))
 
 
-_HARMFUL = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-"""Controls, marks of direction (they turn what follows around) and what is no letter at all."""
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Controls, and what is no letter at all."""
 
 
 def shorten(text: str, most: int) -> str:
     """A name that was read, in at most `most` letters on one line, the middle cut: long names often
     differ at their end. What is not to be seen and does harm is escaped."""
-    line = _HARMFUL.sub(lambda found: ascii(found[0])[1:-1], " ".join(text.split()))
+    line = " ".join(text.split())
+    line = legible(_UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], line))
     tail = (most - 1) // 2
     return line if len(line) <= most else f"{line[: most - 1 - tail]}…{line[-tail:]}"
 

@@ -23,7 +23,7 @@ from distcls.audit.drift import (
     measure_tests,
     measures_of,
 )
-from distcls.audit.findings import KINDS, Finding, counted, in_order, legible, table
+from distcls.audit.findings import KINDS, Finding, counted, in_order, table
 from distcls.audit.fix import write_fixed
 from distcls.audit.labels import Judges, label_findings
 from distcls.audit.model import features_of, open_features, turned_pairs
@@ -35,7 +35,7 @@ from distcls.data.dataset import require_apart
 from distcls.data.image_dataset import Opened, open_dataset, opened
 from distcls.data.source import SPLITS, ImageRecord, Rejected, as_text, is_text, require_text
 from distcls.data.writer import REJECTED
-from distcls.errors import DistclsError, UsageError, plain, reason_of, require
+from distcls.errors import DistclsError, UsageError, legible, plain, reason_of, require
 from distcls.files import (
     atomic_path,
     claimed_output,

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
+from distcls.errors import legible
 from distcls.files import csv_line
 
 Severity = Literal["error", "warning", "info"]
@@ -37,8 +38,6 @@ KINDS: dict[str, str] = {
     "transparent": "images with transparency",
 }
 """Every kind of finding, in the order of the report, and what it is."""
-TURNING = {mark: f"\\u{mark:04x}" for mark in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
-"""Embeddings, overrides and isolates of the bidirectional algorithm, and how they are shown."""
 COLUMNS = ("kind", "severity", "image", "split", "label", "related", "value", "text")
 
 
@@ -80,12 +79,6 @@ def in_order(findings: Iterable[Finding]) -> list[Finding]:
 
 def _rank(severity: Severity) -> int:
     return SEVERITIES.index(severity)
-
-
-def legible(name: str) -> str:
-    """A name that was read, its marks of direction escaped: they would turn round the text that
-    follows, to the end of its line."""
-    return name.translate(TURNING)
 
 
 def table(findings: Iterable[Finding]) -> Iterator[str]:

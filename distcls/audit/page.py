@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distcls import log, plotting
-from distcls.audit.findings import KINDS, Finding, legible
+from distcls.audit.findings import KINDS, Finding
 from distcls.data.image_dataset import Opened
 from distcls.data.source import Images
-from distcls.errors import BadImage, plain
+from distcls.errors import BadImage, legible, plain
 from distcls.page import Html, joined, page, picture, section, table, tag, tiles
 
 SHOWN = 24
