@@ -155,6 +155,10 @@ class ModelCard:
             if calibration is not None:
                 given = tuple(map(float, calibration["temperatures"]))
                 task = dataclasses.replace(task, temperatures=given)
+                limits = 2 * len(classes) if task.kind == "multi_label" else len(given)
+                for entry in calibration.get("sets", []):
+                    found = entry["least_probability"]
+                    require(len(found) == limits, "calibration.sets", found, f"{limits} numbers")
             return cls(
                 architecture=dict(values["architecture"]),
                 task=task,

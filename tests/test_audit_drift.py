@@ -14,6 +14,7 @@ from distcls.audit.drift import (
     kolmogorov_smirnov,
     measure_tests,
     measures_of,
+    two_sample_test,
 )
 from distcls.audit.scan import scan
 from distcls.data.image_dataset import open_dataset, opened
@@ -80,6 +81,11 @@ def test_a_difference_that_does_not_matter_is_none() -> None:
     assert test.p < 1e-9
     assert not test.differs
     assert not list(drift_findings([test], {}))
+
+
+def test_features_that_are_all_alike_do_not_differ() -> None:
+    rows = np.tile(np.random.default_rng(0).normal(size=64).astype(np.float32), (90, 1))
+    assert two_sample_test(rows[:60], rows[60:]) == (pytest.approx(0, abs=1e-12), 1.0)
 
 
 def test_broken_images_and_few_images_are_not_compared(tmp_path: Path) -> None:

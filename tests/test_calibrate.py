@@ -554,6 +554,13 @@ def test_what_was_fitted_before_is_kept_while_it_holds(
         ({"temperatures": [1.0, 1.0]}, "one for each task"),
         ({}, "temperatures"),
         ({"temperatures": [1.0], "sets": [{"coverage": 2, "least_probability": [0.1]}]}, "sets"),
+        (
+            {
+                "temperatures": [1],
+                "sets": [{"coverage": 0.9, "least_probability": [0, 1], "size": 1}],
+            },
+            "calibration.sets: .*, expected 1 numbers",
+        ),
     ],
 )
 def test_a_card_with_another_calibration_is_refused(values: dict[str, Any], told: str) -> None:

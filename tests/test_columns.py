@@ -25,7 +25,7 @@ from distcls.data.dataset import Dataset, fingerprint_of
 from distcls.data.formats.manifest import read_columns
 from distcls.data.prepare import PrepareOptions, prepare
 from distcls.errors import UsageError
-from distcls.evaluation.groups import _by_range
+from distcls.evaluation.groups import _by_range, _numbers
 from distcls.files import csv_line
 from tests import tiny_dataset, tiny_onnx
 from tests.serving import EXPORTED
@@ -189,6 +189,8 @@ def test_hostile_columns_of_a_dataset_directory_are_dropped(tmp_path: Path) -> N
     table = pq.read_table(data.folder / "manifest.parquet")
     long = pa.array(["x" * 10_000] * COUNT).dictionary_encode()
     table = table.append_column("long", long).append_column("nested", pa.array([[1]] * COUNT))
+    for name in ("twice", "twice", "truth"):
+        table = table.append_column(name, pa.array(range(COUNT)))
     pq.write_table(table, data.folder / "manifest.parquet")
     tiny_dataset.sign(data.folder)
     assert Dataset.open(data.folder).split("test").kept.column_names == [*OTHERS]
@@ -312,6 +314,11 @@ def test_ranges_are_even_and_equal_numbers_stay_together() -> None:
         "1e+09 to inf",
     ]
     assert _by_range(np.array([math.nan]), 3)[1] == []
+
+
+def test_numbers_of_more_than_53_bits_have_ranges() -> None:
+    numbers = pa.chunked_array([pa.array([2**63 - 1 - i for i in range(40)])])
+    assert _numbers(numbers) == pytest.approx(2.0**63)
 
 
 def test_a_head_makes_groups(capsys: pytest.CaptureFixture[str]) -> None:

@@ -258,7 +258,15 @@ def kept_names(table: pa.Table) -> list[str]:
 
 def with_plain_columns(table: pa.Table) -> pa.Table:
     """A manifest.parquet without columns that `prepare` would not have kept."""
-    return table.drop_columns([n for n in kept_names(table) if not _is_plain(table.column(n))])
+    names = table.column_names
+    return table.select(
+        [
+            place
+            for place, name in enumerate(names)
+            if name in OWN
+            or (name not in RESERVED and names.count(name) == 1 and _is_plain(table.column(place)))
+        ]
+    )
 
 
 def _is_plain(column: pa.ChunkedArray) -> bool:

@@ -155,7 +155,7 @@ def _numbers(column: pa.ChunkedArray) -> Floats | None:
     if pa.types.is_boolean(kind):
         return None
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        return np.asarray(column.cast(pa.float64()).to_numpy(), np.float64)
+        return np.asarray(column.cast(pa.float64(), safe=False).to_numpy(), np.float64)
     codes, texts = _by_value(column)
     numbers = [_number(text) for text in texts]
     if not numbers or None in numbers:
