@@ -208,7 +208,12 @@ def check_sets(server: Server, run: str, card: ModelCard, files: list[bytes]) ->
             assert [found[name] for name in ("set", "unsure") if name in found] == known
         sizes.update(map(len, known))
     assert len(sizes) > 1
-    for text, told in {"0.9": "has prediction sets of 0.5", "x": "expected a number"}.items():
+    for text, told in {
+        "0.9": "has prediction sets of 0.5",
+        "x": "expected a number",
+        "2": "coverage: 2.0 is not valid, expected between 0 and 1, as in 0.9",
+        "nan": "coverage: nan is not valid",
+    }.items():
         refused = server.post(f"/predict?model={run}&coverage={text}", files[0])
         assert refused.status == 400
         assert told in refused.error
@@ -470,8 +475,10 @@ def test_from_the_command_line_to_a_column(
     assert all(row["label"] == row["set"].split("|")[0] for row in rows if row["set"])
     with pytest.raises(UsageError, match=r"has prediction sets of 0.8, 0.95; distcls cal"):
         predict_main([*flags, "--coverage", "0.9"])
-    with pytest.raises(UsageError, match="the model has no prediction sets"):
+    with pytest.raises(UsageError, match="of one model, and --tta flip has others"):
         predict_main([*flags, "--coverage", "0.95", "--tta", "flip"])
+    with pytest.raises(UsageError, match="of one model, and an ensemble has others"):
+        predict_main([str(data), "--model", f"{model},{model}", *flags[3:], "--coverage", "0.95"])
 
 
 def test_the_content_says_whether_two_files_are_one_model(tmp_path: Path) -> None:
@@ -491,7 +498,7 @@ def test_what_cannot_be_calibrated(data: Path, tmp_path: Path) -> None:
     before = model.read_bytes()
     few = ["--data", str(data), "--limit", "4"]
     wrong: list[tuple[list[str], str]] = [
-        ([], r"data: the dataset that .*m.onnx was trained on is not here; name one with --data"),
+        ([], r"data: .*m.onnx has no dataset directory; name one with --data"),
         (["--data", str(data), "--split", "dev"], "no split 'dev'"),
         (["--data", str(data), "--coverage", "90"], "coverage: 90.0 is not valid"),
         (["--data", str(data), "--coverage", "0.9,0.9"], "each one once"),

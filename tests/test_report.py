@@ -144,7 +144,34 @@ def test_other_tasks(tmp_path: Path, kind: str) -> None:
     main([str(model), "--data", str(tmp_path / "data"), "--out", str(out), "--quiet"])
     found = outline(out)
     assert {"mistakes", "confidence", "explanation"} <= set(found.sections)
-    assert "% of the decisions on its images" in found.text
+    result = distcls.evaluate_model(model, tmp_path / "data", quiet=True)
+    exact, top1 = result.figures["exact"], result.figures["top1"]
+    assert exact < top1
+    lead = f"On {result.count} test images all {kind} are right for {exact:.1%}"
+    assert lead in found.text
+    assert f"of the {kind} one by one {top1:.1%} are." in found.text
+    assert f"{exact:.1%} all {kind} right (exact) {top1:.1%} {kind} right (top-1)" in found.text
+    assert re.search(r"no interval is computed for .*ECE \(.*; macro precision, ", found.text)
+    wrong = result.count - round(exact * result.count)
+    assert (f"All {wrong} wrong predictions." in found.text) == (1 < wrong <= 24)
+    # beside another model every place has the same figures
+    beside = shutil.copy(model, tmp_path / "other.onnx")
+    main(
+        [
+            *map(str, (model, beside)),
+            "--data",
+            str(tmp_path / "data"),
+            "--out",
+            str(out),
+            "--quiet",
+            "--overwrite",
+        ]
+    )
+    found = outline(out)
+    assert f"all {kind} right (exact); {top1:.1%} of the {kind} (top-1)" in found.text
+    assert found.text.count(f"{exact:.1%}") >= 4
+    assert "B minus A figure difference 95 % interval p test exact +0.0000" in found.text
+    assert f"+0.00 points of exact, all {kind} of an image right (" in found.text
 
 
 def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +192,7 @@ def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert told["verdict"].startswith("A is better than B by")
     assert told["verdict"] in found.text
     only = re.findall(r"is right, . is wrong: (\d+)", found.text)
+    assert told["figure"] == "top1"
     difference = next(each for each in told["differences"] if each["figure"] == "top1")
     assert int(only[0]) - int(only[1]) == round(50 * difference["difference"])
     assert "setting A B lr 0.01 0.02" in found.text
