@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
 import distcls
+from distcls import log
 from distcls.cli import dispatch
 from distcls.commands.evaluate import main
 from distcls.commands.predict import main as predict_main
@@ -462,3 +463,17 @@ def test_names_that_cannot_be_printed_or_written(tmp_path: Path, model: Path) ->
     (photos / "red/1.png").rename(os.fsdecode(os.fsencode(photos) + b"/red/w\xff.png"))
     with pytest.raises(UsageError, match=r"1 image with a name that is not UTF-8, first red/w.xff"):
         distcls.evaluate_model(model, photos, quiet=True)
+
+
+def test_columns_stand_below_each_other_whatever_the_script(tmp_path: Path) -> None:
+    names = ("猫", "한국어이름", "e\u0301te\u0301")
+    images, truth = tiny_dataset.coloured(30)
+    data = tiny_dataset.write(tmp_path / "data", list(images), truth, names, splits=["test"] * 30)
+    model = tiny_onnx.write(tmp_path / "m.onnx", tiny_onnx.card(names))
+    text = distcls.evaluate_model(model, data, by="label", quiet=True).to_text()
+    rows = [line for line in text.splitlines() if line.startswith(names)]
+    assert len(rows) == 6
+    for table in (rows[:3], rows[3:]):  # the classes, the groups
+        assert len({log.width(row) for row in table}) == 1
+    assert [log.width(name) for name in names] == [2, 10, 3]
+    assert log.aligned([["猫", "1"], ["ab c", "2"]]) == ["猫    1", "ab c  2"]

@@ -21,7 +21,10 @@ from distcls.commands.compare import main as compare
 from distcls.commands.report import main
 from distcls.data.dataset import Dataset
 from distcls.errors import UsageError
+from distcls.evaluation import plots
 from distcls.model_card import SEARCH_TABLE
+from distcls.page import COLORS, STYLE
+from distcls.plotting import BLUE, GREEN, GREY, ORANGE, RED
 from tests import tiny_dataset, tiny_onnx
 from tests.searches import make_search
 
@@ -261,6 +264,30 @@ def test_needs_no_torch(tmp_path: Path) -> None:
     assert "explanation" in outline(run / "report.html").sections
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_lines_of_drawings_stand_out(scheme: str) -> None:
+    style = STYLE.read_text()
+    light, dark = (
+        dict(re.findall(r"--(\w+): (#\w{6});", part)) for part in style.split("@media")[:2]
+    )
+    colors = {"light": {"panel": "#ffffff"} | light, "dark": light | dark}[scheme]
+    drawn = {BLUE, ORANGE, GREEN, RED, GREY, *plots.COLORS}
+    assert drawn <= COLORS.keys()
+    for color in drawn:
+        own = colors[COLORS[color].removeprefix("var(--").removesuffix(")")]
+        assert _contrast(own, colors["panel"]) > {"light": 2.8, "dark": 5}[scheme]
+
+
+def _contrast(one: str, other: str) -> float:
+    """As WCAG 2 defines it."""
+    light = []
+    for color in (one, other):
+        parts = np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        light.append(float(linear @ [0.2126, 0.7152, 0.0722]) + 0.05)
+    return max(light) / min(light)
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver", reason="distcls[dev] is not installed")
@@ -311,6 +338,12 @@ def test_in_a_browser(tmp_path: Path, chromium: Any) -> None:
         )
         assert abs(_light(ink) - _light(ground)) > 120
         assert NAMES[1] in ask("return document.body.innerText")
+        # what is cut at the side has a shade there, which stays while its cover scrolls away
+        places = "[...document.querySelectorAll('.wide')]"
+        cut = f"{places}.filter((each) => each.scrollWidth > each.clientWidth)"
+        assert ask(f"return {cut}.length") > (2 if width == 390 else -1)
+        kinds = ask(f"return {places}.map((each) => getComputedStyle(each).backgroundAttachment)")
+        assert set(kinds) == {"local, local, scroll, scroll"}
     ask("document.activeElement.blur()")
     from selenium.webdriver.common.keys import Keys
 

@@ -236,6 +236,10 @@ class EvaluationResult:
                 between = "" if ends is None else f"  ({ends[0]:.4f} to {ends[1]:.4f})"
                 lines.append(f"{plotting.metric_title(name):<17} {value:.4f}{between}")
         lines.append("in brackets: 95 % intervals, of other images of the same kind")
+        if several := self.task.outputs:
+            lines.append(
+                f"exact: images with all {several} right; top-1: of the {several} one by one"
+            )
         if self.by is not None:
             values = (plain(each.value) for each in self.groups)
             wide = max(width, *map(log.width, (plain(self.by), *values)))

@@ -379,7 +379,7 @@ def _warn_of_spread(outputs: Outputs, coverage: float) -> None:
         rare = " with a label, or without it," if outputs.task.kind == "multi_label" else ""
         log.warn(
             f"coverage: sets that are fitted to {log.counted(count, 'image')}{rare} hold "
-            f"the truth of {mean:.2f} ± {deviation:.2f} of others (mean and standard deviation over "
+            f"the truth of {mean:.2f} ± {deviation:.2f} of others (mean and standard deviation of "
             "such fits)"
         )
 

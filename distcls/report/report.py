@@ -395,10 +395,7 @@ def _notes_of_figures(run: Run, names: Sequence[str]) -> list[str]:
     """What the table of figures leaves open."""
     notes = ["The interval is that of other images of the same kind: small sets have wide ones."]
     if several := run.result.task.outputs:
-        notes.append(
-            f"exact: images with all {several} right; top-1: the share of the {several} that are "
-            "right, over all images."
-        )
+        notes.append(f"exact: images with all {several} right; top-1: of the {several} one by one.")
     without = [name for name in names if name not in run.result.intervals]
     reasons = {"ece": "of few images it is too great by more than it varies"}
     reasons |= {name: "the same for every image" for name in run.result.scores if name != "ece"}
