@@ -357,6 +357,7 @@ def test_runs_are_evaluated_on_what_their_config_names(
         Path(name, "config.yaml").write_text("data: ds/m\n")
     assert compared("a", "b").images == 20
     Path("b", "config.yaml").write_text("data: ds/n\n")
+    Path("b", "best.pth").write_bytes(b"damaged")
     told = "data: b has no dataset directory, and 'ds/n' in its config.yaml is not there; name one"
     with pytest.raises(UsageError, match=told):
         compared("a", "b")

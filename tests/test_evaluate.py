@@ -26,6 +26,7 @@ from distcls.commands.evaluate import main
 from distcls.commands.predict import main as predict_main
 from distcls.errors import BadValue, DistclsError, UsageError
 from distcls.evaluation.intervals import wilson
+from distcls.evaluation.overlap import dataset_of
 from distcls.evaluation.plots import PICTURES
 from distcls.task import softmax
 from tests import tiny_dataset, tiny_onnx
@@ -242,6 +243,27 @@ def test_an_evaluation_is_never_replaced_silently(
 def test_wrong_usage(model: Path, data: Path, flags: list[str], told: str) -> None:
     with pytest.raises(DistclsError, match=told):
         main(["--model", str(model), "--data", str(data), *flags])
+
+
+def test_a_checkpoint_says_what_it_was_trained_on(tmp_path: Path, data: Path) -> None:
+    from distcls.models import factory
+    from distcls.models.checkpoint import save_checkpoint
+    from distcls.models.config import ModelConfig
+
+    config = ModelConfig(name="simple_cnn")
+    card = dataclasses.replace(
+        tiny_onnx.card(size=(32, 32)),
+        architecture=dataclasses.asdict(config),
+        training={"dataset": str(data)},
+    )
+    run = tmp_path / "run"
+    run.mkdir()
+    save_checkpoint(run / "best.pth", factory.build(config, 3, card.preprocess), card)
+    tiny_onnx.write(run / "best.onnx")
+    for place in (run, run / "best.pth"):
+        assert dataset_of(place) == data
+    with pytest.raises(UsageError, match=r"data: .*best.onnx has no dataset directory; name one"):
+        dataset_of(run / "best.onnx")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ are too good."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -32,9 +33,10 @@ def dataset_of(run: Path) -> Path:
     found = _own_dataset(run, None)
     checkpoint = folder / BEST_PTH if run.is_dir() else run
     if found is None and checkpoint.suffix.lower() == ".pth" and checkpoint.is_file():
-        from distcls.models.checkpoint import read_checkpoint  # needs torch, as the file does
+        with contextlib.suppress(ImportError, UsageError):  # without torch, or damaged
+            from distcls.models.checkpoint import read_checkpoint
 
-        found = _own_dataset(run, read_checkpoint(checkpoint)[0].training.get("dataset"))
+            found = _own_dataset(run, read_checkpoint(checkpoint)[0].training.get("dataset"))
     if found is None:
         given = _data_in_config(run, folder / CONFIG)
         said = f", and {given!r} in its config.yaml is not there" if given else ""
