@@ -229,6 +229,9 @@ def _remove_unclaimed(temporary: Path) -> None:
         os.close(descriptor)
 
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextlib.contextmanager
 def writable(folder: Path) -> Iterator[None]:
     """Turn the system's errors on writing below `folder` into ones that tell users what to do."""
@@ -248,9 +251,8 @@ def writable(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise DistclsError(
-            f"writing below {folder} failed: {error.strerror} ({_free_space(folder)} free there)"
-        ) from error
+        free = f" ({_free_space(folder)} free there)" if error.errno in _NO_SPACE else ""
+        raise DistclsError(f"writing below {folder} failed: {error.strerror}{free}") from error
 
 
 def require_writable(folder: Path) -> None:

@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
@@ -152,6 +153,29 @@ def amount(number: int, digits: int) -> str:
 def counted(number: int, noun: str, plural: str = "") -> str:
     """A number with its noun: `1 error`, `2 errors`, `2 processes`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def width(text: str) -> int:
+    """The cells of a terminal that a text takes: letters of Chinese, Japanese and Korean take two,
+    marks above another letter none."""
+    if text.isascii():
+        return len(text)
+    letters = (each for each in text if unicodedata.category(each) not in ("Mn", "Me", "Cf"))
+    return sum(1 + (unicodedata.east_asian_width(each) in ("W", "F")) for each in letters)
+
+
+def padded(text: str, cells: int) -> str:
+    """A text with blanks behind it, so wide."""
+    return text + " " * (cells - width(text))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each row of a table, whose columns stand below each other."""
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(padded(cell, cells) for cell, cells in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 class Live:

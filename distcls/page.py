@@ -16,6 +16,22 @@ STYLE = Path(__file__).with_name("page.css")
 SIDE = 192
 """Longer side of a thumbnail in pixels."""
 QUALITY = 85
+COLORS = {
+    "#000000": "currentColor",
+    "#374151": "currentColor",
+    "#e5e7eb": "var(--line)",
+    "#1f5fa8": "var(--blue)",
+    "#e07b00": "var(--orange)",
+    "#2e7d32": "var(--green)",
+    "#c62828": "var(--red)",
+    "#6b7280": "var(--grey)",
+    "#7c3aed": "var(--violet)",
+    "#0891b2": "var(--cyan)",
+    "#be185d": "var(--pink)",
+    "#4d7c0f": "var(--olive)",
+    "#92400e": "var(--brown)",
+}
+"""Colours of drawings, and those of the page, light or dark, in their place."""
 MOST_ROWS = 40
 """Rows of a table before it is folded."""
 
@@ -103,8 +119,7 @@ def drawing(path: Path, label: str, *, wide: bool = False) -> Html:
     """
     drawn = path.read_text(encoding="utf-8")
     drawn = drawn[drawn.index("<svg") :]
-    for color, own in (("#000000", "currentColor"), ("#374151", "currentColor"),
-                       ("#e5e7eb", "var(--line)")):  # fmt: skip
+    for color, own in COLORS.items():
         drawn = drawn.replace(color, own)
     # names of parts are those of the file; several files meet in a page
     prefix = re.sub(r"\W", "", path.stem)

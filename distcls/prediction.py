@@ -228,16 +228,22 @@ SET, UNSURE = "set", "unsure"
 that an image has, and those that it may have or not."""
 
 
+def require_coverage(value: float | None) -> None:
+    """Raise BadValue for what is no coverage of prediction sets."""
+    require(value is None or 0 < value < 1, "coverage", value, "between 0 and 1, as in 0.9")
+
+
 def least_probabilities(
     calibration: dict[str, Any] | None, coverage: float | None
 ) -> list[float] | None:
     """What a card's calibration has of prediction sets: the least probability of a class in that of
     each head, or for labels that of each yes and of each no; None without a coverage.
 
-    Raises UsageError for a coverage that the model was not calibrated for.
+    Raises UsageError for a coverage that the model was not calibrated for, BadValue for none.
     """
     if coverage is None:
         return None
+    require_coverage(coverage)
     sets = (calibration or {}).get("sets", [])
     for entry in sets:
         if math.isclose(entry["coverage"], coverage, abs_tol=1e-9):
@@ -246,10 +252,7 @@ def least_probabilities(
     has = (
         f"the model has prediction sets of {known}" if known else "the model has no prediction sets"
     )
-    raise UsageError(
-        f"coverage: {has}; distcls calibrate MODEL --coverage {coverage:g} fits them, of one model "
-        "without --tta"
-    )
+    raise UsageError(f"coverage: {has}; distcls calibrate MODEL --coverage {coverage:g} fits them")
 
 
 def prediction_sets(

@@ -99,6 +99,11 @@ class Task:
         """Whether the task is single-label."""
         return self.kind == "single_label"
 
+    @property
+    def outputs(self) -> str:
+        """What its several outputs are called, `heads` or `labels`; empty for a single label."""
+        return {"multi_head": "heads", "multi_label": "labels"}.get(self.kind, "")
+
     @functools.cached_property
     def slices(self) -> tuple[slice, ...]:
         """Which logits compete: those of each head, or of a single class all."""

@@ -30,10 +30,11 @@ from distcls.evaluation.calibration import (
     abstain_for_answers,
     fit_temperatures,
     prediction_sets,
+    spread_of_coverage,
 )
 from distcls.evaluation.outputs import Outputs
 from distcls.evaluation.scores import calibration_bins
-from distcls.export.calibrate import write_card
+from distcls.export.calibrate import CalibrationResult, write_card
 from distcls.export.graph import SCALED, set_temperatures
 from distcls.model_card import ModelCard
 from distcls.prediction import prediction_sets as set_members
@@ -208,7 +209,12 @@ def check_sets(server: Server, run: str, card: ModelCard, files: list[bytes]) ->
             assert [found[name] for name in ("set", "unsure") if name in found] == known
         sizes.update(map(len, known))
     assert len(sizes) > 1
-    for text, told in {"0.9": "has prediction sets of 0.5", "x": "expected a number"}.items():
+    for text, told in {
+        "0.9": "has prediction sets of 0.5",
+        "x": "expected a number",
+        "2": "coverage: 2.0 is not valid, expected between 0 and 1, as in 0.9",
+        "nan": "coverage: nan is not valid",
+    }.items():
         refused = server.post(f"/predict?model={run}&coverage={text}", files[0])
         assert refused.status == 400
         assert told in refused.error
@@ -398,6 +404,21 @@ def test_sets_of_labels_hold_yes_and_no_as_often_as_they_say(sharper: float) -> 
             assert 1 - missed[own].mean() == pytest.approx(0.9, abs=0.02), (name, has)
 
 
+def test_the_coverage_of_a_fit_to_few_images_varies_as_is_said() -> None:
+    task, held = Task(classes=("a", "b", "c")), []
+    for seed in range(400):
+        logits, labels = simulated(task, 220, 1.0, seed)
+        both = outputs_of(task, logits, labels)
+        few, others = both.take(np.arange(20)), both.take(np.arange(20, 220))
+        (least,) = prediction_sets(few, 0.8)
+        chances = others.task.of_answers(others.probabilities, others.labels)
+        held.append(float((chances >= least).mean()))
+    count, mean, deviation = spread_of_coverage(few, 0.8)
+    assert (count, mean) == (20, 17 / 21)
+    assert np.mean(held) == pytest.approx(mean, abs=0.02)
+    assert np.var(held) - mean * (1 - mean) / 200 == pytest.approx(deviation**2, rel=0.3)
+
+
 def test_a_rare_label_is_never_excluded() -> None:
     logits, labels = simulated(LABELS, 400, 1)
     labels[:, 2] = np.arange(400) < 8  # 9 are needed
@@ -470,8 +491,34 @@ def test_from_the_command_line_to_a_column(
     assert all(row["label"] == row["set"].split("|")[0] for row in rows if row["set"])
     with pytest.raises(UsageError, match=r"has prediction sets of 0.8, 0.95; distcls cal"):
         predict_main([*flags, "--coverage", "0.9"])
-    with pytest.raises(UsageError, match="the model has no prediction sets"):
+    with pytest.raises(UsageError, match="of one model, and --tta flip has others"):
         predict_main([*flags, "--coverage", "0.95", "--tta", "flip"])
+    with pytest.raises(UsageError, match="of one model, and an ensemble has others"):
+        predict_main([str(data), "--model", f"{model},{model}", *flags[3:], "--coverage", "0.95"])
+
+
+def test_a_run_is_calibrated_on_what_its_config_names(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)
+    (tmp_path / "run").mkdir()
+    tiny_onnx.write(tmp_path / "run" / "best.onnx")
+    (tmp_path / "run" / "config.yaml").write_text(f"data: {data.name}\n")
+    main([str(tmp_path / "run"), "--coverage", "0.8", "--limit", "20", "--quiet"])
+    told = "coverage: sets that are fitted to 20 images hold the truth of 0.81 ± 0.08 of others"
+    assert told in capsys.readouterr().err
+
+
+def test_sets_of_heads_have_their_names() -> None:
+    result = CalibrationResult(
+        **{"files": (), "data": "", "split": "val", "images": 20, "names": ("hue", "odd")},
+        **{"temperatures": (1.0, 2.0), "ece": (0.2, 0.1), "loss": (0.2, 0.1)},
+        sets=({"coverage": 0.8, "least_probability": [0.25, 0.5], "size": 1.2},),
+    )
+    told = "hold the true class of each head for 0.8 of the images, 1.20 classes a head on average"
+    assert (
+        f"sets         {told}: those of probability hue 0.25, odd 0.5 and more" in result.to_text()
+    )
 
 
 def test_the_content_says_whether_two_files_are_one_model(tmp_path: Path) -> None:
@@ -491,7 +538,7 @@ def test_what_cannot_be_calibrated(data: Path, tmp_path: Path) -> None:
     before = model.read_bytes()
     few = ["--data", str(data), "--limit", "4"]
     wrong: list[tuple[list[str], str]] = [
-        ([], r"data: the dataset that .*m.onnx was trained on is not here; name one with --data"),
+        ([], r"data: .*m.onnx has no dataset directory; name one with --data"),
         (["--data", str(data), "--split", "dev"], "no split 'dev'"),
         (["--data", str(data), "--coverage", "90"], "coverage: 90.0 is not valid"),
         (["--data", str(data), "--coverage", "0.9,0.9"], "each one once"),

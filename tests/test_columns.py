@@ -255,6 +255,24 @@ def test_groups_of_any_column(
         assert groups(capsys, model, place, "--by", "flash").keys() == {"True", "False"}
 
 
+def test_numbers_are_in_order_and_what_pandas_writes_is_missing(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = ["10", "9", "  ", "nan", "NA", "9.0", "100", "", "NaN", "-1"]
+    others = {"Age": cells * 6, "site": ["NA", "DE", " ", "", "DE"] * 12}
+    source = manifest(tmp_path, "csv", others)
+    found = groups(capsys, model, source, "--by", "age", "--bins", "0")
+    counts = {value: group["count"] for value, group in found.items()}
+    assert list(counts) == ["-1", "9", "10", "100", "(no value)"]
+    assert counts == {"-1": 6, "9": 12, "10": 6, "100": 6, "(no value)": 30}
+    found = groups(capsys, model, source, "--by", "age")
+    assert {value: group["count"] for value, group in found.items()} == counts
+    found = groups(capsys, model, source, "--by", "site")  # of texts NA is one of them
+    assert {value: group["count"] for value, group in found.items()} == {
+        **{"NA": 12, "DE": 24, "(no value)": 24}
+    }
+
+
 def test_every_prediction_has_them(tmp_path: Path, model: Path) -> None:
     source = manifest(tmp_path, "parquet", OTHERS)
     outputs = distcls.evaluate_model(model, source, quiet=True).outputs
@@ -287,6 +305,7 @@ def test_columns_that_make_no_groups(tmp_path: Path, model: Path) -> None:
     for more, told in {
         ("--by", "camra"): "by: the manifest has no column 'camra' .*did you mean 'Camera'",
         ("--by", "path"): "by: the manifest has no column 'path' that makes groups",
+        ("--by", "Labels"): "by: 'Labels' is a name that distcls uses, and .*; rename it in the",
         ("--by", "Camera", "--bins", "4"): "bins: 4 is for numbers, and 'Camera' has none",
     }.items():
         with pytest.raises(UsageError, match=told):

@@ -73,7 +73,7 @@ def test_a_better_model_is_said_to_be_better_whatever_the_order(
     lines = capsys.readouterr().out.splitlines()
     difference = 100 * accuracy["difference"]
     ends = f"{100 * accuracy['low']:.2f} to {100 * accuracy['high']:.2f}"
-    verdict = f"B is better than A by {difference:.2f} points of accuracy ({ends}), p < 0.001"
+    verdict = f"B is better than A by {difference:.2f} points of top-1 ({ends}), p < 0.001"
     assert verdict in lines
     assert compared(other, first).verdict(1).startswith(f"A is better than B by {difference:.2f} ")
 
@@ -186,7 +186,7 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         ("table.csv", "table.csv: expected predictions.parquet"),
         ("empty", "empty is a folder without best.onnx or best.pth"),
         ("cv", "runs of a cross-validation; name one, such as .*fold-1 .*out_of_fold.parquet"),
-        ("alone", r"is no evaluation \(it has no predictions.parquet\) .* --data"),
+        ("alone", r"data: .*alone has no dataset directory; name one with --data"),
     ):
         with pytest.raises(UsageError, match=told):
             compared(first, tmp_path / name)
@@ -302,10 +302,13 @@ def test_heads_are_compared_one_by_one(tmp_path: Path, capsys: pytest.CaptureFix
         assert (head.first, head.other) == (right[0].mean(), right[1].mean())
         assert (head.low, head.high) == paired_difference(only[1], only[0], COUNT)
         assert head.p == mcnemar(*only)
-    assert by_name["top1"].first == (first.decided == first.labels).all(axis=1).mean()
+    assert by_name["exact"].first == (first.decided == first.labels).all(axis=1).mean()
+    assert by_name["top1"].first == (first.decided == first.labels).mean()
     main([str(one), str(two)])
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("accuracy of my colour ") for line in lines) == 1
+    points = 100 * abs(by_name["exact"].value)
+    assert any(f"{points:.2f} points of exact, all heads of an image right (" in x for x in lines)
     starts = {line.index("McNemar") for line in lines if "McNemar" in line}
     assert len(starts) <= 2  # `< 0.001` is longer
 
@@ -334,6 +337,27 @@ def test_several_outputs(tmp_path: Path, run: str, data: str) -> None:
     for name in ("best.pth", "best.onnx"):
         evaluate_model(EXPORTED / run / name, EXPORTED / data, out=tmp_path / name, quiet=True)
     (found,) = compared(tmp_path / "best.pth", tmp_path / "best.onnx").differences
-    assert [each.figure for each in found] == ["top1", "loss", *OF_SEVERAL[run]]
-    exact = json.loads((tmp_path / "best.onnx" / "metrics.json").read_text())["exact"]
-    assert found[0].other == pytest.approx(exact)
+    assert [each.figure for each in found] == ["exact", "top1", "loss", *OF_SEVERAL[run]]
+    measured = json.loads((tmp_path / "best.onnx" / "metrics.json").read_text())
+    for each in found[:2]:
+        assert each.other == pytest.approx(measured[each.figure])
+
+
+def test_runs_are_evaluated_on_what_their_config_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images, labels = tiny_dataset.coloured(20)
+    tiny_dataset.write(
+        Path("ds", "m"), list(images), labels, tiny_onnx.COLOURS, splits=["test"] * 20
+    )
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        tiny_onnx.write(Path(name, "best.onnx"))
+        Path(name, "config.yaml").write_text("data: ds/m\n")
+    assert compared("a", "b").images == 20
+    Path("b", "config.yaml").write_text("data: ds/n\n")
+    Path("b", "best.pth").write_bytes(b"damaged")
+    told = "data: b has no dataset directory, and 'ds/n' in its config.yaml is not there; name one"
+    with pytest.raises(UsageError, match=told):
+        compared("a", "b")

@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
 import distcls
+from distcls import log
 from distcls.cli import dispatch
 from distcls.commands.evaluate import main
 from distcls.commands.predict import main as predict_main
 from distcls.errors import BadValue, DistclsError, UsageError
 from distcls.evaluation.intervals import wilson
+from distcls.evaluation.overlap import dataset_of
 from distcls.evaluation.plots import PICTURES
 from distcls.task import softmax
 from tests import tiny_dataset, tiny_onnx
@@ -201,7 +203,7 @@ def test_a_bad_image_is_named_and_nothing_written(
     told = capsys.readouterr().err
     assert "image 0007" in told
     assert "image 0070" in told
-    assert list((tmp_path / "o").iterdir()) == []
+    assert not (tmp_path / "o").exists()
 
 
 def test_an_evaluation_is_never_replaced_silently(
@@ -235,11 +237,33 @@ def test_an_evaluation_is_never_replaced_silently(
         (["--data", "missing"], "missing: no such dataset directory"),
         (["--limit", "0"], "limit: 0 is not valid"),
         (["--out", "/dev/null/sub"], "/dev/null"),
+        (["--out", "/proc/none"], "writing below /proc/none failed: No such file or directory$"),
     ],
 )
 def test_wrong_usage(model: Path, data: Path, flags: list[str], told: str) -> None:
     with pytest.raises(DistclsError, match=told):
         main(["--model", str(model), "--data", str(data), *flags])
+
+
+def test_a_checkpoint_says_what_it_was_trained_on(tmp_path: Path, data: Path) -> None:
+    from distcls.models import factory
+    from distcls.models.checkpoint import save_checkpoint
+    from distcls.models.config import ModelConfig
+
+    config = ModelConfig(name="simple_cnn")
+    card = dataclasses.replace(
+        tiny_onnx.card(size=(32, 32)),
+        architecture=dataclasses.asdict(config),
+        training={"dataset": str(data)},
+    )
+    run = tmp_path / "run"
+    run.mkdir()
+    save_checkpoint(run / "best.pth", factory.build(config, 3, card.preprocess), card)
+    tiny_onnx.write(run / "best.onnx")
+    for place in (run, run / "best.pth"):
+        assert dataset_of(place) == data
+    with pytest.raises(UsageError, match=r"data: .*best.onnx has no dataset directory; name one"):
+        dataset_of(run / "best.onnx")
 
 
 @pytest.fixture
@@ -405,7 +429,8 @@ def test_what_cannot_be_evaluated(tmp_path: Path, model: Path, data: Path) -> No
     ]
     for one, images, options, told in wrong:
         with pytest.raises(UsageError, match=told):
-            distcls.evaluate_model(one, images, **options)
+            distcls.evaluate_model(one, images, out=tmp_path / "ev" / "lab", **options)
+    assert not (tmp_path / "ev").exists()
     predictor.close()
     with pytest.raises(DistclsError, match="the predictor is closed"):
         distcls.evaluate_model(predictor, data)
@@ -460,3 +485,17 @@ def test_names_that_cannot_be_printed_or_written(tmp_path: Path, model: Path) ->
     (photos / "red/1.png").rename(os.fsdecode(os.fsencode(photos) + b"/red/w\xff.png"))
     with pytest.raises(UsageError, match=r"1 image with a name that is not UTF-8, first red/w.xff"):
         distcls.evaluate_model(model, photos, quiet=True)
+
+
+def test_columns_stand_below_each_other_whatever_the_script(tmp_path: Path) -> None:
+    names = ("猫", "한국어이름", "e\u0301te\u0301")
+    images, truth = tiny_dataset.coloured(30)
+    data = tiny_dataset.write(tmp_path / "data", list(images), truth, names, splits=["test"] * 30)
+    model = tiny_onnx.write(tmp_path / "m.onnx", tiny_onnx.card(names))
+    text = distcls.evaluate_model(model, data, by="label", quiet=True).to_text()
+    rows = [line for line in text.splitlines() if line.startswith(names)]
+    assert len(rows) == 6
+    for table in (rows[:3], rows[3:]):  # the classes, the groups
+        assert len({log.width(row) for row in table}) == 1
+    assert [log.width(name) for name in names] == [2, 10, 3]
+    assert log.aligned([["猫", "1"], ["ab c", "2"]]) == ["猫    1", "ab c  2"]

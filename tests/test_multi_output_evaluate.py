@@ -188,9 +188,9 @@ def test_table_for_people_and_the_picture_of_one_alphabet(
     model = tiny_onnx.write(tmp_path / "m.onnx", card(word))
     flags = ["--model", str(model), "--data", str(data), "--split", "train"]
     evaluate_main([*flags, "--out", str(tmp_path / "out")])
-    lines = {
-        line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line
-    }
+    text = capsys.readouterr().out
+    assert "exact: images with all heads right; top-1: of the heads one by one\n" in text
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert {"images", "loss", "top-1", "top-5", "exact", "1:0", "2:"} <= set(lines)
     assert lines["weighted"][-1] == "40"  # twenty images of two heads
     picture = cv2.imread(str(tmp_path / "out" / "confusion.png"))

@@ -21,7 +21,10 @@ from distcls.commands.compare import main as compare
 from distcls.commands.report import main
 from distcls.data.dataset import Dataset
 from distcls.errors import UsageError
+from distcls.evaluation import plots
 from distcls.model_card import SEARCH_TABLE
+from distcls.page import COLORS, STYLE
+from distcls.plotting import BLUE, GREEN, GREY, ORANGE, RED
 from tests import tiny_dataset, tiny_onnx
 from tests.searches import make_search
 
@@ -144,7 +147,34 @@ def test_other_tasks(tmp_path: Path, kind: str) -> None:
     main([str(model), "--data", str(tmp_path / "data"), "--out", str(out), "--quiet"])
     found = outline(out)
     assert {"mistakes", "confidence", "explanation"} <= set(found.sections)
-    assert "% of the decisions on its images" in found.text
+    result = distcls.evaluate_model(model, tmp_path / "data", quiet=True)
+    exact, top1 = result.figures["exact"], result.figures["top1"]
+    assert exact < top1
+    lead = f"On {result.count} test images all {kind} are right for {exact:.1%}"
+    assert lead in found.text
+    assert f"of the {kind} one by one {top1:.1%} are." in found.text
+    assert f"{exact:.1%} all {kind} right (exact) {top1:.1%} {kind} right (top-1)" in found.text
+    assert re.search(r"no interval is computed for .*ECE \(.*; macro precision, ", found.text)
+    wrong = result.count - round(exact * result.count)
+    assert (f"All {wrong} wrong predictions." in found.text) == (1 < wrong <= 24)
+    # beside another model every place has the same figures
+    beside = shutil.copy(model, tmp_path / "other.onnx")
+    main(
+        [
+            *map(str, (model, beside)),
+            "--data",
+            str(tmp_path / "data"),
+            "--out",
+            str(out),
+            "--quiet",
+            "--overwrite",
+        ]
+    )
+    found = outline(out)
+    assert f"all {kind} right (exact); {top1:.1%} of the {kind} (top-1)" in found.text
+    assert found.text.count(f"{exact:.1%}") >= 4
+    assert "B minus A figure difference 95 % interval p test exact +0.0000" in found.text
+    assert f"+0.00 points of exact, all {kind} of an image right (" in found.text
 
 
 def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +195,7 @@ def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert told["verdict"].startswith("A is better than B by")
     assert told["verdict"] in found.text
     only = re.findall(r"is right, . is wrong: (\d+)", found.text)
+    assert told["figure"] == "top1"
     difference = next(each for each in told["differences"] if each["figure"] == "top1")
     assert int(only[0]) - int(only[1]) == round(50 * difference["difference"])
     assert "setting A B lr 0.01 0.02" in found.text
@@ -233,6 +264,30 @@ def test_needs_no_torch(tmp_path: Path) -> None:
     assert "explanation" in outline(run / "report.html").sections
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_lines_of_drawings_stand_out(scheme: str) -> None:
+    style = STYLE.read_text()
+    light, dark = (
+        dict(re.findall(r"--(\w+): (#\w{6});", part)) for part in style.split("@media")[:2]
+    )
+    colors = {"light": {"panel": "#ffffff"} | light, "dark": light | dark}[scheme]
+    drawn = {BLUE, ORANGE, GREEN, RED, GREY, *plots.COLORS}
+    assert drawn <= COLORS.keys()
+    for color in drawn:
+        own = colors[COLORS[color].removeprefix("var(--").removesuffix(")")]
+        assert _contrast(own, colors["panel"]) > {"light": 2.8, "dark": 5}[scheme]
+
+
+def _contrast(one: str, other: str) -> float:
+    """As WCAG 2 defines it."""
+    light = []
+    for color in (one, other):
+        parts = np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        light.append(float(linear @ [0.2126, 0.7152, 0.0722]) + 0.05)
+    return max(light) / min(light)
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver", reason="distcls[dev] is not installed")
@@ -283,6 +338,12 @@ def test_in_a_browser(tmp_path: Path, chromium: Any) -> None:
         )
         assert abs(_light(ink) - _light(ground)) > 120
         assert NAMES[1] in ask("return document.body.innerText")
+        # what is cut at the side has a shade there, which stays while its cover scrolls away
+        places = "[...document.querySelectorAll('.wide')]"
+        cut = f"{places}.filter((each) => each.scrollWidth > each.clientWidth)"
+        assert ask(f"return {cut}.length") > (2 if width == 390 else -1)
+        kinds = ask(f"return {places}.map((each) => getComputedStyle(each).backgroundAttachment)")
+        assert set(kinds) == {"local, local, scroll, scroll"}
     ask("document.activeElement.blur()")
     from selenium.webdriver.common.keys import Keys
 

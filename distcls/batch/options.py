@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from distcls.config import positional
 from distcls.data.source import TIMEOUT, OpenOptions, require_fraction
-from distcls.errors import require
+from distcls.errors import UsageError, require
 from distcls.files import require_distinct
 from distcls.model_card import best_model, model_choice, model_paths
+from distcls.prediction import require_coverage
 from distcls.runtime.providers import ExecutionRequest, require_provider
 
 Tta = Literal["none", "flip"]
@@ -126,8 +127,14 @@ class PredictOptions:
         chance = self.threshold
         require(chance is None or 0 < chance <= 1, "threshold", chance, "above 0 and at most 1")
         held = self.coverage
-        require(held is None or 0 < held < 1, "coverage", held, "between 0 and 1, as in 0.9")
+        require_coverage(held)
         require(self.fetch_timeout > 0, "fetch_timeout", self.fetch_timeout, "seconds above 0")
+        means = "an ensemble" if len(self.models) > 1 else f"--tta {self.tta}"
+        if held is not None and (len(self.models) > 1 or self.tta != "none"):
+            raise UsageError(
+                f"coverage: prediction sets are fitted to the probabilities of one model, and "
+                f"{means} has others; leave out one of the two"
+            )
         require_fraction("max_bad", self.max_bad)
         both = self.resume and self.overwrite
         require(not both, "resume", True, "false with --overwrite, which starts over")

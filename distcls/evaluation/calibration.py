@@ -166,6 +166,23 @@ def prediction_sets(outputs: Outputs, coverage: float) -> list[float]:
     ]
 
 
+def spread_of_coverage(outputs: Outputs, coverage: float) -> tuple[int, float, float]:
+    """How far the coverage of sets that are fitted so varies from one draw of images to another:
+    the images of a fit (of labels, the fewest that suffice, which have one or lack it), the mean,
+    and the standard deviation.
+
+    It is a beta variable (Vovk: Conditional validity of inductive conformal predictors, 2012).
+    """
+    exact, count = Fraction(str(coverage)), len(outputs)
+    if outputs.task.kind == "multi_label":
+        have = (outputs.labels == 1).sum(axis=0)
+        sizes = [*have.tolist(), *(count - have).tolist()]
+        count = min(size for size in sizes if size >= exact / (1 - exact))
+    rank = math.ceil((count + 1) * exact)
+    mean = rank / (count + 1)
+    return count, mean, math.sqrt(mean * (1 - mean) / (count + 2))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Abstention:
     """A minimum probability, and what it does on the images that it was fitted to."""

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from distcls import log, plotting, stored
 from distcls.config import positional
-from distcls.data.dataset import IN_RUN
 from distcls.errors import BadValue, UsageError, plain, require
 from distcls.evaluation.evaluate import EvaluateOptions, EvaluationResult, evaluate
 from distcls.evaluation.intervals import (
@@ -35,15 +34,15 @@ from distcls.evaluation.outputs import (
     labels_of,
     require_probabilities,
 )
-from distcls.evaluation.overlap import training_images, warn_of_training_images
+from distcls.evaluation.overlap import dataset_of, training_images, warn_of_training_images
 from distcls.evaluation.scores import figures
 from distcls.model_card import best_model
 from distcls.task import Task
 
 Floats = NDArray[np.float64]
 
-ACCURACY = "top1"
-"""The figure that the verdict is about; of several outputs an image counts if all are right."""
+TOP1, EXACT = "top1", "exact"
+"""The figure that the verdict is about, of a single label and of several outputs."""
 COMPARED = ("macro_f1", "micro_f1", "auroc", "average_precision", "brier")
 """The other figures of both sides, beside the loss and the accuracy of each head."""
 OF_HEAD, MOST_HEADS = "accuracy of ", 50
@@ -137,13 +136,22 @@ class Comparison:
     """Of each side, how many of the images were training images of one of its runs."""
     differences: tuple[tuple[Difference, ...], ...]
     """Of each side but the first, the figures."""
+    outputs: str = ""
+    """`heads` or `labels`, all of which have to be right in an image that counts as right."""
+
+    @property
+    def figure(self) -> str:
+        """What the verdict is about: `top1`, or of several outputs `exact`."""
+        return EXACT if self.outputs else TOP1
 
     def verdict(self, place: int) -> str:
         """In words, of side 1, 2, ... against the first.
 
         The p-value is corrected for the number of sides (Holm 1979).
         """
-        letter, found = string.ascii_uppercase[place], self._accuracy(place)
+        letter, found = string.ascii_uppercase[place], self._judged(place)
+        of = plotting.metric_title(self.figure)
+        of += f", all {self.outputs} of an image right" if self.outputs else ""
         ends = f"{_points(found.low)} to {_points(found.high)}"
         p = self._corrected()[place - 1]
         if p < 1 - LEVEL and (found.low > 0 or found.high < 0):
@@ -151,12 +159,12 @@ class Comparison:
             low, high = sorted((abs(found.low), abs(found.high)))
             ends = f"{100 * low:.2f} to {100 * high:.2f}"
             return (
-                f"{better} is better than {worse} by {100 * abs(found.value):.2f} points of "
-                f"accuracy ({ends}), p {p_text(p)}"
+                f"{better} is better than {worse} by {100 * abs(found.value):.2f} points of {of} "
+                f"({ends}), p {p_text(p)}"
             )
         return (
             f"A and {letter} cannot be told apart: {letter} has {_points(found.value)} points of "
-            f"accuracy ({ends}), p {p_text(p)}"
+            f"{of} ({ends}), p {p_text(p)}"
         )
 
     def to_text(self) -> str:
@@ -167,13 +175,14 @@ class Comparison:
         ]
         for place, found in enumerate(self.differences, 1):
             letter = string.ascii_uppercase[place]
-            wide = max(17, *(len(_title(each.figure)) for each in found))
+            wide = max(17, *(log.width(_title(each.figure)) for each in found))
             head = f"{'':<{wide}} {'A':>8} {letter:>8}   {letter} - A (95 % interval)"
             lines += ["", f"{head:<{wide + 49}} p"]
             for each in found:
                 ends = f"{each.value:+.4f} ({each.low:+.4f} to {each.high:+.4f})"
-                row = f"{_title(each.figure):<{wide}} {each.first:8.4f} {each.other:8.4f}   {ends}"
-                lines.append(f"{row:<{wide + 49}} {p_text(each.p)}  {each.test}")
+                row = f"{each.first:8.4f} {each.other:8.4f}   {ends}"
+                start = f"{log.padded(_title(each.figure), wide)} {row:<48}"
+                lines.append(f"{start} {p_text(each.p)}  {each.test}")
         lines.append("")
         lines += [self.verdict(place) for place in range(1, len(self.names))]
         also = f"; {self.left_out:,} that not all have are left out" if self.left_out else ""
@@ -197,6 +206,7 @@ class Comparison:
             "comparisons": [
                 {
                     "side": place,
+                    "figure": self.figure,
                     "verdict": self.verdict(place),
                     "differences": [
                         {**dataclasses.asdict(each), "difference": each.value} for each in found
@@ -206,12 +216,12 @@ class Comparison:
             ],
         }
 
-    def _accuracy(self, place: int) -> Difference:
-        return next(each for each in self.differences[place - 1] if each.figure == ACCURACY)
+    def _judged(self, place: int) -> Difference:
+        return next(each for each in self.differences[place - 1] if each.figure == self.figure)
 
     def _corrected(self) -> list[float]:
-        """The p-values of the accuracy, of each side but the first."""
-        plain = np.array([self._accuracy(at).p for at in range(1, len(self.names))])
+        """The p-values of the verdicts, of each side but the first."""
+        plain = np.array([self._judged(at).p for at in range(1, len(self.names))])
         order = np.argsort(plain, kind="stable")
         factors = np.arange(len(plain), 0, -1)
         corrected = np.empty(len(plain))
@@ -224,6 +234,7 @@ class _Run:
     """The predictions of one run."""
 
     name: str
+    task: Task
     image_ids: list[str]
     truth: NDArray[Any]
     """Names of the true classes, [N]."""
@@ -241,12 +252,15 @@ class _Run:
         outputs = None if self.outputs is None else self.outputs.take(order)
         arrays = (self.truth[order], self.right[order], self.loss[order])
         trained_on = self.trained_on.intersection(image_ids)
-        return _Run(self.name, list(image_ids), *arrays, outputs, trained_on)
+        return _Run(self.name, self.task, list(image_ids), *arrays, outputs, trained_on)
 
-    def values(self) -> dict[str, Floats]:
-        """The numbers of each image whose mean is a figure, [N] each."""
-        found = {ACCURACY: self.right.astype(np.float64), "loss": self.loss}
+    def values(self, judged: str) -> dict[str, Floats]:
+        """The numbers of each image whose mean is a figure, [N] each; of `judged`, which images are
+        right."""
+        found = {judged: self.right.astype(np.float64), "loss": self.loss}
         if self.outputs is not None:
+            if not self.task.single:
+                found = {judged: found[judged], TOP1: self.outputs.hits.mean(axis=1), **found}
             heads = zip(self.outputs.task.heads[:MOST_HEADS], self.outputs.hits.T, strict=False)
             found |= {f"{OF_HEAD}{head.name}": own.astype(np.float64) for head, own in heads}
             every = figures(self.outputs)
@@ -279,14 +293,18 @@ def _compared(names: Sequence[str], read: Sequence[Sequence[_Run]], intersect: b
     _require_same_truth([run for side in sides for run in side])
     for run in (run for side in sides for run in side):
         warn_of_training_images(run.name, len(run.trained_on), len(shared))
-    values = [[run.values() for run in side] for side in sides]
+    tasks = [run.task for side in sides for run in side]
+    outputs = next((task.outputs for task in tasks if task.outputs), "")
+    judged = EXACT if outputs else TOP1
+    values = [[run.values(judged) for run in side] for side in sides]
     return Comparison(
         names=tuple(names),
         runs=tuple(map(len, sides)),
         images=len(shared),
         left_out=left_out,
         trained_on=tuple(len(frozenset().union(*(r.trained_on for r in side))) for side in sides),
-        differences=tuple(tuple(_differences(values[0], other)) for other in values[1:]),
+        differences=tuple(tuple(_differences(values[0], other, judged)) for other in values[1:]),
+        outputs=outputs,
     )
 
 
@@ -324,9 +342,9 @@ def _require_same_truth(runs: Sequence[_Run]) -> None:
 
 
 def _differences(
-    first: Sequence[dict[str, Floats]], other: Sequence[dict[str, Floats]]
+    first: Sequence[dict[str, Floats]], other: Sequence[dict[str, Floats]], judged: str
 ) -> list[Difference]:
-    """The figures that all runs have, of two sides."""
+    """The figures that all runs have, of two sides; `judged` counts images that are right."""
     known = [name for name in first[0] if all(name in run for run in (*first, *other))]
     means = [
         {name: np.mean([run[name] for run in side], axis=0) for name in known}
@@ -341,7 +359,7 @@ def _differences(
             seeds = [[float(run[name].mean()) for run in side] for side in (first, other)]
             low, high, p = _over_seeds(changes[:, place], *seeds)
             test = "Welch, over images and runs"
-        elif name == ACCURACY or name.startswith(OF_HEAD):
+        elif name == judged or name.startswith(OF_HEAD):
             only_first = int((changes[:, place] < 0).sum())
             only_other = int((changes[:, place] > 0).sum())
             low, high = paired_difference(only_other, only_first, len(changes))
@@ -399,16 +417,8 @@ def _check_side(path: Path, options: CompareOptions) -> None:
             "directory, or a model file .onnx or .pth"
         )
     best_model(path, key="runs")
-    data = options.data or _own_data(path)
-    if options.data is None and not data.is_dir():
-        raise UsageError(
-            f"{path} is no evaluation (it has no {PREDICTIONS}) and its dataset is not in it; name "
-            "one to evaluate it on: --data"
-        )
-
-
-def _own_data(path: Path) -> Path:
-    return (path if path.is_dir() else path.parent) / IN_RUN
+    if options.data is None:
+        dataset_of(path)
 
 
 def _read(path: Path, options: CompareOptions) -> _Run:
@@ -417,7 +427,7 @@ def _read(path: Path, options: CompareOptions) -> _Run:
         return _read_table(path)
     if (path / PREDICTIONS).is_file():
         return _read_table(path / PREDICTIONS)
-    data = options.data or _own_data(path)
+    data = options.data or dataset_of(path)
     log.say(f"{path}: evaluating it on {options.split} of {data}")
     result = evaluate(
         EvaluateOptions(
@@ -438,7 +448,7 @@ def _of_result(name: str, result: EvaluationResult) -> _Run:
     truth = np.array(task.texts(found.labels), object)
     ids = list(found.image_ids)
     seen = training_images(Path(result.model), Path(result.data), result.split, ids)
-    return _Run(name, ids, truth, found.right, found.loss, found, frozenset(seen))
+    return _Run(name, task, ids, truth, found.right, found.loss, found, frozenset(seen))
 
 
 def _read_table(path: Path) -> _Run:
@@ -476,9 +486,8 @@ def _read_table(path: Path) -> _Run:
     if all(isinstance(value, str) and value for value in given):
         model, data, split = given
         seen = training_images(Path(model), Path(data), split, ids)
-    return _Run(
-        str(path), ids, np.array(truth, object), right, loss, outputs, trained_on=frozenset(seen)
-    )
+    names = np.array(truth, object)
+    return _Run(str(path), task, ids, names, right, loss, outputs, frozenset(seen))
 
 
 def _outputs_of(
@@ -501,9 +510,7 @@ def _outputs_of(
 
 
 def _title(figure: str) -> str:
-    if figure.startswith(OF_HEAD):
-        return plain(figure, 40)
-    return "accuracy" if figure == ACCURACY else plotting.metric_title(figure)
+    return plain(figure, 40) if figure.startswith(OF_HEAD) else plotting.metric_title(figure)
 
 
 def _points(value: float) -> str:

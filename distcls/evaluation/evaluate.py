@@ -219,7 +219,10 @@ class EvaluationResult:
 
     def to_text(self) -> str:
         """The metrics as a printable table."""
-        metrics, width = self.metrics, max(8, *(len(plain(name)) for name in self.task.classes))
+        metrics, width = (
+            self.metrics,
+            max(8, *(log.width(plain(name)) for name in self.task.classes)),
+        )
         lines = [f"{'class':<{width}}  precision  recall      f1  support"]
         lines += [_line(row, width) for row in self._per_class()]
         lines.append("")
@@ -233,11 +236,16 @@ class EvaluationResult:
                 between = "" if ends is None else f"  ({ends[0]:.4f} to {ends[1]:.4f})"
                 lines.append(f"{plotting.metric_title(name):<17} {value:.4f}{between}")
         lines.append("in brackets: 95 % intervals, of other images of the same kind")
+        if several := self.task.outputs:
+            lines.append(
+                f"exact: images with all {several} right; top-1: of the {several} one by one"
+            )
         if self.by is not None:
-            wide = max(width, *(len(plain(each.value)) for each in self.groups))
-            lines += ["", f"{plain(self.by):<{wide}}    images   top-1  95 % interval"]
+            values = (plain(each.value) for each in self.groups)
+            wide = max(width, *map(log.width, (plain(self.by), *values)))
+            lines += ["", f"{log.padded(plain(self.by), wide)}    images   top-1  95 % interval"]
             for each in self.groups:
-                row = f"{plain(each.value):<{wide}}  {each.count:8,}  {each.top1:.4f}"
+                row = f"{log.padded(plain(each.value), wide)}  {each.count:8,}  {each.top1:.4f}"
                 lines.append(f"{row}  {each.low:.4f} to {each.high:.4f}")
         return "\n".join([*lines, *self._left_out()])
 
@@ -412,7 +420,13 @@ def _evaluate(
     options: EvaluateOptions, split: Split, predictor: Predictor | None = None
 ) -> EvaluationResult:
     """Evaluate the predictor, or the model of the options, on a split."""
-    _require_new_output(options)
+    with _output(options):
+        return _measure(options, split, predictor)
+
+
+def _measure(
+    options: EvaluateOptions, split: Split, predictor: Predictor | None
+) -> EvaluationResult:
     by = None if options.by is None else find_column(split, options.by, options.bins)
     with processes(options.model) as (device, total):
         if predictor is None:
@@ -474,6 +488,22 @@ def _with_model_file(options: EvaluateOptions) -> EvaluateOptions:
     return dataclasses.replace(options, model=found)
 
 
+@contextlib.contextmanager
+def _output(options: EvaluateOptions) -> Iterator[None]:
+    """Where `out` can be written; folders that were made for it go again if nothing is."""
+    out = options.out
+    missing = [] if out is None else [each for each in (out, *out.parents) if not each.exists()]
+    try:
+        _require_new_output(options)
+        yield
+    except BaseException:
+        if log.rank() == 0:
+            with contextlib.suppress(OSError):
+                for folder in missing:
+                    folder.rmdir()
+        raise
+
+
 def _require_new_output(options: EvaluateOptions) -> None:
     """Raise UsageError, in all processes and before any work, if `out` cannot be written."""
     if options.out is None:
@@ -526,7 +556,8 @@ def _drawn_matrix(confusion: Integers, task: Task) -> tuple[Integers, Sequence[s
 
 def _line(row: Sequence[Any], width: int) -> str:
     name, precision, recall, f1, support = row
-    return f"{plain(name):<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7,}"
+    start = log.padded(plain(name), width)
+    return f"{start}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7,}"
 
 
 def _table(rows: Sequence[Sequence[object]]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distcls import log
-from distcls.data.columns import LABELS
+from distcls.data.columns import LABELS, RESERVED
 from distcls.data.dataset import Split
 from distcls.data.source import is_missing
 from distcls.errors import UsageError, did_you_mean, plain
@@ -65,6 +65,11 @@ def find_column(split: Split, name: str, bins: int | None) -> str:
         filled = [*(head.name for head in split.task.heads), *(c for c in filled if c != "label")]
     lowered = {column.lower(): column for column in filled}
     found = name if name in filled else lowered.get(name.strip().lower())
+    if found is None and name.strip().lower() in RESERVED.difference(NO_COLUMNS) | {LABELS}:
+        raise UsageError(
+            f"by: {plain(name)!r} is a name that distcls uses, and distcls prepare leaves such a "
+            "column out; rename it in the manifest"
+        )
     if found is None:
         raise UsageError(
             f"by: the manifest has no column {plain(name)!r} that makes groups"
@@ -86,15 +91,15 @@ def find_column(split: Split, name: str, bins: int | None) -> str:
 def groups_of(
     outputs: Outputs, split: Split, name: str | None, bins: int | None
 ) -> tuple[Group, ...]:
-    """The groups of a column that `find_column` found, the least accurate first, ranges of numbers
-    in their order; none without a column."""
+    """The groups of a column that `find_column` found, the least accurate first, ranges of numbers,
+    and with 0 `bins` numbers, in their order; none without a column."""
     if name is None:
         return ()
     column = _column(split, name)
-    codes, names = _by_value(column)
+    numbers = None if name in NAMES else _numbers(column)
+    codes, names = _by_value(column) if numbers is None else _by_number(column, numbers)
     if name == "label" and split.task.single:
         names = [split.task.classes[int(value)] for value in names]
-    numbers = None if name in NAMES else _numbers(column)
     many = numbers is not None and len(names) > MOST_NUMBERS
     ranges = numbers is not None and (many if bins is None else bins > 0)
     if ranges:
@@ -114,7 +119,8 @@ def groups_of(
         for code in (*range(len(names) - 1), -1)
         if starts[code + 2] > starts[code + 1]
     ]
-    return tuple(found if ranges else sorted(found, key=lambda group: group.top1))
+    in_order = ranges or (numbers is not None and bins == 0)
+    return tuple(found if in_order else sorted(found, key=lambda group: group.top1))
 
 
 def _column(split: Split, name: str) -> pa.ChunkedArray:
@@ -130,8 +136,8 @@ def _column(split: Split, name: str) -> pa.ChunkedArray:
 
 
 def _by_value(column: pa.ChunkedArray) -> tuple[Integers, list[Any]]:
-    """The place of each image's value among the different ones, -1 without one; and these, as
-    texts in order."""
+    """The place of each image's value among the different ones, -1 without one, which a blank text
+    is; and these, as texts in order."""
     import pyarrow as pa
 
     if not pa.types.is_dictionary(column.type):
@@ -140,10 +146,21 @@ def _by_value(column: pa.ChunkedArray) -> tuple[Integers, list[Any]]:
     coded = coded if isinstance(coded, pa.DictionaryArray) else pa.concat_arrays(coded.chunks)
     values = coded.dictionary.to_pylist()
     codes = np.asarray(coded.indices.fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
-    order = sorted(range(len(values)), key=lambda place: values[place])
-    ranks = np.empty(len(values) + 1, np.int64)
-    ranks[order], ranks[-1] = np.arange(len(values)), -1
+    known = [place for place, value in enumerate(values) if str(value).strip()]
+    order = sorted(known, key=lambda place: values[place])
+    ranks = np.full(len(values) + 1, -1)
+    ranks[order] = np.arange(len(order))
     return ranks[codes], [str(values[place]) for place in order]
+
+
+def _by_number(column: pa.ChunkedArray, numbers: Floats) -> tuple[Integers, list[Any]]:
+    """The same of a column of numbers, in their order; texts of one number, 1 and 1.0, are one."""
+    codes, texts = _by_value(column)
+    known = ~np.isnan(numbers)
+    _, first, places = np.unique(numbers[known], return_index=True, return_inverse=True)
+    found = np.full(len(numbers), -1)
+    found[known] = places
+    return found, [texts[code].strip() for code in codes[known][first].tolist()]
 
 
 def _numbers(column: pa.ChunkedArray) -> Floats | None:

@@ -1,7 +1,9 @@
-"""Images that a model is measured on and was trained on: its figures are too good."""
+"""The dataset of a run, and images that a model is measured on and was trained on: its figures
+are too good."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -14,10 +16,32 @@ from distcls.config.load import read_yaml
 from distcls.data.dataset import IN_RUN, PACK, Dataset, Split, is_dataset
 from distcls.data.image_dataset import split_of_files
 from distcls.errors import BadImage, DistclsError, UsageError
+from distcls.model_card import BEST_PTH
 
 CONFIG = "config.yaml"
 PIECE = 64
 """Bytes from the middle of a packed image that have to be equal before all of it is read."""
+
+
+def dataset_of(run: Path) -> Path:
+    """The dataset directory of a run directory, or of a model file: RUN/dataset, the `data` in its
+    config.yaml, or what its checkpoint was trained on.
+
+    Raises UsageError if it is at none of these places.
+    """
+    folder = run if run.is_dir() else run.parent
+    found = _own_dataset(run, None)
+    checkpoint = folder / BEST_PTH if run.is_dir() else run
+    if found is None and checkpoint.suffix.lower() == ".pth" and checkpoint.is_file():
+        with contextlib.suppress(ImportError, UsageError):  # without torch, or damaged
+            from distcls.models.checkpoint import read_checkpoint
+
+            found = _own_dataset(run, read_checkpoint(checkpoint)[0].training.get("dataset"))
+    if found is None:
+        given = _data_in_config(run, folder / CONFIG)
+        said = f", and {given!r} in its config.yaml is not there" if given else ""
+        raise UsageError(f"data: {run} has no dataset directory{said}; name one with --data")
+    return found
 
 
 def training_images(
@@ -65,17 +89,22 @@ def warn_of_training_images(model: str, found: int, count: int) -> None:
 
 def _own_dataset(model: Path, trained_on: object) -> Path | None:
     folder = model if model.is_dir() else model.parent
-    choices: list[object] = [folder / IN_RUN]
-    if (folder / CONFIG).is_file():
-        try:
-            given = read_yaml(folder / CONFIG).get("data")
-        except UsageError as error:
-            log.say(f"{model}: {error}")
-        else:
-            choices.append(None if given is None else given.value)
-    choices.append(trained_on)
-    paths = (Path(each) for each in choices if each and isinstance(each, str | Path))
-    return next((path for path in paths if is_dataset(path)), None)
+    choices = [folder / IN_RUN, _data_in_config(model, folder / CONFIG), trained_on]
+    paths = [Path(each) for each in choices if each and isinstance(each, str | Path)]
+    inside = (place for path in paths for place in (path, path / IN_RUN))
+    return next((place for place in inside if is_dataset(place)), None)
+
+
+def _data_in_config(model: Path, config: Path) -> object:
+    """What the run was trained on, by its config.yaml; None without one that can be read."""
+    if not config.is_file():
+        return None
+    try:
+        given = read_yaml(config).get("data")
+    except UsageError as error:
+        log.say(f"{model}: {error}")
+        return None
+    return None if given is None else given.value
 
 
 def _same_content(training: Split, measured: Split, image_ids: Iterable[str]) -> set[str]:

@@ -16,7 +16,7 @@ from distcls import log
 from distcls.cli import packages_for
 from distcls.config import build, options_layer, positional
 from distcls.data.dataset import IN_RUN, Dataset, Split, is_dataset, prepare_command
-from distcls.errors import UsageError, require
+from distcls.errors import UsageError, plain, require
 from distcls.evaluation.calibration import (
     Abstention,
     Unreached,
@@ -24,15 +24,18 @@ from distcls.evaluation.calibration import (
     abstain_for_answers,
     fit_temperatures,
     prediction_sets,
+    spread_of_coverage,
 )
 from distcls.evaluation.classes import match_classes, shown_names
 from distcls.evaluation.intervals import wilson
 from distcls.evaluation.outputs import Outputs, blocks
+from distcls.evaluation.overlap import dataset_of
 from distcls.evaluation.scores import calibration_bins
 from distcls.evaluation.shards import Evaluated, evaluate_split
 from distcls.files import atomic_path, given_path
 from distcls.model_card import BEST_ONNX, BEST_PTH, PREFIX, ModelCard, best_model, model_choice
 from distcls.prediction import prediction_sets as set_members
+from distcls.prediction import require_coverage
 from distcls.predictor import Predictor, load_model
 from distcls.runtime.providers import ExecutionRequest
 from distcls.task import Task
@@ -75,7 +78,7 @@ class CalibrateOptions:
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
         for value in self.coverage:
-            require(0 < value < 1, "coverage", value, "between 0 and 1, as in 0.9")
+            require_coverage(value)
         unique = len(set(self.coverage)) == len(self.coverage)
         require(unique, "coverage", self.coverage, "each one once")
         for name in ("precision", "answered"):
@@ -125,7 +128,7 @@ class CalibrationResult:
     def to_text(self) -> str:
         """The result for people."""
         pairs = list(zip(self.names, self.temperatures, strict=True))
-        shown = ", ".join(f"{name} {value:.4f}".strip() for name, value in pairs[:10])
+        shown = ", ".join(f"{plain(name)} {value:.4f}".strip() for name, value in pairs[:10])
         more = f" and {len(pairs) - 10:,} more" if len(pairs) > 10 else ""
         lines = [
             f"temperature  {shown}{more}",
@@ -150,11 +153,13 @@ class CalibrationResult:
                 f"a label and of those that have not; {entry['size']:.2f} labels of an image are "
                 "unsure on average"
             )
-        least = ", ".join(f"{value:.4g}" for value in limits[:10])
-        more = f" and {len(limits) - 10:,} more" if len(limits) > 10 else ""
+        pairs = list(zip(self.names, limits, strict=True))
+        least = ", ".join(f"{plain(name)} {value:.4g}".strip() for name, value in pairs[:10])
+        least += f", {len(limits) - 10:,} more heads" if len(limits) > 10 else ""
+        of, a_head = (" of each head for", " a head") if self.names != ("",) else (" of", "")
         return (
-            f"hold the true class of {entry['coverage']:.4g} of the images, {entry['size']:.2f} "
-            f"classes on average: those of probability {least}{more} and more"
+            f"hold the true class{of} {entry['coverage']:.4g} of the images, {entry['size']:.2f} "
+            f"classes{a_head} on average: those of probability {least} and more"
         )
 
 
@@ -226,7 +231,7 @@ def calibrate(options: CalibrateOptions) -> CalibrationResult:
     )
     model = load_model(found, "auto", request)
     predictor = Predictor(model, batch_size=options.batch_size, workers=options.workers)
-    folder = _data_folder(options, model.card, found)
+    folder = options.data or dataset_of(options.model)
     split = _open(folder, options)
     matched = match_classes(split.first(options.limit), predictor.task, str(folder)).split
     evaluated = evaluate_split(predictor, matched, lambda vector: vector)
@@ -234,18 +239,6 @@ def calibrate(options: CalibrateOptions) -> CalibrationResult:
     for path in files:
         write_card(path, card)
     return dataclasses.replace(result, files=tuple(files))
-
-
-def _data_folder(options: CalibrateOptions, card: ModelCard, model: Path) -> Path:
-    trained_on = Path(card.training.get("dataset") or "")
-    choices = [model.parent / IN_RUN, trained_on]
-    known = next((path for path in choices if path.name and is_dataset(path)), None)
-    folder = options.data or known
-    if folder is None:
-        raise UsageError(
-            f"data: the dataset that {model} was trained on is not here; name one with --data"
-        )
-    return folder
 
 
 def _open(folder: Path, options: CalibrateOptions) -> Split:
@@ -286,6 +279,7 @@ def _fitted(
     for coverage in options.coverage:
         least = prediction_sets(after, coverage)
         _warn_of_rare(after.task, coverage, least)
+        _warn_of_spread(after, coverage)
         entry = {"coverage": coverage, "least_probability": least}
         sets.append(entry | {"size": _mean_size(after, least)})
     thresholds = _thresholds(options, after)
@@ -376,6 +370,18 @@ def _warn_of_rare(task: Task, coverage: float, least: Sequence[float]) -> None:
                 f"coverage: too few images have, or lack, {log.counted(len(rare), 'label')} for "
                 f"{coverage:g}, so that yes, or no, is in all their sets: {shown_names(rare)}"
             )
+
+
+def _warn_of_spread(outputs: Outputs, coverage: float) -> None:
+    """Say how far the coverage of a fit to few images may be off."""
+    count, mean, deviation = spread_of_coverage(outputs, coverage)
+    if count < FEW:
+        rare = " with a label, or without it," if outputs.task.kind == "multi_label" else ""
+        log.warn(
+            f"coverage: sets that are fitted to {log.counted(count, 'image')}{rare} hold "
+            f"the truth of {mean:.2f} ± {deviation:.2f} of others (mean and standard deviation of "
+            "such fits)"
+        )
 
 
 def _plain(found: Abstention) -> dict[str, float]:

@@ -375,13 +375,8 @@ def table(reports: list[RankReport]) -> str:
                 shared,
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    ]
     versions = ", ".join(f"{name} {value}" for name, value in reports[0].versions.items())
-    return "\n".join([*lines, f"versions: {versions}"])
+    return "\n".join([*log.aligned(cells), f"versions: {versions}"])
 
 
 def _failures_of(report: RankReport, shared: Path, free_gib: float) -> Iterable[str]:

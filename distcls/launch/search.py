@@ -478,11 +478,7 @@ def table(config: SearchConfig, rows: list[Row]) -> list[str]:
     for rank, row in [*ranked, *pruned]:
         shown = {**row, "best_score": f"{float(row['best_score']):.5f}"}
         cells.append([rank, *(shown[key] for key in [*columns, *keys])])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    ]
+    return log.aligned(cells)
 
 
 if __name__ == "__main__":

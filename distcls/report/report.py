@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from distcls.data.source import SPLITS
 from distcls.errors import UsageError, require
 from distcls.evaluation import plots
 from distcls.evaluation.outputs import Outputs
-from distcls.evaluation.overlap import training_images
+from distcls.evaluation.overlap import dataset_of, training_images
 from distcls.explanation.explain import explain_pixels, overlay
 from distcls.files import given_path, require_distinct, require_writable, write_text
 from distcls.model_card import best_model, require_model
@@ -43,7 +43,7 @@ from distcls.page import (
 )
 from distcls.predictor import load
 from distcls.report.options import ReportOptions
-from distcls.report.runs import Run, costly, dataset_of, files_of, images_of, read_run
+from distcls.report.runs import Run, costly, files_of, images_of, read_run
 from distcls.report.search import place_in_search, search_report
 from distcls.report.several import several_runs
 from distcls.report.trials import is_search, trial_of
@@ -146,14 +146,17 @@ def one_run(run: Run, dataset: Dataset, split: str, options: ReportOptions, scra
         _again(run, dataset, options),
     ]
     result = run.result
-    right = round(result.top1 * result.count)
-    what = "images" if result.task.single else "decisions on its images"
+    several = result.task.outputs
+    figure = "exact" if several else "top1"
+    share = result.figures[figure]
     lead = tag(
         "p",
-        f"On {_images(run, options.limit)} the model is right for ",
-        tag("b", in_words("top1", result.top1)),
-        f" ({right:,} of {result.count:,})" if result.task.single else f" of the {what}",
-        *_between(run, "top1"),
+        f"On {_images(run, options.limit)} {f'all {several} are' if several else 'the model is'} ",
+        "right for ",
+        tag("b", in_words(figure, share)),
+        f" ({round(share * result.count):,} of {result.count:,})",
+        *_between(run, figure),
+        f"; of the {several} one by one {in_words('top1', result.top1)} are" if several else "",
         ".",
     )
     return page(f"Report: {run.name}", lead, [each for each in sections if each is not None])
@@ -178,9 +181,12 @@ def _between(run: Run, name: str) -> list[str]:
 
 def _summary(run: Run, dataset: Dataset) -> Section:
     result, seconds = run.result, run.result.seconds
-    accuracy = "accuracy (top-1)" if result.task.single else "decisions right"
+    several = result.task.outputs
+    top1 = f"{several} right (top-1)" if several else "accuracy (top-1)"
+    exact = [(in_words("exact", result.figures.get("exact")), f"all {several} right (exact)")]
     cells = [
-        (in_words("top1", result.top1), accuracy),
+        *(exact if several else ()),
+        (in_words("top1", result.top1), top1),
         (in_words("macro_f1", result.figures.get("macro_f1")), "macro F1"),
         (in_words("loss", result.loss), "loss (nats)"),
         (in_words("ece", result.figures.get("ece")), "calibration error"),
@@ -362,10 +368,9 @@ def _evaluation(run: Run, scratch: Path) -> Section:
         ends = result.intervals.get(name)
         between = None if ends is None else " to ".join(in_words(name, end) for end in ends)
         rows.append([plotting.metric_title(name), in_words(name, figures[name]), between])
-    note = "The interval is that of other images of the same kind: small sets have wide ones."
     content: list[object] = [
         table(["figure", "value", "95 % interval"], rows),
-        tag("p", note, class_="fine"),
+        *(tag("p", note, class_="fine") for note in _notes_of_figures(run, order)),
     ]
     counted_ones = [(name, row) for name, row in result.per_class.items() if row["support"]]
     classes = sorted(counted_ones, key=lambda each: (each[1]["f1"], each[0]))
@@ -386,6 +391,23 @@ def _evaluation(run: Run, scratch: Path) -> Section:
     return section("evaluation", "Evaluation", *content)
 
 
+def _notes_of_figures(run: Run, names: Sequence[str]) -> list[str]:
+    """What the table of figures leaves open."""
+    notes = ["The interval is that of other images of the same kind: small sets have wide ones."]
+    if several := run.result.task.outputs:
+        notes.append(f"exact: images with all {several} right; top-1: of the {several} one by one.")
+    without = [name for name in names if name not in run.result.intervals]
+    reasons = {"ece": "of few images it is too great by more than it varies"}
+    reasons |= {name: "the same for every image" for name in run.result.scores if name != "ece"}
+    told: dict[str, list[str]] = {}
+    for name in without:
+        told.setdefault(reasons.get(name, ""), []).append(plotting.metric_title(name))
+    if without:
+        parts = (", ".join(each) + f" ({why})" * bool(why) for why, each in told.items())
+        notes.append(f"{NONE}: no interval is computed for {'; '.join(parts)}.")
+    return notes
+
+
 def _mistakes(run: Run, dataset: Dataset, split: str) -> Section | None:
     """The wrong predictions with the greatest loss."""
     outputs = run.result.outputs
@@ -399,6 +421,8 @@ def _mistakes(run: Run, dataset: Dataset, split: str) -> Section | None:
         for at, image in images_of(dataset.split(split), shown.image_ids)
     ]
     note = f"The {len(cells):,} of {len(wrong):,} wrong predictions that cost most."
+    if len(cells) == len(wrong):
+        note = f"All {len(wrong):,} wrong predictions." if len(wrong) > 1 else "The one mistake."
     return section("mistakes", "Worst mistakes", tag("p", note), tiles(cells))
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from distcls import log
 from distcls.config.load import read_yaml
-from distcls.data.dataset import IN_RUN, Split, is_dataset
+from distcls.data.dataset import Split
 from distcls.data.source import Images
 from distcls.errors import BadImage, UsageError, plain
 from distcls.evaluation.evaluate import EvaluateOptions, EvaluationResult, evaluate
@@ -49,18 +49,6 @@ def files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     return [each for each in path.iterdir() if each.is_file() and each.suffix != ".html"]
-
-
-def dataset_of(run: Path) -> Path:
-    """The dataset directory of a run. Raises UsageError if it is not there."""
-    folder = run if run.is_dir() else run.parent
-    if is_dataset(folder / IN_RUN):
-        return folder / IN_RUN
-    given = read_config(folder / CONFIG).get("data")
-    if isinstance(given, str) and is_dataset(Path(given)):
-        return Path(given)
-    said = f", and {given!r} in its config.yaml is not there" if given else ""
-    raise UsageError(f"data: {run} has no dataset directory{said}; give it with --data")
 
 
 def read_run(path: Path, data: Path, split: str, limit: int | None) -> Run:

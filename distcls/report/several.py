@@ -71,8 +71,9 @@ def _verdict(runs: Sequence[Run], compared: Comparison, letters: str) -> Section
     cells = [
         tag(
             "li",
-            tag("b", in_words("top1", run.result.top1)),
+            tag("b", in_words(compared.figure, run.result.figures[compared.figure])),
             tag("span", f"{letter} {plotting.shorten(run.name, 40)}"),
+            *_also(run, compared),
         )
         for letter, run in zip(letters, runs, strict=True)
     ]
@@ -84,6 +85,19 @@ def _verdict(runs: Sequence[Run], compared: Comparison, letters: str) -> Section
         *("verdict", "Verdict", tag("ul", *cells, class_="headline")),
         *(tag("ul", *lines, class_="notes"), tag("p", note, class_="fine")),
     )
+
+
+def _also(run: Run, compared: Comparison) -> list[Html]:
+    """Of several outputs which of the figures is which."""
+    if not compared.outputs:
+        return []
+    top1 = in_words("top1", run.result.top1)
+    return [
+        tag(
+            "span",
+            f"all {compared.outputs} right (exact); {top1} of the {compared.outputs} (top-1)",
+        )
+    ]
 
 
 def _seen(count: int) -> str:
