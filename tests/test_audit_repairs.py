@@ -13,6 +13,7 @@ import pytest
 
 from distcls.audit.audit import AuditOptions
 from distcls.audit.drift import drift_findings, feature_tests, two_sample_test
+from distcls.audit.findings import KINDS
 from distcls.audit.model import Features
 from distcls.audit.scan import Rows
 from distcls.commands.audit import main
@@ -158,6 +159,20 @@ def test_drift_is_told_from_chance() -> None:
     assert (finding.kind, finding.split, finding.related) == ("drift", "test", "train")
     assert finding.value is not None
     assert finding.value < 0.001
+
+
+def test_every_difference_of_a_split_is_printed(tmp_path: Path) -> None:
+    for number in range(48):
+        split = ("train", "val")[number % 2]
+        name = f"{split}/{'ab'[number // 2 % 2]}/{number}.png"
+        bright = photo(number, *((60, 80), (90, 60))[number % 2]) // (1 + number % 2)
+        put(tmp_path / "photos" / name, bright)
+    found = look(tmp_path / "photos")
+    drift = [each.text for each in found.findings if each.kind == "drift"]
+    assert len(drift) > 1
+    lines = [line.strip() for line in found.to_text().splitlines()]
+    assert lines[lines.index(drift[0]) - 1].endswith(f"{len(drift)}  {KINDS['drift']}")
+    assert set(drift) <= set(lines)
 
 
 def test_the_p_value_of_equal_samples_is_uniform() -> None:
