@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from distcls.audit.labels import find_label_issues
-from distcls.audit.page import _wrapped
+from distcls import log
+from distcls.audit.findings import Finding
+from distcls.audit.labels import are_poor, find_label_issues
+from distcls.audit.page import DRAWN, _place, _squared, _wrapped
 from distcls.cli import run
 from distcls.commands.audit import main
 from distcls.errors import UsageError
@@ -62,7 +66,10 @@ def flipped(root: Path, count: int = 120) -> Path:
     return root
 
 
-def test_a_dataset_with_flipped_labels(tmp_path: Path) -> None:
+def test_a_dataset_with_flipped_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "FIRST_LINE", 0.0)  # seconds of silence
     flipped(tmp_path / "digits")
     (tmp_path / "quick.yaml").write_text(QUICK)
     found = look(
@@ -73,6 +80,9 @@ def test_a_dataset_with_flipped_labels(tmp_path: Path) -> None:
         out=tmp_path / "audit",
     )
     images_found = [each.image for each in found.findings if each.kind == "label_error"]
+    shown = capsys.readouterr().err
+    assert "fold 1/2  epoch 1/6   0%" in shown
+    assert re.search(r"fold 2/2  epoch 4/6  75%  at most \d+ s left", shown)
     wrong = {int(Path(name).stem) < 6 for name in images_found[:4]}
     assert wrong == {True}
     assert found.judges is not None
@@ -140,8 +150,42 @@ def test_a_recipe_that_cannot_work_is_told_before_an_image_is_read(tmp_path: Pat
 def test_long_class_names_below_a_picture_are_whole() -> None:
     name = "a_very_long_name_of_a_class_without_any_blanks_and_more_than_two_lines"
     for word in ("labelled", "rather"):
-        lines = _wrapped(word, name).split("\n")
-        assert "".join(lines).removeprefix(word).strip() == f"“{name}”"
+        lines = _wrapped(word, name, 0.024).split("\n")
+        text = "".join(lines).removeprefix(word).removesuffix("0.02")
+        assert text.strip() == f"“{name}”"
         assert max(map(len, lines)) <= LETTERS
-    assert all(len(line) <= LETTERS // 2 for line in _wrapped("rather", "猫" * 40).split("\n"))
-    assert _wrapped("rather", "\u202ecat") == "rather “\\u202ecat”"
+    assert all(len(line) <= LETTERS // 2 for line in _wrapped("rather", "猫" * 40, 0.9).split("\n"))
+    assert _wrapped("rather", "\u202ecat", 0.9) == "rather “\\u202ecat” 0.90"
+
+
+def test_the_split_and_the_whole_picture_are_drawn() -> None:
+    about: dict[str, Any] = {"kind": "label_error", "severity": "warning", "text": ""}
+    long = Finding(**about, image="val/a class of a long name/picture_001.jpg", split="val")
+    assert re.fullmatch(r"val: ….*picture_001\.jpg", _place(long))
+    assert len(_place(long)) == LETTERS
+    assert _place(Finding(**about, image="7.png", split="test")) == "test: 7.png"
+    assert _place(Finding(**about, image="val/7.png", split="val")) == "val/7.png"
+    assert _place(Finding(**about, image="7.png")) == "7.png"
+    for shape in ((1200, 300), (1, 900), (20, 60), (30, 30)):
+        drawn = _squared(np.zeros((*shape, 3), np.uint8))
+        height, width = (side * len(drawn) / max(shape) for side in shape)
+        assert drawn.shape[:2] == (min(DRAWN, max(shape)),) * 2
+        assert (drawn == 0).all(2).sum() == max(1, round(height)) * max(1, round(width))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "classes", "suspects", "poor"),
+    [(0.743, 3, 25, True), (0.9, 3, 4, False), (0.629, 3, 2, True), (0.9, 2, 11, True)],
+)
+def test_judges_are_poor_with_a_long_list_or_little_better_than_chance(
+    accuracy: float, classes: int, suspects: int, poor: bool
+) -> None:
+    assert are_poor(accuracy, np.arange(100) % classes, suspects) == poor
+
+
+def test_poor_judges_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "untrained.yaml").write_text(f"{QUICK.replace('6', '1', 1)}lr: 1e-9\n")
+    recipe = str(tmp_path / "untrained.yaml")
+    found = look(flipped(tmp_path / "digits", 40), label_errors=True, folds=2, recipe=recipe)
+    assert re.search("warning: label errors: .* are right for .* only", capsys.readouterr().err)
+    assert "too seldom, most of these labels may be right" in found.to_text()

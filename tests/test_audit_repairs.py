@@ -13,6 +13,7 @@ import pytest
 
 from distcls.audit.audit import AuditOptions
 from distcls.audit.drift import drift_findings, feature_tests, two_sample_test
+from distcls.audit.findings import KINDS
 from distcls.audit.model import Features
 from distcls.audit.scan import Rows
 from distcls.commands.audit import main
@@ -51,6 +52,43 @@ def test_a_repaired_manifest_can_be_prepared_and_has_no_error(tmp_path: Path, en
     assert not kinds(look(fixed))
     with pytest.raises(UsageError, match=r"exists already; choose another --fix or add"):
         look(data, fix=fixed)
+
+
+def test_copies_in_classes_that_become_one_are_duplicates(tmp_path: Path) -> None:
+    data, fixed = tmp_path / "photos", tmp_path / "fixed.csv"
+    for name, seed in {"Cat/bild 01": 1, "cat/same": 1, "cat/2": 2, "dog/3": 3, "dog/4": 4}.items():
+        put(data / f"{name}.png", photo(seed))
+    put(data / "dog/thrice.png", photo(5))
+    put(data / "Cat/thrice.png", photo(5))
+    put(data / "cat/thrice.png", photo(5))
+    found = kinds(look(data, fix=fixed))
+    assert found["duplicate", "cat/same.png"] == "Cat/bild 01.png"
+    conflicts = {image for kind, image in found if kind == "conflict"}
+    assert conflicts <= {"dog/thrice.png", "Cat/thrice.png", "cat/thrice.png"}
+    with fixed.open(newline="") as handle:
+        kept = {row["image_id"]: row["label"] for row in csv.DictReader(handle)}
+    assert kept == {"Cat/bild 01.png": "cat", "cat/2.png": "cat", "dog/3.png": "dog"} | {
+        "dog/4.png": "dog"
+    }
+
+
+def test_labels_that_become_one_are_written_once(tmp_path: Path) -> None:
+    manifest, fixed = tmp_path / "tags.csv", tmp_path / "fixed.csv"
+    lines = ["path,labels"]
+    for seed, labels in enumerate(("Wet|wet|warm", "wet", "wet", "warm")):
+        put(tmp_path / f"{seed}.png", photo(seed))
+        lines.append(f"{seed}.png,{labels}")
+    put(tmp_path / "again.png", photo(1))
+    manifest.write_text("\n".join([*lines, "again.png,Wet"]))
+    found = look(manifest, fix=fixed, labels_column="labels")
+    assert ("duplicate", "again.png") in kinds(found)
+    with fixed.open(newline="") as handle:
+        assert [row["labels"] for row in csv.DictReader(handle)] == [
+            "wet|warm",
+            "wet",
+            "wet",
+            "warm",
+        ]
 
 
 def test_near_copies_without_a_split_are_put_into_one_group(tmp_path: Path) -> None:
@@ -121,6 +159,20 @@ def test_drift_is_told_from_chance() -> None:
     assert (finding.kind, finding.split, finding.related) == ("drift", "test", "train")
     assert finding.value is not None
     assert finding.value < 0.001
+
+
+def test_every_difference_of_a_split_is_printed(tmp_path: Path) -> None:
+    for number in range(48):
+        split = ("train", "val")[number % 2]
+        name = f"{split}/{'ab'[number // 2 % 2]}/{number}.png"
+        bright = photo(number, *((60, 80), (90, 60))[number % 2]) // (1 + number % 2)
+        put(tmp_path / "photos" / name, bright)
+    found = look(tmp_path / "photos")
+    drift = [each.text for each in found.findings if each.kind == "drift"]
+    assert len(drift) > 1
+    lines = [line.strip() for line in found.to_text().splitlines()]
+    assert lines[lines.index(drift[0]) - 1].endswith(f"{len(drift)}  {KINDS['drift']}")
+    assert set(drift) <= set(lines)
 
 
 def test_the_p_value_of_equal_samples_is_uniform() -> None:

@@ -295,11 +295,25 @@ def test_unknown_key_names_the_file_and_suggests(tmp_path: Path) -> None:
     assert "did you mean 'optimizer.weight_decay'" in text
 
 
-@pytest.mark.parametrize("value", ["", " mobilenet_v3_small"])
+@pytest.mark.parametrize("value", ["", " 18"])
 def test_a_section_without_keys(tmp_path: Path, value: str) -> None:
     text = message("--config", yaml_file(tmp_path, f"model:{value}\n"))
     assert "'model' is a section with the keys" in text
     assert "model.name" in text
+
+
+def test_a_section_may_be_its_name_alone(tmp_path: Path) -> None:
+    short = yaml_file(tmp_path, "model: simple_cnn\noptimizer: sgd\nschedule: step\nloss: focal\n")
+    config = train("--config", short)
+    names = [getattr(config, key).name for key in ("model", "optimizer", "schedule", "loss")]
+    assert names == ["simple_cnn", "sgd", "step", "focal"]
+    assert train("--config", short, "--model", "resnet18").model.name == "resnet18"
+    both = yaml_file(tmp_path, "model: simple_cnn\nmodel.name: resnet18\n")
+    assert message("--config", both) == (
+        f"{both}: model and model.name are the same key; give one of the two"
+    )
+    with pytest.raises(UsageError, match="'ema' is a section with the keys"):
+        train("--config", yaml_file(tmp_path, "ema: on\n"))
 
 
 def test_wrong_type_names_place_key_value_and_type(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ WEIGHTS = np.array([0.5, 2.0, 1.0, 0.0, 1.5])
 
 
 def make(weights: Any = None, **options: Any) -> Loss:
-    return Loss(LossConfig(**options), weights, CPU)
+    return Loss(LossConfig(**{"name": "cross_entropy", **options}), weights, CPU)
 
 
 def logits(count: int = 12, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -146,6 +146,6 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], key: str) -> None:
 
 def test_what_a_loss_does_not_read_is_refused() -> None:
     with pytest.raises(BadValue, match=r"^focal_gamma: 2\.0 .* cross_entropy does not read it"):
-        LOSSES.check(LossConfig(focal_gamma=2.0))
+        LOSSES.check(LossConfig(name="cross_entropy", focal_gamma=2.0))
     with pytest.raises(BadValue, match=r"^name: 'crossentropy' .*did you mean 'cross_entropy'"):
         LOSSES.check(LossConfig(name="crossentropy"))

@@ -63,8 +63,8 @@ def logits(classes: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     "config",
     [
-        LossConfig(),
-        LossConfig(label_smoothing=0.1),
+        LossConfig(name="cross_entropy"),
+        LossConfig(name="cross_entropy", label_smoothing=0.1),
         LossConfig(name="focal", focal_gamma=0.0),
         LossConfig(name="focal"),
     ],
@@ -184,7 +184,11 @@ def test_mixed_labels_are_shares_of_two_images_labels(tagged: Path, augment: Aug
 @pytest.mark.parametrize(
     ("kind", "changes", "told"),
     [
-        ("tagged", {}, r"^loss\.name: .* has any number of labels per image; cross_entropy .* bce"),
+        (
+            "tagged",
+            {"loss": LossConfig(name="cross_entropy")},
+            r"^loss\.name: .* has any number of labels per image; cross_entropy .* bce",
+        ),
         ("texts", {"loss": BCE}, r"^loss\.name: .* one class per head; bce is binary"),
         (
             "texts",

@@ -12,7 +12,7 @@ import yaml
 
 from distcls.evaluation.metrics import Metrics, SingleLabelState
 from distcls.task import Head, Task
-from distcls.training.config import AugmentConfig, MonitorConfig, TrainConfig
+from distcls.training.config import AugmentConfig, LossConfig, MonitorConfig, TrainConfig
 from distcls.training.recipe import fill_recipe
 from distcls.training.run import train
 from distcls.training.stability import CHECKED_EPOCHS, EpochChecks
@@ -57,6 +57,20 @@ def test_what_is_pretrained_learns_slower_and_shorter() -> None:
     assert isinstance(tuned.lr, float)
     assert isinstance(scratch.lr, float)
     assert tuned.lr < scratch.lr
+
+
+def test_the_loss_fits_the_task() -> None:
+    tags = Task(classes=("wet", "warm"), kind="multi_label")
+    found, said = filled(168, tags)
+    assert found.loss.name == "bce"
+    assert "loss       bce (auto: any number of labels per image)" in said.splitlines()
+    given, said = filled(168, tags, loss=LossConfig(name="focal"))
+    assert given.loss.name == "focal"
+    assert "loss " not in said
+    for task in (ANIMALS, HEADS):
+        found, said = filled(168, task)
+        assert found.loss.name == "cross_entropy"
+        assert "loss " not in said
 
 
 def test_what_is_given_stays() -> None:

@@ -101,7 +101,7 @@ def test_what_is_written(digits: Path, tmp_path: Path) -> None:
         **{"input.crop_fraction": 1.0, "model.stem_stride": 1, "model.dropout": 0.2},
         **{"optimizer.weight_decay": 0.05, "optimizer.beta1": 0.9, "optimizer.beta2": 0.999},
         **{"optimizer.eps": 1e-8, "schedule.warmup": "5%", "schedule.final": 0.01},
-        **{"loss.sample_weights": "off"},
+        **{"loss.name": "cross_entropy", "loss.sample_weights": "off"},
         # nobody reads them here, or the machine decides
         **{"optimizer.momentum": None, "schedule.period": None, "loss.focal_gamma": None},
         **{"distill.weight": None, "augment.randaugment_ops": None, "threads": None},
@@ -161,7 +161,7 @@ def test_a_printed_config_gives_the_run_that_its_flags_give(
     assert by_file == by_flags
     left = {key for key, value in printed.items() if value != by_flags[key]}
     assert left <= {
-        *("precision", "model.stem_stride", "model.dropout", "loss.sample_weights"),
+        *("precision", "model.stem_stride", "model.dropout", "loss.name", "loss.sample_weights"),
         *(f"input.{name}" for name in ("size", "resize", "interpolation", "crop_fraction")),
         *("input.background", "augment.flip", "augment.crop_padding", "augment.resized_crop"),
     }

@@ -140,6 +140,8 @@ class AuditResult:
     """With a model: of each split that was tested, MMD and p-value against train."""
     judges: float | None = None
     """With label_errors: accuracy of the models that judge, on images they have not seen."""
+    poor_judges: bool = False
+    """Whether these models are right too seldom for their list to be worth much."""
 
     def to_json(self) -> dict[str, Any]:
         """The summary, as audit.json and `--json` have it."""
@@ -168,15 +170,18 @@ class AuditResult:
         return str(failure) if isinstance(failure, DistclsError) else reason_of(failure)
 
     def to_text(self) -> str:
-        """A line for each kind of finding, with the first of them."""
+        """A line for each kind of finding, with the first of them; of drift, which is several
+        things, with all."""
         lines = []
         for severity, kinds in counted(self.findings).items():
             for kind, count in kinds.items():
-                chosen = (f for f in self.findings if (f.severity, f.kind) == (severity, kind))
-                first = next(chosen)
-                name = f"{plain(first.image)}: " if first.image else ""
+                found = [f for f in self.findings if (f.severity, f.kind) == (severity, kind)]
                 lines.append(f"{severity:<8} {count:>7,}  {KINDS[kind]}")
-                lines.append(f"{'':<17} first {name}{plain(first.text, LONGEST)}")
+                if kind == "drift":
+                    lines += [f"{'':<17} {plain(each.text, LONGEST)}" for each in found]
+                    continue
+                name = f"{plain(found[0].image)}: " if found[0].image else ""
+                lines.append(f"{'':<17} first {name}{plain(found[0].text, LONGEST)}")
         lines = lines or ["nothing found"]
         lines += _without_drift(self.measured)
         for split, (_, p) in (self.drift or {}).items():
@@ -190,6 +195,8 @@ class AuditResult:
             lines.append(
                 f"label errors: the models that judge are right for {self.judges:.1%} of the "
                 "images, none of which they were trained on"
+                + "; too seldom, most of these labels may be right"
+                * self.poor_judges
             )
         return "\n".join(lines)
 
@@ -279,13 +286,15 @@ def _judged(
 ) -> AuditResult:
     """The result with the label errors, or with why there are none."""
     try:
-        more, accuracy = label_findings(inside, task, good, judges)
+        judged = label_findings(inside, task, good, judges)
     except Exception as error:  # what was found is worth as much without it
         if result.failure is not None:
             log.warn(str(result.failure))
         return dataclasses.replace(result, failure=error)
-    findings = in_order([*result.findings, *more])
-    return dataclasses.replace(result, findings=findings, judges=accuracy)
+    findings = in_order([*result.findings, *judged.findings])
+    return dataclasses.replace(
+        result, findings=findings, judges=judged.accuracy, poor_judges=judged.poor
+    )
 
 
 def _named(record: ImageRecord) -> ImageRecord:
@@ -373,8 +382,8 @@ def _draw(path: Path, result: AuditResult, inside: Opened) -> None:
     """Write the picture of the label errors, or remove that of an audit that is replaced."""
     wrong = [each for each in result.findings if each.kind == "label_error"]
     try:
-        if wrong:
-            draw_label_errors(wrong, inside, path)
+        if wrong and result.judges is not None:
+            draw_label_errors(wrong, inside, path, result.judges)
             return
     except UsageError as error:
         log.warn(f"{path.name} is left out: {error}")

@@ -62,13 +62,28 @@ class Teller:
 
     def __init__(self, records: Sequence[ImageRecord], task: Task) -> None:
         self.records, self.task = records, task
+        # `--fix` renames labels, not the classes of heads
+        groups = [] if task.heads else same_names(task.classes)
+        self._meaning = {name: names[0] for names in groups for name in names}
+
+    def same_label(self, at: int, other: int) -> bool:
+        """Whether the labels of two images mean the same: names of one class are one label."""
+        return self._meant(at) == self._meant(other)
+
+    def _meant(self, at: int) -> object:
+        if self.task.heads:
+            return self.records[at].labels
+        names = [self.task.classes[place] for place in self._places(at)]
+        return {self._meaning.get(name, name) for name in names}
+
+    def _places(self, at: int) -> list[int]:
+        """The positions of an image's labels among all classes."""
+        record = self.records[at]
+        return [record.label] if self.task.single else self.task.flat(record.labels or ())
 
     def label(self, at: int) -> str:
         """The label of an image as a text."""
-        record = self.records[at]
-        if self.task.single:
-            return self.task.classes[record.label]
-        return "|".join(self.task.classes[place] for place in self.task.flat(record.labels or ()))
+        return "|".join(self.task.classes[place] for place in self._places(at))
 
     def place(self, at: int) -> str:
         """An image and its split, for a text."""
@@ -154,7 +169,7 @@ def _copy(scanned: Scan, tell: Teller, at: int, first: int, members: list[int]) 
     file = scanned.table["file"]
     what = "the same file as" if file[at] and file[at] == file[first] else "the same pixels as"
     records = scanned.records
-    differs = next((each for each in members if tell.label(each) != tell.label(at)), None)
+    differs = next((each for each in members if not tell.same_label(each, at)), None)
     if differs is not None:
         label = tell.label(differs)
         text = f"{what} {tell.place(differs)}, which is labelled {label!r}"
@@ -179,7 +194,7 @@ def _partners(
 
 def _near_copy(tell: Teller, at: int, other: int, score: float, how: str = "") -> Finding:
     where = f"{tell.place(other)}{how}"
-    if tell.label(at) != tell.label(other):
+    if not tell.same_label(at, other):
         text = f"nearly the same picture as {where}, which is labelled {tell.label(other)!r}"
         return tell(at, "near_conflict", "warning", text, other=other, value=score)
     if tell.records[at].split != tell.records[other].split:

@@ -25,7 +25,7 @@ KINDS: dict[str, str] = {
     "tiny_class": "classes of few training images",
     "imbalance": "classes of very different sizes",
     "label_error": "labels that the other images contradict",
-    "drift": "splits of different pictures",
+    "drift": "differences of a split from train",
     "blank": "images of one colour",
     "dark": "dark images",
     "bright": "bright images",
@@ -64,6 +64,8 @@ class Finding:
     """Which image that is."""
     value: float | None = None
     """The number that decided."""
+    related_value: float | None = None
+    """Of a label error, the probability of `related`; `value` is that of the label."""
 
     def row(self) -> list[Any]:
         """The cells of a row of audit.csv."""

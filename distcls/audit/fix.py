@@ -96,4 +96,4 @@ def _labels(
         found = task.classes[label]
         return {"label": names.get(found, found)}
     chosen = [task.classes[place] for place in labels or ()]
-    return {"labels": "|".join(names.get(name, name) for name in chosen)}
+    return {"labels": "|".join(dict.fromkeys(names.get(name, name) for name in chosen))}

@@ -9,6 +9,9 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
+import numpy as np
+
 from distcls import log, plotting
 from distcls.audit.findings import KINDS, Finding
 from distcls.data.image_dataset import Opened
@@ -18,6 +21,10 @@ from distcls.page import Html, joined, page, picture, section, table, tag, tiles
 
 SHOWN = 24
 """Findings of a kind that the page shows; audit.csv has all."""
+DRAWN = 400
+"""Pixels of the longer side of a picture that is drawn."""
+AROUND = 243
+"""Grey beside pictures that are not square."""
 
 
 def audit_page(title: str, about: str, findings: Sequence[Finding], inside: Opened) -> str:
@@ -85,22 +92,59 @@ def _image(at: int, inside: Opened) -> Images | None:
         return None
 
 
-def draw_label_errors(findings: Sequence[Finding], inside: Opened, path: Path) -> None:
-    """The images whose labels are the least probable, as a PNG: the label, and the class that the
-    models say. Raises UsageError without matplotlib."""
+def draw_label_errors(
+    findings: Sequence[Finding], inside: Opened, path: Path, accuracy: float
+) -> None:
+    """The images whose labels are the least probable, as a PNG: the label and the class that the
+    models say, with their probabilities; `accuracy` is how often the models are right. Raises
+    UsageError without matplotlib."""
     tiles = []
     for each in findings[:SHOWN]:
         image = None if each.position is None else _image(each.position, inside)
         if image is not None:
-            text = f"{_wrapped('labelled', each.label)}\n{_wrapped('rather', each.related)}"
-            tiles.append(plotting.Tile(image=image, text=text, name=plain(each.image)))
+            rows = (
+                ("labelled", each.label, each.value),
+                ("rather", each.related, each.related_value),
+            )
+            text = "\n".join(_wrapped(word, name, chance or 0.0) for word, name, chance in rows)
+            tiles.append(plotting.Tile(image=_squared(image), text=text, name=_place(each)))
     which = "the worst of " if len(findings) > SHOWN else ""
-    title = f"{which}{log.counted(len(findings), 'label')} that the other images contradict"
+    title = (
+        f"{which}{log.counted(len(findings), 'label')} that the other images contradict; the "
+        f"models are right for {accuracy:.1%} of the images"
+    )
     plotting.draw_grid(tiles, path, title=title)
 
 
-def _wrapped(word: str, name: str) -> str:
-    """A word and a class name, in lines that fit below an image; a letter of CJK takes two."""
+def _wrapped(word: str, name: str, chance: float) -> str:
+    """A word, a class name and its probability, in lines that fit below an image; a letter of CJK
+    takes two."""
     wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in name)
     most = plotting.LETTERS // (2 if wide else 1)
-    return "\n".join(textwrap.wrap(f"{word} “{plain(name, 4 * most)}”", most))
+    return "\n".join(textwrap.wrap(f"{word} “{plain(name, 4 * most)}” {chance:.2f}", most))
+
+
+def _place(finding: Finding) -> str:
+    """The split and the name of an image, of a long name the end."""
+    name = plain(finding.image)
+    most = plotting.LETTERS
+    if len(name) > most or not name.startswith(f"{finding.split}/"):
+        split = f"{finding.split}: " if finding.split else ""
+        most -= len(split)
+        return split + (name if len(name) <= most else f"…{name[1 - most :]}")
+    return name
+
+
+def _squared(image: Images) -> Images:
+    """The image in the middle of a grey square, at most `DRAWN` pixels wide."""
+    height, width = image.shape[:2]
+    scale = min(1.0, DRAWN / max(height, width))
+    if scale < 1:
+        height, width = (max(1, round(side * scale)) for side in (height, width))
+        small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        image = np.asarray(small, np.uint8)
+    side = max(height, width)
+    square = np.full((side, side, 3), AROUND, np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square

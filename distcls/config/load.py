@@ -244,7 +244,7 @@ def build(cls: type[C], *layers: dict[str, Given]) -> C:
         if any(typing.get_origin(member) is dict for member in members(leaf.type))
     ]
     given: dict[str, Given] = {}
-    for layer in _rename(layers, known):
+    for layer in _rename([_by_name(layer, known) for layer in layers], known):
         given.update(_gather(layer, mappings))
     values: dict[str, Any] = {}
     for key, (raw, source) in given.items():
@@ -347,6 +347,21 @@ def _gather(layer: dict[str, Given], mappings: list[str]) -> dict[str, Given]:
             inside = gathered.setdefault(place, Given({}, given.source)).value
             inside[key.removeprefix(place + ".")] = given.value
     return gathered
+
+
+def _by_name(layer: dict[str, Given], known: Collection[str]) -> dict[str, Given]:
+    """A layer in which a section that is a name alone, `model: resnet50`, is `model.name`, as the
+    flag `--model resnet50` is."""
+    named: dict[str, Given] = {}
+    for key, given in layer.items():
+        inside = f"{key}.name"
+        alone = key not in known and inside in known and isinstance(given.value, str)
+        if alone and inside in layer:
+            raise UsageError(
+                f"{given.source}: {key} and {inside} are the same key; give one of the two"
+            )
+        named[inside if alone else key] = given
+    return named
 
 
 def _refuse_section(key: str, raw: object, source: str, known: Iterable[str]) -> None:

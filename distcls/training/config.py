@@ -252,11 +252,12 @@ class LossConfig:
     The evaluation's `val_loss` is plain cross-entropy (of multi-label tasks, BCE) in any case.
     """
 
-    name: str = "cross_entropy"
+    name: str = "auto"
     """cross_entropy; focal, which gives hard images more weight (Lin et al.: Focal Loss for Dense
     Object Detection, 2017); bce, binary cross-entropy of each class, averaged over the classes
-    (Wightman et al.: ResNet strikes back, 2021); or module:attribute of your own. Multi-head tasks
-    average over the heads and exclude bce; multi-label tasks use bce, or focal of each sigmoid."""
+    (Wightman et al.: ResNet strikes back, 2021); or module:attribute of your own; auto: bce for
+    multi-label tasks, else cross_entropy. Multi-head tasks average over the heads and exclude bce;
+    multi-label tasks use bce, or focal of each sigmoid."""
     label_smoothing: float = 0.0
     """Label smoothing: share of each label that is spread over all classes."""
     focal_gamma: float | None = None
@@ -284,6 +285,12 @@ class LossConfig:
             # classes that a mapping leaves out weigh 1
             some = isinstance(weights, dict) or any(numbers)
             require(some, "class_weights", weights, "at least one number above 0")
+
+    def for_task(self, kind: str) -> LossConfig:
+        """The same with a name in place of `auto`, for a task of that kind."""
+        if self.name != "auto":
+            return self
+        return dataclasses.replace(self, name="bce" if kind == "multi_label" else "cross_entropy")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

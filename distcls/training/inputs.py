@@ -398,8 +398,9 @@ def _multi_head_problem(config: TrainConfig) -> str:
 
 
 def _multi_label_problem(config: TrainConfig) -> str:
-    if config.loss.name not in LABEL_LOSSES and not LOSSES.find(config.loss.name).own:
-        return f"loss.name: {config.loss.name} is for one class per image, choose bce or focal"
+    loss = config.loss.for_task("multi_label").name
+    if loss not in LABEL_LOSSES and not LOSSES.find(loss).own:
+        return f"loss.name: {loss} is for one class per image, choose bce or focal"
     if config.monitor.metric == "top5":
         return "monitor.metric: labels have no top5, choose exact, macro_f1 or loss"
     return ""

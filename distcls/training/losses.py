@@ -372,13 +372,14 @@ class Objective:
         self._device = device
         self._augment = augment
         self._mixing = Mixing(config.augment, device)
+        loss = config.loss.for_task(data.task.kind)
         by_class, self._image_weights = find_weights(
-            config.loss, data.classes, data.train, data.train_samples
+            loss, data.classes, data.train, data.train_samples
         )
-        self._loss = make_loss(config.loss, data.task, by_class, device)
+        self._loss = make_loss(loss, data.task, by_class, device)
         augment.try_transform(device)
-        if LOSSES.find(config.loss.name).own:
-            self._try_loss(config.loss.name, data)
+        if LOSSES.find(loss.name).own:
+            self._try_loss(loss.name, data)
         distill = config.distill
         self._teacher = Teacher(distill, data.classes, device) if distill.teacher else None
 

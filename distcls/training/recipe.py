@@ -73,8 +73,12 @@ def fill_recipe(
     ]
     start = "pretrained" if pretrained else "from scratch"
     lines = [f"recipe     {', '.join(parts)} (auto: {images:,} images, {start})"] if parts else []
+    loss = config.loss.for_task(task.kind)
+    if task.kind == "multi_label" and config.loss.name == "auto":
+        lines.append(f"loss       {loss.name} (auto: any number of labels per image)")
     augment, reasons = fill_augment(config.augment, task=task, size=size)
-    return dataclasses.replace(filled, augment=augment), [*lines, *reasons]
+    filled = dataclasses.replace(filled, augment=augment, loss=loss)
+    return filled, [*lines, *reasons]
 
 
 def fill_known(config: C, pretrained: bool | None) -> C:

@@ -70,7 +70,7 @@ def require_usable(config: TrainConfig) -> None:
     with _section("optimizer"):
         optim.require_usable(config.optimizer)
     with _section("loss"):
-        LOSSES.check(config.loss)
+        LOSSES.check(config.loss.for_task("single_label"))
     with _section("augment"):
         POLICIES.check(config.augment)
     make_transforms(config.augment)
@@ -231,6 +231,7 @@ def of_this_process(config: TrainConfig) -> list[str]:
 RECORDED = {
     "": ("epochs", "batch_size", "lr"),
     "augment": ("flip", "crop_padding", "resized_crop"),
+    "loss": ("name",),
     "monitor": ("patience",),
     "optimizer": ("head_lr_scale",),
 }

@@ -34,7 +34,7 @@ RECIPE = [
 KINDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "texts": (multi_output.TEXT, ["--monitor.metric", "exact"]),
     "heads": (multi_output.HEADS, ["--monitor.metric", "exact", "--loss.label-smoothing", "0.05"]),
-    "tags": (multi_output.TAGGED, ["--monitor.metric", "macro_f1", "--loss.name", "bce"]),
+    "tags": (multi_output.TAGGED, ["--monitor.metric", "macro_f1"]),
 }
 
 
@@ -194,7 +194,7 @@ def test_early_stopping_on_the_whole_answer(source: Path, tmp_path: Path) -> Non
     [
         ("texts", ["--augment.cutmix", "1"], r"^augment\.cutmix: "),
         ("texts", ["--loss.name", "bce"], r"^loss\.name: "),
-        ("tags", [], r"^loss\.name: .*choose bce or focal"),
+        ("tags", ["--loss", "cross_entropy"], r"^loss\.name: .*choose bce or focal"),
     ],
 )
 def test_contradictions_leave_no_run(
