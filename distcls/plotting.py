@@ -137,6 +137,8 @@ WIDTH, GAP, LINE, TITLE = 1.7, 0.12, 0.15, 0.4
 """Inches: an image's width, the gap between two, a line of text, the title."""
 TALLEST = 2.0
 """Images of more than this height to width are drawn smaller."""
+BESIDE = "#f3f3f3"
+"""Beside images whose shape is not that of the others."""
 NARROWEST = 4.5
 """Inches that the title takes."""
 LETTERS = 28
@@ -172,18 +174,23 @@ class Tile:
 def draw_grid(tiles: Sequence[Tile], path: Path, *, title: str = "") -> None:
     """Write one image or more, each with its text, as a PNG, atomically.
 
+    Images of several shapes are drawn in the middle of fields of one size.
+
     Raises UsageError without matplotlib.
     """
     columns = grid_columns(len(tiles))
     rows = math.ceil(len(tiles) / columns)
     ratios = [tile.image.shape[0] / tile.image.shape[1] for tile in tiles]
-    tall = WIDTH * min(max(ratios), TALLEST)
+    mixed = min(ratios) < max(ratios)
+    tall = WIDTH * min(max(ratios), 1.0 if mixed else TALLEST)
     most = max(len(tile.lines) + bool(tile.name) for tile in tiles)
     pitch = tall + LINE * most + 2 * GAP
     wide = columns * (WIDTH + GAP) - GAP
     above = TITLE if title else GAP
     width, height = max(NARROWEST, wide + 2 * GAP), rows * pitch + above
     figure = new_figure(width, height)
+    from matplotlib.patches import Rectangle  # after new_figure, which raises if it is missing
+
     # positions are computed here: a layout engine would take a second for each dozen of images
     figure.set_layout_engine("none")
     plain: dict[str, Any] = {"parse_math": False, "ha": "center", "va": "center"}
@@ -192,7 +199,10 @@ def draw_grid(tiles: Sequence[Tile], path: Path, *, title: str = "") -> None:
         row, column = divmod(index, columns)
         left = (width - wide) / 2 + column * (WIDTH + GAP)
         bottom = height - above - row * pitch - tall
-        axes = figure.add_axes((left / width, bottom / height, WIDTH / width, tall / height))
+        place = left / width, bottom / height, WIDTH / width, tall / height
+        if mixed:
+            figure.add_artist(Rectangle(place[:2], *place[2:], color=BESIDE, zorder=-1))
+        axes = figure.add_axes(place)
         _draw_image(axes, tile)
         center = (left + WIDTH / 2) / width
         _draw_text(figure, tile, center, bottom - 0.05, height)
@@ -202,7 +212,6 @@ def draw_grid(tiles: Sequence[Tile], path: Path, *, title: str = "") -> None:
 def _draw_image(axes: Axes, tile: Tile) -> None:
     smooth = "nearest" if max(tile.image.shape[:2]) < SMALL else "antialiased"
     axes.imshow(tile.image, interpolation=smooth)
-    axes.set_anchor("S")  # beside its text, in a row with taller images
     if tile.color is None:
         axes.axis("off")
         return

@@ -16,7 +16,7 @@ from PIL import Image
 from distcls import log
 from distcls.audit.findings import Finding
 from distcls.audit.labels import are_poor, find_label_issues
-from distcls.audit.page import DRAWN, _place, _squared, _wrapped
+from distcls.audit.page import DRAWN, _place, _reduced, _wrapped
 from distcls.cli import run
 from distcls.commands.audit import main
 from distcls.errors import UsageError
@@ -158,7 +158,7 @@ def test_long_class_names_below_a_picture_are_whole() -> None:
     assert _wrapped("rather", "\u202ecat", 0.9) == "rather “\\u202ecat” 0.90"
 
 
-def test_the_split_and_the_whole_picture_are_drawn() -> None:
+def test_the_split_is_named_and_a_large_picture_reduced() -> None:
     about: dict[str, Any] = {"kind": "label_error", "severity": "warning", "text": ""}
     long = Finding(**about, image="val/a class of a long name/picture_001.jpg", split="val")
     assert re.fullmatch(r"val: ….*picture_001\.jpg", _place(long))
@@ -166,11 +166,12 @@ def test_the_split_and_the_whole_picture_are_drawn() -> None:
     assert _place(Finding(**about, image="7.png", split="test")) == "test: 7.png"
     assert _place(Finding(**about, image="val/7.png", split="val")) == "val/7.png"
     assert _place(Finding(**about, image="7.png")) == "7.png"
-    for shape in ((1200, 300), (1, 900), (20, 60), (30, 30)):
-        drawn = _squared(np.zeros((*shape, 3), np.uint8))
-        height, width = (side * len(drawn) / max(shape) for side in shape)
-        assert drawn.shape[:2] == (min(DRAWN, max(shape)),) * 2
-        assert (drawn == 0).all(2).sum() == max(1, round(height)) * max(1, round(width))
+    for shape, drawn in {
+        (1200, 300): (DRAWN, 100),
+        (1, 900): (1, DRAWN),
+        (20, 60): (20, 60),
+    }.items():
+        assert _reduced(np.zeros((*shape, 3), np.uint8)).shape == (*drawn, 3)
 
 
 @pytest.mark.parametrize(

@@ -155,3 +155,17 @@ def test_inference_loads_neither_torch_nor_matplotlib() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert len(names) > 12
     assert done.stdout.strip() == "[]"
+
+
+def test_images_of_several_shapes_have_fields_of_one_size(tmp_path: Path) -> None:
+    tiles = [
+        plotting.Tile(image=np.full((*shape, 3), 9, np.uint8), text="a")
+        for shape in ((90, 30), (30, 90), (60, 60))
+    ]
+    plotting.draw_grid(tiles, tmp_path / "grid.png")
+    drawn = np.asarray(cv2.imread(str(tmp_path / "grid.png"), cv2.IMREAD_GRAYSCALE))
+    assert len(drawn) < 2.5 * 120  # inches, dots an inch
+    pixels = {name: int((drawn == value).sum()) for name, value in (("image", 9), ("field", 243))}
+    field = (1.7 * 120) ** 2
+    assert pixels["image"] == pytest.approx(field * (1 / 3 + 1 / 3 + 1), rel=0.05)
+    assert pixels["field"] == pytest.approx(field * (2 / 3 + 2 / 3), rel=0.05)

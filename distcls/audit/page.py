@@ -23,8 +23,6 @@ SHOWN = 24
 """Findings of a kind that the page shows; audit.csv has all."""
 DRAWN = 400
 """Pixels of the longer side of a picture that is drawn."""
-AROUND = 243
-"""Grey beside pictures that are not square."""
 
 
 def audit_page(title: str, about: str, findings: Sequence[Finding], inside: Opened) -> str:
@@ -107,7 +105,7 @@ def draw_label_errors(
                 ("rather", each.related, each.related_value),
             )
             text = "\n".join(_wrapped(word, name, chance or 0.0) for word, name, chance in rows)
-            tiles.append(plotting.Tile(image=_squared(image), text=text, name=_place(each)))
+            tiles.append(plotting.Tile(image=_reduced(image), text=text, name=_place(each)))
     which = "the worst of " if len(findings) > SHOWN else ""
     title = (
         f"{which}{log.counted(len(findings), 'label')} that the other images contradict; the "
@@ -135,16 +133,11 @@ def _place(finding: Finding) -> str:
     return name
 
 
-def _squared(image: Images) -> Images:
-    """The image in the middle of a grey square, at most `DRAWN` pixels wide."""
+def _reduced(image: Images) -> Images:
+    """The image, its longer side `DRAWN` pixels at most."""
     height, width = image.shape[:2]
-    scale = min(1.0, DRAWN / max(height, width))
-    if scale < 1:
-        height, width = (max(1, round(side * scale)) for side in (height, width))
-        small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-        image = np.asarray(small, np.uint8)
-    side = max(height, width)
-    square = np.full((side, side, 3), AROUND, np.uint8)
-    top, left = (side - height) // 2, (side - width) // 2
-    square[top : top + height, left : left + width] = image
-    return square
+    scale = DRAWN / max(height, width)
+    if scale >= 1:
+        return image
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
